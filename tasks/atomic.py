@@ -1,0 +1,92 @@
+"""Files and folders that appear whole or not at all: written beside their final place, synced, then renamed.
+
+A process killed at any moment leaves the old content, or nothing, under the final name. What it had begun lies in a
+hidden ``.partial-NAME`` beside it, and the next attempt removes that first.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks.errors import DiskFull
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def disk_full_is_told(where: Path) -> Iterator[None]:
+    """Turns "no space left" and "quota exceeded" into :class:`DiskFull` that names the place; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DiskFull(f"{where}: the disk is full ({_free(where)} free). Free some space and run again.") from error
+
+
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; at the end it is synced and takes the place of ``path`` in one rename."""
+    partial = path.parent / f".partial-{path.name}"
+    with disk_full_is_told(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                _sync(file)
+            _sync(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # A folder cannot replace a full one in a single rename: between these two lines `path` is missing, which a
+        # reader takes for "not there yet". It is never half there.
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        _sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path``, whole or not at all."""
+    partial = path.parent / f".partial-{path.name}"
+    with disk_full_is_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes ``content`` as UTF-8 to ``path``, whole or not at all."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes ``content`` as indented JSON, keys in the order given, so that equal content gives equal bytes."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(where: Path) -> str:
+    place = where
+    while not place.exists():
+        place = place.parent
+    return f"{shutil.disk_usage(place).free / 2**20:,.1f} MiB"

@@ -1,0 +1,15 @@
+"""The section ``evaluate`` of ``params.yaml``."""
+
+from pydantic import Field
+
+from tasks.section import Section
+
+
+class EvaluateParams(Section):
+    """How models are measured on the test split, and what they must reach."""
+
+    seed: int = Field(ge=0)
+    bootstrap_samples: int = Field(ge=100)
+    max_relative_loss: float = Field(gt=0)
+    ngram_order: int = Field(ge=2, le=8)
+    threads: int = Field(ge=1)

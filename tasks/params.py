@@ -1,0 +1,41 @@
+"""The whole of ``params.yaml``, and the checks that span its sections. A stage alone reads only its own section."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from tasks import paths
+from tasks.card.params import CardParams
+from tasks.evaluate.params import EvaluateParams
+from tasks.ingest.params import IngestParams
+from tasks.quantize.params import QuantizeParams
+from tasks.section import Section, read_yaml, validate
+from tasks.shard.params import ShardParams
+from tasks.sources import CollectParams
+from tasks.train.params import TrainParams
+
+
+class FlowParams(Section):
+    """How the flow treats the stages. No part of a version's identity."""
+
+    # Retries of a stage after a fault that may pass (a killed worker, a held lock, a lost connection).
+    retries: dict[str, int] = {}
+    retry_delay_seconds: float = Field(ge=0)
+
+
+class Params(Section):
+    """``params.yaml``, whole."""
+
+    collect: CollectParams
+    ingest: IngestParams
+    shard: ShardParams
+    train: TrainParams
+    quantize: QuantizeParams
+    evaluate: EvaluateParams
+    card: CardParams
+    flow: FlowParams
+
+
+def read(path: Path = paths.PARAMS) -> Params:
+    """Returns the whole file. Raises :class:`tasks.errors.BadParameter` that names every wrong key."""
+    return validate(Params, read_yaml(path), path)

@@ -1,0 +1,13 @@
+"""The section ``shard`` of ``params.yaml``."""
+
+from pydantic import Field
+
+from tasks.section import Section
+
+
+class ShardParams(Section):
+    """The tokenizer's size and the shards'."""
+
+    # 256 bytes and the one special token are always there.
+    vocab_size: int = Field(ge=257, le=2**31)
+    tokens_per_shard: int = Field(ge=1)

@@ -1,0 +1,15 @@
+"""The frame around every stage's ``main``: where a user's mistake becomes one line and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+from tasks.errors import TryAgain, UserMistake
+
+
+def run(stage: Callable[[], None]) -> None:
+    """Runs ``stage`` and ends the process: 0 when it succeeds, else one ``error:`` line and the exit code of the error."""
+    try:
+        stage()
+    except (UserMistake, TryAgain) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
