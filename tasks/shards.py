@@ -1,0 +1,195 @@
+"""Tokens on disk: contiguous HDF5 shards that are read in place, and the manifest that vouches for them.
+
+A shard holds three one-dimensional datasets: ``tokens`` (uint16, or uint32 for large vocabularies; page-aligned,
+contiguous, uncompressed), ``document_offsets`` (int64, one more than there are documents) and ``document_bytes``
+(int64, UTF-8 bytes of each document's text). Each document begins with the BOS token.
+
+A reader checks a shard's digest before HDF5 sees the file: a flipped byte in a contiguous dataset is silent, and a
+damaged header can hang libhdf5 (hdf5#1707). After that h5py only tells where the data lies; the tokens are then read by
+memory map, at the cost of ``np.memmap`` (h5py's own slices are about ten times slower).
+"""
+
+import bisect
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tasks import atomic, paths
+from tasks.errors import BadInput
+
+PAGE = 4096
+SplitName = Literal["train", "valid", "test"]
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+class ShardEntry(BaseModel):
+    """One shard, as the manifest records it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    split: SplitName
+    digest: str
+    tokens: int
+    documents: int
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """What ``data/shards`` holds. Written last: where it lies, everything it names was complete."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+    dtype: Literal["uint16", "uint32"]
+    tokenizer_digest: str
+    shards: list[ShardEntry]
+
+    def write(self, folder: Path) -> None:
+        atomic.write_json(folder / paths.MANIFEST.name, self.model_dump())
+
+    def of_split(self, split: SplitName) -> list[ShardEntry]:
+        return [shard for shard in self.shards if shard.split == split]
+
+    def fingerprint(self) -> str:
+        """A digest of everything the manifest vouches for: equal fingerprints mean equal tokens in equal order."""
+        return digest(json.dumps(self.model_dump(), sort_keys=True).encode())
+
+
+def digest(content: bytes | memoryview | npt.NDArray[Any]) -> str:
+    """The 128-bit XXH3 digest in hexadecimal: some ten times faster than SHA-256, against accidents, not attackers."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The smallest unsigned type that holds each id below ``vocab_size``."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def encode_shard(
+    tokens: Tokens, document_offsets: npt.NDArray[np.int64], document_bytes: npt.NDArray[np.int64]
+) -> bytes:
+    """Returns the HDF5 file of one shard, as bytes; equal arguments give equal bytes.
+
+    The file is built in memory and written in one go by the caller: a disk that fills up is then an ordinary error of
+    ``write``, not one that surfaces while libhdf5 closes a file.
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w", libver="latest", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
+        file.create_dataset("tokens", data=tokens)
+        file.create_dataset("document_offsets", data=document_offsets)
+        file.create_dataset("document_bytes", data=document_bytes)
+    return image.getvalue()
+
+
+def read_manifest(folder: Path = paths.SHARDS) -> Manifest:
+    """Returns the manifest in ``folder``. Raises :class:`BadInput` when it is missing or not a manifest."""
+    path = folder / paths.MANIFEST.name
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file. Run the stage 'shard' first.") from None
+    except ValidationError as error:
+        raise BadInput(f"{path}: not a manifest of shards ({error.error_count()} faults). Rerun 'shard'.") from None
+
+
+class Shards:
+    """The shards of one split, verified and mapped.
+
+    ``Shards[i]`` of a split cut into windows of ``length`` tokens: see :meth:`windows` and :meth:`window`.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, split: SplitName) -> None:
+        """Checks each shard's digest, then maps it. Raises :class:`BadInput` that names a missing or damaged shard."""
+        self.entries = manifest.of_split(split)
+        self._files = [_map_shard(folder / entry.file, entry, manifest.dtype) for entry in self.entries]
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.tokens for entry in self.entries)
+
+    def windows(self, length: int) -> int:
+        """How many windows of ``length`` + 1 tokens (inputs and shifted targets) lie in the split.
+
+        Windows step by ``length``, so each token is a target at most once; a shard's last few tokens are left over.
+        """
+        return sum(max(0, (entry.tokens - 1) // length) for entry in self.entries)
+
+    def reader(self, length: int) -> "WindowReader":
+        """Returns a reader of the windows of ``length`` + 1 tokens."""
+        return WindowReader([file.tokens for file in self._files], length)
+
+    def documents(self) -> list[tuple[Tokens, int]]:
+        """Returns each document: its tokens, BOS first, and the UTF-8 bytes of its text."""
+        found = []
+        for file in self._files:
+            for start, end, size in zip(file.offsets[:-1], file.offsets[1:], file.bytes, strict=True):
+                found.append((file.tokens[start:end], int(size)))
+        return found
+
+
+class WindowReader:
+    """Reads windows of ``length`` + 1 tokens by their global index, each from its memory-mapped shard."""
+
+    def __init__(self, shards: list[Tokens], length: int) -> None:
+        self._shards = shards
+        self._length = length
+        counts = [max(0, (len(shard) - 1) // length) for shard in shards]
+        self._ends = list(itertools.accumulate(counts))
+        self._starts = [end - count for end, count in zip(self._ends, counts, strict=True)]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Tokens:
+        """Returns window ``index``: ``length`` + 1 tokens, a view into the map. Raises IndexError past the end."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        start = (index - self._starts[shard]) * self._length
+        return self._shards[shard][start : start + self._length + 1]
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the windows of ``indices`` as one int64 array [len(indices), length + 1]."""
+        batch = np.empty((len(indices), self._length + 1), dtype=np.int64)
+        for row, index in enumerate(indices.tolist()):
+            batch[row] = self[index]
+        return batch
+
+
+class _MappedShard:
+    def __init__(self, tokens: Tokens, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
+        self.tokens, self.offsets, self.bytes = tokens, offsets, sizes
+
+
+def _map_shard(path: Path, entry: ShardEntry, dtype: str) -> _MappedShard:
+    try:
+        content = np.memmap(path, dtype=np.uint8, mode="r")
+    except (FileNotFoundError, ValueError):
+        raise BadInput(f"{path}: the manifest names this shard, but it is missing or empty. Rerun 'shard'.") from None
+    found = digest(content)
+    if found != entry.digest:
+        raise BadInput(
+            f"{path}: damaged: its digest is {found}, the manifest says {entry.digest}. "
+            f"Fetch it again (dvc checkout --force {paths.SHARDS}) or rerun 'shard'."
+        )
+    with h5py.File(path, "r") as file:
+        tokens = _in_place(path, file["tokens"], np.dtype(dtype))
+        return _MappedShard(tokens, file["document_offsets"][:], file["document_bytes"][:])
+
+
+def _in_place(path: Path, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Tokens:
+    offset = dataset.id.get_offset()
+    if offset is None:
+        raise BadInput(f"{path}: its tokens are not contiguous (virtual, chunked or compressed). Rerun 'shard'.")
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=dataset.shape)
