@@ -162,10 +162,19 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(stage: str) -> Iterator[Progress]:
-    """Yields the stage's :class:`Progress`, drawing on stderr or appending to the file in ``OVERNIGHT_EVENTS``."""
+def progress(stage: str, shown: bool = True) -> Iterator[Progress]:
+    """Yields the stage's :class:`Progress`, drawing on stderr or appending to the file in ``OVERNIGHT_EVENTS``.
+
+    Of the processes that work together on a stage all but one leave ``shown`` off: theirs goes nowhere.
+    """
     events = os.environ.get(EVENTS_VARIABLE)
-    sink: Sink = _EventFile(Path(events)) if events else sink_for(Console(file=sys.stderr))
+    sink: Sink
+    if not shown:
+        sink = Lines(lambda line: None)
+    elif events:
+        sink = _EventFile(Path(events))
+    else:
+        sink = sink_for(Console(file=sys.stderr))
     try:
         yield Progress(stage, sink)
     finally:

@@ -104,10 +104,7 @@ def read_manifest(folder: Path = paths.SHARDS) -> Manifest:
 
 
 class Shards:
-    """The shards of one split, verified and mapped.
-
-    ``Shards[i]`` of a split cut into windows of ``length`` tokens: see :meth:`windows` and :meth:`window`.
-    """
+    """The shards of one split, verified and mapped."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: SplitName) -> None:
         """Checks each shard's digest, then maps it. Raises :class:`BadInput` that names a missing or damaged shard."""
@@ -118,15 +115,11 @@ class Shards:
     def tokens(self) -> int:
         return sum(entry.tokens for entry in self.entries)
 
-    def windows(self, length: int) -> int:
-        """How many windows of ``length`` + 1 tokens (inputs and shifted targets) lie in the split.
+    def reader(self, length: int) -> "WindowReader":
+        """Returns a reader of windows of ``length`` + 1 tokens: inputs and, shifted by one, their targets.
 
         Windows step by ``length``, so each token is a target at most once; a shard's last few tokens are left over.
         """
-        return sum(max(0, (entry.tokens - 1) // length) for entry in self.entries)
-
-    def reader(self, length: int) -> "WindowReader":
-        """Returns a reader of the windows of ``length`` + 1 tokens."""
         return WindowReader([file.tokens for file in self._files], length)
 
     def documents(self) -> list[tuple[Tokens, int]]:
@@ -143,7 +136,7 @@ class WindowReader:
 
     def __init__(self, shards: list[Tokens], length: int) -> None:
         self._shards = shards
-        self._length = length
+        self.length = length
         counts = [max(0, (len(shard) - 1) // length) for shard in shards]
         self._ends = list(itertools.accumulate(counts))
         self._starts = [end - count for end, count in zip(self._ends, counts, strict=True)]
@@ -156,12 +149,12 @@ class WindowReader:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
-        start = (index - self._starts[shard]) * self._length
-        return self._shards[shard][start : start + self._length + 1]
+        start = (index - self._starts[shard]) * self.length
+        return self._shards[shard][start : start + self.length + 1]
 
     def batch(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns the windows of ``indices`` as one int64 array [len(indices), length + 1]."""
-        batch = np.empty((len(indices), self._length + 1), dtype=np.int64)
+        batch = np.empty((len(indices), self.length + 1), dtype=np.int64)
         for row, index in enumerate(indices.tolist()):
             batch[row] = self[index]
         return batch
@@ -192,4 +185,5 @@ def _in_place(path: Path, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Tokens
     offset = dataset.id.get_offset()
     if offset is None:
         raise BadInput(f"{path}: its tokens are not contiguous (virtual, chunked or compressed). Rerun 'shard'.")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=dataset.shape)
+    # A plain array over the map: slicing the subclass np.memmap costs about as much again as the read.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=dataset.shape))

@@ -1,0 +1,130 @@
+"""Feed-forward layers: SwiGLU (arXiv 2002.05202) and DeepSeek-V3's mixture of experts (arXiv 2412.19437, section 2.1.2).
+
+Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lm.config import ModelConfig
+from lm.linear import Linear, Project
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Chooses each token's experts by sigmoid scores, evened out by a bias that no gradient touches."""
+
+    e_score_correction_bias: torch.Tensor
+    tokens_per_expert: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        # Counted in training until `rebalance` uses them up.
+        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
+
+    def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the chosen experts [N, K] and the weights [N, K] of their outputs. Always in fp32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+        experts_NK = self.choose(scores_NE + self.e_score_correction_bias)
+        # The bias decides who is chosen, never how much the chosen one counts.
+        weights_NK = scores_NE.gather(1, experts_NK)
+        if self.config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.training:
+            with torch.no_grad():
+                self.tokens_per_expert += torch.bincount(experts_NK.flatten(), minlength=scores_NE.shape[1])
+        return experts_NK, weights_NK * self.config.routed_scaling_factor
+
+    def choose(self, biased_NE: torch.Tensor) -> torch.Tensor:
+        """Returns the K best experts of each token [N, K] within its ``topk_group`` best groups."""
+        groups, kept = self.config.n_group, self.config.topk_group
+        if kept < groups:
+            biased_NGe = biased_NE.unflatten(1, (groups, -1))
+            best_groups = biased_NGe.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
+            masked = torch.ones_like(biased_NGe[..., 0], dtype=torch.bool).scatter(1, best_groups, False)
+            # -inf, not 0: a bias may be negative, and a masked expert must lose against every other.
+            biased_NE = biased_NGe.masked_fill(masked.unsqueeze(-1), float("-inf")).flatten(1)
+        return biased_NE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    @torch.no_grad()
+    def rebalance(self, rate: float) -> None:
+        """Moves the bias by ``rate`` towards the experts with fewer tokens than the mean, and forgets the counts.
+
+        Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). With several processes the caller sums
+        ``tokens_per_expert`` over them first.
+        """
+        load = self.tokens_per_expert
+        update = torch.sign(load.mean() - load)
+        self.e_score_correction_bias += rate * (update - update.mean())
+        load.zero_()
+
+
+class Experts(nn.Module):
+    """The routed experts, their weights stacked: ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.project: Project = F.linear
+
+    def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        """Returns [N, D]: for each token the weighted sum of its experts' outputs.
+
+        Tokens are sorted by expert, so that each expert is two plain matrix products. Copies go out and come back
+        through permutations, whose gradients are permutations: no sum depends on the order of threads.
+        """
+        tokens, per_token = experts_NK.shape
+        order = experts_NK.flatten().argsort(stable=True)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts = torch.bincount(experts_NK.flatten(), minlength=len(self.gate_up_proj)).tolist()
+
+        copies = x_ND.unsqueeze(1).expand(-1, per_token, -1).reshape(tokens * per_token, -1)
+        outputs = [
+            self._expert(x, gate_up, down)
+            for x, gate_up, down in zip(
+                copies.index_select(0, order).split(counts),
+                self.gate_up_proj.unbind(),
+                self.down_proj.unbind(),
+                strict=True,
+            )
+        ]
+        y_NKD = torch.cat(outputs).index_select(0, back).unflatten(0, (tokens, per_token))
+        return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)
+
+    def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        gate, up = self.project(x, gate_up).chunk(2, dim=-1)
+        return self.project(F.silu(gate) * up, down)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, and shared ones that see every token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_ND = x.flatten(0, -2)
+        experts_NK, weights_NK = self.gate(x_ND)
+        return self.experts(x_ND, experts_NK, weights_NK).view_as(x) + self.shared_experts(x)

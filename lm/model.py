@@ -1,0 +1,86 @@
+"""A DeepSeek-V3-style decoder. Its state has the names of Hugging Face's layout, but for the stacked experts."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lm.attention import LatentAttention
+from lm.config import ModelConfig
+from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
+from lm.linear import Embedding, Linear
+from lm.norm import RMSNorm
+from lm.rope import rotations
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = layer < config.first_k_dense_replace
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm: ids [B, T] to hidden states [B, T, D]."""
+
+    rotations: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        table = rotations(config.max_position_embeddings, config.qk_rope_head_dim, config.rope_theta)
+        self.register_buffer("rotations", table, persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed_tokens(ids)
+        cos, sin = self.rotations[:, : ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [B, T, vocabulary] for ``ids`` [B, T]."""
+        return self.lm_head(self.model(ids))
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens."""
+        logits = self(windows[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+    def initialize(self, seed: int) -> None:
+        """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, router biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+
+    def routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """Returns how many parameters there are, and how many of them work on one token."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        experts = [module for module in self.modules() if isinstance(module, Experts)]
+        routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
+        share = self.config.num_experts_per_tok / self.config.n_routed_experts
+        return total, total - routed + round(routed * share)

@@ -1,0 +1,26 @@
+"""The identity of a stage's inputs, for work that is kept outside DVC: checkpoints must not meet other inputs."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tasks import paths
+from tasks.section import Section
+
+PROJECT = Path(__file__).parent.parent
+
+
+def key(stage: str, section: Section, files: Iterable[Path]) -> str:
+    """Returns 32 hexadecimal digits that change with the parameters, ``files``, the locked packages and the code."""
+    whole = hashlib.sha256()
+    whole.update(json.dumps(section.identity(), sort_keys=True).encode())
+    for file in [*files, paths.LOCK, *code_of(stage)]:
+        whole.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()[:32]
+
+
+def code_of(stage: str) -> list[Path]:
+    """Returns the source files that may decide what ``stage`` writes: its own, the shared ones, and the model's."""
+    folders = [PROJECT / "lm", PROJECT / "tasks" / stage]
+    return sorted([*(file for folder in folders for file in folder.rglob("*.py")), *(PROJECT / "tasks").glob("*.py")])

@@ -1,0 +1,64 @@
+"""Starts the processes of a distributed stage with torchrun's elastic agent, and tells its failures in one line."""
+
+import logging
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tasks.errors import EXIT_USER_MISTAKE, TryAgain
+
+# glibc gives large blocks back to the system and faults them in again, every step; kept, in huge pages, a step of the
+# default model takes about a fifth less (benchmarks/train.py shows the whole).
+_KEEP_MEMORY = ":".join(
+    [
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_max=0",
+        "glibc.malloc.trim_threshold=1099511627776",
+        "glibc.malloc.top_pad=67108864",
+    ]
+)
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Returns the environment variables of one training process."""
+    return {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": _KEEP_MEMORY, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def launch(module: str, world_size: int, threads: int) -> None:
+    """Runs ``python -m module`` in ``world_size`` processes of this machine and returns when all have ended well.
+
+    Raises :class:`TryAgain` when a process was killed. A process that met a user's mistake has said so itself: this one
+    ends with the same exit code. Anything else surfaces as torch's ChildFailedError.
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id="overnight",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    os.environ.update(worker_environment(threads))
+    try:
+        elastic_launch(config, sys.executable)("-m", module)
+    except ChildFailedError as error:
+        _tell(error)
+        raise
+
+
+def _tell(error: ChildFailedError) -> None:
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    if EXIT_USER_MISTAKE in codes.values():
+        sys.exit(EXIT_USER_MISTAKE)
+    for rank, code in sorted(codes.items()):
+        if code < 0 and code != -signal.SIGTERM:
+            raise TryAgain(
+                f"the process of rank {rank} was killed by {signal.Signals(-code).name} "
+                "(SIGKILL is often the kernel, short of memory). Run again to go on from the last checkpoint."
+            ) from None

@@ -1,0 +1,75 @@
+"""The processes that train together: who this one is, what it computes on, and how numbers are summed over all."""
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tasks.errors import BadParameter
+from tasks.training_params import TrainingParams
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place among ``size`` processes."""
+
+    rank: int
+    size: int
+    device: torch.device
+    precision: str
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 for matrix products where the precision is bf16, else nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums ``values`` over all processes, in place."""
+        dist.all_reduce(values)
+        return values
+
+
+@contextlib.contextmanager
+def joined(params: TrainingParams) -> Iterator[World]:
+    """Yields this process's :class:`World`, joined to the others that torchrun started with it."""
+    _die_with_parent()
+    torch.set_num_threads(params.threads_per_process)
+    torch.use_deterministic_algorithms(True)
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise BadParameter("params.yaml: device: cuda, but torch sees no GPU here. Set cpu, or install a CUDA build.")
+    rank = int(os.environ["RANK"])
+    device = torch.device(params.device)
+    if params.device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if params.device == "cuda" else "gloo")
+    try:
+        yield World(rank, int(os.environ["WORLD_SIZE"]), device, resolve_precision(params))
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_precision(params: TrainingParams) -> str:
+    """Returns bf16 or fp32: what ``precision`` says, or for ``auto`` what the hardware multiplies fastest."""
+    if params.precision != "auto":
+        return params.precision
+    if params.device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def _die_with_parent() -> None:
+    # The elastic agent starts each worker in a session of its own: a SIGKILL to the agent would leave them training.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
