@@ -1,7 +1,7 @@
 """What a stage raises when the fault lies outside its code, and the exit codes by which an orchestrator tells them apart.
 
-Exit codes: 2, the user has to change something, so a retry is useless; 75 (``EX_TEMPFAIL`` of sysexits.h), the world was
-at fault and a retry may help; anything else is a bug and comes with its traceback.
+2: the user has to change something, so a retry is useless. 75 (``EX_TEMPFAIL`` of sysexits.h): the world was at fault
+and a retry may help. 1: a check refused what the stage made, or, with a traceback, the stage has a bug.
 """
 
 EXIT_USER_MISTAKE = 2
@@ -30,3 +30,9 @@ class TryAgain(Exception):
     """A fault that passes: a worker was killed, a peer went away, a lock was held too long."""
 
     exit_code = EXIT_TRY_AGAIN
+
+
+class Refused(Exception):
+    """A stage's own check refuses what the stage made. A retry would make the same again."""
+
+    exit_code = 1

@@ -3,13 +3,13 @@
 import sys
 from collections.abc import Callable
 
-from tasks.errors import TryAgain, UserMistake
+from tasks.errors import Refused, TryAgain, UserMistake
 
 
 def run(stage: Callable[[], None]) -> None:
     """Runs ``stage`` and ends the process: 0 when it succeeds, else one ``error:`` line and the exit code of the error."""
     try:
         stage()
-    except (UserMistake, TryAgain) as error:
+    except (UserMistake, TryAgain, Refused) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

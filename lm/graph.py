@@ -1,0 +1,92 @@
+"""A small writer of ONNX graphs: one call a node, names that tell where a node comes from."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 21
+IR_VERSION = 10
+
+
+class Graph:
+    """Collects nodes and initializers in order, so that equal models give equal bytes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self._scope: list[str] = []
+        self._count = 0
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefixes the names of the nodes added inside."""
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    def op(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node with one output and returns that output's name."""
+        return self.ops(operator, *inputs, outputs=1, **attributes)[0]
+
+    def ops(self, operator: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """Adds a node with several outputs and returns their names."""
+        self._count += 1
+        name = "/".join([*self._scope, f"{operator}_{self._count}"])
+        names = [name if outputs == 1 else f"{name}:{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(operator, list(inputs), names, name=name, **attributes))
+        return names
+
+    def weight(self, name: str, value: npt.NDArray[Any]) -> str:
+        """Adds the initializer ``name`` once and returns its name."""
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+    def ints(self, *values: int) -> str:
+        """Returns the name of a one-dimensional int64 constant, shared by all who ask for the same."""
+        return self.weight("ints_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def number(self, value: float) -> str:
+        """Returns the name of a scalar fp32 constant, shared by all who ask for the same."""
+        return self.weight(f"number_{value!r}", np.array(value, dtype=np.float32))
+
+    def input(self, name: str, kind: int, shape: list[int | str]) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, value: str, name: str, kind: int, shape: list[int | str]) -> None:
+        """Makes ``value`` the graph's output ``name``."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def save(self, path: Path) -> None:
+        """Checks the graph and writes it to ``path``, its weights to ``path`` with ``.data`` appended."""
+        graph = helper.make_graph(
+            self.nodes, self.name, self.inputs, self.outputs, initializer=list(self.initializers.values())
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="overnight"
+        )
+        onnx.save_model(
+            model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data",
+            size_threshold=1024,
+        )  # fmt: skip
+        onnx.checker.check_model(path, full_check=True)
+
+
+FLOAT, INT64, INT32, UINT8, INT8 = (
+    TensorProto.FLOAT,
+    TensorProto.INT64,
+    TensorProto.INT32,
+    TensorProto.UINT8,
+    TensorProto.INT8,
+)

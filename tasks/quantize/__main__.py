@@ -1,0 +1,23 @@
+"""``python -m tasks.quantize``: checks everything that can be checked, then starts the fine-tuning processes."""
+
+from tasks import paths, stage
+from tasks.errors import BadInput
+from tasks.launch import launch
+from tasks.quantize.params import QuantizeParams
+from tasks.section import read_section
+from tasks.shards import Shards, read_manifest
+
+
+def main() -> None:
+    params = read_section("quantize", QuantizeParams)
+    weights = paths.FLOAT / "model.safetensors"
+    if not weights.is_file():
+        raise BadInput(f"{weights}: no such file. Run the stage 'train' first.")
+    manifest = read_manifest()
+    for split in ("train", "valid"):
+        Shards(paths.SHARDS, manifest, split)
+    launch("tasks.quantize.worker", params.world_size, params.threads_per_process)
+
+
+if __name__ == "__main__":
+    stage.run(main)
