@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tasks.errors import DiskFull
 
@@ -37,8 +38,8 @@ def folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
-            for file in sorted(partial.rglob("*")):
-                _sync(file)
+            for entry in sorted(partial.rglob("*")):
+                _sync(entry)
             _sync(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -50,21 +51,28 @@ def folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes ``content`` to ``path``, whole or not at all."""
+@contextlib.contextmanager
+def file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write; at the end it is synced and takes the place of ``path`` in one rename."""
     partial = path.parent / f".partial-{path.name}"
     with disk_full_is_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            with partial.open("wb") as opened:
+                yield opened
+                opened.flush()
+                os.fsync(opened.fileno())
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         os.replace(partial, path)
         _sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path``, whole or not at all."""
+    with file(path) as opened:
+        opened.write(content)
 
 
 def write_text(path: Path, content: str) -> None:

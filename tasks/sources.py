@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from tasks.section import Section
 
+# The codec, as pyarrow names it, that a file's last ending stands for.
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
 
 class Source(Section):
     """One place that text comes from, and how to read it."""
