@@ -1,0 +1,38 @@
+# Everything happens in .venv; nothing has to be installed but Python 3.11, make and git.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: run test check lock clean
+
+run: .venv/.installed
+	$(BIN)/overnight run
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -q
+
+check: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The lock file is a list of constraints: it decides versions, pyproject.toml decides what is installed.
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .[test,benchmark]
+	touch $@
+
+# Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q --disable-pip-version-check .[test,benchmark]
+	.venv-lock/bin/python -m pip freeze --exclude overnight | sed -e 's/+cpu//' > requirements.lock
+	rm -rf .venv-lock build
+
+clean:
+	rm -rf .venv .overnight

@@ -1,0 +1,247 @@
+"""The card's text. Every number in it comes from a report."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from tasks.card.evidence import NOT_ASSESSED, Evidence
+from tasks.card.params import CardParams
+
+EXAMPLE = Path(__file__).with_name("example.py")
+
+
+def front_matter(evidence: Evidence, params: CardParams) -> str:
+    """Returns the metadata that the Hub reads: licence, languages, and the evaluation as a model index."""
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"test split of {', '.join(_source_names(evidence))}",
+            dataset_split="test",
+            metric_type="bits_per_byte",
+            metric_name=f"bits per byte ({kind})",
+            metric_value=value,
+        )
+        for kind in ("float", "int8")
+        if (value := evidence.evaluation.get(f"models.{kind}.bits_per_byte.value")) is not None
+    ]
+    data = ModelCardData(
+        language=params.language,
+        license=params.licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["deepseek_v3", "onnx", "int8", "quantization-aware-training"],
+        model_name=params.name,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def body(evidence: Evidence, params: CardParams) -> str:
+    """Returns the card below its metadata."""
+    parts = [
+        f"# {params.name}",
+        _summary(evidence),
+        "## How to run it",
+        "The INT8 model needs `onnxruntime`, `tokenizers` and `numpy`; run this in the folder with `model.onnx`:",
+        f"```python\n{EXAMPLE.read_text()}```",
+        "The float model loads in `transformers` with `AutoModelForCausalLM.from_pretrained`.",
+        "## Architecture",
+        "![architecture](architecture.png)" if evidence.config.content else NOT_ASSESSED,
+        _parameters(evidence),
+        "## Data",
+        _sources(evidence),
+        _splits(evidence),
+        "## Training",
+        "![training curve](curve.png)" if evidence.curve else NOT_ASSESSED,
+        _training(evidence),
+        "## Evaluation",
+        _evaluation(evidence),
+        "## Quantization",
+        _quantization(evidence),
+        "## Intended use",
+        params.intended_use,
+        "## Limits",
+        _limits(evidence, params),
+        "## Risk controls",
+        _risks(evidence),
+        "## Where it comes from",
+        "SHA-256 of what made this version; a hash over several files is the hash of their hashes.",
+        _table(["what", "SHA-256"], [[name, f"`{value}`"] for name, value in evidence.hashes.items()]),
+        f"Contact: {params.contact or NOT_ASSESSED}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(evidence: Evidence) -> str:
+    evaluation, train = evidence.evaluation, evidence.train
+    verdict = evaluation.tell("gate.passed", lambda passed: "passes" if passed else "**does not pass**")
+    return (
+        f"A DeepSeek-V3-style language model of {train.show('parameters', '{:,}')} parameters "
+        f"({train.show('active_parameters', '{:,}')} active a token), trained on "
+        f"{', '.join(_source_names(evidence)) or NOT_ASSESSED}, with an INT8 version for onnxruntime. "
+        f"Bits per byte on the test split: float {evaluation.show('models.float.bits_per_byte.value', '{:.3f}')}, INT8 "
+        f"{evaluation.show('models.int8.bits_per_byte.value', '{:.3f}')}. The gate for INT8: {verdict}."
+    )
+
+
+def _parameters(evidence: Evidence) -> str:
+    config, train = evidence.config, evidence.train
+    rows = [
+        ["parameters, total", train.show("parameters", "{:,}")],
+        ["parameters, active a token", train.show("active_parameters", "{:,}")],
+        ["layers", config.show("num_hidden_layers")],
+        ["context (tokens)", config.show("max_position_embeddings", "{:,}")],
+        ["vocabulary", config.show("vocab_size", "{:,}")],
+        ["cache a token and layer (numbers)", _cache_width(evidence)],
+    ]
+    return _table(["", ""], rows)
+
+
+def _cache_width(evidence: Evidence) -> str:
+    widths = [evidence.config.get(name) for name in ("kv_lora_rank", "qk_rope_head_dim")]
+    return NOT_ASSESSED if None in widths else str(sum(widths))
+
+
+def _sources(evidence: Evidence) -> str:
+    rows = []
+    for source in evidence.corpus.get("sources") or []:
+        documents = source["documents"]
+        rows.append(
+            [
+                source["name"],
+                source["licence"],
+                f"{source['records']['rejected']:,} of {source['records']['in']:,}",
+                f"{documents['duplicated']:,}",
+                f"{documents['out']:,}",
+                f"{source['bytes']['out']:,}",
+                f"`{source['sha256'][:16]}`",
+            ]
+        )
+    header = ["source", "licence", "records rejected", "duplicates removed", "documents", "bytes", "SHA-256"]
+    return _table(header, rows) if rows else NOT_ASSESSED
+
+
+def _splits(evidence: Evidence) -> str:
+    rows = []
+    for name, split in (evidence.corpus.get("splits") or {}).items():
+        groups = split.get("groups")
+        shown = ", ".join(groups) if isinstance(groups, list) and len(groups) <= 12 else f"{_count(groups):,} groups"
+        rows.append([name, f"{split['documents']:,}", f"{split['bytes']:,}", shown])
+    return _table(["split", "documents", "bytes", "groups"], rows) if rows else NOT_ASSESSED
+
+
+def _count(groups: Any) -> int:
+    return len(groups) if isinstance(groups, list) else int(groups)
+
+
+def _training(evidence: Evidence) -> str:
+    train = evidence.train
+    rows = [
+        ["steps", train.show("steps", "{:,}")],
+        ["tokens", train.show("tokens", "{:,}")],
+        ["passes over the training split", train.show("epochs", "{:.2f}")],
+        ["processes", train.show("processes")],
+        ["precision", train.show("precision")],
+        ["last training loss (nats a token)", train.show("train_loss", "{:.4f}")],
+        ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
+        ["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")],
+    ]
+    return _table(["", ""], rows)
+
+
+def _evaluation(evidence: Evidence) -> str:
+    report = evidence.evaluation
+    measures = [
+        ("bits per byte", "bits_per_byte", "{:.3f}"),
+        ("nats a token", "nats_per_token", "{:.4f}"),
+        ("next token right", "accuracy", "{:.4f}"),
+        ("KL divergence from float (nats)", "kl_divergence", "{:.5f}"),
+        ("same likeliest token as float", "same_top_1", "{:.4f}"),
+    ]
+    rows = [
+        [name, *(report.interval(f"models.{kind}.{key}", style) for kind in ("float", "int8"))]
+        for name, key, style in measures
+    ]
+    for row in rows[3:]:
+        row[1] = "-"
+    baselines = [
+        [
+            f"{report.show('baselines.ngram.order')}-gram model of characters, interpolated",
+            report.interval("baselines.ngram.bits_per_byte"),
+        ],
+        ["`xz -9` primed with the training split", report.show("baselines.xz.bits_per_byte.value", "{:.3f}")],
+    ]
+    return "\n\n".join(
+        [
+            f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test split, "
+            "none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents.",
+            _table(["", "float", "INT8"], rows),
+            "Baselines on the same text:",
+            _table(["", "bits per byte"], baselines),
+        ]
+    )
+
+
+def _quantization(evidence: Evidence) -> str:
+    report, audit = evidence.evaluation, evidence.audit
+    products = ", ".join(f"`{name}`" for name in audit.get("float_products") or []) or NOT_ASSESSED
+    passed = report.tell("gate.passed", lambda value: "passed" if value else "refused")
+    return "\n\n".join(
+        [
+            "Weights: signed 8 bits, one scale an output channel. Activations: unsigned 8 bits, one scale and zero point "
+            "a token. The model was fine-tuned with exactly these roundings before the export.",
+            _table(
+                ["", ""],
+                [
+                    ["relative loss against float, paired", report.interval("gate.relative_loss", "{:+.4f}")],
+                    ["limit for the interval's upper end", report.show("gate.limit", "{:.4f}")],
+                    ["gate", passed],
+                    ["matrix products in INT8", audit.show("int8_products", "{:,}")],
+                    ["bytes of weights in INT8", audit.show("bytes_by_type.int8", "{:,}")],
+                    ["share of all weight bytes", audit.show("int8_share_of_bytes", "{:.1%}")],
+                    ["left in float on purpose (routers)", products],
+                ],
+            ),
+        ]
+    )
+
+
+def _limits(evidence: Evidence, params: CardParams) -> str:
+    context = evidence.config.show("max_position_embeddings", "{:,}")
+    return "\n".join(
+        [
+            f"- Out of scope: {params.out_of_scope}",
+            f"- It attends to at most {context} tokens; longer texts have to be cut.",
+            "- It writes like its corpus and knows nothing else; what it says is not checked for truth.",
+            "- Factual accuracy, bias, toxicity and memorization of training text: " + NOT_ASSESSED + ".",
+        ]
+    )
+
+
+def _risks(evidence: Evidence) -> str:
+    sources = evidence.corpus.get("sources")
+    rejected = NOT_ASSESSED if sources is None else f"{sum(source['records']['rejected'] for source in sources):,}"
+    duplicated = NOT_ASSESSED if sources is None else f"{sum(source['documents']['duplicated'] for source in sources):,}"
+    return _table(
+        ["risk", "control", "evidence"],
+        [
+            ["damaged input", "invalid records go to quarantine with file, line and reason", f"{rejected} records"],
+            ["duplicates inflate the evaluation", "exact duplicates are removed over all splits", f"{duplicated} removed"],
+            ["test text seen in training", "splits are dealt by group, not by document", "the table of splits above"],
+            ["quantization harms the model", "a gate on the paired relative loss", "the table of quantization above"],
+            ["a layer left float in silence", "the exported graph is audited", "`audit.json` beside the INT8 model"],
+            ["personal data in the corpus", "no screening", NOT_ASSESSED],
+            ["training text can be extracted", "no differential privacy", NOT_ASSESSED],
+        ],
+    )
+
+
+def _source_names(evidence: Evidence) -> list[str]:
+    return [source["name"] for source in evidence.corpus.get("sources") or []]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

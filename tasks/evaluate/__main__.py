@@ -1,0 +1,56 @@
+"""``python -m tasks.evaluate``: measures float and INT8 on the test split, beside two baselines on the same text."""
+
+import torch
+from tokenizers import Tokenizer
+
+from lm import hugging_face
+from lm.runtime import Generator
+from tasks import atomic, paths, stage
+from tasks.errors import BadInput
+from tasks.evaluate import baselines, report
+from tasks.evaluate.bootstrap import Bootstrap
+from tasks.evaluate.params import EvaluateParams
+from tasks.evaluate.score import score
+from tasks.progress import progress
+from tasks.section import read_section
+from tasks.shards import Shards, Tokens, read_manifest
+
+
+def main() -> None:
+    params = read_section("evaluate", EvaluateParams)
+    manifest = read_manifest()
+    for made, by in ((paths.FLOAT / "model.safetensors", "train"), (paths.INT8_GRAPH, "quantize")):
+        if not made.is_file():
+            raise BadInput(f"{made}: no such file. Run the stage '{by}' first.")
+    documents = Shards(paths.SHARDS, manifest, "test").documents()
+    if not documents:
+        raise BadInput(f"{paths.SHARDS}: the test split is empty. Raise ingest.split.test in params.yaml.")
+    torch.set_num_threads(params.threads)
+    torch.use_deterministic_algorithms(True)
+    model = hugging_face.load(paths.FLOAT)
+    with progress("evaluate") as shown:
+        scores = score(model, Generator(paths.INT8, params.threads), documents, shown)
+    tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
+    train, test = (
+        _texts(tokenizer, found) for found in (Shards(paths.SHARDS, manifest, "train").documents(), documents)
+    )
+    bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)
+    evaluation = report.Evaluation(
+        documents=len(documents),
+        tokens=int(scores.column("tokens").sum()),
+        bytes=int(scores.column("bytes").sum()),
+        context=model.config.max_position_embeddings,
+        models=report.models(scores, bootstrap),
+        baselines=baselines.measure(train, test, params.ngram_order, bootstrap),
+        gate=report.gate(scores, bootstrap, params.max_relative_loss),
+    )
+    atomic.write_json(paths.EVALUATION, evaluation.model_dump())
+
+
+def _texts(tokenizer: Tokenizer, documents: list[tuple[Tokens, int]]) -> list[str]:
+    # Byte-level tokens decode to the very text that was encoded; BOS is left out as a special token.
+    return tokenizer.decode_batch([tokens.tolist() for tokens, _ in documents], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    stage.run(main)
