@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU (arXiv 2002.05202) and DeepSeek-V3's mixture of experts (arXiv 2412.19437, section 2.1.2).
+"""Feed-forward layers: SwiGLU (arXiv 2002.05202), DeepSeek-V3's mixture of experts (arXiv 2412.19437, section 2.1.2).
 
 Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts.
 """

@@ -82,7 +82,11 @@ def save(model: LanguageModel, tokenizer: Path, folder: Path) -> None:
     """Writes ``model`` and a copy of the file ``tokenizer`` into ``folder``; equal models give equal bytes."""
     config = model.config
     save_file(state_to_layout(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.eos_token_id}
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.eos_token_id,
+    }
     for name, content in {
         "config.json": config_to_json(config),
         "generation_config.json": {"_from_model_config": True, **ids},
@@ -95,7 +99,7 @@ def save(model: LanguageModel, tokenizer: Path, folder: Path) -> None:
 def load(folder: Path) -> LanguageModel:
     """Returns the model in ``folder``, in fp32 on the CPU."""
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model = LanguageModel(config_from_json(json.loads((folder / "config.json").read_text())))
     model.load_state_dict(layout_to_state(tensors))
     return model

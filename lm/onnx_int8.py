@@ -38,9 +38,7 @@ def export(model: LanguageModel, path: Path) -> None:
     graph = Graph("overnight-int8")
     width = config.kv_lora_rank + config.qk_rope_head_dim
     ids = graph.input("input_ids", INT64, ["batch", "length"])
-    pasts = [
-        graph.input(f"past_{index}", FLOAT, ["batch", "past", width]) for index in range(config.num_hidden_layers)
-    ]
+    pasts = [graph.input(f"past_{index}", FLOAT, ["batch", "past", width]) for index in range(config.num_hidden_layers)]
     cos, sin = _rotations(graph, model, ids, pasts[0])
     x = _embed(graph, model, ids)
     for index, layer in enumerate(model.model.layers):
@@ -165,7 +163,9 @@ def _causal_mask(graph: Graph, x: str, present: str) -> str:
     total = graph.op("Squeeze", graph.op("Shape", present, start=1, end=2), graph.ints(0))
     keys = graph.op("Range", zero, total, one)
     queries = graph.op("Range", graph.op("Sub", total, length), total, one)
-    later = graph.op("Greater", graph.op("Unsqueeze", keys, graph.ints(0)), graph.op("Unsqueeze", queries, graph.ints(1)))
+    later = graph.op(
+        "Greater", graph.op("Unsqueeze", keys, graph.ints(0)), graph.op("Unsqueeze", queries, graph.ints(1))
+    )
     return graph.op("Where", later, graph.number(float("-inf")), graph.number(0.0))
 
 
@@ -185,7 +185,9 @@ def _rotate(graph: Graph, x: str, cos: str, sin: str) -> str:
 def _swiglu(graph: Graph, name: str, layer: SwiGLU, x8: Tokens) -> str:
     gate = linear(graph, f"{name}.gate_proj", layer.gate_proj.weight, x8)
     up = linear(graph, f"{name}.up_proj", layer.up_proj.weight, x8)
-    return linear(graph, f"{name}.down_proj", layer.down_proj.weight, quantize_tokens(graph, _silu_mul(graph, gate, up)))
+    return linear(
+        graph, f"{name}.down_proj", layer.down_proj.weight, quantize_tokens(graph, _silu_mul(graph, gate, up))
+    )
 
 
 def _silu_mul(graph: Graph, gate: str, up: str) -> str:

@@ -35,7 +35,7 @@ class Generator:
     def run(
         self, ids: npt.NDArray[np.int64], cache: dict[str, npt.NDArray[np.float32]]
     ) -> tuple[Logits, dict[str, npt.NDArray[np.float32]]]:
-        """Returns the logits [batch, length, vocabulary] of ``ids`` [batch, length] after ``cache``, and the new cache."""
+        """Returns logits [batch, length, vocabulary] of ``ids`` [batch, length] after ``cache``, and the new cache."""
         logits, *presents = self.session.run(self._outputs, {"input_ids": ids, **cache})
         return logits, dict(zip(cache, presents, strict=True))
 

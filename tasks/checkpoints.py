@@ -49,7 +49,9 @@ class Checkpoints:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them."""
         if not self._stage.is_dir():
             return
-        others = sorted((run for run in self._stage.iterdir() if run != self.folder), key=lambda run: run.stat().st_mtime)
+        others = sorted(
+            (run for run in self._stage.iterdir() if run != self.folder), key=lambda run: run.stat().st_mtime
+        )
         for run in others[: -(KEPT_RUNS - 1)]:
             shutil.rmtree(run, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What a stage raises when the fault lies outside its code, and the exit codes by which an orchestrator tells them apart.
+"""What a stage raises when the fault lies outside its code, and the exit codes that tell an orchestrator which it was.
 
 2: the user has to change something, so a retry is useless. 75 (``EX_TEMPFAIL`` of sysexits.h): the world was at fault
 and a retry may help. 1: a check refused what the stage made, or, with a traceback, the stage has a bug.

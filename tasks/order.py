@@ -25,7 +25,7 @@ def samples_at(positions: Indices, samples: int, seed: int) -> Indices:
     order = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
         chosen = epochs == epoch
-        order[chosen] = _permute(within[chosen], samples, _mix(np.uint64(seed), np.uint64(epoch)))
+        order[chosen] = _permute(within[chosen], samples, np.uint64(_mix(np.uint64(seed), np.uint64(epoch))))
     return order
 
 

@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One point in the life of a stage: ``done`` of ``total`` units, ``rate`` units a second, and the stage's own numbers."""
+    """One point in a stage's life: ``done`` of ``total`` units, ``rate`` units a second, and its own numbers."""
 
     stage: str
     step: str
@@ -145,7 +145,7 @@ class Progress:
         self._first = 0.0
 
     def begin(self, step: str, done: float = 0) -> None:
-        """Starts the clock of ``step``; ``done`` is what an earlier attempt had finished and does not count for the rate."""
+        """Starts the clock of ``step``; what an earlier attempt had ``done`` does not count for the rate."""
         self._step, self._first = step, done
         self._started = time.monotonic()
         self._shown = 0.0

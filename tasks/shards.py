@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Buffer
 
 from tasks import atomic, paths
 from tasks.errors import BadInput
@@ -66,7 +67,7 @@ class Manifest(BaseModel):
         return digest(json.dumps(self.model_dump(), sort_keys=True).encode())
 
 
-def digest(content: bytes | memoryview | npt.NDArray[Any]) -> str:
+def digest(content: Buffer) -> str:
     """The 128-bit XXH3 digest in hexadecimal: some ten times faster than SHA-256, against accidents, not attackers."""
     return xxhash.xxh3_128_hexdigest(content)
 

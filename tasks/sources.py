@@ -30,10 +30,13 @@ class Source(Section):
     def _fields_fit_the_format(self) -> Self:
         tabular = self.format in ("jsonl", "csv", "parquet")
         if tabular and not self.text_field:
-            raise ValueError(f"source '{self.name}': format {self.format} needs text_field; name the field with the text")
+            raise ValueError(
+                f"source '{self.name}': format {self.format} needs text_field; name the field with the text"
+            )
         if not tabular and (self.text_field or self.document_fields or self.group_field):
             raise ValueError(
-                f"source '{self.name}': format {self.format} has no fields; remove text_field, document_fields, group_field"
+                f"source '{self.name}': format {self.format} has no fields; "
+                "remove text_field, document_fields and group_field"
             )
         return self
 

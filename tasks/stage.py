@@ -7,7 +7,7 @@ from tasks.errors import Refused, TryAgain, UserMistake
 
 
 def run(stage: Callable[[], None]) -> None:
-    """Runs ``stage`` and ends the process: 0 when it succeeds, else one ``error:`` line and the exit code of the error."""
+    """Runs ``stage`` and ends the process: 0 on success, else one ``error:`` line and the error's exit code."""
     try:
         stage()
     except (UserMistake, TryAgain, Refused) as error:

@@ -99,9 +99,8 @@ def train(
         done += 1
         if done % params.validate_every == 0 or done == params.steps:
             run.record(done)
-        if done % params.checkpoint_every == 0 or done == params.steps:
-            if world.is_first:
-                checkpoints.save(done, run.state(done))
+        if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps):
+            checkpoints.save(done, run.state(done))
         progress.update(done, params.steps, "steps", loss=loss, **run.latest())
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)

@@ -19,7 +19,7 @@ random = np.random.default_rng(0)
 
 for _ in range(40):
     logits, *presents = session.run(outputs, {"input_ids": np.array([new], np.int64), **cache})
-    cache = dict(zip(cache, presents))
+    cache = dict(zip(cache, presents, strict=True))
     best = np.argsort(-logits[0, -1])[:40]
     weights = np.exp((logits[0, -1][best] - logits[0, -1][best[0]]) / 0.8)
     token = int(random.choice(best, p=weights / weights.sum()))

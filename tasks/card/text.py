@@ -175,8 +175,8 @@ def _evaluation(evidence: Evidence) -> str:
     ]
     return "\n\n".join(
         [
-            f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test split, "
-            "none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents.",
+            f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test "
+            "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents.",
             _table(["", "float", "INT8"], rows),
             "Baselines on the same text:",
             _table(["", "bits per byte"], baselines),
@@ -190,8 +190,8 @@ def _quantization(evidence: Evidence) -> str:
     passed = report.tell("gate.passed", lambda value: "passed" if value else "refused")
     return "\n\n".join(
         [
-            "Weights: signed 8 bits, one scale an output channel. Activations: unsigned 8 bits, one scale and zero point "
-            "a token. The model was fine-tuned with exactly these roundings before the export.",
+            "Weights: signed 8 bits, one scale an output channel. Activations: unsigned 8 bits, one scale and zero "
+            "point a token. The model was fine-tuned with exactly these roundings before the export.",
             _table(
                 ["", ""],
                 [
@@ -223,12 +223,18 @@ def _limits(evidence: Evidence, params: CardParams) -> str:
 def _risks(evidence: Evidence) -> str:
     sources = evidence.corpus.get("sources")
     rejected = NOT_ASSESSED if sources is None else f"{sum(source['records']['rejected'] for source in sources):,}"
-    duplicated = NOT_ASSESSED if sources is None else f"{sum(source['documents']['duplicated'] for source in sources):,}"
+    duplicated = (
+        NOT_ASSESSED if sources is None else f"{sum(source['documents']['duplicated'] for source in sources):,}"
+    )
     return _table(
         ["risk", "control", "evidence"],
         [
             ["damaged input", "invalid records go to quarantine with file, line and reason", f"{rejected} records"],
-            ["duplicates inflate the evaluation", "exact duplicates are removed over all splits", f"{duplicated} removed"],
+            [
+                "duplicates inflate the evaluation",
+                "exact duplicates are removed over all splits",
+                f"{duplicated} removed",
+            ],
             ["test text seen in training", "splits are dealt by group, not by document", "the table of splits above"],
             ["quantization harms the model", "a gate on the paired relative loss", "the table of quantization above"],
             ["a layer left float in silence", "the exported graph is audited", "`audit.json` beside the INT8 model"],

@@ -54,7 +54,7 @@ class Baselines(_Report):
 
 
 class Gate(_Report):
-    """INT8's loss over float's, minus 1, on the same documents; passed when the interval's upper end is under ``limit``."""
+    """INT8's loss over float's, minus 1, on the same documents; passed when its upper end is under ``limit``."""
 
     relative_loss: Estimate
     limit: float

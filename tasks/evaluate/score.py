@@ -51,9 +51,7 @@ def windows_of(document: int, tokens: npt.NDArray[np.int64], context: int) -> It
         start = max(start + 1, scored - 1 - context // 2)
 
 
-def score(
-    model: LanguageModel, int8: Generator, documents: list[tuple[Tokens, int]], progress: Progress
-) -> Scores:
+def score(model: LanguageModel, int8: Generator, documents: list[tuple[Tokens, int]], progress: Progress) -> Scores:
     """Returns the scores of both models on ``documents`` (tokens with BOS first, UTF-8 bytes). Both compute in fp32."""
     table = np.zeros((len(documents), len(COLUMNS)))
     windows: list[Window] = []

@@ -90,16 +90,12 @@ def _float_weights_of_products(graph: onnx.GraphProto, tensors: dict[str, onnx.T
     ]
 
 
-def _float_products(
-    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel
-) -> list[str]:
+def _float_products(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
     left = sorted(set(_float_weights_of_products(graph, tensors)) - _routers(model))
     return [f"{name} is multiplied in float" for name in left]
 
 
-def _missing_products(
-    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel
-) -> list[str]:
+def _missing_products(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
     multiplied = {
         name
         for node in graph.node
@@ -110,9 +106,7 @@ def _missing_products(
     return [f"{name} is not multiplied in INT8" for name in expected_products(model) if name not in multiplied]
 
 
-def _float_embeddings(
-    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel
-) -> list[str]:
+def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
     shapes = [list(module.weight.shape) for module in model.modules() if isinstance(module, Embedding)]
     return [
         f"{node.input[0]} is looked up in float"

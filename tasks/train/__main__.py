@@ -4,19 +4,21 @@ from tasks import paths, stage
 from tasks.errors import BadInput
 from tasks.launch import launch
 from tasks.section import read_section
-from tasks.shards import Shards, read_manifest
+from tasks.shards import Shards, SplitName, read_manifest
 from tasks.train.params import TrainParams
 
 
 def main() -> None:
     params = read_section("train", TrainParams)
     manifest = read_manifest()
-    for split, needed in (("train", params.global_batch), ("valid", 1)):
+    needs: dict[SplitName, int] = {"train": params.global_batch, "valid": 1}
+    for split, needed in needs.items():
         found = len(Shards(paths.SHARDS, manifest, split).reader(params.seq_len))
         if found < needed:
             raise BadInput(
-                f"{paths.SHARDS}: the {split} split holds {found} windows of seq_len {params.seq_len}, and {needed} are "
-                "needed. Collect more text, or lower train.seq_len or train.global_batch in params.yaml."
+                f"{paths.SHARDS}: the {split} split holds {found} windows of seq_len {params.seq_len}, "
+                f"and {needed} are needed. Collect more text, or lower train.seq_len or train.global_batch in "
+                f"{paths.PARAMS}."
             )
     launch("tasks.train.worker", params.world_size, params.threads_per_process)
 
