@@ -122,6 +122,6 @@ def _unreadable(source: Source, file: FoundFile, error: OSError) -> BadInput:
 
 def _in_the_way(source: Source, file: FoundFile, target: Path) -> BadInput:
     return BadInput(
-        f"source '{source.name}': {file.path}: cannot become {target}, because an earlier file or folder is in the way. "
+        f"source '{source.name}': {file.path}: cannot become {target}, because an earlier file or folder is there. "
         f"Remove that from {paths.RAW / source.name}, or give the source another name."
     )

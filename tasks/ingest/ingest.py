@@ -1,0 +1,184 @@
+"""Reads the collected files and writes the corpus: valid, normalized, free of duplicates, split by group."""
+
+import hashlib
+import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tasks import atomic, paths
+from tasks.errors import BadInput
+from tasks.ingest.document import Document, join
+from tasks.ingest.params import IngestParams
+from tasks.ingest.readers import FileReader
+from tasks.ingest.record import Record, Rejection, size_of
+from tasks.ingest.report import CorpusReport, SourceReport
+from tasks.ingest.split import SPLITS, SplitName, split_of
+from tasks.ingest.tables import CORPUS_SCHEMA, QUARANTINE_SCHEMA, TableWriter
+from tasks.ingest.tally import SourceTally, SplitTally
+from tasks.progress import Progress, progress
+from tasks.sources import CollectParams, Source
+
+# Where the quarantine of a failed attempt can be read: the corpus it belongs to does not come to be.
+REFUSED = paths.SCRATCH / paths.QUARANTINE.name
+_REASONS_TOLD = 3
+
+
+def ingest(collect: CollectParams, params: IngestParams) -> CorpusReport:
+    """Writes ``data/corpus`` from ``data/raw`` and returns its report.
+
+    Raises :class:`BadInput` for a source that was not collected, a damaged file, too many rejected records, and a
+    split that came out empty.
+    """
+    files = {source.name: _files_of(source) for source in collect.sources}
+    total = sum(file.stat().st_size for listed in files.values() for file in listed)
+    with atomic.folder(paths.CORPUS) as folder, progress("ingest") as shown:
+        shown.begin("read")
+        try:
+            report = _write(collect, params, files, folder, _Bytes(shown, total))
+        except BadInput:
+            _keep(folder / paths.QUARANTINE.name)
+            raise
+        atomic.write_json(folder / paths.CORPUS_REPORT.name, report.model_dump(by_alias=True))
+    REFUSED.unlink(missing_ok=True)
+    return report
+
+
+@dataclass
+class _Bytes:
+    """Progress in bytes of raw files."""
+
+    shown: Progress
+    total: int
+    of_finished_files: int = 0
+
+    def update(self, position: int, rejected: int) -> None:
+        # A block is read long before its last record: only the end of the last file is the end.
+        done = min(self.of_finished_files + position, self.total - 1)
+        self.shown.update(done, self.total, "bytes", rejected=rejected)
+
+    def finish(self, file: Path, rejected: int) -> None:
+        self.of_finished_files += file.stat().st_size
+        self.shown.update(self.of_finished_files, self.total, "bytes", rejected=rejected)
+
+
+@dataclass
+class _Corpus:
+    """The corpus as it grows: the writers of the splits, their counts, and the digests of what was seen."""
+
+    params: IngestParams
+    writers: dict[SplitName, TableWriter]
+    quarantine: TableWriter
+    tallies: dict[SplitName, SplitTally] = field(default_factory=lambda: {name: SplitTally() for name in SPLITS})
+    seen: set[bytes] = field(default_factory=set)
+
+    def add(self, document: Document, source: Source, name: str, tally: SourceTally) -> None:
+        digest = document.digest()
+        size = size_of(document.text)
+        is_duplicate = digest in self.seen
+        tally.add_document(document, size, is_duplicate)
+        if is_duplicate:
+            return
+        self.seen.add(digest)
+        # Without a group the text itself decides: a line's number would change with every line added before it.
+        split = split_of(digest if document.group is None else document.group.encode(), self.params.split)
+        row = (document.text, source.name, document.group, f"{source.name}/{name}:{document.line}")
+        self.writers[split].write(row, size.bytes)
+        self.tallies[split].add(document, size)
+
+    def refuse(self, rejection: Rejection, source: Source, name: str) -> None:
+        row = (source.name, name, rejection.line, rejection.reason, rejection.digest, rejection.size.bytes)
+        self.quarantine.write(row, len(name) + len(rejection.digest))
+
+
+def _write(
+    collect: CollectParams, params: IngestParams, files: dict[str, list[Path]], folder: Path, done: _Bytes
+) -> CorpusReport:
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(TableWriter(_parts(folder / name), CORPUS_SCHEMA)) for name in SPLITS}
+        quarantine = TableWriter(iter([folder / paths.QUARANTINE.name]), QUARANTINE_SCHEMA)
+        corpus = _Corpus(params, writers, stack.enter_context(quarantine))
+        sources = [_read_source(source, files[source.name], corpus, done) for source in collect.sources]
+        _check_splits(corpus)
+        splits = {name: tally.report() for name, tally in corpus.tallies.items()}
+        return CorpusReport(sources=sources, splits=splits)
+
+
+def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Bytes) -> SourceReport:
+    tally = SourceTally()
+    sha256 = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(paths.RAW / source.name).as_posix()
+        with file.open("rb") as content:
+            sha256.update(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {name}\n".encode())
+        for document in join(
+            _kept(FileReader(file, source, corpus.params.max_line_bytes), source, name, corpus, tally, done)
+        ):
+            corpus.add(document, source, name, tally)
+        done.finish(file, tally.rejections)
+    _check_rate(source, tally, corpus.params)
+    return tally.report(source, len(files), sha256.hexdigest())
+
+
+def _kept(
+    reader: FileReader, source: Source, name: str, corpus: _Corpus, tally: SourceTally, done: _Bytes
+) -> Iterator[Record]:
+    for record in reader:
+        tally.add_record(record)
+        done.update(reader.position, tally.rejections)
+        if isinstance(record, Rejection):
+            corpus.refuse(record, source, name)
+        else:
+            yield record
+
+
+def _files_of(source: Source) -> list[Path]:
+    folder = paths.RAW / source.name
+    # What a killed attempt of collecting left behind does not count.
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".partial-")]
+    if not found:
+        raise BadInput(f"{folder}: no file of source '{source.name}'. Collect first: python -m tasks.collect")
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    for index in itertools.count():
+        yield folder / f"part-{index:05d}.parquet"
+
+
+def _check_rate(source: Source, tally: SourceTally, params: IngestParams) -> None:
+    if tally.reject_rate <= params.max_reject_rate:
+        return
+    commonest = ", ".join(f"{reason} ({count:,})" for reason, count in tally.reasons.most_common(_REASONS_TOLD))
+    raise BadInput(
+        f"source '{source.name}': {tally.rejections:,} of {tally.records:,} records are rejected "
+        f"({tally.reject_rate:.2%}; ingest.max_reject_rate allows {params.max_reject_rate:.2%}): {commonest}. "
+        f"{REFUSED} lists them; mend the source, or raise the rate in params.yaml."
+    )
+
+
+def _check_splits(corpus: _Corpus) -> None:
+    if not any(tally.documents for tally in corpus.tallies.values()):
+        raise BadInput(
+            f"{paths.RAW}: the corpus is empty: no source holds a record with text. "
+            "Check what was collected, and uri, format and text_field in params.yaml."
+        )
+    split = corpus.params.split
+    for name, tally in corpus.tallies.items():
+        if not tally.documents:
+            groups = sum(len(other.groups) + other.ungrouped for other in corpus.tallies.values())
+            share = "lower ingest.split.valid and test" if name == "train" else f"raise ingest.split.{name}"
+            raise BadInput(
+                f"{paths.RAW}: the {name} split is empty: {groups} groups, dealt out by ingest.split.seed {split.seed} "
+                f"with valid {split.valid} and test {split.test}. Change the seed, {share}, collect more text, or "
+                "choose a group_field with more values."
+            )
+
+
+def _keep(quarantine: Path) -> None:
+    if quarantine.exists():
+        with atomic.file(REFUSED) as kept, quarantine.open("rb") as content:
+            shutil.copyfileobj(content, kept)

@@ -1,0 +1,35 @@
+"""Plain text and Markdown: one file is one document."""
+
+from collections.abc import Iterator
+
+from tasks.ingest.lines import BLOCK_BYTES, LongLine, Readable
+from tasks.ingest.record import Fields, Record, Rejection, accept, reject
+
+_NO_FIELDS = Fields(text="", document=(), group=None)
+
+
+def read_text(stream: Readable, max_line_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Record | Rejection]:
+    """Yields the file's one record, or its rejection; a file with a line over the limit is not held in memory."""
+    whole = LongLine(1)
+    chunks: list[bytes] = []
+    line_bytes, too_long = 0, False
+    while chunk := stream.read(block_bytes):
+        whole.add(chunk)
+        first, *others = chunk.split(b"\n")
+        lengths = [line_bytes + len(first), *(len(line) for line in others)]
+        line_bytes = lengths[-1]
+        too_long = too_long or max(lengths) > max_line_bytes
+        if too_long:
+            chunks.clear()
+        else:
+            chunks.append(chunk)
+    if too_long:
+        yield whole.rejection()
+        return
+    data = b"".join(chunks)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        yield reject(1, "not UTF-8", data)
+        return
+    yield accept(1, text, (), _NO_FIELDS, data)

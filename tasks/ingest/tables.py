@@ -1,0 +1,71 @@
+"""The Parquet files of the corpus, written row group by row group so that memory stays bounded."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BYTES_PER_ROW_GROUP = 2**23
+BYTES_PER_PART = 2**27
+
+CORPUS_SCHEMA = pa.schema(
+    {name: pa.field(name, pa.string(), nullable=name == "group") for name in ("text", "source", "group", "id")}.values()
+)
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("digest", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+    ]
+)
+
+Row = tuple[str | int | None, ...]
+
+
+class TableWriter(AbstractContextManager["TableWriter"]):
+    """Writes rows of ``schema`` to the files that ``parts`` names, going on to the next after ``BYTES_PER_PART``."""
+
+    def __init__(self, parts: Iterator[Path], schema: pa.Schema) -> None:
+        self._parts = parts
+        self._schema = schema
+        self._writer: pq.ParquetWriter | None = None
+        self._rows: list[Row] = []
+        self._bytes_of_rows = 0
+        self._bytes_of_part = 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None or not issubclass(kind, OSError):
+            # Also when nothing was written: an empty table is not the same as a missing one.
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, row: Row, size: int) -> None:
+        """Adds ``row`` of about ``size`` bytes."""
+        self._rows.append(row)
+        self._bytes_of_rows += size
+        if self._bytes_of_rows >= BYTES_PER_ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is not None and self._bytes_of_part >= BYTES_PER_PART:
+            self._writer.close()
+            self._writer, self._bytes_of_part = None, 0
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(next(self._parts), self._schema, compression="zstd")
+        if self._rows:
+            columns = [
+                pa.array(values, type=field.type)
+                for field, values in zip(self._schema, zip(*self._rows, strict=True), strict=True)
+            ]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        self._bytes_of_part += self._bytes_of_rows
+        self._rows, self._bytes_of_rows = [], 0

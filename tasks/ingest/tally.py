@@ -1,0 +1,104 @@
+"""Counts of what happens while a corpus is read, each taken where it happens: the report's sums then check them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tasks.ingest.document import SEPARATOR, Document
+from tasks.ingest.record import NOTHING, REASONS, Reason, Record, Rejection, Size, size_of
+from tasks.ingest.report import MAX_NAMED_GROUPS, Amounts, Documents, Records, SourceReport, SplitReport
+from tasks.sources import Source
+
+
+@dataclass
+class SourceTally:
+    """Counts of one source."""
+
+    records: int = 0
+    kept: int = 0
+    reasons: Counter[Reason] = field(default_factory=Counter)
+    documents: int = 0
+    out_documents: int = 0
+    duplicates: int = 0
+    read: Size = NOTHING
+    out: Size = NOTHING
+    rejected: Size = NOTHING
+    duplicated: Size = NOTHING
+    normalized: Size = NOTHING
+
+    @property
+    def rejections(self) -> int:
+        return self.reasons.total()
+
+    @property
+    def reject_rate(self) -> float:
+        """The share of rejected records; 0 where there are no records."""
+        return self.rejections / self.records if self.records else 0.0
+
+    def add_record(self, record: Record | Rejection) -> None:
+        self.records += 1
+        self.read += record.size
+        if isinstance(record, Rejection):
+            self.reasons[record.reason] += 1
+            self.rejected += record.size
+        else:
+            self.kept += 1
+            self.normalized += record.size - size_of(record.text)
+
+    def add_document(self, document: Document, size: Size, is_duplicate: bool) -> None:
+        self.documents += 1
+        separators = len(SEPARATOR) * (document.records - 1)
+        self.normalized -= Size(separators, separators)
+        if is_duplicate:
+            self.duplicates += 1
+            self.duplicated += size
+        else:
+            self.out_documents += 1
+            self.out += size
+
+    def report(self, source: Source, files: int, sha256: str) -> SourceReport:
+        reasons = {reason: self.reasons[reason] for reason in REASONS if self.reasons[reason]}
+        return SourceReport(
+            name=source.name,
+            licence=source.licence,
+            format=source.format,
+            files=files,
+            sha256=sha256,
+            records=Records(in_=self.records, kept=self.kept, rejected=self.rejections, reasons=reasons),
+            documents=Documents(in_=self.documents, out=self.out_documents, duplicated=self.duplicates),
+            characters=self._amounts("characters"),
+            bytes=self._amounts("bytes"),
+        )
+
+    def _amounts(self, unit: str) -> Amounts:
+        read, out, rejected, duplicated, normalized = (
+            getattr(size, unit) for size in (self.read, self.out, self.rejected, self.duplicated, self.normalized)
+        )
+        return Amounts(in_=read, out=out, rejected=rejected, duplicated=duplicated, normalized=normalized)
+
+
+@dataclass
+class SplitTally:
+    """Counts of one split."""
+
+    documents: int = 0
+    size: Size = NOTHING
+    groups: set[str] = field(default_factory=set)
+    ungrouped: int = 0
+
+    def add(self, document: Document, size: Size) -> None:
+        self.documents += 1
+        self.size += size
+        if document.group is None:
+            self.ungrouped += 1
+        else:
+            self.groups.add(document.group)
+
+    def report(self) -> SplitReport:
+        groups = len(self.groups) + self.ungrouped
+        return SplitReport(
+            documents=self.documents,
+            characters=self.size.characters,
+            bytes=self.size.bytes,
+            groups=groups,
+            group_names=sorted(self.groups) if groups <= MAX_NAMED_GROUPS else None,
+        )
