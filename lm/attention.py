@@ -63,9 +63,9 @@ class LatentAttention(nn.Module):
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     length, width = q.shape[-2:]
     if q.device.type == "cpu" and length <= EXPLICIT_ATTENTION_UP_TO:
-        scores = (q @ k.transpose(-1, -2)).float() * width**-0.5
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+        future = torch.full((length, length), float("-inf"), device=q.device).triu(1)
+        scores = (q @ k.transpose(-1, -2)).float() * width**-0.5 + future
+        return scores.softmax(dim=-1).to(v.dtype) @ v
     # The flash kernels want values as wide as keys; zeros beyond the value's width change nothing.
     padding = width - v.shape[-1]
     if padding <= 0:

@@ -11,7 +11,7 @@ def rotations(positions: int, head_dim: int, theta: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns each pair (x[2i], x[2i+1]) of ``x`` [..., T, head_dim] by its angle; ``cos``, ``sin`` are [T, head_dim / 2].
+    """Turns each pair (x[2i], x[2i+1]) of ``x`` [..., T, head_dim] by its angle; ``cos``, ``sin`` [T, head_dim / 2].
 
     The result holds all first members, then all second ones. Queries and keys are permuted alike, so that their
     products are those of the interleaved layout.

@@ -1,8 +1,8 @@
 """A baseline: an interpolated n-gram model of characters (Witten and Bell 1991, method C, interpolated).
 
 P_k(c | h) = (count(h c) + types(h) P_{k-1}(c | h')) / (count(h) + types(h)), where h' is h without its oldest character
-and types(h) counts the distinct characters seen after h. Below order 1 every seen character and "never seen" are equally
-likely, and a character never seen is one of Unicode's 1,114,112.
+and types(h) counts the distinct characters seen after h. Below order 1 every seen character and "never seen" are
+equally likely, and a character never seen is one of Unicode's 1,114,112.
 """
 
 from dataclasses import dataclass
