@@ -1,0 +1,120 @@
+"""What Prefect's UI shows beside a stage: its progress while it works, its report when it has ended.
+
+An artifact is a courtesy: whatever goes wrong with one is dropped and never fails a run.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import cast
+from uuid import UUID
+
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+
+from flows.graph import Stage
+from tasks import paths
+from tasks.progress import Event
+
+_SECONDS_BETWEEN_UPDATES = 2.0
+# Prefect keeps artifacts in its database; a report larger than this is better read in its file.
+_MOST_ROWS = 200
+_REPORTS = (
+    paths.CORPUS_REPORT,
+    paths.MANIFEST,
+    paths.TRAIN_REPORT,
+    paths.AUDIT,
+    paths.EVALUATION,
+    paths.CARD / "README.md",
+)
+
+Scalar = str | int | float | bool | None
+
+
+class ProgressArtifact:
+    """The progress artifact of one stage; call it inside the stage's task run, as often as there are events."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._artifact: UUID | None = None
+        self._updated = 0.0
+        self._works = True
+
+    def update(self, event: Event) -> None:
+        """Creates or updates the artifact, at most every two seconds."""
+        now = time.monotonic()
+        complete = event.done >= event.total
+        if not self._works or (now - self._updated < _SECONDS_BETWEEN_UPDATES and not complete):
+            return
+        self._updated = now
+        percent = 100.0 * event.done / event.total if event.total else 0.0
+        description = f"{event.step}: {event.done:,.0f} of {event.total:,.0f} {event.unit}. {event.describe_numbers()}"
+        try:
+            if self._artifact is None:
+                made = create_progress_artifact(percent, f"{key(self._stage)}-progress", description)
+                # Declared as a coroutine too, which it is only inside an event loop.
+                self._artifact = cast(UUID, made)
+            else:
+                update_progress_artifact(self._artifact, percent, description)
+        except Exception:
+            # One failed call is likely followed by others, and each may wait for a timeout.
+            self._works = False
+
+
+def report(stage: Stage, root: Path) -> None:
+    """Creates a Markdown artifact from each report that ``stage`` has written."""
+    for path in reports(stage):
+        with contextlib.suppress(Exception):
+            text = (root / path).read_text(encoding="utf-8")
+            markdown = table(json.loads(text)) if path.suffix == ".json" else text
+            create_markdown_artifact(markdown, key(f"{stage.name}-{path.stem}"), str(path))
+
+
+def reports(stage: Stage) -> list[Path]:
+    """Returns the report files among or inside the outputs of ``stage``, relative to the project."""
+    inside = [path for path in _REPORTS if any(output in path.parents for output in stage.outputs)]
+    return [*(output for output in stage.outputs if output.suffix == ".json"), *inside]
+
+
+def table(content: object) -> str:
+    """Returns a Markdown table with a row for each scalar in ``content``, named by the path that leads to it."""
+    rows = list(leaves(content))
+    lines = [f"| {_cell(name)} | {_cell(_format(value))} |" for name, value in rows[:_MOST_ROWS]]
+    if len(rows) > _MOST_ROWS:
+        lines.append(f"| … | {len(rows) - _MOST_ROWS} more in the file |")
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def leaves(content: object, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    """Yields the path (``models.int8.bits_per_byte.value``) and the value of each scalar in parsed JSON."""
+    items: Iterable[tuple[str, object]]
+    if isinstance(content, dict):
+        items = content.items()
+    elif isinstance(content, list):
+        items = ((str(index), item) for index, item in enumerate(content))
+    else:
+        assert content is None or isinstance(content, str | int | float | bool)
+        yield prefix, content
+        return
+    for name, item in items:
+        yield from leaves(item, f"{prefix}.{name}" if prefix else name)
+
+
+def key(name: str) -> str:
+    """Returns ``name`` with nothing but the lowercase letters, digits and dashes that Prefect allows in a key."""
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower()).strip("-")
+
+
+def _format(value: Scalar) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

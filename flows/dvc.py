@@ -1,0 +1,190 @@
+"""Everything that touches DVC: its graph, what is stale, and the commands that run a stage or version a folder.
+
+Stages run as child processes, ``dvc repro -s``, because ``Repo.reproduce`` is not safe in threads and DVC leaves a
+stage's command alive when it is told to end. Only reading happens in this process; DVC is imported late (a second).
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.graph import Graph, Stage, in_order
+from tasks.errors import EXIT_TRY_AGAIN, UserMistake
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One reason why a stage is stale: ``how`` is DVC's word, such as modified, deleted or new."""
+
+    kind: Literal["dependency", "output", "parameter", "command"]
+    name: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.how}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stale:
+    """Why a stage is not up to date. ``never_run``: ``dvc.lock`` knows nothing of it."""
+
+    changes: tuple[Change, ...]
+    never_run: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What is stale: stages of ``dvc.yaml`` by name, folders under ``dvc add`` by the path of their ``.dvc`` file."""
+
+    stages: Mapping[str, Stale]
+    data: Mapping[str, Stale]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a DVC command ended.
+
+    ``exit_code`` is that of the stage's own command, None where that did not fail or was not reached. ``message`` is
+    one line. ``mendable``: another attempt may succeed.
+    """
+
+    outcome: Literal["ran", "cached", "failed"]
+    exit_code: int | None = None
+    message: str = ""
+    mendable: bool = False
+
+
+def graph(root: Path) -> Graph:
+    """Returns the stages of ``dvc.yaml`` with the edges of DVC's own graph. Raises :class:`UserMistake` if invalid."""
+    with _repo(root) as repo:
+        edges = repo.index.graph
+        return in_order(
+            Stage(
+                name=stage.addressing,
+                description=stage.desc or "",
+                upstream=tuple(other.addressing for other in edges.successors(stage) if not other.is_data_source),
+                dependencies=tuple(_relative(entry, root) for entry in stage.deps),
+                outputs=tuple(_relative(entry, root) for entry in stage.outs),
+            )
+            for stage in repo.index.stages
+            if not stage.is_data_source
+        )
+
+
+def changes(root: Path) -> Changes:
+    """Returns what is not up to date, from one ``dvc status``. Raises as :func:`graph` does."""
+    with _repo(root) as repo:
+        status: dict[str, list[Any]] = repo.status()
+        stages: dict[str, Stale] = {}
+        data: dict[str, Stale] = {}
+        for stage in repo.index.stages:
+            if stage.addressing in status:
+                known = any(entry.hash_info for entry in [*stage.outs, *stage.deps])
+                stale = Stale(_parse_status(status[stage.addressing]), never_run=not known)
+                (data if stage.is_data_source else stages)[stage.addressing] = stale
+        return Changes(stages, data)
+
+
+def repro_command(stage: str, force: bool = False) -> list[str]:
+    """Returns the command that runs one stage, or restores it from the cache, or does nothing when it is unchanged."""
+    return [*_DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
+
+
+def add_command(folder: Path) -> list[str]:
+    """Returns the command that versions ``folder`` as it is now, in ``FOLDER.dvc``."""
+    return [*_DVC, "add", str(folder)]
+
+
+# Without --wait-for-lock a `dvc status` elsewhere makes repro fail after the training has succeeded.
+_DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+
+
+def environment(outer: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a DVC command: ``outer`` without Prefect's settings, with one shell and one Python."""
+    kept = {name: value for name, value in outer.items() if not name.startswith("PREFECT_")}
+    return {
+        **kept,
+        # DVC runs stages with $SHELL; a user's login shell must not decide what they do.
+        "SHELL": "/bin/sh",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), outer.get("PATH", os.defpath)]),
+        "DVC_NO_ANALYTICS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+_RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
+_EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
+_LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
+_STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
+_DVC_ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
+
+
+def classify(code: int, output: str) -> Result:
+    """Returns how a DVC command ended, from its exit code and its output: DVC's code is 255 for every failure alike."""
+    if code == 0:
+        return Result("ran" if _RUNNING.search(output) else "cached")
+    own, _, dvc = output.rpartition("\nERROR: ")
+    exited = _EXITED.search(dvc)
+    exit_code = int(exited[1]) if exited else None
+    if exit_code is not None:
+        told = _STAGE_ERROR.findall(own)
+        message = told[-1] if told else _last_line(own) or f"its command ended with exit code {exit_code}"
+        return Result("failed", exit_code, message, mendable=exit_code == EXIT_TRY_AGAIN or _killed(exit_code))
+    if _killed(code):
+        return Result("failed", None, f"DVC was killed by signal {code - 128}", mendable=True)
+    complaints = _DVC_ERROR.findall(output)
+    message = complaints[-1] if complaints else _last_line(output) or f"DVC ended with exit code {code}"
+    return Result("failed", None, message, mendable=bool(_LOCKED.search(output)))
+
+
+def _killed(code: int) -> bool:
+    # A shell reports the death of its command by signal N as 128 + N; 255 is DVC's own "failed".
+    return code < 0 or 128 < code <= 128 + 64
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+@contextlib.contextmanager
+def _repo(root: Path) -> Iterator[Any]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    # Silences DVC's own progress bars and its warnings about frozen stages, which would mix with ours.
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)
+    try:
+        with Repo(str(root), _wait_for_lock=True) as repo:
+            yield repo
+    except DvcException as error:
+        complaint = " ".join(str(error).split())
+        raise UserMistake(f"DVC cannot read the project: {complaint}. `dvc status` shows more.") from None
+
+
+def _relative(entry: Any, root: Path) -> Path:
+    path = Path(entry.fs_path)
+    return path.relative_to(root.resolve()) if path.is_relative_to(root.resolve()) else path
+
+
+def _parse_status(entries: Sequence[Any]) -> tuple[Change, ...]:
+    found: list[Change] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            # "changed command", "always changed"
+            first, _, second = entry.partition(" ")
+            found.append(Change("command", second, first) if first == "changed" else Change("command", first, second))
+            continue
+        for kind, items in entry.items():
+            for name, how in items.items():
+                if isinstance(how, dict):
+                    found.extend(Change("parameter", f"{name}: {key}", word) for key, word in how.items())
+                else:
+                    found.append(Change("output" if kind == "changed outs" else "dependency", name, how))
+    return tuple(found)

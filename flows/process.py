@@ -1,0 +1,110 @@
+"""Children of the flow that cannot outlive it: each runs under :mod:`flows.supervise`."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from flows import supervise
+from tasks.progress import EVENTS_VARIABLE, Event
+
+# The supervisor's own grace, and what the kernel needs to tear down large processes.
+_SECONDS_TO_STOP = supervise.GRACE_SECONDS + 5.0
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+
+class Child:
+    """A supervised process. Leaving the ``with`` block, however it happens, ends it and all that descends from it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        kept: Iterable[int] = (),
+        passed: Iterable[int] = (),
+    ) -> None:
+        """Starts ``command``, its output appended to ``log``.
+
+        ``passed`` are descriptors that the command inherits; ``kept`` are those that only its supervisor keeps open.
+        """
+        kept, passed = tuple(kept), tuple(passed)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._supervisor = subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-S", str(Path(supervise.__file__).absolute())),
+                    ",".join(map(str, kept)) or "-",
+                    *command,
+                ],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                pass_fds=(*kept, *passed),
+                # Ctrl-C at a terminal reaches the flow alone, which then ends its children in order.
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float) -> int | None:
+        """Returns the exit code, or None when the process still runs after ``seconds``."""
+        try:
+            return self._supervisor.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> None:
+        """Ends the process and its descendants; returns when they are gone."""
+        assert self._supervisor.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._supervisor.stdin.close()
+        if self.wait(_SECONDS_TO_STOP) is None:
+            self._supervisor.kill()
+            self._supervisor.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def run(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    on_event: Callable[[Event], None],
+    kept: Iterable[int] = (),
+) -> int:
+    """Runs ``command`` to its end and returns its exit code; each progress event of it is handed to ``on_event``."""
+    events = log.with_suffix(".events")
+    events.parent.mkdir(parents=True, exist_ok=True)
+    events.write_text("")
+    told = {**environment, EVENTS_VARIABLE: str(events.absolute())}
+    try:
+        with events.open(encoding="utf-8") as tail, Child(command, log, told, kept=kept) as child:
+            while True:
+                code = child.wait(_SECONDS_BETWEEN_LOOKS)
+                for event in _new_events(tail):
+                    on_event(event)
+                if code is not None:
+                    return code
+    finally:
+        events.unlink(missing_ok=True)
+
+
+def _new_events(tail: IO[str]) -> Iterator[Event]:
+    while True:
+        start = tail.tell()
+        line = tail.readline()
+        if not line.endswith("\n"):
+            # The writer is in the middle of this line.
+            tail.seek(start)
+            return
+        with contextlib.suppress(ValueError, TypeError):
+            yield Event.from_json(line)

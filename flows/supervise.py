@@ -1,0 +1,121 @@
+"""A program that runs a command and leaves nothing behind: ``python -I -S supervise.py FDS COMMAND...``.
+
+Started by :mod:`flows.process` between a flow and its child. Its stdin is a pipe that the flow holds open and never
+writes to. When the flow ends, for whatever reason and by SIGKILL too, the pipe reaches its end; then, on SIGTERM, and
+after the command itself has ended, every process that descends from here is told to end (SIGTERM) and, after
+``GRACE_SECONDS``, killed. A process group would not do: torchrun starts its workers in sessions of their own.
+
+``FDS`` lists file descriptors (``3,4``, or ``-`` for none) that this program keeps open while anything lives but that
+the command must not get: the lock of a run stays held until its last process is gone.
+
+Ends with the command's exit code, 128 + N when signal N killed it, and 143 when it was stopped. Standard library only.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+
+GRACE_SECONDS = 3.0
+STOPPED = 128 + signal.SIGTERM
+_PR_SET_CHILD_SUBREAPER = 36
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def main(kept: str, command: list[str]) -> int:
+    """Runs ``command`` to its end, or until the flow is gone; returns the exit code described above."""
+    for descriptor in kept.split(",") if kept != "-" else []:
+        os.set_inheritable(int(descriptor), False)
+    # Orphans become children of this process instead of init's, so they stay in sight.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    awake, wake = os.pipe()
+    os.set_blocking(awake, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in (*_STOP_SIGNALS, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    try:
+        child = os.posix_spawnp(
+            command[0],
+            command,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            setsigdef=[signal.SIGPIPE, *_STOP_SIGNALS],
+        )
+    except OSError as error:
+        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    code = _wait(child, awake)
+    _end_descendants()
+    return code
+
+
+def _wait(child: int, awake: int) -> int:
+    while True:
+        ended = _reap()
+        if child in ended:
+            return ended[child]
+        ready, _, _ = select.select([0, awake], [], [])
+        if awake in ready and set(os.read(awake, 4096)) & set(_STOP_SIGNALS):
+            return STOPPED
+        if 0 in ready and not os.read(0, 4096):
+            return STOPPED
+
+
+def _reap() -> dict[int, int]:
+    """Returns the exit codes of the children that have ended since the last call."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            code = os.waitstatus_to_exitcode(status)
+            ended[pid] = code if code >= 0 else 128 - code
+    return ended
+
+
+def _end_descendants() -> None:
+    deadline = time.monotonic() + GRACE_SECONDS
+    told: set[int] = set()
+    while True:
+        _reap()
+        # Listed anew each time: a process may start another while it is being told to end.
+        alive = _descendants(os.getpid())
+        if not alive:
+            return
+        late = time.monotonic() > deadline
+        for pid in alive if late else alive - told:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        told |= alive
+        time.sleep(0.02)
+
+
+def _descendants(root: int) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file:
+                # The name in parentheses may itself hold spaces and parentheses.
+                state, parent = file.read().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state not in "ZX":
+            children.setdefault(int(parent), []).append(int(name))
+    found: set[int] = set()
+    waiting = [root]
+    while waiting:
+        for pid in children.get(waiting.pop(), []):
+            found.add(pid)
+            waiting.append(pid)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
