@@ -1,0 +1,34 @@
+import torch
+
+from lm import attention
+from lm.attention import LatentAttention
+from lm.model import LanguageModel
+from lm.rope import rotate, rotations
+
+
+def test_no_token_sees_a_later_one(model: LanguageModel, ids: torch.Tensor) -> None:
+    changed = ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 100
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20])
+    assert (before[:, 20:] - after[:, 20:]).abs().max() > 0.1
+
+
+def test_the_flash_path_equals_the_explicit_one(model: LanguageModel, ids: torch.Tensor, monkeypatch: object) -> None:
+    with torch.no_grad():
+        explicit = model(ids)
+        monkeypatch.setattr(attention, "EXPLICIT_ATTENTION_UP_TO", 0)  # type: ignore[attr-defined]
+        torch.testing.assert_close(model(ids), explicit, atol=2e-5, rtol=1e-5)
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    cos, sin = rotations(40, 6, 10000.0)
+    q, k = torch.randn(6), torch.randn(6)
+    scores = [rotate(q, cos[i + 5], sin[i + 5]) @ rotate(k, cos[i], sin[i]) for i in range(0, 35, 7)]
+    torch.testing.assert_close(torch.stack(scores), scores[0].expand(5), atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_would_hold_one_latent_and_one_key_a_token(model: LanguageModel) -> None:
+    layer = next(module for module in model.modules() if isinstance(module, LatentAttention))
+    assert layer.kv_a_proj_with_mqa.out_features == 20 + 6

@@ -1,0 +1,79 @@
+"""Routing and experts against one token at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lm.config import ModelConfig
+from lm.feed_forward import Experts, MixtureOfExperts, Router
+from lm.model import LanguageModel
+
+
+def _mixtures(model: LanguageModel) -> list[MixtureOfExperts]:
+    return [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+
+
+def test_experts_equal_one_token_at_a_time(model: LanguageModel) -> None:
+    for mixture in _mixtures(model):
+        x = torch.randn(19, 48, generator=torch.Generator().manual_seed(6))
+        chosen, weights = mixture.gate(x)
+        expected = torch.stack([_one(mixture.experts, *token) for token in zip(x, chosen, weights, strict=True)])
+        torch.testing.assert_close(mixture.experts(x, chosen, weights), expected, atol=1e-5, rtol=1e-5)
+
+
+def _one(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    y = torch.zeros_like(x)
+    for expert, weight in zip(chosen.tolist(), weights, strict=True):
+        gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+        y = y + weight * (experts.down_proj[expert] @ (F.silu(gate) * up))
+    return y
+
+
+def _router(**changes: object) -> Router:
+    sizes = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "q_lora_rank": None, "kv_lora_rank": 4,
+        "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4, "rope_theta": 1e4, "intermediate_size": 8,
+        "first_k_dense_replace": 0, "moe_intermediate_size": 4, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "initializer_range": 0.1, "rms_norm_eps": 1e-6, "vocab_size": 9, "max_position_embeddings": 8,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    return Router(ModelConfig.model_validate({**sizes, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("biased", "expected"),
+    [
+        ([0.9, 0.0, 0.5, 0.5], 2),  # the group whose best two sum highest wins, not the one with the single best
+        ([-0.1, -0.2, -0.5, -0.6], 0),  # negative scores must still beat masked groups
+        ([-0.5, -0.6, -0.1, -0.2], 2),
+    ],
+)
+def test_a_token_chooses_within_its_best_group(biased: list[float], expected: int) -> None:
+    assert _router().choose(torch.tensor([biased])).item() == expected
+
+
+def test_the_bias_decides_who_is_chosen_and_not_how_much_it_counts() -> None:
+    router = _router(n_group=1)
+    torch.nn.init.zeros_(router.weight)
+    router.e_score_correction_bias[:] = torch.tensor([-0.3, 0.2, 0.1, 0.0])
+    chosen, weights = router(torch.randn(3, 8))
+    assert chosen.flatten().tolist() == [1, 1, 1]
+    assert weights.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_balancing_favours_the_idle_and_keeps_the_mean_bias() -> None:
+    router = _router()
+    router.tokens_per_expert[:] = torch.tensor([9.0, 1.0, 1.0, 1.0])
+    router.rebalance(0.1)
+    bias = router.e_score_correction_bias
+    assert bias[0] < 0 < bias[1]
+    assert abs(bias.mean().item()) < 1e-7
+    assert router.tokens_per_expert.tolist() == [0, 0, 0, 0]
+
+
+def test_tokens_are_counted_in_training_only(model: LanguageModel, ids: torch.Tensor) -> None:
+    model.eval()(ids)
+    assert all(router.tokens_per_expert.sum() == 0 for router in model.routers())
+    model.train()(ids)
+    assert all(router.tokens_per_expert.sum() == ids.numel() * 3 for router in model.routers())
