@@ -1,0 +1,105 @@
+"""The byte-level BPE tokenizer: trained by rustbpe, used through tiktoken, written for the ``tokenizers`` library.
+
+All three see the same pieces of text and the same order of merges, so that they give the same ids.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+
+import rustbpe
+import tiktoken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from tasks.errors import BadParameter
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pieces (Radford et al. 2019) without the English contractions, with combining marks beside their letters and
+# digits in threes. No piece is longer than 64 characters: on an unbounded run of spaces the look-ahead makes tiktoken
+# panic with a stack overflow, and one endless "word" would dominate the time of training.
+PATTERN = r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,64}|\s{1,64}(?!\S)|\s"
+_BYTES = 256
+
+Ranks = dict[bytes, int]
+
+
+class BytePairTokenizer:
+    """A trained tokenizer. The special token ``<|endoftext|>`` has the last id and begins each document."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """``ranks`` gives each token its id: first the 256 bytes, then the merges in the order of training."""
+        self.ranks = ranks
+        self.bos_token_id = len(ranks)
+        self._encoding = tiktoken.Encoding(
+            "overnight", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.bos_token_id}
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + 1
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, on all cores, without the special token: its name in a text is plain text."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def to_json(self) -> str:
+        """Returns the ``tokenizer.json`` that the ``tokenizers`` library loads; it puts ``<|endoftext|>`` first."""
+        spelled = {token: "".join(_SPELLING[byte] for byte in token) for token in self.ranks}
+        vocab = {spelled[token]: id_ for token, id_ in self.ranks.items()}
+        merges = [
+            (spelled[left], spelled[right])
+            for left, right in (split_of(token, self.ranks) for token in self.ranks if len(token) > 1)
+        ]
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A",
+            pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1",
+            special_tokens=[(END_OF_TEXT, self.bos_token_id)],
+        )
+        return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
+    """Returns a tokenizer with ``vocab_size`` ids, the special one included.
+
+    Raises :class:`BadParameter` with the size that can be reached when the texts hold too few pairs of bytes to merge.
+    """
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
+    ranks = {bytes(token): id_ for token, id_ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])}
+    if len(ranks) < vocab_size - 1:
+        raise BadParameter(
+            f"params.yaml: shard.vocab_size: the training split is too small for {vocab_size} tokens; "
+            f"it yields {len(ranks) + 1}. Set that or less, or collect more text."
+        )
+    return BytePairTokenizer(ranks)
+
+
+def split_of(token: bytes, ranks: Ranks) -> tuple[bytes, bytes]:
+    """Returns the two tokens whose merge makes ``token``: what BPE leaves of it with only the merges before its own."""
+    parts = [token[index : index + 1] for index in range(len(token))]
+    limit = ranks[token]
+    while len(parts) > 2:
+        rank, index = min((ranks.get(a + b, limit), index) for index, (a, b) in enumerate(itertools.pairwise(parts)))
+        if rank >= limit:
+            raise ValueError(f"token {limit} {token!r} is no merge of two earlier tokens")
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+    return parts[0], parts[1]
+
+
+def _spelling_of_bytes() -> dict[int, str]:
+    """GPT-2's printable character for each byte: itself where it is visible, else the next one from U+0100 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(_BYTES) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(_BYTES + n) for n, byte in enumerate(hidden)}
+
+
+_SPELLING = _spelling_of_bytes()
