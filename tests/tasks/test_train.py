@@ -1,0 +1,171 @@
+"""Training: learns, does not depend on interruptions, and says what is wrong in one line."""
+
+import itertools
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from lm import hugging_face
+from tasks.section import read_section
+from tasks.train.params import TrainParams
+from tasks.training import learning_rate_at
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    tiny.write_params(tmp_path)
+    tiny.write_shards(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny.write_params(folder)
+    tiny.write_shards(folder)
+    code, output = tiny.run("train", folder)
+    assert code == 0, output
+    return folder
+
+
+def test_the_loss_falls_and_the_reports_tell_it(undisturbed: Path) -> None:
+    curve = (undisturbed / "models/curve.csv").read_text().split()
+    rows = [dict(zip(curve[0].split(","), map(float, row.split(",")), strict=True)) for row in curve[1:]]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[-1]["valid_loss"] < rows[0]["valid_loss"] < 5.6
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    report = json.loads((undisturbed / "models/train.json").read_text())
+    assert report["tokens"] == 12 * 8 * 16
+    assert report["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], abs=1e-4)
+    model = hugging_face.load(undisturbed / "models/float")
+    assert report["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert report["active_parameters"] < report["parameters"]
+
+
+def test_speed_is_measured_outside_the_version(undisturbed: Path) -> None:
+    measured = json.loads((undisturbed / ".overnight/measurements/train.json").read_text())
+    assert measured["tokens_per_second"] > 0
+    assert not {"tokens_per_second", "seconds"} & json.loads((undisturbed / "models/train.json").read_text()).keys()
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project: Path, undisturbed: Path) -> None:
+    # Kills as soon as the second checkpoint lies there, somewhere in the steps that follow.
+    process = tiny.stage("train", project)
+    deadline = time.monotonic() + 120
+    while not list(project.glob(".overnight/checkpoints/train/*/step-000000004-*.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (project / "models").exists()
+    before = {path.name for path in project.glob(".overnight/checkpoints/train/*/*.pt")}
+    assert any("step-000000004" in name for name in before)
+    events = project / "events"
+    code, output = tiny.run("train", project, OVERNIGHT_EVENTS=str(events))
+    assert code == 0, output
+    first = json.loads(events.read_text().splitlines()[0])
+    assert first["done"] > 4, "it began again from the start"
+    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
+
+
+def test_no_worker_outlives_a_killed_launcher(project: Path) -> None:
+    import psutil
+
+    tiny.write_params(project, train__steps=100000)
+    process = tiny.stage("train", project)
+    deadline = time.monotonic() + 120
+    while not list(project.glob(".overnight/checkpoints/train/*/*.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len([worker for worker in workers if "tasks.train.worker" in worker.cmdline()]) == 2
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(project: Path, undisturbed: Path) -> None:
+    assert tiny.run("train", project)[0] == 0
+    newest = max(project.glob(".overnight/checkpoints/train/*/*.pt"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    code, output = tiny.run("train", project)
+    assert code == 0, output
+    assert f"{newest.name}: damaged checkpoint" in output
+    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
+
+
+def test_checkpoints_of_other_inputs_are_not_continued(project: Path) -> None:
+    assert tiny.run("train", project)[0] == 0
+    tiny.write_params(project, train__learning_rate=0.001)
+    events = project / "events"
+    assert tiny.run("train", project, OVERNIGHT_EVENTS=str(events))[0] == 0
+    assert json.loads(events.read_text().splitlines()[0])["done"] == 1
+    assert len(list(project.glob(".overnight/checkpoints/train/*"))) == 2
+
+
+def test_one_process_with_accumulation_learns_what_two_learn(project: Path, undisturbed: Path) -> None:
+    tiny.write_params(project, train__world_size=1, train__precision="fp32")
+    assert tiny.run("train", project)[0] == 0
+    one, two = (json.loads((folder / "models/train.json").read_text()) for folder in (project, undisturbed))
+    assert one["processes"] == 1
+    assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__learning_rate": -1.0}, "train.learning_rate: input should be greater than 0, found -1.0"),
+        ({"train__steps": "many"}, "train.steps: input should be a valid integer, found 'many'"),
+        ({"train__stepz": 3}, "train.stepz: unknown key"),
+        ({"train__micro_batch": 3}, "global_batch 8 is not a multiple of micro_batch 3 x world_size 2"),
+        ({"train__model__qk_rope_head_dim": 5}, "RoPE turns pairs"),
+        ({"train__model__num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts"),
+        ({"train__global_batch": 4096, "train__micro_batch": 2}, "and 4096 are needed"),
+    ],
+)
+def test_a_wrong_parameter_is_one_line_before_any_process_starts(
+    changes: dict[str, object], message: str, project: Path
+) -> None:
+    tiny.write_params(project, **changes)
+    code, output = tiny.run("train", project)
+    assert code == 2
+    assert message in tiny.error_line(output)
+    assert not (project / ".overnight").exists()
+
+
+def test_a_flipped_byte_in_a_shard_is_named_before_training(project: Path) -> None:
+    shard = project / "data/shards/train-00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[4500] ^= 16
+    shard.write_bytes(content)
+    code, output = tiny.run("train", project)
+    assert code == 2
+    assert "data/shards/train-00000.h5: damaged" in tiny.error_line(output)
+
+
+def test_a_diverging_run_says_which_knob_to_turn(project: Path) -> None:
+    tiny.write_params(project, train__learning_rate=1e30, train__clip_grad_norm=1e30, train__precision="fp32")
+    code, output = tiny.run("train", project)
+    assert code == 2
+    assert "the gradient is not finite at step" in output
+    assert "Halve learning_rate" in output
+    assert "Traceback" not in output
+
+
+def test_warm_up_is_linear_over_a_tenth_of_the_steps_and_the_cosine_ends_at_the_floor(project: Path) -> None:
+    tiny.write_params(project, train__steps=100, train__learning_rate=1.0, train__min_learning_rate_ratio=0.1)
+    params = read_section("train", TrainParams, project / "params.yaml")
+    rates = [learning_rate_at(step, params) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(earlier >= later for earlier, later in itertools.pairwise(rates[9:]))

@@ -1,0 +1,91 @@
+"""What keeps the house in order: import directions, and a dvc.yaml that names everything a stage depends on."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+from ruamel.yaml import YAML
+
+from tasks import params as all_params
+from tasks.section import Section, is_operational
+
+ROOT = Path(__file__).parent.parent
+STAGES: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+
+
+@pytest.fixture(scope="module")
+def imports() -> grimp.ImportGraph:
+    return grimp.build_graph("tasks", "lm", cache_dir=None)
+
+
+def test_imports_point_down_only() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_all_the_code_that_it_imports(stage: str, imports: grimp.ImportGraph) -> None:
+    starts = {
+        module for module in imports.modules if module == f"tasks.{stage}" or module.startswith(f"tasks.{stage}.")
+    }
+    used = starts | {found for start in starts for found in imports.find_upstream_modules(start)}
+    files = {_file(module) for module in used}
+    declared = [ROOT / dependency for dependency in STAGES[stage]["deps"]]
+    missing = {
+        str(file.relative_to(ROOT))
+        for file in files
+        if file.read_text().strip() and not any(file.is_relative_to(path) for path in declared)
+    }
+    assert not missing, f"dvc.yaml: {stage}: add to deps: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_no_code_that_it_does_not_import(stage: str, imports: grimp.ImportGraph) -> None:
+    starts = {
+        module for module in imports.modules if module == f"tasks.{stage}" or module.startswith(f"tasks.{stage}.")
+    }
+    used = starts | {found for start in starts for found in imports.find_upstream_modules(start)}
+    single_files = {dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")}
+    surplus = single_files - {str(_file(module).relative_to(ROOT)) for module in used}
+    assert not surplus, f"dvc.yaml: {stage}: remove from deps: {sorted(surplus)}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_locked_environment(stage: str) -> None:
+    assert "requirements.lock" in STAGES[stage]["deps"]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "card"])
+def test_a_stage_depends_on_each_of_its_parameters(stage: str) -> None:
+    section = all_params.Params.model_fields[stage].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    identity = {f"{stage}.{name}" for name, field in section.model_fields.items() if not is_operational(field)}
+    declared = {name for name in STAGES[stage]["params"] if name.startswith(f"{stage}.")}
+    assert declared == identity
+
+
+def test_the_card_depends_on_all_sections_but_the_flows() -> None:
+    assert set(STAGES["card"]["params"]) == set(all_params.Params.model_fields) - {"flow"}
+
+
+def test_each_stage_lies_in_a_package_of_its_name() -> None:
+    for stage, description in STAGES.items():
+        assert description["cmd"] == f"python -m tasks.{stage}"
+        assert (ROOT / "tasks" / stage / "__main__.py").is_file()
+        assert description["desc"]
+
+
+def test_the_lock_file_pins_every_package_exactly() -> None:
+    lines = (ROOT / "requirements.lock").read_text().split()
+    assert all(line.count("==") == 1 and "+" not in line for line in lines)
+    assert "torch==2.13.0" in lines
+
+
+def _file(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
