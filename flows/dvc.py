@@ -1,7 +1,8 @@
 """Everything that touches DVC: its graph, what is stale, and the commands that run a stage or version a folder.
 
 Stages run as child processes, ``dvc repro -s``, because ``Repo.reproduce`` is not safe in threads and DVC leaves a
-stage's command alive when it is told to end. Only reading happens in this process; DVC is imported late (a second).
+stage's command alive when it is told to end. Only reading happens in this process; DVC is imported late (a second). DVC names
+stages relative to the current directory, which therefore has to be the project's folder, as for ``dvc`` itself.
 """
 
 import contextlib
@@ -164,7 +165,8 @@ def _repo(root: Path) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except DvcException as error:
-        complaint = " ".join(str(error).split())
+        told = str(error) if error.__cause__ is None else f"{error}: {error.__cause__}"
+        complaint = " ".join(told.split()).rstrip(".")
         raise UserMistake(f"DVC cannot read the project: {complaint}. `dvc status` shows more.") from None
 
 

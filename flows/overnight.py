@@ -7,7 +7,7 @@ Import this after :mod:`flows.server` has set the environment: Prefect reads its
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from prefect import Flow, Task, allow_failure
@@ -73,7 +73,7 @@ def make_flow(site: Site, graph: Graph, params: Params, watch: Watch) -> Flow[[s
         if night.failed:
             steps = tuple(Step(stage, Action.RUN) for stage in graph.stages)
         else:
-            steps = plan(graph, dvc.changes(site.root).stages.keys(), from_stage, force)
+            steps = plan(graph, night.stale(), from_stage, force)
         for step in steps:
             night.step(step)
         counts = ", ".join(
@@ -101,11 +101,17 @@ class _Night:
     def __init__(self, site: Site, params: Params, watch: Watch) -> None:
         self._site, self._params, self._watch = site, params, watch
         self._states: dict[str, State[Any]] = {}
+        # What was stale when `collect` had nothing new to bring: the plan needs the same answer.
+        self._changes: dvc.Changes | None = None
         self.runs: dict[str, StageRun] = {}
 
     @property
     def failed(self) -> list[StageRun]:
         return [run for run in self.runs.values() if run.outcome == "failed"]
+
+    def stale(self) -> Collection[str]:
+        """Returns the stages that are not up to date, now that ``collect`` has ended."""
+        return (self._changes or dvc.changes(self._site.root)).stages.keys()
 
     def collect(self, wanted: bool) -> None:
         """Copies what is new at the sources and versions it, unless a later stage was asked for."""
@@ -171,8 +177,11 @@ class _Night:
             raise StageFailed(str(error), mendable=False) from None
         pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
         same = not any(source.new or source.changed for source in report.sources)
-        if same and (self._site.root / pointer).exists() and str(pointer) not in dvc.changes(self._site.root).data:
-            return Completed(name="Cached", message="nothing new at the sources", data="cached")
+        if same and (self._site.root / pointer).exists():
+            changes = dvc.changes(self._site.root)
+            if str(pointer) not in changes.data:
+                self._changes = changes
+                return Completed(name="Cached", message="nothing new at the sources", data="cached")
         self._execute(COLLECT, dvc.add_command(paths.RAW))
         return Completed(name="Ran", data="ran")
 

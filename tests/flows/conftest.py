@@ -107,8 +107,9 @@ class Project:
         (self.root / f"{stage}.do").write_text(textwrap.dedent(code))
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that works in the project's folder or names it."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        """Every living process whose current directory is in the project, but for the one that runs the tests."""
+        others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+        return [process for process in others if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
@@ -120,7 +121,7 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Iterator[Project]:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     root = tmp_path / "project"
     (root / "source").mkdir(parents=True)
     (root / "source" / "a.txt").write_text("In the beginning.\n")
@@ -132,6 +133,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
     content["flow"] = {"retries": {"second": 1}, "retry_delay_seconds": 0.0}
     yaml.dump(content, root / "params.yaml")
     made = Project(root)
+    monkeypatch.chdir(root)
     subprocess.run(["git", "init", "-q"], cwd=root, env=made.environment(), check=True)
     made.dvc("init", "-q")
     yield made

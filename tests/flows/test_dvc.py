@@ -1,0 +1,159 @@
+"""What is read from DVC: its graph, its status, and how its commands end."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flows import dvc, process
+from tasks.errors import UserMistake
+
+if TYPE_CHECKING:
+    from conftest import Project
+
+# As DVC 3.67 prints them.
+RAN = (
+    "Running stage 'train':\n> python -m tasks.train\nGenerating lock file 'dvc.lock'\nUpdating lock file 'dvc.lock'\n"
+)
+UNCHANGED = "Stage 'train' didn't change, skipping\nData and pipelines are up to date.\n"
+RESTORED = "Stage 'train' is cached - skipping run, checking out outputs\nUpdating lock file 'dvc.lock'\n"
+
+
+def failed(own: str, code: int) -> str:
+    return (
+        f"Running stage 'train':\n> python -m tasks.train\n{own}"
+        f"ERROR: failed to reproduce 'train': failed to run: python -m tasks.train, exited with {code}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "expected"),
+    [
+        (0, RAN, dvc.Result("ran")),
+        (0, UNCHANGED, dvc.Result("cached")),
+        (0, RESTORED, dvc.Result("cached")),
+        # A mistake: no retry, and of two error lines the last one.
+        (255, failed("error: first\nerror: second\n", 2), dvc.Result("failed", 2, "second")),
+        # A bug of ours: the traceback's last line.
+        (
+            255,
+            failed('Traceback (most recent call last):\n  File "a.py"\nValueError: no\n', 1),
+            dvc.Result("failed", 1, "ValueError: no"),
+        ),
+        (255, failed("error: rank 1 was killed\n", 75), dvc.Result("failed", 75, "rank 1 was killed", mendable=True)),
+        (255, failed("", -9), dvc.Result("failed", -9, "> python -m tasks.train", mendable=True)),
+        (255, failed("step 3\n", 137), dvc.Result("failed", 137, "step 3", mendable=True)),
+        (137, "Running stage 'train':\n", dvc.Result("failed", None, "DVC was killed by signal 9", mendable=True)),
+        (
+            255,
+            "ERROR: Unable to acquire lock. Most likely another DVC process is running\n",
+            dvc.Result(
+                "failed", None, "Unable to acquire lock. Most likely another DVC process is running", mendable=True
+            ),
+        ),
+        (
+            255,
+            "ERROR: failed to reproduce 'train': [Errno 2] No such file or directory: 'data/shards'\n",
+            dvc.Result(
+                "failed", None, "failed to reproduce 'train': [Errno 2] No such file or directory: 'data/shards'"
+            ),
+        ),
+        (1, "", dvc.Result("failed", None, "DVC ended with exit code 1")),
+    ],
+)
+def test_classify(code: int, output: str, expected: dvc.Result) -> None:
+    assert dvc.classify(code, output) == expected
+
+
+def execute(project: "Project", command: list[str]) -> dvc.Result:
+    log = project.root / "log"
+    log.unlink(missing_ok=True)
+    code = process.run(command, log, dvc.environment(project.environment()), lambda event: None)
+    return dvc.classify(code, log.read_text())
+
+
+def test_the_graph_is_that_of_dvc_yaml(project: "Project") -> None:
+    stages = dvc.graph(project.root).stages
+    assert [(stage.name, stage.upstream) for stage in stages] == [
+        ("first", ()), ("second", ("first",)), ("third", ("second",))
+    ]  # fmt: skip
+    assert stages[0].description == "Read what was collected."
+    assert stages[0].reads_collected
+    assert not stages[1].reads_collected
+    assert stages[2].outputs == (Path("out/third.json"),)
+
+
+def test_a_stage_through_its_life(project: "Project") -> None:
+    (project.root / "data/raw").mkdir(parents=True)
+    (project.root / "data/raw/a").write_text("text")
+    assert execute(project, dvc.add_command(Path("data/raw"))).outcome == "cached"
+    # The folder under `dvc add` is a node of DVC's graph, but no stage.
+    assert dvc.graph(project.root).names() == ["collect", "first", "second", "third"]
+    assert dvc.changes(project.root).stages["first"].never_run
+
+    assert execute(project, dvc.repro_command("first")).outcome == "ran"
+    assert execute(project, dvc.repro_command("first")).outcome == "cached"
+    assert "first" not in dvc.changes(project.root).stages
+    assert execute(project, dvc.repro_command("first", force=True)).outcome == "ran"
+
+    project.set("ingest", "max_reject_rate", 0.5)
+    (project.root / "data/raw/a").write_text("other")
+    (project.root / "out/first.txt").unlink()
+    changes = dvc.changes(project.root)
+    assert not changes.stages["first"].never_run
+    assert sorted(map(str, changes.stages["first"].changes)) == [
+        "data/raw modified",
+        "out/first.txt deleted",
+        "params.yaml: ingest.max_reject_rate modified",
+    ]
+    assert list(changes.data) == ["data/raw.dvc"]
+
+    project.ran()
+    project.set("ingest", "max_reject_rate", 0.01)
+    (project.root / "data/raw/a").write_text("text")
+    assert execute(project, dvc.repro_command("first")).outcome == "cached"
+    assert project.ran() == []
+    assert (project.root / "out/first.txt").read_text() == "text"
+
+
+def test_a_changed_command_is_a_change(project: "Project") -> None:
+    (project.root / "data/raw").mkdir(parents=True)
+    execute(project, dvc.repro_command("first"))
+    file = project.root / "dvc.yaml"
+    file.write_text(file.read_text().replace("stage.py first", "./stage.py first"))
+    assert list(map(str, dvc.changes(project.root).stages["first"].changes)) == ["command changed"]
+
+
+def test_the_exit_code_and_the_error_line_of_a_stage_come_through(project: "Project") -> None:
+    (project.root / "data/raw").mkdir(parents=True)
+    project.do("first", "print('error: no text here', file=sys.stderr); sys.exit(2)")
+    assert execute(project, dvc.repro_command("first")) == dvc.Result("failed", 2, "no text here")
+    project.do("first", "os.kill(os.getpid(), 9)")
+    result = execute(project, dvc.repro_command("first"))
+    assert (result.outcome, result.mendable) == ("failed", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("stages:\n  first: {cmd: [}\n", "dvc.yaml"),
+        ("stages:\n  first:\n    cmd: x\n    ouuts: [a]\n", "ouuts"),
+        (
+            "stages:\n  a: {cmd: x, deps: [p], outs: [q]}\n  b: {cmd: x, deps: [q], outs: [p]}\n",
+            "both a dependency and an output",
+        ),
+    ],
+)
+def test_a_broken_dvc_yaml_is_one_line(project: "Project", content: str, complaint: str) -> None:
+    (project.root / "dvc.yaml").write_text(content)
+    with pytest.raises(UserMistake) as caught:
+        dvc.graph(project.root)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_sees_no_setting_of_prefect_and_one_shell() -> None:
+    given = {"PREFECT_API_KEY": "secret", "SHELL": "/usr/bin/fish", "PATH": "/bin", "KEPT": "1"}
+    made = dvc.environment(given)
+    assert not any(name.startswith("PREFECT_") for name in made)
+    assert (made["SHELL"], made["KEPT"]) == ("/bin/sh", "1")

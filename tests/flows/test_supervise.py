@@ -1,0 +1,158 @@
+"""Nothing survives: neither the command, nor what it started, nor what that moved into a session of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import process, supervise
+from flows.process import Child
+from tasks.progress import Event
+
+# Starts a worker in its own session, as torchrun does, which ignores SIGTERM and starts another.
+FAMILY = """
+import os, pathlib, signal, subprocess, sys, time
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+inner = deaf + "time.sleep(600)"
+outer = deaf + f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", outer], start_new_session=True)
+pathlib.Path("up").write_text("")
+{end}
+"""
+
+
+def members(folder: Path) -> list[psutil.Process]:
+    found = []
+    for one in psutil.process_iter():
+        try:
+            if one.status() != psutil.STATUS_ZOMBIE and Path(one.cwd()) == folder:
+                found.append(one)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(members_wanted: int, folder: Path, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while len(members(folder)) < members_wanted:
+        assert time.monotonic() < deadline, members(folder)
+        time.sleep(0.05)
+
+
+def until_gone(folder: Path) -> float:
+    started = time.monotonic()
+    while left := members(folder):
+        assert time.monotonic() - started < 15, left
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def start(folder: Path, end: str) -> "subprocess.Popen[bytes]":
+    """Starts a flow that supervises the family; four processes: flow's child, supervisor not counted, worker, inner."""
+    (folder / "family.py").write_text(FAMILY.replace("{end}", end))
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", supervise.__file__, "-", sys.executable, "family.py"],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path.resolve()
+
+
+def test_the_end_of_the_flow_ends_every_descendant_within_ten_seconds(folder: Path) -> None:
+    supervisor = start(folder, "time.sleep(600)")
+    wait_for(4, folder)
+    assert supervisor.stdin is not None
+    # What the kernel does to the pipe when the flow dies, however it dies.
+    supervisor.stdin.close()
+    assert until_gone(folder) < 10
+    assert supervisor.wait() == supervise.STOPPED
+
+
+def test_sigterm_ends_every_descendant_within_ten_seconds(folder: Path) -> None:
+    supervisor = start(folder, "time.sleep(600)")
+    wait_for(4, folder)
+    supervisor.terminate()
+    assert until_gone(folder) < 10
+    assert supervisor.wait() == supervise.STOPPED
+
+
+def test_a_command_that_ends_leaves_no_daemon(folder: Path) -> None:
+    supervisor = start(folder, "sys.exit(7)")
+    assert supervisor.wait(20) == 7
+    assert (folder / "up").exists()
+    assert members(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("pass", 0),
+        ("import sys; sys.exit(75)", 75),
+        ("import os; os.kill(os.getpid(), 9)", 128 + signal.SIGKILL),
+        ("import sys; assert sys.stdin.read() == ''", 0),
+    ],
+)
+def test_the_exit_code_is_the_commands(tmp_path: Path, code: str, expected: int) -> None:
+    with Child([sys.executable, "-c", code], tmp_path / "log", os.environ) as child:
+        assert child.wait(20) == expected
+
+
+def test_a_command_that_does_not_exist_is_told_in_one_line(tmp_path: Path) -> None:
+    with Child(["/nowhere/command"], tmp_path / "log", os.environ) as child:
+        assert child.wait(20) == 127
+    assert (tmp_path / "log").read_text() == "error: /nowhere/command: No such file or directory\n"
+
+
+def test_an_exception_in_the_flow_ends_the_child(folder: Path) -> None:
+    code = f"import os, time; os.chdir({str(folder)!r}); time.sleep(600)"
+
+    def fail(child: Child) -> None:
+        wait_for(1, folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Child([sys.executable, "-c", code], folder / "log", os.environ) as child:
+        fail(child)
+    assert members(folder) == []
+
+
+def test_a_kept_descriptor_stays_open_in_the_supervisor_and_is_not_the_commands(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    code = f"import os, sys\ntry: os.fstat({write})\nexcept OSError: sys.exit(3)"
+    with Child([sys.executable, "-c", code], tmp_path / "log", os.environ, kept=[write]) as child:
+        os.close(write)
+        assert child.wait(20) == 3
+    # All writers are gone now, so the pipe is at its end instead of blocking.
+    assert os.read(read, 1) == b""
+    os.close(read)
+
+
+def test_events_reach_the_flow_whole_and_in_order_and_noise_among_them_is_dropped(tmp_path: Path) -> None:
+    code = """
+        import os, time
+        from tasks.progress import progress
+        with open(os.environ["OVERNIGHT_EVENTS"], "a") as noise:
+            noise.write("no event\\n")
+        with progress("train") as shown:
+            shown.begin("steps")
+            for step in range(3):
+                time.sleep(0.25)
+                shown.update(step + 1, 3, "steps", loss=step / 2)
+    """
+    import textwrap
+
+    events: list[Event] = []
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    code = textwrap.dedent(code)
+    assert process.run([sys.executable, "-c", code], tmp_path / "a.log", environment, events.append) == 0
+    assert [(event.done, event.numbers["loss"]) for event in events] == [(1, 0.0), (2, 0.5), (3, 1.0)]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.log"]
