@@ -35,6 +35,7 @@ class TableWriter(AbstractContextManager["TableWriter"]):
         self._parts = parts
         self._schema = schema
         self._writer: pq.ParquetWriter | None = None
+        self._sink: pa.NativeFile | None = None
         self._rows: list[Row] = []
         self._bytes_of_rows = 0
         self._bytes_of_part = 0
@@ -42,11 +43,12 @@ class TableWriter(AbstractContextManager["TableWriter"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None or not issubclass(kind, OSError):
-            # Also when nothing was written: an empty table is not the same as a missing one.
-            self._flush()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if kind is None or not issubclass(kind, OSError):
+                # Also when nothing was written: an empty table is not the same as a missing one.
+                self._flush()
+        finally:
+            self._close_part()
 
     def write(self, row: Row, size: int) -> None:
         """Adds ``row`` of about ``size`` bytes."""
@@ -57,10 +59,10 @@ class TableWriter(AbstractContextManager["TableWriter"]):
 
     def _flush(self) -> None:
         if self._writer is not None and self._bytes_of_part >= BYTES_PER_PART:
-            self._writer.close()
-            self._writer, self._bytes_of_part = None, 0
+            self._close_part()
         if self._writer is None:
-            self._writer = pq.ParquetWriter(next(self._parts), self._schema, compression="zstd")
+            self._sink = pa.OSFile(str(next(self._parts)), "wb")
+            self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd")
         if self._rows:
             columns = [
                 pa.array(values, type=field.type)
@@ -69,3 +71,15 @@ class TableWriter(AbstractContextManager["TableWriter"]):
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
         self._bytes_of_part += self._bytes_of_rows
         self._rows, self._bytes_of_rows = [], 0
+
+    def _close_part(self) -> None:
+        if self._writer is None or self._sink is None:
+            return
+        try:
+            self._writer.close()
+        finally:
+            # On a full disk the writer's own close fails before it closes the file, and it would try again when it is
+            # collected, to print what cannot be caught.
+            self._writer.is_open = False
+            self._sink.close()
+            self._writer, self._sink, self._bytes_of_part = None, None, 0
