@@ -5,6 +5,7 @@ by one through the ``csv`` module, which reads on into the next block until the 
 """
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from tasks.ingest.record import Fields, Reason, Record, Rejection, accept, rejec
 # The csv module's own limit of 128 KiB a field is below the one that params.yaml sets for a whole record.
 csv.field_size_limit(2**31 - 1)
 
+# Fields without quotes, or quoted as RFC 4180 has it. pyarrow reads on where a quoted field goes on after its closing
+# quote; the csv module, when strict, takes that for the stray quote it usually is.
+_WELL_QUOTED = re.compile(rb'(?:(?:[^",\r\n]*+|"(?:[^"]++|"")*+")[,\r\n])*+')
+
 _Lines = deque[tuple[int, bytes]]
 
 
@@ -27,9 +32,9 @@ def read_csv(
 ) -> Iterator[Record | Rejection]:
     """Yields a record or a rejection for each record of ``pieces`` after the header, in the order of the file.
 
-    A record that is longer than ``max_record_bytes``, or whose quotes never close, is given up after its first line, so
-    that a stray quote does not swallow what follows. Raises :class:`BadInput` that names the file ``name`` when the
-    header lacks a field.
+    A record that is longer than ``max_record_bytes``, or whose quotes do not close where a field ends, is given up
+    after its first line, so that a stray quote does not swallow what follows. Raises :class:`BadInput` that names the
+    file ``name`` when the header lacks a field.
     """
     source = _Pieces(iter(pieces))
     header = _read_header(source, fields, max_record_bytes, name)
@@ -145,7 +150,7 @@ def _take_record(lines: _Lines, source: _Pieces, max_record_bytes: int) -> _RawR
         complete = False
 
     try:
-        values = next(csv.reader(supply()))
+        values = next(csv.reader(supply(), strict=True))
     except csv.Error:
         values, complete = [], False
     if not complete:
@@ -178,6 +183,8 @@ def _fault(data: bytes, complete: bool) -> Reason | None:
 def _parse(block: Block, header: _Header) -> pa.Table | None:
     """Returns one row a line of ``block``; None when the block has to go record by record."""
     if b"\0" in block.data or block.data.count(b"\r") != block.data.count(b"\r\n"):
+        return None
+    if b'"' in block.data and not _WELL_QUOTED.fullmatch(block.data):
         return None
     # pyarrow closes a quote that is open at the end; this row is then swallowed by it and missing from the count.
     sentinel = b",".join([b"."] * header.columns) + b"\n"

@@ -151,6 +151,8 @@ CSV_RECORDS = [
     (b"a,1", "malformed CSV"),
     (b"a,1,A,extra", "malformed CSV"),
     (b'"open,1,A', "malformed CSV"),
+    (b'"closed" too early,1,A', "malformed CSV"),
+    (b'"closed"""too early,1,A', "malformed CSV"),
     (b"a\rb,1,A", "malformed CSV"),
     (b"caf\xe9,1,A", "not UTF-8"),
     (b",1,A", "empty text"),
@@ -166,6 +168,12 @@ def test_a_csv_record_among_good_ones_is_read_or_rejected_alone(raw: bytes, expe
     assert records[2].line == 4 + raw.count(b"\n")
     if isinstance(records[1], Rejection):
         assert records[1].digest == xxhash.xxh3_128_hexdigest(raw)
+
+
+def test_two_stray_quotes_do_not_swallow_the_records_between_them() -> None:
+    records = read_csv(HEADER + b'"stray,1,A\n' + b"good,1,A\n" * 3 + b'"stray,1,A\n' + b"good,1,A\n")
+    expected = ["malformed CSV", "good", "good", "good", "malformed CSV", "good"]
+    assert [outcome(record) for record in records] == expected
 
 
 _cells = st.one_of(
