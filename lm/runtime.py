@@ -19,6 +19,8 @@ class Generator:
         """Loads ``model.onnx`` and ``tokenizer.json`` from ``folder``; ``threads`` None takes all cores."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        # A thread that spins while it waits takes its core from whatever else runs there.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])

@@ -43,7 +43,7 @@ def draw_architecture(config: dict[str, Any], path: Path) -> None:
         boxes += [("attention", attention), ("experts", _experts_text(config))]
     boxes += [("norm", "RMSNorm"), ("ends", f"head  {config['hidden_size']} x {config['vocab_size']:,}")]
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 1.05 * len(boxes) + 0.6))
+    figure, axes = pyplot.subplots(figsize=(6.4, 0.72 * len(boxes) + 0.4))
     for row, (kind, text) in enumerate(boxes):
         _box(axes, row, _COLOURS[kind], text)
     row = 1

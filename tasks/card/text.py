@@ -1,7 +1,6 @@
 """The card's text. Every number in it comes from a report."""
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -9,6 +8,7 @@ from tasks.card.evidence import NOT_ASSESSED, Evidence
 from tasks.card.params import CardParams
 
 EXAMPLE = Path(__file__).with_name("example.py")
+MOST_GROUPS_NAMED = 12
 
 
 def front_matter(evidence: Evidence, params: CardParams) -> str:
@@ -126,14 +126,10 @@ def _sources(evidence: Evidence) -> str:
 def _splits(evidence: Evidence) -> str:
     rows = []
     for name, split in (evidence.corpus.get("splits") or {}).items():
-        groups = split.get("groups")
-        shown = ", ".join(groups) if isinstance(groups, list) and len(groups) <= 12 else f"{_count(groups):,} groups"
+        names = split.get("group_names") or []
+        shown = ", ".join(names) if 0 < len(names) <= MOST_GROUPS_NAMED else f"{split['groups']:,} groups"
         rows.append([name, f"{split['documents']:,}", f"{split['bytes']:,}", shown])
     return _table(["split", "documents", "bytes", "groups"], rows) if rows else NOT_ASSESSED
-
-
-def _count(groups: Any) -> int:
-    return len(groups) if isinstance(groups, list) else int(groups)
 
 
 def _training(evidence: Evidence) -> str:
@@ -191,7 +187,8 @@ def _quantization(evidence: Evidence) -> str:
     return "\n\n".join(
         [
             "Weights: signed 8 bits, one scale an output channel. Activations: unsigned 8 bits, one scale and zero "
-            "point a token. The model was fine-tuned with exactly these roundings before the export.",
+            "point a token. The model was fine-tuned with exactly these roundings before the export; a negative "
+            "relative loss means that this further training gained more than the rounding cost.",
             _table(
                 ["", ""],
                 [

@@ -25,11 +25,10 @@ def main() -> None:
     documents = Shards(paths.SHARDS, manifest, "test").documents()
     if not documents:
         raise BadInput(f"{paths.SHARDS}: the test split is empty. Raise ingest.split.test in params.yaml.")
-    torch.set_num_threads(params.threads)
     torch.use_deterministic_algorithms(True)
     model = hugging_face.load(paths.FLOAT)
     with progress("evaluate") as shown:
-        scores = score(model, Generator(paths.INT8, params.threads), documents, shown)
+        scores = score(model, Generator(paths.INT8, threads=1), documents, params.threads, shown)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     train, test = (
         _texts(tokenizer, found) for found in (Shards(paths.SHARDS, manifest, "train").documents(), documents)

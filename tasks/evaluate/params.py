@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.section import Section
+from tasks.section import Section, operational
 
 
 class EvaluateParams(Section):
@@ -12,4 +12,4 @@ class EvaluateParams(Section):
     bootstrap_samples: int = Field(ge=100)
     max_relative_loss: float = Field(gt=0)
     ngram_order: int = Field(ge=2, le=8)
-    threads: int = Field(ge=1)
+    threads: int = operational(ge=1)

@@ -1,7 +1,9 @@
 """Scores of the float and the INT8 model on the same documents, token by token."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +53,14 @@ def windows_of(document: int, tokens: npt.NDArray[np.int64], context: int) -> It
         start = max(start + 1, scored - 1 - context // 2)
 
 
-def score(model: LanguageModel, int8: Generator, documents: list[tuple[Tokens, int]], progress: Progress) -> Scores:
-    """Returns the scores of both models on ``documents`` (tokens with BOS first, UTF-8 bytes). Both compute in fp32."""
+def score(
+    model: LanguageModel, int8: Generator, documents: list[tuple[Tokens, int]], threads: int, progress: Progress
+) -> Scores:
+    """Returns the scores of both models on ``documents`` (tokens with BOS first, UTF-8 bytes). Both compute in fp32.
+
+    ``threads`` batches are computed at a time, each on one core: faster than one batch on all cores, and no sum depends
+    on how many there are.
+    """
     table = np.zeros((len(documents), len(COLUMNS)))
     windows: list[Window] = []
     for index, (tokens, size) in enumerate(documents):
@@ -62,11 +70,14 @@ def score(model: LanguageModel, int8: Generator, documents: list[tuple[Tokens, i
     windows.sort(key=lambda window: len(window.inputs))
     model.eval()
     progress.begin("scoring")
-    for start in range(0, len(windows), WINDOWS_AT_ONCE):
-        batch = windows[start : start + WINDOWS_AT_ONCE]
-        for window, sums in zip(batch, _score_batch(model, int8, batch), strict=True):
-            table[window.document, 2:] += sums
-        progress.update(start + len(batch), len(windows), "windows")
+    batches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
+    done = 0
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch, sums in zip(batches, pool.map(partial(_score_batch, model, int8), batches), strict=True):
+            for window, row in zip(batch, sums, strict=True):
+                table[window.document, 2:] += row
+            done += len(batch)
+            progress.update(done, len(windows), "windows")
     return Scores(table)
 
 
