@@ -1,6 +1,5 @@
 """Text from the project's INT8 model, with onnxruntime and no torch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +15,9 @@ def continue_text(
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: no such file. Run `overnight run` first; it makes the INT8 model.")
     # onnxruntime takes most of a second to import.
-    from lm.runtime import Generator
+    from lm.runtime import Generator, PromptTooLong
 
-    context = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    generator = Generator(folder)
-    length = len(generator.tokenizer.encode(prompt).ids)
-    if context is not None and length >= context:
-        raise BadInput(f"the text has {length} tokens and the model reads at most {context}; shorten the text.")
-    yield from generator.generate(prompt, max_new_tokens, temperature, top_k, seed, context)
+    try:
+        yield from Generator(folder).generate(prompt, max_new_tokens, temperature, top_k, seed)
+    except PromptTooLong as error:
+        raise BadInput(f"{error}.") from None

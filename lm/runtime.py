@@ -1,5 +1,6 @@
 """Text from an INT8 model with onnxruntime, tokenizers and numpy alone. Imports no torch."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 Logits = npt.NDArray[np.float32]
+
+
+class PromptTooLong(ValueError):
+    """A prompt leaves no room for an answer."""
 
 
 class Generator:
@@ -25,6 +30,8 @@ class Generator:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # The longest text, in tokens, that the model was trained on and has positions for.
+        self.context: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
         self.cache_shapes = {
             value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_")
         }
@@ -48,16 +55,20 @@ class Generator:
         temperature: float = 0.8,
         top_k: int = 40,
         seed: int = 0,
-        context: int | None = None,
     ) -> Iterator[str]:
         """Yields the continuation of ``prompt`` piece by piece; equal arguments yield equal text.
 
         A temperature of 0 takes the likeliest token. Stops at the end-of-text token, after ``max_new_tokens``, or when
-        ``context`` tokens, the longest text the model was trained on, are reached.
+        the text is as long as the model's context. Raises :class:`PromptTooLong`.
         """
         ids = self.tokenizer.encode(prompt).ids
+        if len(ids) >= self.context:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens, and the model reads at most {self.context}, its answer included; "
+                "shorten the prompt"
+            )
         stop = ids[0]  # the one special token begins and ends every document
-        room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+        room = min(max_new_tokens, self.context - len(ids))
         random = np.random.default_rng(seed)
         cache, new, told = self.empty_cache(), list(ids), ""
         written: list[int] = []

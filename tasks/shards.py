@@ -171,7 +171,7 @@ def _map_shard(path: Path, entry: ShardEntry, dtype: str) -> _MappedShard:
         content = np.memmap(path, dtype=np.uint8, mode="r")
     except (FileNotFoundError, ValueError):
         raise BadInput(f"{path}: the manifest names this shard, but it is missing or empty. Rerun 'shard'.") from None
-    found = digest(content)
+    found = digest(content.data)
     if found != entry.digest:
         raise BadInput(
             f"{path}: damaged: its digest is {found}, the manifest says {entry.digest}. "

@@ -1,5 +1,6 @@
 """Continue a text with onnxruntime, tokenizers and numpy. Run it in the folder that holds model.onnx."""
 
+import json
 import sys
 
 import numpy as np
@@ -16,8 +17,9 @@ outputs = ["logits", *(name.replace("past_", "present_") for name in cache)]
 ids = tokenizer.encode(prompt).ids
 end_of_text, new = ids[0], ids
 random = np.random.default_rng(0)
+context = json.load(open("config.json"))["max_position_embeddings"]
 
-for _ in range(40):
+for _ in range(min(40, context - len(ids))):
     logits, *presents = session.run(outputs, {"input_ids": np.array([new], np.int64), **cache})
     cache = dict(zip(cache, presents, strict=True))
     best = np.argsort(-logits[0, -1])[:40]

@@ -1,0 +1,118 @@
+"""The card: every number from a report, and an example that runs as written."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+
+CORPUS = {
+    "sources": [
+        {
+            "name": "kjv",
+            "licence": "public domain",
+            "sha256": "ab" * 32,
+            "records": {"in": 1234, "kept": 1200, "rejected": 34},
+            "documents": {"in": 77, "out": 70, "duplicated": 7},
+            "bytes": {"out": 98765},
+        }
+    ],
+    "splits": {"test": {"documents": 5, "bytes": 4321, "groups": 2, "group_names": ["Ruth", "Jonah"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("carded")
+    tiny.write_params(folder, train__seq_len=64, train__global_batch=4)
+    tiny.write_shards(folder)
+    (folder / "data/corpus").mkdir()
+    (folder / "data/corpus/report.json").write_text(json.dumps(CORPUS))
+    for name in ("train", "quantize", "evaluate", "card"):
+        code, output = tiny.run(name, folder)
+        assert code == 0, output
+    return folder
+
+
+def _card(project: Path) -> str:
+    return (project / "models/card/README.md").read_text()
+
+
+def test_the_hub_reads_the_card_and_its_evaluation(project: Path) -> None:
+    card = ModelCard.load(project / "models/card/README.md")
+    evaluation = json.loads((project / "models/evaluation.json").read_text())
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
+    assert results == {
+        f"bits per byte ({kind})": evaluation["models"][kind]["bits_per_byte"]["value"] for kind in ("float", "int8")
+    }
+    assert card.data.license == "mit"
+    assert card.data.language == ["en"]
+
+
+def test_numbers_come_from_the_reports(project: Path) -> None:
+    card = _card(project)
+    train = json.loads((project / "models/train.json").read_text())
+    assert f"| parameters, total | {train['parameters']:,} |" in card
+    assert "| kjv | public domain | 34 of 1,234 | 7 | 70 | 98,765 |" in card
+    assert "Ruth, Jonah" in card
+    evaluation = json.loads((project / "models/evaluation.json").read_text())
+    assert f"{evaluation['baselines']['xz']['bits_per_byte']['value']:.3f}" in card
+    relative = evaluation["gate"]["relative_loss"]
+    assert f"{relative['value']:+.4f} [{relative['low']:+.4f}, {relative['high']:+.4f}]" in card
+
+
+def test_the_figures_are_there(project: Path) -> None:
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", _card(project)):
+        assert (project / "models/card" / name).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (project / "models/card").iterdir()} == {"README.md", "architecture.png", "curve.png"}
+
+
+def test_a_second_card_has_the_same_bytes(project: Path) -> None:
+    before = tiny.files_of(project / "models/card")
+    assert tiny.run("card", project)[0] == 0
+    assert tiny.files_of(project / "models/card") == before
+
+
+def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) -> None:
+    program = re.search(r"```python\n(.*?)```", _card(project), re.DOTALL)
+    assert program
+    (tmp_path / "example.py").write_text(program[1])
+    # Only these three packages may be imported, whatever else is installed.
+    guard = (
+        "import sys, runpy\n"
+        "class Guard:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'lm', 'tasks', 'flows'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Guard())\n"
+        f"sys.argv = ['example.py', 'in the beginning']\n"
+        f"runpy.run_path({str(tmp_path / 'example.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", guard], cwd=project / "models/int8", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("in the beginning")
+    assert len(done.stdout) > len("in the beginning\n")
+    assert set(re.findall(r"^(?:from|import) (\w+)", program[1], re.MULTILINE)) == {
+        "json",
+        "sys",
+        "numpy",
+        "onnxruntime",
+        "tokenizers",
+    }
+
+
+def test_what_no_report_holds_is_not_assessed(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path)
+    code, output = tiny.run("card", tmp_path)
+    assert code == 0, output
+    card = _card(tmp_path)
+    assert "| parameters, total | not assessed |" in card
+    assert "float not assessed, INT8 not assessed" in card
+    assert not re.search(r"\bNone\b|\bnan\b", card)
+    ModelCard.load(tmp_path / "models/card/README.md")
