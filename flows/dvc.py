@@ -1,16 +1,18 @@
 """Everything that touches DVC: its graph, what is stale, and the commands that run a stage or version a folder.
 
 Stages run as child processes, ``dvc repro -s``, because ``Repo.reproduce`` is not safe in threads and DVC leaves a
-stage's command alive when it is told to end. Only reading happens in this process; DVC is imported late (a second). DVC names
-stages relative to the current directory, which therefore has to be the project's folder, as for ``dvc`` itself.
+stage's command alive when it is told to end. Only reading happens in this process, and DVC is imported late (a second).
+DVC names stages relative to the current directory, which therefore has to be the project's folder.
 """
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +121,9 @@ def environment(outer: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+_LOOKS_AT_LOCK = 5
+_SECONDS_BETWEEN_LOOKS = 0.1
+
 _RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
 _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
@@ -154,11 +159,29 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
+def drop_damaged_lock(root: Path) -> None:
+    """Removes DVC's table of read and write locks when it is damaged, for with it every DVC command fails.
+
+    DVC writes it in place: killed in the middle, it leaves half a file. A writer that lives needs milliseconds.
+    """
+    path = root / ".dvc" / "tmp" / "rwlock"
+    for _ in range(_LOOKS_AT_LOCK):
+        try:
+            json.loads(path.read_bytes())
+            return
+        except FileNotFoundError:
+            return
+        except ValueError:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _repo(root: Path) -> Iterator[Any]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    drop_damaged_lock(root)
     # Silences DVC's own progress bars and its warnings about frozen stages, which would mix with ours.
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     try:

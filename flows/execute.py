@@ -33,6 +33,7 @@ def execute(site: Site, stage: str, command: Sequence[str], on_event: Callable[[
     """
     log = site.root / site.log(stage)
     begin = log.stat().st_size if log.exists() else 0
+    dvc.drop_damaged_lock(site.root)
     code = process.run(command, log, dvc.environment(os.environ), on_event, kept=[site.lock])
     with log.open("rb") as file:
         file.seek(begin)

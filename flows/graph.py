@@ -54,10 +54,10 @@ class Graph:
         """Returns every name that ``--from`` accepts, in order."""
         return [COLLECT, *(stage.name for stage in self.stages)]
 
-    def check(self, name: str) -> None:
-        """Raises :class:`UserMistake` when there is no stage ``name``."""
+    def check(self, name: str, where: str) -> None:
+        """Raises :class:`UserMistake` when there is no stage ``name``, which the user gave at ``where``."""
         if name not in self.names():
-            raise UserMistake(f"there is no stage '{name}'; choose one of {', '.join(self.names())}.")
+            raise UserMistake(f"{where}: there is no stage '{name}'; choose one of {', '.join(self.names())}.")
 
 
 def in_order(stages: Iterable[Stage]) -> Graph:

@@ -7,6 +7,7 @@ Import this after :mod:`flows.server` has set the environment: Prefect reads its
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, dvc
+from flows import artifacts, dvc, failures
 from flows.execute import Site, execute, remember
 from flows.graph import COLLECT, Graph, Stage
 from flows.plan import Action, Step, collects, plan
@@ -134,6 +135,7 @@ class _Night:
             if step.action == Action.SKIPPED:
                 return Completed(name="Skipped", message="before --from", data="skipped")
             if step.action == Action.CACHED:
+                failures.forget(self._site.root, stage.name)
                 return Completed(name="Cached", message="unchanged", data="cached")
             return self._repro(stage, step.force)
 
@@ -143,7 +145,7 @@ class _Night:
         self, name: str, description: str, upstream: Sequence[str], body: Callable[[], State[Any]], why: str = ""
     ) -> None:
         flow: FlowParams = self._params.flow
-        attempts = _Attempts(name, flow, self._watch)
+        attempts = _Attempts(name, self._site, flow, self._watch)
         stage_task: Task[[], Any] = Task(
             lambda: attempts.run(body),
             name=name,
@@ -151,21 +153,22 @@ class _Night:
             description=description,
             retries=flow.retries.get(name, 0),
             retry_delay_seconds=flow.retry_delay_seconds,
-            retry_condition_fn=attempts.may_retry,
+            # Prefect calls functions only: of a bound method it asks whether it is true.
+            retry_condition_fn=lambda task, run, state: attempts.may_retry(),
             cache_policy=NO_CACHE,
             persist_result=False,
             log_prints=False,
         )
         started = time.monotonic()
         # What lies downstream of a failure is a task run too, so that the UI shows it and why it did not start.
-        waits = [allow_failure(self._states[one]) for one in upstream]
+        # Prefect refuses to wait for a cancelled one, which leaves that edge out of the picture.
+        waits = [allow_failure(self._states[one]) for one in upstream if not self._states[one].is_cancelled()]
         state: State[Any] = stage_task(return_state=True, wait_for=waits)
         self._states[name] = state
         seconds = time.monotonic() - started
-        if state.is_failed() or state.is_crashed():
-            run = StageRun(name, "failed", seconds, attempts.message or state.message or "")
-        else:
-            run = StageRun(name, _OUTCOMES.get(state.name or "", "ran"), seconds, why)
+        outcome = _OUTCOMES.get(state.name or "", "failed")
+        message = attempts.message or state.message or "" if outcome == "failed" else why
+        run = StageRun(name, outcome, seconds, message)
         self.runs[name] = run
         self._watch.ended(run)
 
@@ -181,6 +184,7 @@ class _Night:
             changes = dvc.changes(self._site.root)
             if str(pointer) not in changes.data:
                 self._changes = changes
+                failures.forget(self._site.root, COLLECT)
                 return Completed(name="Cached", message="nothing new at the sources", data="cached")
         self._execute(COLLECT, dvc.add_command(paths.RAW))
         return Completed(name="Ran", data="ran")
@@ -209,24 +213,36 @@ _OUTCOMES: Mapping[str, Outcome] = {"Ran": "ran", "Cached": "cached", "Skipped":
 class _Attempts:
     """The attempts at one stage: what the last one complained about, and whether another one is worth it."""
 
-    def __init__(self, name: str, params: FlowParams, watch: Watch) -> None:
-        self._name, self._params, self._watch = name, params, watch
+    def __init__(self, name: str, site: Site, params: FlowParams, watch: Watch) -> None:
+        self._name, self._site, self._params, self._watch = name, site, params, watch
         self._failure: Exception | None = None
         self._count = 0
 
     @property
     def message(self) -> str:
-        return " ".join(str(self._failure).split()) if self._failure else ""
+        if self._failure is None:
+            return ""
+        kind = "" if isinstance(self._failure, StageFailed) else f"{type(self._failure).__name__}: "
+        return kind + " ".join(str(self._failure).split())
 
     def run(self, body: Callable[[], State[Any]]) -> State[Any]:
         self._count += 1
         try:
             return body()
-        except Exception as error:
+        except StageFailed as error:
             self._failure = error
             raise
+        except Exception as error:
+            # A bug of ours: the terminal gets its last line, the log all of it.
+            self._failure = error
+            log = self._site.root / self._site.log(self._name)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                file.write(traceback.format_exc())
+            remember(self._site, self._name, dvc.Result("failed", None, self.message))
+            raise
 
-    def may_retry(self, task: Task[..., Any], run: object, state: State[Any]) -> bool:
+    def may_retry(self) -> bool:
         mendable = isinstance(self._failure, StageFailed) and self._failure.mendable
         if mendable and self._count <= self._params.retries.get(self._name, 0):
             self._watch.retrying(self._name, self.message, self._count + 1, self._params.retry_delay_seconds)

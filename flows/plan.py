@@ -38,7 +38,7 @@ def plan(graph: Graph, stale: Collection[str], from_stage: str | None = None, fo
         forced = frozenset(graph.names()) if force else frozenset()
     else:
         assert from_stage is not None
-        graph.check(from_stage)
+        graph.check(from_stage, "--from")
         skipped = graph.ancestors(from_stage)
         forced = graph.descendants(from_stage) | {from_stage} if force else frozenset()
     steps: list[Step] = []

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,15 @@ def run(request: Request, out: Console, err: Console) -> int:
 
     Raises :class:`tasks.errors.UserMistake` before anything runs, :class:`flows.lock.Held` when another run is at work.
     """
+    try:
+        with _sigterm_raises():
+            return _checked(request, out, err)
+    except _Terminated:
+        err.print("terminated; `overnight run` goes on where this run stopped.")
+        return EXIT_TERMINATED
+
+
+def _checked(request: Request, out: Console, err: Console) -> int:
     root = project.find()
     params = project.parameters(root)
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -48,16 +59,34 @@ def run(request: Request, out: Console, err: Console) -> int:
             # Reading the graph takes a second, in which the server starts.
             graph = dvc.graph(root)
             if request.from_stage is not None:
-                graph.check(request.from_stage)
+                graph.check(request.from_stage, "--from")
+            for stage in params.flow.retries:
+                graph.check(stage, "params.yaml: flow.retries")
             return _run(site, graph, params, request, serving, out, err)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived. No :class:`Exception`, so that nothing on the way takes it for a fault of its own."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Makes SIGTERM leave every ``with`` block in order. Prefect's own handler ends with a call of this one."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(
     site: Site, graph: Graph, params: Params, request: Request, serving: server.Server, out: Console, err: Console
 ) -> int:
     started = time.monotonic()
-    from prefect.exceptions import TerminationSignal
-
     from flows.overnight import make_flow
 
     terminal = Terminal(err)
@@ -66,9 +95,6 @@ def _run(
     try:
         with terminal:
             state = flow(request.from_stage, request.force, return_state=True)
-    except TerminationSignal:
-        err.print("terminated; `overnight run` goes on where this run stopped.")
-        return EXIT_TERMINATED
     finally:
         _flush()
     summary.show_stages(out, [_line(one) for one in terminal.runs], time.monotonic() - started)

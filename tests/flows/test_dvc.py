@@ -152,6 +152,20 @@ def test_a_broken_dvc_yaml_is_one_line(project: "Project", content: str, complai
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"read": {', b"\xff"])
+def test_a_lock_table_that_a_killed_dvc_left_half_written_is_dropped(project: "Project", damaged: bytes) -> None:
+    (project.root / ".dvc/tmp/rwlock").write_bytes(damaged)
+    assert dvc.changes(project.root).stages["first"].never_run
+
+
+def test_a_sound_lock_table_is_left_alone(tmp_path: Path) -> None:
+    table = tmp_path / ".dvc/tmp/rwlock"
+    table.parent.mkdir(parents=True)
+    table.write_text('{"read": {}, "write": {}}')
+    dvc.drop_damaged_lock(tmp_path)
+    assert table.exists()
+
+
 def test_a_stage_sees_no_setting_of_prefect_and_one_shell() -> None:
     given = {"PREFECT_API_KEY": "secret", "SHELL": "/usr/bin/fish", "PATH": "/bin", "KEPT": "1"}
     made = dvc.environment(given)

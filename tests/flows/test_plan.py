@@ -53,7 +53,7 @@ def test_the_order_puts_each_stage_after_what_it_reads_and_else_keeps_that_of_th
 
 
 def test_an_unknown_stage_is_refused_with_the_list_of_those_there_are() -> None:
-    with pytest.raises(UserMistake, match=r"no stage 'trian'; choose one of collect, a, c, b, d"):
+    with pytest.raises(UserMistake, match=r"^--from: there is no stage 'trian'; choose one of collect, a, c, b, d"):
         plan(DIAMOND, set(), "trian")
 
 

@@ -1,0 +1,59 @@
+"""Reports as Prefect artifacts."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import artifacts
+from flows.graph import Stage
+from tasks.progress import Event
+
+
+def test_a_table_has_a_row_for_each_scalar_named_by_its_path() -> None:
+    content = {"tokens": 1234567, "loss": {"value": 0.123456789, "ok": True}, "splits": ["a|b", None]}
+    assert artifacts.table(content).splitlines()[2:] == [
+        "| tokens | 1,234,567 |",
+        "| loss.value | 0.123457 |",
+        "| loss.ok | true |",
+        "| splits.0 | a\\|b |",
+        "| splits.1 | null |",
+    ]
+
+
+def test_a_long_table_says_how_much_it_leaves_out() -> None:
+    lines = artifacts.table(list(range(205))).splitlines()
+    assert lines[-1] == "| … | 5 more in the file |"
+    assert len(lines) == 2 + 200 + 1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        (["data/corpus"], ["data/corpus/report.json"]),
+        (["models/float", "models/train.json", "models/curve.csv"], ["models/train.json"]),
+        (["models/int8"], ["models/int8/audit.json"]),
+        (["models/card"], ["models/card/README.md"]),
+        (["elsewhere"], []),
+    ],
+)
+def test_the_reports_of_a_stage_are_found_among_its_outputs(outputs: list[str], expected: list[str]) -> None:
+    stage = Stage("any", "", (), (), tuple(map(Path, outputs)))
+    assert list(map(str, artifacts.reports(stage))) == expected
+
+
+def test_keys_are_such_as_prefect_accepts() -> None:
+    assert artifacts.key("sub/dvc.yaml:Train@x_1") == "sub-dvc-yaml-train-x-1"
+
+
+def test_a_server_that_fails_costs_one_call_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(*arguments: object) -> None:
+        calls.append(arguments)
+        raise ConnectionError
+
+    monkeypatch.setattr(artifacts, "create_progress_artifact", fail)
+    shown = artifacts.ProgressArtifact("train")
+    for done in (1, 2):
+        shown.update(Event("train", "steps", done, 1, "steps", 1.0))
+    assert len(calls) == 1

@@ -1,0 +1,77 @@
+"""What a user meets before anything runs: help, and one clear line for each mistake."""
+
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Project
+
+
+def refuse(project: "Project", *arguments: str, **more: str) -> str:
+    """Runs a command that must be refused with exit code 2; returns its one line."""
+    done = project.overnight(*arguments, **more)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert project.ran() == []
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_a_folder_without_a_project(project: "Project", command: str) -> None:
+    (project.root / "dvc.yaml").unlink()
+    assert refuse(project, command).endswith("no dvc.yaml here. Change to the project's folder and run this again.")
+
+
+def test_a_missing_git_repository(project: "Project") -> None:
+    shutil.rmtree(project.root / ".git")
+    assert "not in a Git repository. Run `git init`" in refuse(project, "run")
+
+
+def test_a_missing_dvc_repository(project: "Project") -> None:
+    shutil.rmtree(project.root / ".dvc")
+    assert "no DVC repository here. Run `dvc init`" in refuse(project, "run")
+
+
+def test_an_unknown_key(project: "Project") -> None:
+    project.set("train", "lerning_rate", 1)
+    assert refuse(project, "run").endswith(
+        "params.yaml: train.lerning_rate: unknown key; remove it or mend its spelling"
+    )
+
+
+def test_a_retry_of_a_stage_that_does_not_exist(project: "Project") -> None:
+    project.set("flow", "retries", {"trian": 1})
+    assert "flow.retries: there is no stage 'trian'; choose one of" in refuse(project, "run")
+
+
+def test_an_unknown_stage(project: "Project") -> None:
+    line = refuse(project, "run", "--from", "trian")
+    assert line == "error: --from: there is no stage 'trian'; choose one of collect, first, second, third."
+
+
+def test_a_server_that_is_not_there(project: "Project") -> None:
+    line = refuse(project, "run", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert line.startswith("error: PREFECT_API_URL is http://127.0.0.1:9/api, and no Prefect server answers there")
+
+
+def test_generating_before_there_is_a_model(project: "Project") -> None:
+    assert "models/int8/model.onnx: no such file. Run `overnight run` first" in refuse(project, "generate", "text")
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["status"], ["generate"]])
+def test_help_reads_well_and_comes_at_once(arguments: list[str]) -> None:
+    code = (
+        "import resource, sys\nfrom flows.cli import app\n"
+        "try: app([*sys.argv[1:], '--help'], prog_name='overnight')\n"
+        "finally: print('CPU', sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    text, _, cpu = done.stdout.rpartition("CPU")
+    # Processor time, which does not grow when the machine is busy.
+    assert float(cpu) < 1.0
+    assert "Usage: overnight" in text

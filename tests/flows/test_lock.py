@@ -1,0 +1,67 @@
+"""One run at a time."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import lock
+from tasks.errors import EXIT_TRY_AGAIN
+
+
+def test_a_second_run_is_told_who_holds_the_lock_and_since_when(tmp_path: Path) -> None:
+    with lock.hold(tmp_path, "20260101-000000"), pytest.raises(lock.Held) as caught, lock.hold(tmp_path, "other"):
+        pass
+    assert f"run 20260101-000000 (process {os.getpid()}) is at work in this project since 20" in str(caught.value)
+    assert "--wait" in str(caught.value)
+    assert caught.value.exit_code == EXIT_TRY_AGAIN
+
+
+def test_the_lock_is_free_after_a_run_and_names_the_next_one(tmp_path: Path) -> None:
+    with lock.hold(tmp_path, "a-rather-long-name-of-a-run"):
+        pass
+    with lock.hold(tmp_path, "b"):
+        assert json.loads((tmp_path / lock.LOCK).read_text())["run"] == "b"
+
+
+def test_waiting_gets_the_lock_when_the_other_run_has_ended(tmp_path: Path) -> None:
+    told: list[str] = []
+    entered = threading.Event()
+    leave = threading.Event()
+
+    def other() -> None:
+        with lock.hold(tmp_path, "first"):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(10)
+
+    def tell(line: str) -> None:
+        told.append(line)
+        leave.set()
+
+    with lock.hold(tmp_path, "second", wait=True, tell=tell):
+        assert len(told) == 1
+        assert "first" in told[0]
+    thread.join()
+
+
+def test_a_lock_that_a_dead_run_has_left_to_its_last_child_is_waited_for(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, subprocess, sys
+from flows import lock
+with lock.hold(pathlib.Path({str(tmp_path)!r}), "dead") as descriptor:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"], pass_fds=[descriptor])
+    import os; os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    started = time.monotonic()
+    with lock.hold(tmp_path, "next"):
+        assert 0.2 < time.monotonic() - started < 10

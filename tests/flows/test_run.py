@@ -1,0 +1,183 @@
+"""Whole runs of the small project against Prefect's temporary server."""
+
+import shutil
+import signal
+import sqlite3
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Project
+
+# A stage that stays, with a worker in a session of its own.
+STAY = """
+    worker = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
+    subprocess.Popen(worker, start_new_session=True)
+    pathlib.Path("staying").write_text("")
+    time.sleep(600)
+"""
+PROGRESS = """
+    from tasks.progress import progress
+    with progress("first") as shown:
+        shown.begin("read")
+        shown.update(1, 2, "documents", loss=0.5)
+        time.sleep(0.3)
+        shown.update(2, 2, "documents", loss=0.25)
+"""
+NOISE = ("prefect", "database is locked", "traceback", "http", "warning")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first run of this module leaves its database: making the tables anew takes most of a run's time."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def nightly(project: "Project", database: Path) -> "Project":
+    """The small project, with a Prefect database where an earlier test has made one."""
+    shutil.copytree(database, project.root / ".overnight/prefect", dirs_exist_ok=True)
+    return project
+
+
+def task_states(root: Path) -> dict[str, str]:
+    """The last state of each task run, as Prefect's own database has it."""
+    with sqlite3.connect(root / ".overnight/prefect/prefect.db") as connection:
+        return dict(connection.execute("select name, state_name from task_run order by created").fetchall())
+
+
+def flow_states(root: Path) -> list[str]:
+    with sqlite3.connect(root / ".overnight/prefect/prefect.db") as connection:
+        return [name for (name,) in connection.execute("select state_name from flow_run order by created")]
+
+
+def wait_for_file(path: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
+
+
+def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database: Path) -> None:
+    project.do("first", PROGRESS)
+    first = project.overnight("run")
+    assert (first.returncode, project.ran()) == (0, ["first", "second", "third"]), first.stderr
+    assert not [word for word in NOISE if word in (first.stdout + first.stderr).lower()], first.stderr
+    assert flow_states(project.root) == ["Completed"]
+    for file in ("prefect.db", "prefect.db-wal", "prefect.db-shm"):
+        if (project.root / ".overnight/prefect" / file).exists():
+            shutil.copy(project.root / ".overnight/prefect" / file, database)
+    with sqlite3.connect(project.root / ".overnight/prefect/prefect.db") as connection:
+        reports = dict(connection.execute("select key, data from artifact").fetchall())
+    assert "letters | 18" in reports["third-third"]
+    assert float(reports["first-progress"]) == 100.0
+    assert any(line.startswith("first     read 2/2") and "loss 0.25" in line for line in first.stderr.splitlines())
+
+    again = project.overnight("run")
+    assert (again.returncode, project.ran()) == (0, [])
+    assert [line.split()[:2] for line in again.stdout.splitlines()[:4]] == [
+        ["collect", "cached"], ["first", "cached"], ["second", "cached"], ["third", "cached"]
+    ]  # fmt: skip
+
+    project.set("train", "learning_rate", 0.5)
+    project.set("ingest", "max_reject_rate", 0.5)
+    status = project.overnight("status").stdout.splitlines()
+    assert status == [
+        "collect: up to date",
+        "first: stale: params.yaml: ingest.max_reject_rate modified",
+        "second: stale: params.yaml: train.learning_rate modified; first is stale",
+        "third: stale: second is stale",
+    ]
+    # first is stale, and --from leaves it as it is. second writes the same as before, so third has nothing to do.
+    third = project.overnight("run", "--from", "second")
+    assert (third.returncode, project.ran()) == (0, ["second"]), third.stderr
+    assert [line.split()[1] for line in third.stdout.splitlines()[:4]] == ["skipped", "skipped", "ran", "cached"]
+    assert not list((project.root / ".overnight/logs").rglob("*.events"))
+
+
+def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "Project") -> None:
+    nightly.do("second", "print('error: there is no text; bring some', file=sys.stderr); sys.exit(2)")
+    failed = nightly.overnight("run")
+    # A mistake is not tried again, though `second` has a retry.
+    assert (failed.returncode, nightly.ran()) == (1, ["first", "second"])
+    assert "error: second: there is no text; bring some" in failed.stderr
+    assert "overnight run" in failed.stderr
+    log = next(line.rpartition(" ")[2] for line in failed.stderr.splitlines() if line.startswith("The whole log"))
+    assert "error: there is no text" in (nightly.root / log).read_text()
+    assert "not started, because of second" in failed.stdout
+    assert flow_states(nightly.root)[-1] == "Failed"
+    assert {"second": "Failed", "third": "Skipped"}.items() <= task_states(nightly.root).items()
+    assert "second: failed: there is no text; bring some" in nightly.overnight("status").stdout.splitlines()
+
+    # A fault that passes: the second attempt succeeds within the same run.
+    nightly.do(
+        "second",
+        """
+        if not os.path.exists("tried"):
+            open("tried", "w").close()
+            print("error: rank 1 was killed", file=sys.stderr)
+            sys.exit(75)
+        """,
+    )
+    mended = nightly.overnight("run")
+    assert (mended.returncode, nightly.ran()) == (0, ["second", "second", "third"]), mended.stderr
+    assert "rank 1 was killed; attempt 2 starts" in mended.stderr
+    assert "second: up to date" in nightly.overnight("status").stdout.splitlines()
+
+
+def test_sigterm_leaves_no_process_and_meanwhile_no_other_run_starts(nightly: "Project") -> None:
+    nightly.do("second", STAY)
+    flow = nightly.start("run")
+    wait_for_file(nightly.root / "staying")
+
+    other = nightly.overnight("run")
+    assert other.returncode == 75
+    assert f"(process {flow.pid}) is at work in this project since" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+
+    started = time.monotonic()
+    flow.send_signal(signal.SIGTERM)
+    out, err = flow.communicate(timeout=30)
+    while nightly.processes():
+        time.sleep(0.05)
+        assert time.monotonic() - started < 10, nightly.processes()
+    assert time.monotonic() - started < 10
+    assert flow.returncode == 143, err
+    assert err.splitlines()[-1] == "terminated; `overnight run` goes on where this run stopped."
+    assert not [word for word in NOISE if word in (out + err).lower()], err
+    assert flow_states(nightly.root)[-1] == "Crashed"
+
+
+def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Project") -> None:
+    nightly.do("second", STAY)
+    flow = nightly.start("run")
+    wait_for_file(nightly.root / "staying")
+    left = nightly.processes()
+    # The flow, two supervisors, the server, DVC, the stage, its worker.
+    assert len(left) >= 7
+    flow.kill()
+    started = time.monotonic()
+    flow.communicate()
+    nightly.do("second", "pass")
+    nightly.ran()
+    # It must not meet what the old run has left, and must not give up because of it either.
+    following = nightly.start("run", "--from", "second")
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in left):
+        assert time.monotonic() - started < 10, left
+        time.sleep(0.05)
+    _, err = following.communicate(timeout=120)
+    assert (following.returncode, nightly.ran()) == (0, ["second", "third"]), err
+    assert nightly.processes() == []
+
+
+def test_a_source_that_is_gone_fails_collect_and_nothing_else_starts(nightly: "Project") -> None:
+    shutil.rmtree(nightly.root / "source")
+    failed = nightly.overnight("run")
+    assert (failed.returncode, nightly.ran()) == (1, [])
+    assert "error: collect: source 'small'" in failed.stderr
+    assert failed.stdout.count("not started, because of") == 3
+    assert nightly.overnight("status").stdout.startswith("collect: failed: source 'small'")
