@@ -141,9 +141,3 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     for process in left:
         process.kill()
     assert not left, f"left behind: {left}"
-
-
-@pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Prefect database with its tables made: a fresh one takes most of a run's time."""
-    return tmp_path_factory.mktemp("prefect")
