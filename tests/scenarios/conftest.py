@@ -1,0 +1,66 @@
+"""One undisturbed run of a whole project, which the scenarios copy and compare with."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chain import Chain, Ended, lay_out, seconds_of_stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A project after one undisturbed run: how that ended, what it wrote, how many seconds each stage lived.
+
+    Nobody changes it; a scenario takes a copy.
+    """
+
+    chain: Chain
+    ended: Ended
+    version: dict[str, bytes]
+    seconds: dict[str, float]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Chain:
+    """A project in which nothing has run. Nobody changes it; a scenario takes a copy.
+
+    One for all, so that the repository may be worked on while the tests run.
+    """
+    return lay_out(tmp_path_factory.mktemp("blank") / "project", home)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, blank: Chain) -> Reference:
+    chain = blank.copy(tmp_path_factory.mktemp("reference") / "project")
+    running = chain.start("run")
+    seconds = seconds_of_stages(running)
+    ended = running.end()
+    assert ended.code == 0, ended.err
+    return Reference(chain, ended, chain.version(), seconds)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    left = Chain(tmp_path, tmp_path).processes()
+    for process in left:
+        process.kill()
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, blank: Chain) -> Chain:
+    """A project in which nothing has run."""
+    return blank.copy(tmp_path / "fresh")
+
+
+@pytest.fixture
+def finished(tmp_path: Path, reference: Reference) -> Chain:
+    """A copy of the project after its undisturbed run."""
+    return reference.chain.copy(tmp_path / "finished")

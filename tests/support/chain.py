@@ -1,0 +1,300 @@
+"""A whole project for one scenario: the repository's own files, tiny parameters, a little text, and ``overnight``."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import tiny
+from ruamel.yaml import YAML
+
+STAGES = ("ingest", "shard", "train", "quantize", "evaluate", "card")
+# What a version consists of. `dvc.lock` names each file's digest, code and parameters included.
+ARTIFACTS = ("data/corpus", "data/shards", "models", "dvc.lock", "data/raw.dvc")
+SECONDS_TO_END = 10.0
+# Lines that are no records: cut short, of the wrong type, without the field.
+MALFORMED = ['{"text": "in the begin', '{"text": 7, "group": "book 1"}', '{"words": "night", "group": "book 2"}']
+_SECONDS_A_RUN = 240
+_WORDS = [
+    *("beginning", "light", "darkness", "face", "deep", "waters", "day", "night", "morning", "evening", "river"),
+    *("mountain", "king", "servant", "bread", "house", "field", "seed", "stone", "fire", "wind", "sea", "fish", "bird"),
+    *("tree", "fruit", "name", "word", "voice", "path", "hand", "eye", "heart", "was", "and", "of the", "upon", "in"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    def outcomes(self) -> dict[str, str]:
+        """The table of stages at the end of a run: collect and each stage with ran, cached, skipped or failed."""
+        rows = re.findall(r"^(\w+) +(ran|cached|skipped|failed)\b", self.out, re.MULTILINE)
+        return dict(rows)
+
+    def first_steps(self, stage: str) -> list[int]:
+        """The steps that ``stage`` had done when it first reported, one number an attempt."""
+        told = re.findall(rf"^{stage} +(?:training (\d+)/|.*; attempt \d+ starts)", self.err, re.MULTILINE)
+        # An empty string is where a new attempt was announced.
+        return [int(step) for before, step in zip(["", *told], told, strict=False) if step and not before]
+
+    def complaint(self) -> str:
+        """The one error line; fails when there is none, several, or a traceback."""
+        assert self.code != 0
+        assert "Traceback" not in self.out + self.err, self.err
+        lines = re.findall(r"^error: (.*)$", self.err, re.MULTILINE)
+        assert len(lines) == 1, self.err
+        return str(lines[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A project at ``root``. ``home`` stands in for the user's: no settings from outside take part."""
+
+    root: Path
+    home: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PREFECT_", "OVERNIGHT_", "PYTHON", "DVC_"))
+        }
+        return {**kept, "HOME": str(self.home), "DVC_SITE_CACHE_DIR": str(self.home), "COLUMNS": "200", **more}
+
+    def start(self, *arguments: str, **more: str) -> "Running":
+        process = psutil.Popen(
+            [sys.executable, "-m", "flows", *arguments],
+            cwd=self.root,
+            env=self.environment(**more),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        return Running(process, self)
+
+    def overnight(self, *arguments: str, **more: str) -> Ended:
+        """Runs ``overnight ARGUMENTS`` to its end."""
+        return self.start(*arguments, **more).end()
+
+    def copy(self, root: Path) -> "Chain":
+        """Returns a copy as it is now, with DVC's cache, checkpoints and Prefect's database."""
+        shutil.copytree(self.root, root, symlinks=True)
+        return Chain(root, self.home)
+
+    def version(self) -> dict[str, bytes]:
+        """The content of each file that a version consists of."""
+        found = {}
+        for name in ARTIFACTS:
+            place = self.root / name
+            if place.is_dir():
+                found |= {f"{name}/{path}": content for path, content in tiny.files_of(place).items()}
+            elif place.exists():
+                found[name] = place.read_bytes()
+        return found
+
+    def forget_from(self, stage: str) -> None:
+        """Makes the project one in which ``stage`` and those after it have never run."""
+        yaml = YAML()
+        lock = yaml.load(self.root / "dvc.lock")
+        for name in STAGES[STAGES.index(stage) :]:
+            for output in lock["stages"].pop(name)["outs"]:
+                place = self.root / output["path"]
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+            shutil.rmtree(self.root / ".overnight/checkpoints" / name, ignore_errors=True)
+        yaml.dump(lock, self.root / "dvc.lock")
+        # DVC would restore the outputs from here.
+        shutil.rmtree(self.root / ".dvc/cache/runs")
+
+    def set(self, path: str, value: object) -> None:
+        """Sets the value at the dotted ``path`` of ``params.yaml``, which need not be there."""
+        yaml = YAML()
+        content = yaml.load(self.root / "params.yaml")
+        *sections, key = path.split(".")
+        place = content
+        for section in sections:
+            place = place[section]
+        place[key] = value
+        yaml.dump(content, self.root / "params.yaml")
+
+    def checkpoints(self, stage: str) -> list[int]:
+        """The steps after which ``stage`` has checkpoints, in order."""
+        files = self.root.glob(f".overnight/checkpoints/{stage}/*/step-*.pt")
+        return sorted(int(file.name.split("-")[1]) for file in files)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process whose current directory is in the project."""
+        return [process for process in psutil.process_iter() if self._holds(process)]
+
+    def seconds_until_empty(self) -> float:
+        """Returns how long it takes until no process of the project is left; fails after ``SECONDS_TO_END``."""
+        started = time.monotonic()
+        while left := self.processes():
+            assert time.monotonic() - started < SECONDS_TO_END, left
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def _holds(self, process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(self.root)
+        except psutil.Error:
+            return False
+
+
+class Running:
+    """An ``overnight`` command at work. Its output is read all the time, so that it never waits for a reader."""
+
+    def __init__(self, process: psutil.Popen, chain: Chain) -> None:
+        self.process, self._chain = process, chain
+        self._said = {"out": "", "err": ""}
+        pipes = {"out": process.stdout, "err": process.stderr}
+        self._readers = [threading.Thread(target=self._read, args=pipe, daemon=True) for pipe in pipes.items()]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name: str, pipe: Iterator[str]) -> None:
+        for line in pipe:
+            self._said[name] += line
+
+    def end(self) -> Ended:
+        """Waits for the end; kills the command when it takes far too long."""
+        try:
+            code = self.process.wait(_SECONDS_A_RUN)
+        except psutil.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still at work after {_SECONDS_A_RUN} s: {self._said['err']}") from None
+        for reader in self._readers:
+            reader.join()
+        return Ended(code, self._said["out"], self._said["err"])
+
+    def stage_process(self, stage: str) -> psutil.Process | None:
+        """Waits for the stage's own Python process; returns None when the command ended without starting it."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found.extend(one for one in self._descendants() if _runs(one, f"tasks.{stage}"))
+            return bool(found) or not self.process.is_running()
+
+        self.wait_until(look)
+        return found[0] if found else None
+
+    def kill_stage(self, stage: str, after: float) -> bool:
+        """SIGKILLs the process of ``stage`` when it is ``after`` seconds old; returns False when it ended before."""
+        process = self.stage_process(stage)
+        if process is None:
+            return False
+        try:
+            time.sleep(max(0.0, process.create_time() + after - time.time()))
+            process.kill()
+        except psutil.NoSuchProcess:
+            return False
+        return True
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _SECONDS_A_RUN
+        while not condition():
+            assert time.monotonic() < deadline, self._said["err"]
+            time.sleep(0.01)
+
+    def wait_for_checkpoint(self, stage: str, step: int) -> None:
+        """Returns when ``stage`` has saved a checkpoint after ``step`` steps or more."""
+
+        def saved() -> bool:
+            assert self.process.is_running(), self._said["err"]
+            return max(self._chain.checkpoints(stage), default=0) >= step
+
+        self.wait_until(saved)
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return list(self.process.children(recursive=True))
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    # The shell that DVC starts holds the same words in one argument.
+    return command[1:3] == ["-m", module]
+
+
+def seconds_of_stages(running: Running) -> dict[str, float]:
+    """Follows a run to its end; returns how long each stage's process lived."""
+    seconds: dict[str, float] = {}
+    for stage in STAGES:
+        process = running.stage_process(stage)
+        assert process is not None, running.end().err
+        born = process.create_time()
+        process.wait(_SECONDS_A_RUN)
+        seconds[stage] = time.time() - born
+    return seconds
+
+
+def lay_out(root: Path, home: Path) -> Chain:
+    """Copies the repository's tracked files to ``root`` as they are now, with tiny parameters, text, Git and DVC."""
+    root.mkdir(parents=True)
+    settings = {
+        "collect__sources": [
+            {
+                "name": "small",
+                "uri": "texts",
+                "format": "jsonl",
+                "licence": "none",
+                "text_field": "text",
+                "group_field": "group",
+            }
+        ],
+        "ingest__max_reject_rate": 0.05,
+        "ingest__split": {"seed": 1, "valid": 0.2, "test": 0.2},
+        "train__steps": 40,
+        "train__checkpoint_every": 4,
+        "train__validate_every": 10,
+        "quantize__steps": 12,
+        "quantize__world_size": 1,
+        "flow__retries": {},
+        "flow__retry_delay_seconds": 0.0,
+    }
+    tiny.write_params(root, **settings)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=tiny.ROOT, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if name != "params.yaml" and (tiny.ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(tiny.ROOT / name, root / name)
+    write_texts(root / "texts")
+    chain = Chain(root, home)
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "The project"],
+    ):
+        subprocess.run(["git", *command], cwd=root, env=chain.environment(), check=True)
+    return chain
+
+
+def write_texts(folder: Path, groups: int = 24, documents: int = 6, words: int = 80) -> None:
+    """Writes three files of JSON lines with ``documents`` documents of each group, and ``MALFORMED`` among them."""
+    folder.mkdir()
+    drawn = random.Random(0)
+    rows = [
+        json.dumps({"text": " ".join(drawn.choices(_WORDS, k=words)) + ".", "group": f"book {group}"})
+        for group in range(groups)
+        for _ in range(documents)
+    ]
+    rows[20:20] = MALFORMED
+    for index in range(3):
+        (folder / f"part-{index}.jsonl").write_text("".join(f"{row}\n" for row in rows[index::3]))
