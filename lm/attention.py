@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lm.config import ModelConfig
-from lm.linear import Linear
+from lm.linear import Linear, together
 from lm.norm import RMSNorm
 from lm.rope import rotate
 
@@ -43,12 +43,13 @@ class LatentAttention(nn.Module):
         nope, rope, heads = config.qk_nope_head_dim, config.qk_rope_head_dim, config.num_attention_heads
 
         if config.q_lora_rank is None:
-            q = self.q_proj(x_BTD)
+            q, compressed = together(x_BTD, self.q_proj, self.kv_a_proj_with_mqa)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+            q, compressed = together(x_BTD, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q_BHTN, q_BHTR = q.view(batch, length, heads, -1).transpose(1, 2).split([nope, rope], dim=-1)
 
-        latent_BTC, k_BTR = self.kv_a_proj_with_mqa(x_BTD).split([config.kv_lora_rank, rope], dim=-1)
+        latent_BTC, k_BTR = compressed.split([config.kv_lora_rank, rope], dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC))
         k_BHTN, v_BHTV = kv.view(batch, length, heads, -1).transpose(1, 2).split([nope, config.v_head_dim], dim=-1)
 
@@ -63,9 +64,12 @@ class LatentAttention(nn.Module):
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     length, width = q.shape[-2:]
     if q.device.type == "cpu" and length <= EXPLICIT_ATTENTION_UP_TO:
-        future = torch.full((length, length), float("-inf"), device=q.device).triu(1)
-        scores = (q @ k.transpose(-1, -2)).float() * width**-0.5 + future
-        return scores.softmax(dim=-1).to(v.dtype) @ v
+        # The mask is what the product is added to, and softmax computes in fp32 whatever it reads and writes.
+        future = torch.full((length, length), float("-inf"), dtype=v.dtype, device=q.device).triu(1)
+        heads = q.shape[:-2]
+        scaled, keys = (q * width**-0.5).flatten(0, -3), k.flatten(0, -3)
+        scores = torch.baddbmm(future, scaled, keys.transpose(-1, -2))
+        return scores.softmax(dim=-1).unflatten(0, heads) @ v
     # The flash kernels want values as wide as keys; zeros beyond the value's width change nothing.
     padding = width - v.shape[-1]
     if padding <= 0:

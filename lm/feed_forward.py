@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lm.config import ModelConfig
-from lm.linear import Linear, Project
+from lm.linear import Linear, Project, together
+
+ROWS = 64
 
 
 class SwiGLU(nn.Module):
@@ -21,7 +23,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Router(nn.Module):
@@ -89,25 +92,33 @@ class Experts(nn.Module):
     def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Returns [N, D]: for each token the weighted sum of its experts' outputs.
 
-        Tokens are sorted by expert, so that each expert is two plain matrix products. Copies go out and come back
-        through permutations, whose gradients are permutations: no sum depends on the order of threads.
+        Tokens are laid out expert by expert, so that each expert is two plain matrix products. Each expert's rows are
+        filled up with zeros to a multiple of ``ROWS``: oneDNN compiles a kernel for every new number of rows, and
+        without this every step would bring some.
         """
-        tokens, per_token = experts_NK.shape
-        order = experts_NK.flatten().argsort(stable=True)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.bincount(experts_NK.flatten(), minlength=len(self.gate_up_proj)).tolist()
+        experts = len(self.gate_up_proj)
+        chosen = experts_NK.flatten()
+        counts = torch.bincount(chosen, minlength=experts)
+        padded = (counts + ROWS - 1) // ROWS * ROWS
+        # The row of each (token, expert) pair: where its expert's rows begin, and its place among them.
+        order = chosen.argsort(stable=True)
+        shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+        rows = torch.empty_like(chosen)
+        rows[order] = torch.arange(len(chosen), device=chosen.device) + shift[chosen[order]]
 
-        copies = x_ND.unsqueeze(1).expand(-1, per_token, -1).reshape(tokens * per_token, -1)
+        sizes: list[int] = padded.tolist()
+        laid_out = x_ND.new_zeros(sum(sizes), x_ND.shape[1])
+        copies = x_ND.unsqueeze(1).expand(-1, experts_NK.shape[1], -1).flatten(0, 1)
         outputs = [
             self._expert(x, gate_up, down)
             for x, gate_up, down in zip(
-                copies.index_select(0, order).split(counts),
+                laid_out.index_copy(0, rows, copies).split(sizes),
                 self.gate_up_proj.unbind(),
                 self.down_proj.unbind(),
                 strict=True,
             )
         ]
-        y_NKD = torch.cat(outputs).index_select(0, back).unflatten(0, (tokens, per_token))
+        y_NKD = torch.cat(outputs).index_select(0, rows).unflatten(0, experts_NK.shape)
         return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)
 
     def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

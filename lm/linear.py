@@ -24,6 +24,12 @@ class Linear(nn.Linear):
         return self.project(x, self.weight)
 
 
+def together(x: torch.Tensor, *layers: Linear) -> tuple[torch.Tensor, ...]:
+    """Returns what each of ``layers`` makes of ``x``, computed as one product of their stacked weights."""
+    y = layers[0].project(x, torch.cat([layer.weight for layer in layers]))
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
 class Embedding(nn.Embedding):
     """The row of ``weight`` for each id: [...] to [..., embedding_dim]."""
 
