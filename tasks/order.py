@@ -9,10 +9,13 @@ The permutation is a Feistel network with cycle walking (Black and Rogaway, "Cip
 CT-RSA 2002): it needs no table, so that a corpus of a billion windows costs no memory and a resume costs no time.
 """
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 4
+_BLOCK = 4096
 Indices = npt.NDArray[np.int64]
 
 
@@ -36,8 +39,19 @@ def batch_of_rank(
 
     ``global_batch`` must be a multiple of ``micro_batch`` x ``world_size``.
     """
-    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
-    return samples_at(positions, samples, seed)[rank::world_size].reshape(-1, micro_batch)
+    first, end = step * global_batch, (step + 1) * global_batch
+    blocks = [_block(block, samples, seed) for block in range(first // _BLOCK, (end - 1) // _BLOCK + 1)]
+    whole = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+    offset = first // _BLOCK * _BLOCK
+    return whole[first - offset : end - offset][rank::world_size].reshape(-1, micro_batch)
+
+
+@functools.lru_cache(maxsize=4)
+def _block(block: int, samples: int, seed: int) -> Indices:
+    # The permutation costs as much for a few positions as for thousands, so steps share what was computed.
+    order = samples_at(np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64), samples, seed)
+    order.flags.writeable = False
+    return order
 
 
 def _permute(values: Indices, size: int, key: np.uint64) -> Indices:

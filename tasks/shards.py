@@ -9,10 +9,10 @@ damaged header can hang libhdf5 (hdf5#1707). After that h5py only tells where th
 memory map, at the cost of ``np.memmap`` (h5py's own slices are about ten times slower).
 """
 
-import bisect
 import io
 import itertools
 import json
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,29 +136,39 @@ class WindowReader:
     """Reads windows of ``length`` + 1 tokens by their global index, each from its memory-mapped shard."""
 
     def __init__(self, shards: list[Tokens], length: int) -> None:
-        self._shards = shards
         self.length = length
-        counts = [max(0, (len(shard) - 1) // length) for shard in shards]
-        self._ends = list(itertools.accumulate(counts))
-        self._starts = [end - count for end, count in zip(self._ends, counts, strict=True)]
+        # One row a window, rows overlapping by one token: a view, no copy.
+        self._shards = [_windows(shard, length) for shard in shards if len(shard) > length]
+        self._ends = list(itertools.accumulate(len(shard) for shard in self._shards))
+        self._starts = [end - len(shard) for end, shard in zip(self._ends, self._shards, strict=True)]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Tokens:
-        """Returns window ``index``: ``length`` + 1 tokens, a view into the map. Raises IndexError past the end."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        start = (index - self._starts[shard]) * self.length
-        return self._shards[shard][start : start + self.length + 1]
+    def batch(self, indices: npt.NDArray[np.int64]) -> Tokens:
+        """Returns the windows of ``indices`` [n] as an array [n, length + 1] in the shards' own type.
 
-    def batch(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the windows of ``indices`` as one int64 array [len(indices), length + 1]."""
-        batch = np.empty((len(indices), self.length + 1), dtype=np.int64)
-        for row, index in enumerate(indices.tolist()):
-            batch[row] = self[index]
+        Raises IndexError when an index is not below ``len(self)``.
+        """
+        wanted = indices.tolist()
+        if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
+            raise IndexError(f"windows {min(wanted)} to {max(wanted)} of {len(self)}")
+        if len(self._shards) == 1:
+            return self._shards[0][indices]
+        # A loop beats NumPy's masks here: 1.0 against 1.5 microseconds a window of 2,049 tokens over four shards.
+        batch: Tokens = np.empty((len(indices), self.length + 1), dtype=self._shards[0].dtype)
+        shards, starts, ends = self._shards, self._starts, self._ends
+        for row, index in enumerate(wanted):
+            shard = bisect_right(ends, index)
+            batch[row] = shards[shard][index - starts[shard]]
         return batch
+
+
+def _windows(tokens: Tokens, length: int) -> Tokens:
+    count = (len(tokens) - 1) // length
+    strides = (length * tokens.itemsize, tokens.itemsize)
+    windows: Any = np.lib.stride_tricks.as_strided(tokens, (count, length + 1), strides, writeable=False)
+    return windows
 
 
 class _MappedShard:

@@ -224,7 +224,7 @@ class _Run:
 
     def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
         started = time.perf_counter()
-        batch = torch.from_numpy(windows.batch(indices)).to(self.world.device)
+        batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
         self.seconds_for_data += time.perf_counter() - started
         return batch
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -17,7 +18,7 @@ outputs = ["logits", *(name.replace("past_", "present_") for name in cache)]
 ids = tokenizer.encode(prompt).ids
 end_of_text, new = ids[0], ids
 random = np.random.default_rng(0)
-context = json.load(open("config.json"))["max_position_embeddings"]
+context = json.loads(Path("config.json").read_text())["max_position_embeddings"]
 
 for _ in range(min(40, context - len(ids))):
     logits, *presents = session.run(outputs, {"input_ids": np.array([new], np.int64), **cache})

@@ -100,6 +100,7 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
     assert len(done.stdout) > len("in the beginning\n")
     assert set(re.findall(r"^(?:from|import) (\w+)", program[1], re.MULTILINE)) == {
         "json",
+        "pathlib",
         "sys",
         "numpy",
         "onnxruntime",

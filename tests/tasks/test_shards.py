@@ -45,8 +45,11 @@ def test_windows_cover_each_shard_and_overlap_by_the_target(tmp_path: Path) -> N
     assert windows[:10, 0].tolist() == list(range(0, 100, 10))
     assert windows[10].tolist() == list(range(110, 121))
     assert (windows[:, 1:] == windows[:, :-1] + 1).all()
-    with pytest.raises(IndexError):
-        reader[len(reader)]
+    shuffled = np.random.default_rng(0).permutation(len(reader))
+    assert (reader.batch(shuffled) == windows[shuffled]).all()
+    for outside in (len(reader), -1):
+        with pytest.raises(IndexError):
+            reader.batch(np.array([0, outside]))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
