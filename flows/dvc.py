@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,11 +140,13 @@ def classify(code: int, output: str) -> Result:
     exited = _EXITED.search(dvc)
     exit_code = int(exited[1]) if exited else None
     if exit_code is not None:
+        if _killed(exit_code):
+            return Result("failed", exit_code, f"its process was killed by {_signal(exit_code)}", mendable=True)
         told = _STAGE_ERROR.findall(own)
         message = told[-1] if told else _last_line(own) or f"its command ended with exit code {exit_code}"
-        return Result("failed", exit_code, message, mendable=exit_code == EXIT_TRY_AGAIN or _killed(exit_code))
+        return Result("failed", exit_code, message, mendable=exit_code == EXIT_TRY_AGAIN)
     if _killed(code):
-        return Result("failed", None, f"DVC was killed by signal {code - 128}", mendable=True)
+        return Result("failed", None, f"DVC was killed by {_signal(code)}", mendable=True)
     complaints = _DVC_ERROR.findall(output)
     message = complaints[-1] if complaints else _last_line(output) or f"DVC ended with exit code {code}"
     return Result("failed", None, message, mendable=bool(_LOCKED.search(output)))
@@ -152,6 +155,13 @@ def classify(code: int, output: str) -> Result:
 def _killed(code: int) -> bool:
     # A shell reports the death of its command by signal N as 128 + N; 255 is DVC's own "failed".
     return code < 0 or 128 < code <= 128 + 64
+
+
+def _signal(code: int) -> str:
+    number = -code if code < 0 else code - 128
+    if number == signal.SIGKILL:
+        return "SIGKILL (often the kernel, short of memory)"
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _last_line(text: str) -> str:

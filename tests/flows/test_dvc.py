@@ -41,9 +41,13 @@ def failed(own: str, code: int) -> str:
             dvc.Result("failed", 1, "ValueError: no"),
         ),
         (255, failed("error: rank 1 was killed\n", 75), dvc.Result("failed", 75, "rank 1 was killed", mendable=True)),
-        (255, failed("", -9), dvc.Result("failed", -9, "> python -m tasks.train", mendable=True)),
-        (255, failed("step 3\n", 137), dvc.Result("failed", 137, "step 3", mendable=True)),
-        (137, "Running stage 'train':\n", dvc.Result("failed", None, "DVC was killed by signal 9", mendable=True)),
+        (
+            255,
+            failed("step 3\nKilled\n", 137),
+            dvc.Result("failed", 137, "its process was killed by SIGKILL (often the kernel, short of memory)", True),
+        ),
+        (255, failed("", -11), dvc.Result("failed", -11, "its process was killed by SIGSEGV", mendable=True)),
+        (143, "Running stage 'train':\n", dvc.Result("failed", None, "DVC was killed by SIGTERM", mendable=True)),
         (
             255,
             "ERROR: Unable to acquire lock. Most likely another DVC process is running\n",

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,7 +38,7 @@ def test_a_kill_in_every_stage_changes_nothing_in_the_end(fresh: Chain, referenc
         print(f"{stage}: killed after {moment:.3f} of {reference.seconds[stage]:.3f} s (seed {SEED})")
         ended = kill(chain, stage, moment)
         assert ended.code == 1, ended.err
-        assert re.fullmatch(rf"{stage}: .*(SIGKILL|-9|137).*", ended.complaint()), ended.err
+        assert ended.complaint().startswith(f"{stage}: its process was killed by SIGKILL")
         assert ended.outcomes()[stage] == "failed"
         assert set(list(ended.outcomes().values())[2 + STAGES.index(stage) :]) <= {"skipped"}
         # What lies there is whole: no file is other than it should be.
