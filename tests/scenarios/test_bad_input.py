@@ -52,22 +52,22 @@ def test_a_missing_repository_is_named_with_its_cure(finished: Chain, folder: st
     assert cure in refused(finished)
 
 
-def test_a_missing_source_is_named(finished: Chain) -> None:
+def test_a_missing_source_is_named(finished: Chain, server: str) -> None:
     shutil.rmtree(finished.root / "texts")
-    assert "texts: no such file" in fails(finished, "collect")
+    assert "texts: no such file" in fails(finished.at(server), "collect")
 
 
-def test_an_empty_corpus_is_named(finished: Chain) -> None:
+def test_an_empty_corpus_is_named(finished: Chain, server: str) -> None:
     for file in (finished.root / "texts").iterdir():
         file.write_text('{"text": " ", "group": "book 1"}\n')
     finished.set("ingest.max_reject_rate", 1.0)
-    assert "data/raw: the corpus is empty" in fails(finished, "ingest")
+    assert "data/raw: the corpus is empty" in fails(finished.at(server), "ingest")
     assert not (finished.root / "data/corpus").exists()
 
 
-def test_a_corpus_smaller_than_one_batch_is_named(finished: Chain) -> None:
+def test_a_corpus_smaller_than_one_batch_is_named(finished: Chain, server: str) -> None:
     finished.set("train.global_batch", 100000)
-    said = fails(finished, "train")
+    said = fails(finished.at(server), "train")
     assert "data/shards: the train split holds" in said
     assert "100000 are needed" in said
     assert "lower train.seq_len or train.global_batch" in said
@@ -79,16 +79,16 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_shard_is_named_before_it_is_read(finished: Chain) -> None:
+def test_a_damaged_shard_is_named_before_it_is_read(finished: Chain, server: str) -> None:
     flip_a_byte(finished.root / "data/shards/train-00000.h5")
     finished.set("train.learning_rate", 0.002)
     # Whoever skips the stage that would mend it gets to hear of it.
-    assert "data/shards/train-00000.h5: damaged" in fails(finished, "train", "--from", "train")
+    assert "data/shards/train-00000.h5: damaged" in fails(finished.at(server), "train", "--from", "train")
 
 
-def test_a_damaged_shard_is_mended_by_the_next_run(finished: Chain, reference: "Reference") -> None:
+def test_a_damaged_shard_is_mended_by_the_next_run(finished: Chain, server: str, reference: "Reference") -> None:
     flip_a_byte(finished.root / "data/shards/train-00000.h5")
     assert "shard: stale: data/shards modified" in finished.overnight("status").out.splitlines()
-    ended = finished.overnight("run")
+    ended = finished.at(server).overnight("run")
     assert ended.code == 0, ended.err
     assert finished.version() == reference.version

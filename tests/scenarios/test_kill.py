@@ -1,7 +1,13 @@
 """SIGKILL at a random moment, then `overnight run`: the same bytes as if nothing had happened."""
 
+import itertools
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,8 +36,8 @@ def kill(chain: Chain, stage: str, moment: float) -> Ended:
 
 
 @pytest.mark.timeout(900)
-def test_a_kill_in_every_stage_changes_nothing_in_the_end(fresh: Chain, reference: "Reference") -> None:
-    chain = fresh
+def test_a_kill_in_every_stage_changes_nothing_in_the_end(fresh: Chain, server: str, reference: "Reference") -> None:
+    chain = fresh.at(server)
     draw = random.Random(SEED)
     for stage in STAGES:
         moment = draw.uniform(0, reference.seconds[stage])
@@ -54,11 +60,11 @@ def test_a_kill_in_every_stage_changes_nothing_in_the_end(fresh: Chain, referenc
 
 
 def test_a_killed_training_is_retried_and_goes_on_from_its_last_checkpoint(
-    finished: Chain, reference: "Reference"
+    finished: Chain, server: str, reference: "Reference"
 ) -> None:
     finished.forget_from("train")
     finished.set("flow.retries", {"train": 1})
-    running = finished.start("run")
+    running = finished.at(server).start("run")
     training = running.stage_process("train")
     assert training is not None
     running.wait_for_checkpoint("train", 12)
@@ -68,4 +74,46 @@ def test_a_killed_training_is_retried_and_goes_on_from_its_last_checkpoint(
     assert ended.code == 0, ended.err
     assert "attempt 2 starts" in ended.err
     assert ended.first_steps("train") == [1, checkpoint + 1]
+    assert finished.version() == reference.version
+
+
+# Kills the process that it is loaded into at call number CRASH_AT, counting before and after each renaming of a file.
+CRASH = """
+import os, signal
+left = int(os.environ["CRASH_AT"])
+def count():
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+def counted(real):
+    def call(*arguments, **more):
+        count()
+        result = real(*arguments, **more)
+        count()
+        return result
+    return call
+os.rename, os.replace = counted(os.rename), counted(os.replace)
+"""
+
+
+@pytest.mark.parametrize("stage", ["ingest", "shard", "card"])
+def test_a_kill_before_or_after_any_renaming_changes_nothing(
+    finished: Chain, reference: "Reference", tmp_path: Path, stage: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    for call in itertools.count(1):
+        for output in finished.outputs(stage):
+            # As DVC does before it runs a stage.
+            shutil.rmtree(output, ignore_errors=True)
+        environment = finished.environment(CRASH_AT=str(call), PYTHONPATH=str(tmp_path))
+        command = [sys.executable, "-m", f"tasks.{stage}"]
+        done = subprocess.run(command, cwd=finished.root, env=environment, capture_output=True, text=True)
+        present = {name: content for name, content in finished.version().items() if "/.partial-" not in name}
+        assert present.items() <= reference.version.items()
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    # A folder is renamed once at least: killed before, killed after, undisturbed.
+    assert call >= 3
     assert finished.version() == reference.version

@@ -29,14 +29,16 @@ def test_a_second_run_runs_no_stage(finished: Chain, reference: "Reference") -> 
     assert finished.version() == reference.version
 
 
-def test_another_learning_rate_reruns_train_and_what_follows(finished: Chain, reference: "Reference") -> None:
+def test_another_learning_rate_reruns_train_and_what_follows(
+    finished: Chain, server: str, reference: "Reference"
+) -> None:
     finished.set("train.learning_rate", 0.002)
     status = finished.overnight("status").out.splitlines()
     assert status[:3] == [f"{name}: up to date" for name in ("collect", "ingest", "shard")]
     assert status[3] == "train: stale: params.yaml: train.learning_rate modified"
     assert [line.split(": ")[1] for line in status[4:]] == ["stale", "stale", "stale"]
 
-    ended = finished.overnight("run")
+    ended = finished.at(server).overnight("run")
     assert ended.code == 0, ended.err
     assert ended.outcomes() == {
         **dict.fromkeys(["collect", "ingest", "shard"], "cached"),

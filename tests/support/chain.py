@@ -61,10 +61,14 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A project at ``root``. ``home`` stands in for the user's: no settings from outside take part."""
+    """A project at ``root``. ``home`` stands in for the user's: no settings from outside take part.
+
+    ``api`` is the Prefect server that its runs use; None: each run starts one of its own.
+    """
 
     root: Path
     home: Path
+    api: str | None = None
 
     def environment(self, **more: str) -> dict[str, str]:
         kept = {
@@ -72,7 +76,8 @@ class Chain:
             for name, value in os.environ.items()
             if not name.startswith(("PREFECT_", "OVERNIGHT_", "PYTHON", "DVC_"))
         }
-        return {**kept, "HOME": str(self.home), "DVC_SITE_CACHE_DIR": str(self.home), "COLUMNS": "200", **more}
+        api = {"PREFECT_API_URL": self.api} if self.api else {}
+        return {**kept, "HOME": str(self.home), "DVC_SITE_CACHE_DIR": str(self.home), "COLUMNS": "200", **api, **more}
 
     def start(self, *arguments: str, **more: str) -> "Running":
         process = psutil.Popen(
@@ -92,11 +97,15 @@ class Chain:
     def copy(self, root: Path) -> "Chain":
         """Returns a copy as it is now, with DVC's cache, checkpoints and Prefect's database."""
         shutil.copytree(self.root, root, symlinks=True)
-        return Chain(root, self.home)
+        return dataclasses.replace(self, root=root)
+
+    def at(self, api: str) -> "Chain":
+        """Returns the same project, whose runs use the Prefect server at ``api``: some seconds less a run."""
+        return dataclasses.replace(self, api=api)
 
     def version(self) -> dict[str, bytes]:
         """The content of each file that a version consists of."""
-        found = {}
+        found: dict[str, bytes] = {}
         for name in ARTIFACTS:
             place = self.root / name
             if place.is_dir():
@@ -105,14 +114,19 @@ class Chain:
                 found[name] = place.read_bytes()
         return found
 
+    def outputs(self, stage: str) -> list[Path]:
+        """The files and folders that ``stage``, which has run, wrote."""
+        lock = YAML(typ="safe").load(self.root / "dvc.lock")
+        return [self.root / output["path"] for output in lock["stages"][stage]["outs"]]
+
     def forget_from(self, stage: str) -> None:
         """Makes the project one in which ``stage`` and those after it have never run."""
         yaml = YAML()
         lock = yaml.load(self.root / "dvc.lock")
         for name in STAGES[STAGES.index(stage) :]:
-            for output in lock["stages"].pop(name)["outs"]:
-                place = self.root / output["path"]
-                shutil.rmtree(place) if place.is_dir() else place.unlink()
+            for output in self.outputs(name):
+                shutil.rmtree(output) if output.is_dir() else output.unlink()
+            del lock["stages"][name]
             shutil.rmtree(self.root / ".overnight/checkpoints" / name, ignore_errors=True)
         yaml.dump(lock, self.root / "dvc.lock")
         # DVC would restore the outputs from here.
@@ -230,7 +244,7 @@ def _runs(process: psutil.Process, module: str) -> bool:
     except psutil.Error:
         return False
     # The shell that DVC starts holds the same words in one argument.
-    return command[1:3] == ["-m", module]
+    return bool(command[1:3] == ["-m", module])
 
 
 def seconds_of_stages(running: Running) -> dict[str, float]:
