@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chain import Chain, Ended, lay_out, seconds_of_stages
+from chain import Chain, Ended, seconds_of_stages
+from lay_out import lay_out
 
 from flows.process import Child
 

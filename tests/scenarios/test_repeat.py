@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
-from chain import MALFORMED, STAGES, Chain
+from chain import STAGES, Chain
+from lay_out import MALFORMED
 
 if TYPE_CHECKING:
     from conftest import Reference

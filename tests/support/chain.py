@@ -1,9 +1,7 @@
 """A whole project for one scenario: the repository's own files, tiny parameters, a little text, and ``overnight``."""
 
 import dataclasses
-import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -21,14 +19,7 @@ STAGES = ("ingest", "shard", "train", "quantize", "evaluate", "card")
 # What a version consists of. `dvc.lock` names each file's digest, code and parameters included.
 ARTIFACTS = ("data/corpus", "data/shards", "models", "dvc.lock", "data/raw.dvc")
 SECONDS_TO_END = 10.0
-# Lines that are no records: cut short, of the wrong type, without the field.
-MALFORMED = ['{"text": "in the begin', '{"text": 7, "group": "book 1"}', '{"words": "night", "group": "book 2"}']
 _SECONDS_A_RUN = 240
-_WORDS = [
-    *("beginning", "light", "darkness", "face", "deep", "waters", "day", "night", "morning", "evening", "river"),
-    *("mountain", "king", "servant", "bread", "house", "field", "seed", "stone", "fire", "wind", "sea", "fish", "bird"),
-    *("tree", "fruit", "name", "word", "voice", "path", "hand", "eye", "heart", "was", "and", "of the", "upon", "in"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +95,7 @@ class Chain:
         return dataclasses.replace(self, api=api)
 
     def version(self) -> dict[str, bytes]:
-        """The content of each file that a version consists of."""
+        """The content of each file that a version consists of; what a killed stage had begun is none of them."""
         found: dict[str, bytes] = {}
         for name in ARTIFACTS:
             place = self.root / name
@@ -112,7 +103,7 @@ class Chain:
                 found |= {f"{name}/{path}": content for path, content in tiny.files_of(place).items()}
             elif place.exists():
                 found[name] = place.read_bytes()
-        return found
+        return {name: content for name, content in found.items() if "/.partial-" not in name}
 
     def outputs(self, stage: str) -> list[Path]:
         """The files and folders that ``stage``, which has run, wrote."""
@@ -199,7 +190,7 @@ class Running:
 
         def look() -> bool:
             found.extend(one for one in self._descendants() if _runs(one, f"tasks.{stage}"))
-            return bool(found) or not self.process.is_running()
+            return bool(found) or self.process.poll() is not None
 
         self.wait_until(look)
         return found[0] if found else None
@@ -226,7 +217,7 @@ class Running:
         """Returns when ``stage`` has saved a checkpoint after ``step`` steps or more."""
 
         def saved() -> bool:
-            assert self.process.is_running(), self._said["err"]
+            assert self.process.poll() is None, self._said["err"]
             return max(self._chain.checkpoints(stage), default=0) >= step
 
         self.wait_until(saved)
@@ -257,58 +248,3 @@ def seconds_of_stages(running: Running) -> dict[str, float]:
         process.wait(_SECONDS_A_RUN)
         seconds[stage] = time.time() - born
     return seconds
-
-
-def lay_out(root: Path, home: Path) -> Chain:
-    """Copies the repository's tracked files to ``root`` as they are now, with tiny parameters, text, Git and DVC."""
-    root.mkdir(parents=True)
-    settings = {
-        "collect__sources": [
-            {
-                "name": "small",
-                "uri": "texts",
-                "format": "jsonl",
-                "licence": "none",
-                "text_field": "text",
-                "group_field": "group",
-            }
-        ],
-        "ingest__max_reject_rate": 0.05,
-        "ingest__split": {"seed": 1, "valid": 0.2, "test": 0.2},
-        "train__steps": 40,
-        "train__checkpoint_every": 4,
-        "train__validate_every": 10,
-        "quantize__steps": 12,
-        "quantize__world_size": 1,
-        "flow__retries": {},
-        "flow__retry_delay_seconds": 0.0,
-    }
-    tiny.write_params(root, **settings)
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=tiny.ROOT, check=True, capture_output=True, text=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        if name != "params.yaml" and (tiny.ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(tiny.ROOT / name, root / name)
-    write_texts(root / "texts")
-    chain = Chain(root, home)
-    for command in (
-        ["init", "-q"],
-        ["add", "."],
-        ["-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "The project"],
-    ):
-        subprocess.run(["git", *command], cwd=root, env=chain.environment(), check=True)
-    return chain
-
-
-def write_texts(folder: Path, groups: int = 24, documents: int = 6, words: int = 80) -> None:
-    """Writes three files of JSON lines with ``documents`` documents of each group, and ``MALFORMED`` among them."""
-    folder.mkdir()
-    drawn = random.Random(0)
-    rows = [
-        json.dumps({"text": " ".join(drawn.choices(_WORDS, k=words)) + ".", "group": f"book {group}"})
-        for group in range(groups)
-        for _ in range(documents)
-    ]
-    rows[20:20] = MALFORMED
-    for index in range(3):
-        (folder / f"part-{index}.jsonl").write_text("".join(f"{row}\n" for row in rows[index::3]))
