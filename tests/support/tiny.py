@@ -82,7 +82,7 @@ def write_shards(folder: Path, documents: int = 40) -> Manifest:
                 bytes=int(sizes.sum()),
             )
         )
-    _write_tokenizer(place / "tokenizer.json")
+    write_tokenizer(place / "tokenizer.json")
     manifest = Manifest(
         vocab_size=VOCAB, bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1, dtype="uint16", tokenizer_digest="",
         shards=entries,
@@ -128,7 +128,8 @@ def _text(generator: np.random.Generator) -> str:
     return "".join(words[index] for index in generator.integers(0, len(words), 60))
 
 
-def _write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path) -> None:
+    """Writes a tokenizer.json whose tokens are the 256 bytes and <|endoftext|>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     # The vocabulary of bare bytes, in the order of the bytes, is what byte-level BPE without a merge amounts to.

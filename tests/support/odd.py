@@ -1,0 +1,47 @@
+"""Small random models in which a mistake shows."""
+
+from typing import Any
+
+import torch
+
+from lm.config import ModelConfig
+from lm.model import LanguageModel
+
+# Odd sizes and several expert groups: a mistake in an axis does not cancel out.
+ODD = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "q_lora_rank": None,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "rope_theta": 10000.0,
+    "intermediate_size": 70,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 22,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "bos_token_id": 100,
+    "eos_token_id": 100,
+}
+
+
+def make_model(**changes: Any) -> LanguageModel:
+    """A model with random weights and router biases that are partly negative: zero biases hide routing mistakes."""
+    model = LanguageModel(ModelConfig.model_validate({**ODD, **changes}))
+    model.initialize(3)
+    generator = torch.Generator().manual_seed(4)
+    for router in model.routers():
+        router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
+    return model.eval()
