@@ -6,6 +6,7 @@ Import this after :mod:`flows.server` has set the environment: Prefect reads its
 """
 
 import dataclasses
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -139,6 +140,10 @@ class _Night:
                 return Completed(name="Cached", message="unchanged", data="cached")
             return self._repro(stage, step.force)
 
+        if step.force and not missing:
+            # A forced stage computes everything anew; from its last checkpoint it would only write the result again.
+            # Its retries do go on from theirs.
+            self._forget_checkpoints(stage)
         self._run(stage.name, stage.description, upstream, body, why)
 
     def _run(
@@ -189,8 +194,13 @@ class _Night:
         self._execute(COLLECT, dvc.add_command(paths.RAW))
         return Completed(name="Ran", data="ran")
 
+    def _forget_checkpoints(self, stage: Stage) -> None:
+        shutil.rmtree(self._site.root / paths.CHECKPOINTS / stage.name, ignore_errors=True)
+
     def _repro(self, stage: Stage, force: bool) -> State[Any]:
         result = self._execute(stage.name, dvc.repro_command(stage.name, force))
+        # DVC has the result now, so nobody will go on from there.
+        self._forget_checkpoints(stage)
         artifacts.report(stage, self._site.root)
         return Completed(name=result.outcome.capitalize(), data=result.outcome)
 

@@ -21,7 +21,8 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """Returns ``config.json`` as transformers' DeepseekV3Config reads it."""
     content = config.model_dump()
-    content["rope_parameters"] = {"rope_type": "default", "rope_theta": content.pop("rope_theta")}
+    # transformers 5 reads the nested value, earlier releases the flat one.
+    content["rope_parameters"] = {"rope_type": "default", "rope_theta": content["rope_theta"]}
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

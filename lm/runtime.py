@@ -26,6 +26,8 @@ class Generator:
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # A thread that spins while it waits takes its core from whatever else runs there.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Without VNNI, products of unsigned and signed 8 bits overflow on x86: pay for exact ones there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])

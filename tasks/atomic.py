@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all: written beside their final place, synced, then renamed.
 
 A process killed at any moment leaves the old content, or nothing, under the final name. What it had begun lies in a
-hidden ``.partial-NAME`` beside it, and the next attempt removes that first.
+hidden ``.partial-...`` beside it, and the next attempt removes that first.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ def disk_full_is_told(where: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; at the end it is synced and takes the place of ``path`` in one rename."""
-    partial = path.parent / f".partial-{path.name}"
+    partial = _partial(path, "new")
     with disk_full_is_told(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -44,17 +45,21 @@ def folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # A folder cannot replace a full one in a single rename: between these two lines `path` is missing, which a
-        # reader takes for "not there yet". It is never half there.
-        shutil.rmtree(path, ignore_errors=True)
+        # A folder cannot replace a full one in a single rename: between two renames `path` is missing, which a reader
+        # takes for "not there yet". It is never half there.
+        old = _partial(path, "old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.rename(path, old)
         os.rename(partial, path)
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[BinaryIO]:
     """Yields a file to write; at the end it is synced and takes the place of ``path`` in one rename."""
-    partial = path.parent / f".partial-{path.name}"
+    partial = _partial(path, "new")
     with disk_full_is_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -83,6 +88,11 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Writes ``content`` as indented JSON, keys in the order given, so that equal content gives equal bytes."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _partial(path: Path, kind: str) -> Path:
+    # A digest of the name, not the name: that may already be as long as a name can be.
+    return path.parent / f".partial-{kind}-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
 
 
 def _sync(path: Path) -> None:

@@ -29,20 +29,24 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes ``state`` as the checkpoint after ``step`` steps and removes all but the last two of this run."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save({**state, "key": self.folder.name}, buffer)
         content = buffer.getvalue()
         atomic.write_bytes(self.folder / f"step-{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt", content)
         for old in self._files()[:-KEPT_PER_RUN]:
             old.unlink(missing_ok=True)
 
     def load_latest(self) -> dict[str, Any] | None:
-        """Returns the newest intact state, or None. A damaged file is reported and passed over."""
+        """Returns the newest intact state, or None. A damaged or foreign file is reported and passed over."""
         for file in reversed(self._files()):
             content = file.read_bytes()
             if xxhash.xxh3_128_hexdigest(content) == file.stem.rpartition("-")[2]:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-                return state
-            print(f"warning: {file}: damaged checkpoint; going back to the one before", file=sys.stderr, flush=True)
+                if state.pop("key") == self.folder.name:
+                    return state
+                fault = "checkpoint of other inputs"
+            else:
+                fault = "damaged checkpoint"
+            print(f"warning: {file}: {fault}; going back to the one before", file=sys.stderr, flush=True)
         return None
 
     def forget_others(self) -> None:

@@ -5,10 +5,13 @@ import os
 import signal
 import sys
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tasks.errors import EXIT_USER_MISTAKE, TryAgain
+from tasks import paths
+from tasks.errors import EXIT_USER_MISTAKE, BadParameter, TryAgain
+from tasks.training_params import TrainingParams
 
 # Blocks that autograd's thread frees go to an arena of its own, and glibc gives large ones back to the system, which
 # faults them in again the next step. One arena that keeps what it has, in huge pages, took the default model from 3,350
@@ -52,6 +55,18 @@ def launch(module: str, world_size: int, threads: int) -> None:
     except ChildFailedError as error:
         _tell(error)
         raise
+
+
+def check_device(section: str, params: TrainingParams) -> None:
+    """Raises :class:`BadParameter` when this machine cannot give every process of ``section`` its device."""
+    if params.device == "cpu":
+        return
+    found = torch.cuda.device_count()
+    if found < params.world_size:
+        raise BadParameter(
+            f"{paths.PARAMS}: {section}.device is cuda and {section}.world_size {params.world_size}, but torch sees "
+            f"{found} GPUs here. Lower world_size, set device: cpu, or install a CUDA build (see README.md)."
+        )
 
 
 def _tell(error: ChildFailedError) -> None:

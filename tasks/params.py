@@ -1,6 +1,7 @@
-"""The whole of ``params.yaml``, and the checks that span its sections. A stage alone reads only its own section."""
+"""The whole of ``params.yaml``, for whoever checks it before anything runs. A stage alone reads its own section."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -19,7 +20,7 @@ class FlowParams(Section):
     """How the flow treats the stages. No part of a version's identity."""
 
     # Retries of a stage after a fault that may pass (a killed worker, a held lock, a lost connection).
-    retries: dict[str, int] = {}
+    retries: dict[str, Annotated[int, Field(ge=0)]] = {}
     retry_delay_seconds: float = Field(ge=0)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tasks import paths
 from tasks.errors import BadParameter
@@ -56,9 +56,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError:
         raise BadParameter(f"{path}: no such file. Run this in the project's folder, where {path.name} lies.") from None
+    except OSError as error:
+        raise BadParameter(f"{path}: cannot be read ({error.strerror}). It has to be a text file.") from None
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise BadParameter(f"{path}: {line}this is not YAML ({error.problem}). Mend that line.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadParameter(f"{path}: this is not YAML in UTF-8 ({reason}). Mend that place.") from None
     if not isinstance(content, dict):
         raise BadParameter(f"{path}: expected sections (collect:, ingest:, ...), found {type(content).__name__}.")
     return content

@@ -62,6 +62,16 @@ class Manifest(BaseModel):
     def of_split(self, split: SplitName) -> list[ShardEntry]:
         return [shard for shard in self.shards if shard.split == split]
 
+    def check_tokenizer(self, folder: Path) -> None:
+        """Raises :class:`BadInput` when the tokenizer in ``folder`` is not the one that made the shards."""
+        path = folder / paths.TOKENIZER.name
+        found = digest(path.read_bytes()) if path.is_file() else "missing"
+        if found != self.tokenizer_digest:
+            raise BadInput(
+                f"{path}: not the tokenizer that made the shards: its digest is {found}, the manifest says "
+                f"{self.tokenizer_digest}. Fetch it again (dvc checkout --force {paths.SHARDS}) or rerun 'shard'."
+            )
+
     def fingerprint(self) -> str:
         """A digest of everything the manifest vouches for: equal fingerprints mean equal tokens in equal order."""
         return digest(json.dumps(self.model_dump(), sort_keys=True).encode())

@@ -120,7 +120,11 @@ class _Run:
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.optimizer = make_optimizer(model, params)
-        self.parallel = DistributedDataParallel(_Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
+        # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
+        # first step is another one, would sum in another order: with three or more processes its bytes would differ.
+        self.parallel = DistributedDataParallel(
+            _Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
         self.passes = params.global_batch // (params.micro_batch * world.size)
         self.tokens_per_step = params.global_batch * train_windows.length
         self.seconds_for_data = 0.0

@@ -10,7 +10,7 @@ from tasks.section import Section, operational
 class TrainingParams(Section):
     """One run of the optimizer over shards."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
@@ -25,8 +25,8 @@ class TrainingParams(Section):
     device: Literal["cpu", "cuda"]
     precision: Literal["auto", "bf16", "fp32"]
     # The order of a sum depends on these two, so they are part of a version's identity.
-    world_size: int = Field(ge=1)
-    threads_per_process: int = Field(ge=1)
+    world_size: int = Field(ge=1, le=4096)
+    threads_per_process: int = Field(ge=1, le=1024)
     checkpoint_every: int = operational(ge=1)
 
     @model_validator(mode="after")

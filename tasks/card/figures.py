@@ -6,6 +6,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+# A user's own matplotlibrc must not change the bytes.
+matplotlib.rcdefaults()
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes

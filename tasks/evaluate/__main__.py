@@ -19,6 +19,7 @@ from tasks.shards import Shards, Tokens, read_manifest
 def main() -> None:
     params = read_section("evaluate", EvaluateParams)
     manifest = read_manifest()
+    manifest.check_tokenizer(paths.SHARDS)
     for made, by in ((paths.FLOAT / "model.safetensors", "train"), (paths.INT8_GRAPH, "quantize")):
         if not made.is_file():
             raise BadInput(f"{made}: no such file. Run the stage '{by}' first.")

@@ -1,11 +1,13 @@
 """Intervals from resampling documents: the unit that varies is the document, not the token."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+NUMBERS_AT_ONCE = 2**22
 Values = npt.NDArray[np.float64]
 
 
@@ -33,14 +35,18 @@ class Bootstrap:
         Both are taken from the same resample, so that a difference between two models over their shared documents is
         paired (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section 4).
         """
-        weights = self._weights()
-        resampled = scale * (weights @ numerators) / (weights @ denominators)
+        resampled = np.concatenate(
+            [scale * (weights @ numerators) / (weights @ denominators) for weights in self._weights()]
+        )
         low, high = np.percentile(resampled, [2.5, 97.5])
         value = scale * numerators.sum() / denominators.sum()
         return Estimate(value=round(value, 6), low=round(float(low), 6), high=round(float(high), 6))
 
-    def _weights(self) -> Values:
-        # How often each document is drawn in each resample: [samples, documents].
+    def _weights(self) -> Iterator[Values]:
+        # How often each document is drawn in each resample: [some, documents], a bounded number at a time.
         generator = np.random.default_rng(self.seed)
         equal = np.full(self.documents, 1 / self.documents)
-        return generator.multinomial(self.documents, equal, size=self.samples).astype(np.float64)
+        at_once = max(1, NUMBERS_AT_ONCE // self.documents)
+        for start in range(0, self.samples, at_once):
+            size = min(at_once, self.samples - start)
+            yield generator.multinomial(self.documents, equal, size=size).astype(np.float64)

@@ -2,7 +2,7 @@
 
 from tasks import paths, stage
 from tasks.errors import BadInput
-from tasks.launch import launch
+from tasks.launch import check_device, launch
 from tasks.quantize.params import QuantizeParams
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
@@ -13,7 +13,9 @@ def main() -> None:
     weights = paths.FLOAT / "model.safetensors"
     if not weights.is_file():
         raise BadInput(f"{weights}: no such file. Run the stage 'train' first.")
+    check_device("quantize", params)
     manifest = read_manifest()
+    manifest.check_tokenizer(paths.SHARDS)
     for split in ("train", "valid"):
         Shards(paths.SHARDS, manifest, split)
     launch("tasks.quantize.worker", params.world_size, params.threads_per_process)

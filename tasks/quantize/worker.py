@@ -27,7 +27,7 @@ def main() -> None:
         readers = [Shards(paths.SHARDS, manifest, split).reader(length) for split in ("train", "valid")]
         curve = train(model, params, readers[0], readers[1], checkpoints, here, shown, "quantize")
         if here.is_first:
-            write(model, curve)
+            write(model.cpu(), curve)
 
 
 def write(model: LanguageModel, curve: Curve) -> None:

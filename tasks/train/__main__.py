@@ -2,7 +2,7 @@
 
 from tasks import paths, stage
 from tasks.errors import BadInput
-from tasks.launch import launch
+from tasks.launch import check_device, launch
 from tasks.section import read_section
 from tasks.shards import Shards, SplitName, read_manifest
 from tasks.train.params import TrainParams
@@ -10,7 +10,9 @@ from tasks.train.params import TrainParams
 
 def main() -> None:
     params = read_section("train", TrainParams)
+    check_device("train", params)
     manifest = read_manifest()
+    manifest.check_tokenizer(paths.SHARDS)
     needs: dict[SplitName, int] = {"train": params.global_batch, "valid": 1}
     for split, needed in needs.items():
         found = len(Shards(paths.SHARDS, manifest, split).reader(params.seq_len))

@@ -124,6 +124,10 @@ class Project:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     root = tmp_path / "project"
     (root / "source").mkdir(parents=True)
+    # DVC would leave processes behind that report its use and look for a newer version.
+    settings = tmp_path / ".config" / "dvc" / "config"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[core]\n    analytics = false\n    check_update = false\n")
     (root / "source" / "a.txt").write_text("In the beginning.\n")
     (root / "stage.py").write_text(STAGE)
     (root / "dvc.yaml").write_text(DAG)

@@ -84,7 +84,8 @@ def write_shards(folder: Path, documents: int = 40) -> Manifest:
         )
     write_tokenizer(place / "tokenizer.json")
     manifest = Manifest(
-        vocab_size=VOCAB, bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1, dtype="uint16", tokenizer_digest="",
+        vocab_size=VOCAB, bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1, dtype="uint16",
+        tokenizer_digest=shards.digest((place / "tokenizer.json").read_bytes()),
         shards=entries,
     )  # fmt: skip
     manifest.write(place)

@@ -156,6 +156,34 @@ def test_a_flipped_byte_in_a_shard_is_named_before_training(project: Path) -> No
     assert "data/shards/train-00000.h5: damaged" in tiny.error_line(output)
 
 
+def test_another_tokenizer_than_the_shards_is_told(project: Path) -> None:
+    path = project / "data/shards/tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    code, output = tiny.run("train", project)
+    assert code == 2
+    assert "data/shards/tokenizer.json: not the tokenizer that made the shards" in tiny.error_line(output)
+
+
+def test_more_gpus_than_there_are_is_told_before_any_process_starts(project: Path) -> None:
+    tiny.write_params(project, train__device="cuda", train__world_size=64, train__global_batch=128)
+    code, output = tiny.run("train", project)
+    assert code == 2
+    assert "train.device is cuda and train.world_size 64, but torch sees" in tiny.error_line(output)
+
+
+def test_three_processes_resume_to_the_same_bytes_too(project: Path) -> None:
+    # With two processes a sum of two cannot depend on its order; with three it can.
+    tiny.write_params(project, train__world_size=3, train__global_batch=6, train__checkpoint_every=6)
+    assert tiny.run("train", project)[0] == 0
+    expected = tiny.files_of(project / "models")
+    last = max(project.glob(".overnight/checkpoints/train/*/step-000000012-*.pt"))
+    last.unlink()
+    events = project / "events"
+    assert tiny.run("train", project, OVERNIGHT_EVENTS=str(events))[0] == 0
+    assert json.loads(events.read_text().splitlines()[0])["done"] == 7
+    assert tiny.files_of(project / "models") == expected
+
+
 def test_a_diverging_run_says_which_knob_to_turn(project: Path) -> None:
     tiny.write_params(project, train__learning_rate=1e30, train__clip_grad_norm=1e30, train__precision="fp32")
     code, output = tiny.run("train", project)
