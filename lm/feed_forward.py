@@ -112,7 +112,7 @@ class Experts(nn.Module):
         outputs = [
             self._expert(x, gate_up, down)
             for x, gate_up, down in zip(
-                laid_out.index_copy(0, rows, copies).split(sizes),
+                laid_out.index_copy_(0, rows, copies).split(sizes),
                 self.gate_up_proj.unbind(),
                 self.down_proj.unbind(),
                 strict=True,
