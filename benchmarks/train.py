@@ -72,6 +72,9 @@ def main() -> None:
 def parameters(device: str, steps: int) -> TrainParams:
     """Returns the default parameters of the project, without validations and checkpoints in between."""
     params = read_section("train", TrainParams, ROOT / "params.yaml")
+    if device == "cuda":
+        processes = max(1, torch.cuda.device_count())
+        params = params.model_copy(update={"world_size": processes, "global_batch": params.micro_batch * processes})
     total = steps + WARM_UP
     return params.model_copy(
         update={"device": device, "steps": total, "validate_every": 10**9, "checkpoint_every": 10**9}
