@@ -43,6 +43,8 @@ class ProgressArtifact:
 
     def update(self, event: Event) -> None:
         """Creates or updates the artifact, at most every two seconds."""
+        if event.notice:
+            return
         now = time.monotonic()
         complete = event.done >= event.total
         if not self._works or (now - self._updated < _SECONDS_BETWEEN_UPDATES and not complete):

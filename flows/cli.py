@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tasks.atomic import disk_full_is_told
 from tasks.errors import TryAgain, UserMistake
 
 EXIT_INTERRUPTED = 130
@@ -24,15 +25,19 @@ app = typer.Typer(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turns what a user can mend into one line and an exit code: 2 for a mistake, 75 when waiting helps."""
+def _told(again: str = "overnight run") -> Iterator[None]:
+    """Turns what a user can mend into one line and an exit code: 2 for a mistake, 75 when waiting helps.
+
+    ``again`` is the command that goes on after an interruption.
+    """
     try:
-        yield
+        with disk_full_is_told(Path.cwd()):
+            yield
     except (UserMistake, TryAgain) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; `overnight run` goes on where this run stopped.", err=True)
+        typer.echo(f"interrupted; `{again}` goes on where this one stopped.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -61,14 +66,71 @@ def run(
 
 @app.command()
 def status() -> None:
-    """Say for each stage: up to date, stale (and what changed), never run, or failed (and why)."""
+    """Say for each stage: up to date, stale (and what changed), never run, failed (and why), stopped or running."""
     with _told():
         from flows import project
         from flows import status as status_of
 
         root = project.find()
-        project.parameters(root)
-        status_of.show(Console(), status_of.read(root))
+        status_of.show(Console(), status_of.read(root, project.parameters(root)))
+
+
+@app.command()
+def runs(
+    number: Annotated[int, typer.Option("-n", min=1, help="Show this many, the newest last.")] = 20,
+) -> None:
+    """List the runs: state, stage, duration, version, and why the failed ones failed."""
+    with _told():
+        from flows import history, project
+        from flows import runs as runs_of
+
+        history.show(Console(), runs_of.read(project.find())[-number:])
+
+
+@app.command()
+def rerun(
+    run: Annotated[str | None, typer.Argument(help="A run of `overnight runs`. [default: the last one]")] = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Begin at this stage instead, also of a finished run.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Repeat stages though unchanged.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="When another run is at work, wait until it has ended.")] = False,
+) -> None:
+    """Go on with a run that failed, was stopped or was killed; what it had finished is not repeated.
+
+    Training resumes at its checkpoint, and Prefect shows one more attempt at the same run. Exit code: as `overnight
+    run` has it.
+    """
+    with _told():
+        from flows.rerun import rerun as go_on
+
+        code = go_on(run, from_stage, force, wait, Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def schedule(
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="HH:MM", help="Start every night at this time. [default: 02:00]")
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option(metavar="ZONE", help="Whose clock: an IANA name. [default: this machine's]")
+    ] = None,
+    cron: Annotated[
+        str | None, typer.Option(metavar="LINE", help="Five cron fields instead of --at, such as '0 2 * * 1-5'.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prefect's UI on this machine, if it is free.")] = 4200,
+) -> None:
+    """Start a run every night, for as long as this command runs; see what is due and what was in Prefect's UI.
+
+    Each night works on the last commit, in a worktree of its own. Set PREFECT_API_URL to use a server of your team.
+    """
+    with _told():
+        from flows.schedule import Request
+        from flows.schedule import schedule as serve_project
+
+        code = serve_project(Request(at, timezone, cron, port), Console())
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -76,18 +138,138 @@ def generate(
     text: Annotated[str, typer.Argument(help="The beginning, which the model continues.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens are written.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Higher varies more; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Choose among this many likeliest tokens.")] = 40,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 among all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Of those, the fewest that together are this likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that the text has already become less likely.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")] = 0,
 ) -> None:
-    """Continue TEXT with the project's INT8 model."""
-    with _told():
-        from flows.generate import continue_text
-        from tasks import paths
+    """Continue TEXT with the project's INT8 model.
 
-        pieces = continue_text(Path.cwd() / paths.INT8, text, max_new_tokens, temperature, top_k, seed)
-        first = next(pieces, "")
-        sys.stdout.write(text + first)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    The text ends where the model ends it, after --max-new-tokens, or when the model's context (train.seq_len) is full.
+    """
+    with _told():
+        from flows import generate as generation
+        from flows import project
+        from lm.sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        stops = tuple(filter(None, stop or []))
+        generation.write(project.find(), text, max_new_tokens, sampling, stops, sys.stdout, sys.stderr)
+
+
+@app.command()
+def publish() -> None:
+    """Make a version of what the last run made: push, commit, tag it, and promote it when the gate passed.
+
+    Where it is pushed, and whether it is promoted, stands in params.yaml under publish. A publication that was stopped
+    is finished by the next one. Exit code: 75 when a remote does not answer or another version was promoted meanwhile.
+    """
+    with _told():
+        from flows.publish import publish_by_hand
+
+        code = publish_by_hand(Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def versions(
+    last: Annotated[int, typer.Option("--last", metavar="N", min=1, help="Show this many, the newest first.")] = 20,
+    everything: Annotated[bool, typer.Option("--all", help="Show them all.")] = False,
+) -> None:
+    """List the versions: date, data, commit, quality, the gate's verdict, what is in production, size."""
+    with _told():
+        from flows.versions import versions as list_versions
+
+        code = list_versions(None if everything else last, Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A version (v1.2.0, latest, prod) or a Git revision.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Say what differs between A and B: parameters, data, code, environment and metrics."""
+    with _told():
+        from flows.diff import diff as compare_versions
+
+        code = compare_versions(first, second, Console())
+    raise typer.Exit(code)
+
+
+@app.command()
+def promote(version: Annotated[str, typer.Argument(metavar="V", help="v1.2.0, or latest.")]) -> None:
+    """Put the version V into production, whatever the gate said. New models are measured against it from now on."""
+    with _told():
+        from flows.promote import promote as promote_version
+
+        code = promote_version(version, Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def rollback() -> None:
+    """Put the version that was in production before back there. Once more goes back one further."""
+    with _told():
+        from flows.promote import rollback as roll_back
+
+        code = roll_back(Console())
+    raise typer.Exit(code)
+
+
+@app.command()
+def prune(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this, only say what would go.")] = False,
+    remote: Annotated[bool, typer.Option("--remote", help="Prune DVC's remote too, not only this machine.")] = False,
+) -> None:
+    """Find what no version, branch or run needs any more: objects in DVC's cache, checkpoints, worktrees.
+
+    Every registered version keeps all its bytes. --remote needs publish.git_remote, which tells of other machines'
+    versions; it must be no remote that other projects push to.
+    """
+    with _told():
+        from flows.prune import prune as prune_project
+
+        code = prune_project(yes, remote, Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def restore(
+    version: Annotated[str, typer.Argument(help="Such as v1.2.0, latest or prod.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="An empty folder. [default: .overnight/versions/VERSION]")
+    ] = None,
+) -> None:
+    """Write all files of VERSION into a folder of their own, each verified against its recorded hash.
+
+    What is missing or damaged in the cache is fetched from the remote. Your checkout is left alone.
+    Exit code: 0 when every file is there, 1 when one is lost (it is named), 2 for a mistake to mend.
+    """
+    with _told(f"overnight restore {version}"):
+        from flows.restore import restore as restore_version
+
+        code = restore_version(version, to, Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def rebuild(
+    version: Annotated[str, typer.Argument(help="Such as v1.2.0, latest or prod.")],
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Run in a virtual environment made from the version's own lock file.")
+    ] = False,
+) -> None:
+    """Compute VERSION anew from its raw data, compare every hash, and write a certificate.
+
+    It works in a worktree of its own, without any cache; your checkout is left alone. Stopped, it goes on next time.
+    Exit code: 0 when all is identical, 3 when only the metrics agree (another machine), 1 when not, 2 for a mistake.
+    """
+    with _told(f"overnight rebuild {version}"):
+        from flows.rebuild import rebuild as rebuild_version
+
+        code = rebuild_version(version, environment, Console(), Console(stderr=True))
+    raise typer.Exit(code)

@@ -7,18 +7,18 @@ DVC names stages relative to the current directory, which therefore has to be th
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flows import dvc_lock
 from flows.graph import Graph, Stage, in_order
+from flows.store import Store as Store
 from tasks.errors import EXIT_TRY_AGAIN, UserMistake
 
 
@@ -55,13 +55,14 @@ class Result:
     """How a DVC command ended.
 
     ``exit_code`` is that of the stage's own command, None where that did not fail or was not reached. ``message`` is
-    one line. ``mendable``: another attempt may succeed.
+    one line. ``mendable``: another attempt may succeed. ``locked``: another DVC command held what this one needs.
     """
 
     outcome: Literal["ran", "cached", "failed"]
     exit_code: int | None = None
     message: str = ""
     mendable: bool = False
+    locked: bool = False
 
 
 def graph(root: Path) -> Graph:
@@ -100,34 +101,63 @@ def repro_command(stage: str, force: bool = False) -> list[str]:
     return [*_DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
 
 
+def rebuild_command(stage: str, python: Path) -> list[str]:
+    """Returns the command that computes one stage with the given interpreter and without any cache.
+
+    DVC's table of earlier runs is not asked, and neither it nor the cache gets the result.
+    """
+    return [str(python), "-m", "dvc", "--wait-for-lock", "repro", "--single-item", "--force", "--no-commit", stage]
+
+
 def add_command(folder: Path) -> list[str]:
     """Returns the command that versions ``folder`` as it is now, in ``FOLDER.dvc``."""
     return [*_DVC, "add", str(folder)]
+
+
+def pull_command(pointer: Path) -> list[str]:
+    """Returns the command that makes a versioned folder what its pointer says, from the cache or from a remote."""
+    return [*_DVC, "pull", "--force", str(pointer)]
+
+
+def checkout_command(root: Path, remote: str | None, *pointers: Path) -> list[str]:
+    """Returns the command that makes outputs what ``pointers`` (none: all there are) say.
+
+    What neither cache nor remote has is left out. ``remote`` None takes the default one, if there is any.
+    """
+    targets = map(str, pointers)
+    with _repo(root) as repo:
+        from_remote = remote or repo.config["core"].get("remote")
+    if from_remote:
+        return [*_DVC, "pull", "--force", "--allow-missing", "--remote", from_remote, *targets]
+    return [*_DVC, "checkout", "--force", "--allow-missing", *targets]
+
+
+def push_command(remote: str | None) -> list[str]:
+    """Returns the command that copies what the project's pointers name to ``remote``, None for the default one."""
+    return [*_DVC, "push", *(["--remote", remote] if remote else [])]
 
 
 # Without --wait-for-lock a `dvc status` elsewhere makes repro fail after the training has succeeded.
 _DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 
 
-def environment(outer: Mapping[str, str]) -> dict[str, str]:
+def environment(outer: Mapping[str, str], python: Path = Path(sys.executable)) -> dict[str, str]:
     """Returns the environment of a DVC command: ``outer`` without Prefect's settings, with one shell and one Python."""
     kept = {name: value for name, value in outer.items() if not name.startswith("PREFECT_")}
     return {
         **kept,
         # DVC runs stages with $SHELL; a user's login shell must not decide what they do.
         "SHELL": "/bin/sh",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), outer.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(python.parent), outer.get("PATH", os.defpath)]),
         "DVC_NO_ANALYTICS": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
 
-_LOOKS_AT_LOCK = 5
-_SECONDS_BETWEEN_LOOKS = 0.1
-
 _RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
 _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
+_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 _DVC_ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
 
@@ -140,16 +170,26 @@ def classify(code: int, output: str) -> Result:
     exited = _EXITED.search(dvc)
     exit_code = int(exited[1]) if exited else None
     if exit_code is not None:
-        if _killed(exit_code):
-            return Result("failed", exit_code, f"its process was killed by {_signal(exit_code)}", mendable=True)
-        told = _STAGE_ERROR.findall(own)
-        message = told[-1] if told else _last_line(own) or f"its command ended with exit code {exit_code}"
-        return Result("failed", exit_code, message, mendable=exit_code == EXIT_TRY_AGAIN)
+        return classify_stage(exit_code, own)
     if _killed(code):
         return Result("failed", None, f"DVC was killed by {_signal(code)}", mendable=True)
     complaints = _DVC_ERROR.findall(output)
     message = complaints[-1] if complaints else _last_line(output) or f"DVC ended with exit code {code}"
-    return Result("failed", None, message, mendable=bool(_LOCKED.search(output)))
+    if _FULL.search(message):
+        message = f"{message.rstrip('.')}. Free some space and run again."
+    locked = bool(_LOCKED.search(output))
+    return Result("failed", None, message, mendable=locked, locked=locked)
+
+
+def classify_stage(code: int, output: str) -> Result:
+    """Returns how a stage's own command ended, from its exit code (see :mod:`tasks.errors`) and its output."""
+    if code == 0:
+        return Result("ran")
+    if _killed(code):
+        return Result("failed", code, f"its process was killed by {_signal(code)}", mendable=True)
+    told = _STAGE_ERROR.findall(output)
+    message = told[-1] if told else _last_line(output) or f"its command ended with exit code {code}"
+    return Result("failed", code, message, mendable=code == EXIT_TRY_AGAIN)
 
 
 def _killed(code: int) -> bool:
@@ -169,34 +209,52 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def drop_damaged_lock(root: Path) -> None:
-    """Removes DVC's table of read and write locks when it is damaged, for with it every DVC command fails.
+def share_cache(project: Path, worktree: Path) -> None:
+    """Gives the ``worktree`` of ``project`` the project's cache and its remotes, those of ``config.local`` too.
 
-    DVC writes it in place: killed in the middle, it leaves half a file. A writer that lives needs milliseconds.
+    Remotes that are folders stay the same folders: their relative paths start at the project.
     """
-    path = root / ".dvc" / "tmp" / "rwlock"
-    for _ in range(_LOOKS_AT_LOCK):
-        try:
-            json.loads(path.read_bytes())
-            return
-        except FileNotFoundError:
-            return
-        except ValueError:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-    path.unlink(missing_ok=True)
+    from dvc.config import Config
+
+    theirs = Config(str(project.resolve() / ".dvc"))
+    with Config(str(worktree.resolve() / ".dvc")).edit("local") as local:
+        for level in ("repo", "local"):
+            for section, values in theirs.load_one(level).items():
+                for name, value in values.items():
+                    held = local.setdefault(section, {})
+                    held[name] = {**held.get(name, {}), **value} if isinstance(value, dict) else value
+        local["cache"].setdefault("dir", str(project.resolve() / ".dvc" / "cache"))
+
+
+def metrics(root: Path) -> tuple[Path, ...]:
+    """Returns the metrics files of ``dvc.yaml``, relative to the project."""
+    with _repo(root) as repo:
+        return tuple(_relative(out, root) for out in repo.index.outs if out.metric)
+
+
+@contextlib.contextmanager
+def store(root: Path, remote: str | None = None) -> Iterator[Store]:
+    """Yields the objects of the project at ``root``; ``remote`` is a remote's name, None DVC's default, if any."""
+    with _repo(root) as repo:
+        name = remote or repo.config["core"].get("remote")
+        behind = repo.cloud.get_remote_odb(name, "fetch") if name else None
+        yield Store(repo.cache.local, behind, name)
 
 
 @contextlib.contextmanager
 def _repo(root: Path) -> Iterator[Any]:
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
-    drop_damaged_lock(root)
+    dvc_lock.mend(root)
     # Silences DVC's own progress bars and its warnings about frozen stages, which would mix with ours.
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
+    except LockError:
+        raise dvc_lock.Busy("another DVC command is at work in this project; ask again when it has ended.") from None
     except DvcException as error:
         told = str(error) if error.__cause__ is None else f"{error}: {error.__cause__}"
         complaint = " ".join(told.split()).rstrip(".")

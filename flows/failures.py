@@ -1,4 +1,4 @@
-"""What is remembered of a failed stage until it succeeds: ``.overnight/failed/STAGE.json``."""
+"""What is remembered of a failed stage until it starts again: ``.overnight/failed/STAGE.json``."""
 
 import contextlib
 from datetime import datetime
@@ -30,7 +30,7 @@ def remember(root: Path, failure: Failure) -> None:
 
 
 def forget(root: Path, stage: str) -> None:
-    """Drops what is kept of ``stage``, which has succeeded."""
+    """Drops what is kept of ``stage``, which starts anew or is up to date."""
     _file(root, stage).unlink(missing_ok=True)
 
 

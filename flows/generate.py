@@ -1,23 +1,104 @@
 """Text from the project's INT8 model, with onnxruntime and no torch."""
 
-from collections.abc import Iterator
+import io
+import math
+import sys
+from collections import abc
 from pathlib import Path
+from typing import TextIO
 
+from flows import last
+from lm.sampling import Sampling
 from tasks import paths
-from tasks.errors import BadInput
+from tasks.errors import BadInput, UserMistake
+
+EXIT_INTERRUPTED = 130
+DEFAULT = Sampling()
+
+
+def write(
+    root: Path,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    out: TextIO,
+    err: TextIO,
+) -> None:
+    """Writes ``prompt`` and what the INT8 model of the project in ``root`` writes after it to ``out``, as it comes.
+
+    While a run makes the model, or after one that was stopped, the last one that was finished writes. That, and a text
+    that ends because the model's context is full, is told in one line on ``err``. Raises
+    :class:`tasks.errors.UserMistake` as :func:`continue_text` does.
+    """
+    if isinstance(out, io.TextIOWrapper):
+        # A terminal of another encoding shows what it can.
+        out.reconfigure(errors="replace")
+    folder = root / paths.INT8
+    if not folder.is_dir() and (finished := last.int8(root)) is not None:
+        folder = finished
+        err.write(f"{paths.INT8} is not there: a run makes it, or was stopped. The last finished one writes this.\n")
+    pieces = continue_text(folder, prompt, max_new_tokens, sampling, stop)
+    # The prompt goes out with the first piece: one that is refused is not written.
+    waiting = prompt
+    try:
+        while True:
+            waiting += next(pieces)
+            out.write(waiting)
+            out.flush()
+            waiting = ""
+    except StopIteration as end:
+        out.write(f"{waiting}\n")
+        out.flush()
+        if end.value:
+            err.write(f"{end.value}\n")
+    except KeyboardInterrupt:
+        out.write("\n")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def continue_text(
-    folder: Path, prompt: str, max_new_tokens: int, temperature: float = 0.8, top_k: int = 40, seed: int = 0
-) -> Iterator[str]:
-    """Yields what the model in ``folder`` writes after ``prompt``. Raises :class:`BadInput` where there is none."""
+    folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling = DEFAULT, stop: tuple[str, ...] = ()
+) -> abc.Generator[str, None, str]:
+    """Yields what the model in ``folder`` writes after ``prompt``; returns why it had to stop early, or nothing.
+
+    Raises :class:`BadInput` where there is no model or a damaged one, and for a prompt that is not UTF-8 or too long;
+    :class:`UserMistake` for sampling by numbers that cannot be.
+    """
+    _check(prompt, sampling)
     for name in (paths.INT8_GRAPH.name, "tokenizer.json", "config.json"):
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: no such file. Run `overnight run` first; it makes the INT8 model.")
     # onnxruntime takes most of a second to import.
-    from lm.runtime import Generator, PromptTooLong
+    from lm.runtime import Generator, PromptTooLong, Unloadable
 
     try:
-        yield from Generator(folder).generate(prompt, max_new_tokens, temperature, top_k, seed)
+        model = Generator(folder)
+        ending = yield from model.generate(prompt, max_new_tokens, sampling, stop)
     except PromptTooLong as error:
         raise BadInput(f"{error}.") from None
+    except Unloadable as error:
+        raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
+    if ending != "context":
+        return ""
+    return (
+        f"The model's context of {model.context:,} tokens (train.seq_len) is full: the text ends before "
+        f"--max-new-tokens {max_new_tokens:,}."
+    )
+
+
+def _check(prompt: str, sampling: Sampling) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        # Python keeps a byte that is not UTF-8 as the surrogate U+DC00 + byte.
+        byte = ord(prompt[error.start]) & 0xFF
+        raise BadInput(
+            f"TEXT is not UTF-8: byte 0x{byte:02x} after {error.start:,} characters. Write it in UTF-8."
+        ) from None
+    if math.isnan(sampling.temperature):
+        raise UserMistake("--temperature: nan is no number. 0 takes the likeliest token, higher values vary more.")
+    if not 0 < sampling.top_p <= 1:
+        raise UserMistake("--top-p: a share above 0 and up to 1 is needed. 1 leaves nothing out.")
+    if not 0 < sampling.repetition_penalty < math.inf:
+        raise UserMistake("--repetition-penalty: a number above 0 is needed. 1 changes nothing, 1.1 repeats less.")

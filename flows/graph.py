@@ -9,6 +9,11 @@ from tasks.errors import UserMistake
 
 # Collecting touches the outside world, so it is a task of the flow and not a stage of dvc.yaml.
 COLLECT = "collect"
+# So does bringing the model that a new one is measured against.
+CHAMPION = "champion"
+# A night begins with one of these and ends with the other.
+CHECKOUT = "checkout"
+PUBLISH = "publish"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,11 @@ class Stage:
     def reads_collected(self) -> bool:
         """Whether the stage reads what ``collect`` brings in."""
         return paths.RAW in self.dependencies
+
+    @property
+    def reads_champion(self) -> bool:
+        """Whether the stage measures a model against the one in production."""
+        return paths.CHAMPION in self.dependencies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows import supervise
@@ -33,12 +34,12 @@ class Holder(BaseModel):
     @property
     def alive(self) -> bool:
         try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+            # A killed one that its parent has not yet asked for is a zombie, whom a signal would still find.
+            return str(psutil.Process(self.pid).status()) != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
             return False
-        except PermissionError:
-            pass
-        return True
+        except psutil.AccessDenied:
+            return True
 
 
 class Held(TryAgain):
@@ -58,11 +59,27 @@ def hold(root: Path, run: str, wait: bool = False, tell: Callable[[str], object]
     try:
         _acquire(descriptor, wait, tell)
         os.ftruncate(descriptor, 0)
-        holder = Holder(pid=os.getpid(), run=run, since=datetime.now().astimezone())
-        os.pwrite(descriptor, json.dumps(holder.model_dump(mode="json")).encode(), 0)
+        this = Holder(pid=os.getpid(), run=run, since=datetime.now().astimezone())
+        os.pwrite(descriptor, json.dumps(this.model_dump(mode="json")).encode(), 0)
         yield descriptor
+        # Whoever comes next need not wonder whether this process still lives.
+        os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def holder(root: Path) -> Holder | None:
+    """Returns the run at work in the project at ``root``; None also while it has not yet written its name."""
+    try:
+        with (root / LOCK).open("rb") as file:
+            try:
+                # Shared and for a moment: a run that starts just now tries again.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _read(file.fileno())
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object]) -> None:
@@ -73,12 +90,12 @@ def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object]) -> None
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            holder = _read(descriptor)
-        dying = (holder is None or not holder.alive) and time.monotonic() - started < _SECONDS_TO_DIE
+            held_by = _read(descriptor)
+        dying = (held_by is None or not held_by.alive) and time.monotonic() - started < _SECONDS_TO_DIE
         if not wait and not dying:
-            raise Held(f"{_describe(holder)} Wait until it has ended, or run `overnight run --wait`.")
+            raise Held(f"{_describe(held_by)} Wait until it has ended, or run `overnight run --wait`.")
         if wait and not told:
-            tell(f"{_describe(holder)} Waiting for it to end.")
+            tell(f"{_describe(held_by)} Waiting for it to end.")
             told = True
         time.sleep(_SECONDS_BETWEEN_TRIES)
 

@@ -5,87 +5,46 @@ task is a child process (:mod:`flows.process`) that ends with it. DVC is the onl
 Import this after :mod:`flows.server` has set the environment: Prefect reads its settings when it is imported.
 """
 
-import dataclasses
 import shutil
+import sys
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any
 
 from prefect import Flow, Task, allow_failure
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, dvc, failures
-from flows.execute import Site, execute, remember
-from flows.graph import COLLECT, Graph, Stage
+from flows import artifacts, champion, dvc, dvc_lock, failures, worktree
+from flows.attempts import Attempts, StageFailed
+from flows.execute import Site, drop_old_logs, execute, remember
+from flows.graph import CHAMPION, CHECKOUT, COLLECT, PUBLISH, Graph, Stage
 from flows.plan import Action, Step, collects, plan
+from flows.publish import ChampionMoved, Published, publish
+from flows.runs import Record, Resumed
+from flows.watch import Outcome, StageRun, Watch
 from tasks import paths
-from tasks.collect.collect import collect
-from tasks.errors import UserMistake
+from tasks.collect.report import read as read_report
+from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 from tasks.params import FlowParams, Params
 from tasks.progress import Event
 
-Outcome = Literal["ran", "cached", "skipped", "failed"]
 
-
-@dataclasses.dataclass(frozen=True)
-class StageRun:
-    """How one stage ended. ``message`` says why it failed, or why it was skipped."""
-
-    stage: str
-    outcome: Outcome
-    seconds: float
-    message: str = ""
-
-    @property
-    def stops_downstream(self) -> bool:
-        """Whether the stages that read its outputs must not start."""
-        return self.outcome == "failed" or (self.outcome == "skipped" and bool(self.message))
-
-
-class Watch(Protocol):
-    """Who follows a run as it goes: the terminal."""
-
-    def event(self, event: Event) -> None:
-        """A stage reports its progress."""
-
-    def retrying(self, stage: str, message: str, attempt: int, seconds: float) -> None:
-        """A stage failed with ``message``; ``attempt`` starts in ``seconds``."""
-
-    def ended(self, run: StageRun) -> None:
-        """A stage has ended for good."""
-
-
-class StageFailed(Exception):
-    """A stage failed. ``mendable``: another attempt may succeed."""
-
-    def __init__(self, message: str, mendable: bool) -> None:
-        super().__init__(message)
-        self.mendable = mendable
-
-
-def make_flow(site: Site, graph: Graph, params: Params, watch: Watch) -> Flow[[str | None, bool], State[Any]]:
+def make_flow(
+    site: Site, graph: Graph, params: Params, watch: Watch, record: Record
+) -> Flow[[str | None, bool], State[Any]]:
     """Returns the flow ``overnight(from_stage, force)`` of the project; it ends Failed when a stage does."""
 
     def overnight(from_stage: str | None = None, force: bool = False) -> State[Any]:
-        night = _Night(site, params, watch)
-        night.collect(collects(from_stage))
+        record.set(flow_run=str(flow_run.get_id()))
+        night = Night(site, params, watch, record.resumed)
+        night.work(graph, from_stage, force)
         if night.failed:
-            steps = tuple(Step(stage, Action.RUN) for stage in graph.stages)
-        else:
-            steps = plan(graph, night.stale(), from_stage, force)
-        for step in steps:
-            night.step(step)
-        counts = ", ".join(
-            f"{count} {outcome}"
-            for outcome in ("ran", "cached", "skipped", "failed")
-            if (count := sum(run.outcome == outcome for run in night.runs.values()))
-        )
-        if night.failed:
-            return Failed(message=f"{night.failed[0].stage}: {night.failed[0].message} ({counts})")
-        return Completed(message=counts)
+            return Failed(message=f"{night.failed[0].stage}: {night.failed[0].message} ({night.counts()})")
+        return Completed(message=night.counts())
 
     return Flow(
         overnight,
@@ -97,11 +56,12 @@ def make_flow(site: Site, graph: Graph, params: Params, watch: Watch) -> Flow[[s
     )
 
 
-class _Night:
-    """The stages of one flow run as they end."""
+class Night:
+    """The stages of one flow run as they end; ``resumed`` says what earlier attempts at it have done."""
 
-    def __init__(self, site: Site, params: Params, watch: Watch) -> None:
-        self._site, self._params, self._watch = site, params, watch
+    def __init__(self, site: Site, params: Params, watch: Watch, resumed: Resumed) -> None:
+        self.site = site
+        self._params, self._watch, self._resumed = params, watch, resumed
         self._states: dict[str, State[Any]] = {}
         # What was stale when `collect` had nothing new to bring: the plan needs the same answer.
         self._changes: dvc.Changes | None = None
@@ -111,12 +71,67 @@ class _Night:
     def failed(self) -> list[StageRun]:
         return [run for run in self.runs.values() if run.outcome == "failed"]
 
+    def counts(self) -> str:
+        """Returns in words how many stages ended how."""
+        return ", ".join(
+            f"{count} {outcome}"
+            for outcome in ("ran", "cached", "skipped", "failed")
+            if (count := sum(run.outcome == outcome for run in self.runs.values()))
+        )
+
+    def checkout(self) -> None:
+        """Makes the outputs what the commit's pointers say, from DVC's cache, and from a remote where it lacks them."""
+        self._execute(CHECKOUT, dvc.checkout_command(self.site.root, self._params.publish.data_remote))
+
+    def work(self, graph: Graph, from_stage: str | None, force: bool) -> None:
+        """Collects, then does with each stage what the plan says."""
+        drop_old_logs(self.site.home or self.site.root)
+        self.collect(collects(from_stage))
+        if self.failed:
+            steps = tuple(Step(stage, Action.RUN) for stage in graph.stages)
+        else:
+            # What this attempt has forced already is not forced again when the champion has moved meanwhile.
+            done = {run.stage for run in self.runs.values() if run.outcome == "ran"}
+            steps = plan(graph, self.stale(), from_stage, force, self._resumed.finished | done)
+        for step in steps:
+            self.step(step)
+
+    def publish(self, tell: Callable[[str], object], since: str | None) -> Published | None:
+        """Makes a version of the outputs of a run that began with the commit ``since``.
+
+        Returns None when it failed, or when the champion has moved meanwhile.
+        """
+        published: list[Published] = []
+
+        def body() -> State[Any]:
+            try:
+                published.append(publish(self.site.root, tell, self.site.root / self.site.log(PUBLISH), since))
+            except ChampionMoved as error:
+                return Completed(name="Skipped", message=str(error), data="skipped")
+            except (UserMistake, TryAgain) as error:
+                remember(self.site, PUBLISH, dvc.Result("failed", error.exit_code, str(error)))
+                raise StageFailed(str(error), False, error.exit_code) from None
+            return Completed(name="Ran" if published[0].new else "Cached", data=published[0].version.name)
+
+        self._run(PUBLISH, "Push the data, commit, push Git, register the version, promote it.", [*self.runs], body)
+        return published[0] if published else None
+
     def stale(self) -> Collection[str]:
         """Returns the stages that are not up to date, now that ``collect`` has ended."""
-        return (self._changes or dvc.changes(self._site.root)).stages.keys()
+        return (self._changes or self._look()).stages.keys()
+
+    def _look(self) -> dvc.Changes:
+        while True:
+            try:
+                return dvc.changes(self.site.root)
+            except dvc_lock.Busy:
+                # Somebody typed a DVC command meanwhile.
+                dvc_lock.await_others(self.site.root, lambda line: None)
 
     def collect(self, wanted: bool) -> None:
         """Copies what is new at the sources and versions it, unless a later stage was asked for."""
+        # What an earlier pass saw is stale itself by now.
+        self._changes = None
 
         def body() -> State[Any]:
             return self._collect() if wanted else Completed(name="Skipped", message="before --from", data="skipped")
@@ -127,7 +142,10 @@ class _Night:
         """Does with a stage what the plan says, or nothing when what it reads has failed."""
         stage = step.stage
         upstream = [*([COLLECT] if stage.reads_collected else []), *stage.upstream]
-        missing = [name for name in upstream if self.runs[name].stops_downstream]
+        if stage.reads_champion and step.action == Action.RUN and not self._missing(upstream):
+            self._run(CHAMPION, "Fetch and version the model in production.", upstream, lambda: self._champion(stage))
+            upstream += [CHAMPION] if CHAMPION in self.runs else []
+        missing = self._missing(upstream)
         why = f"not started, because of {missing[0]}" if missing else ""
 
         def body() -> State[Any]:
@@ -136,21 +154,24 @@ class _Night:
             if step.action == Action.SKIPPED:
                 return Completed(name="Skipped", message="before --from", data="skipped")
             if step.action == Action.CACHED:
-                failures.forget(self._site.root, stage.name)
+                failures.forget(self.site.root, stage.name)
                 return Completed(name="Cached", message="unchanged", data="cached")
             return self._repro(stage, step.force)
 
-        if step.force and not missing:
+        if step.force and not missing and stage.name not in self._resumed.begun:
             # A forced stage computes everything anew; from its last checkpoint it would only write the result again.
             # Its retries do go on from theirs.
             self._forget_checkpoints(stage)
         self._run(stage.name, stage.description, upstream, body, why)
 
+    def _missing(self, upstream: Sequence[str]) -> list[str]:
+        return [name for name in upstream if self.runs[name].stops_downstream]
+
     def _run(
         self, name: str, description: str, upstream: Sequence[str], body: Callable[[], State[Any]], why: str = ""
     ) -> None:
         flow: FlowParams = self._params.flow
-        attempts = _Attempts(name, self._site, flow, self._watch)
+        attempts = Attempts(name, self.site, flow, self._watch)
         stage_task: Task[[], Any] = Task(
             lambda: attempts.run(body),
             name=name,
@@ -164,6 +185,7 @@ class _Night:
             persist_result=False,
             log_prints=False,
         )
+        self._watch.began(name)
         started = time.monotonic()
         # What lies downstream of a failure is a task run too, so that the UI shows it and why it did not start.
         # Prefect refuses to wait for a cancelled one, which leaves that edge out of the picture.
@@ -172,88 +194,84 @@ class _Night:
         self._states[name] = state
         seconds = time.monotonic() - started
         outcome = _OUTCOMES.get(state.name or "", "failed")
+        if name == CHAMPION and outcome == "cached":
+            # No row of its own for what only concerns the stage that asked.
+            return
         message = attempts.message or state.message or "" if outcome == "failed" else why
-        run = StageRun(name, outcome, seconds, message)
+        run = StageRun(name, outcome, seconds, message, attempts.exit_code if outcome == "failed" else None)
         self.runs[name] = run
         self._watch.ended(run)
 
     def _collect(self) -> State[Any]:
-        try:
-            report = collect(self._params.collect, self._site.root)
-        except UserMistake as error:
-            remember(self._site, COLLECT, dvc.Result("failed", error.exit_code, str(error)))
-            raise StageFailed(str(error), mendable=False) from None
+        root = self.site.root
         pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
-        same = not any(source.new or source.changed for source in report.sources)
-        if same and (self._site.root / pointer).exists():
-            changes = dvc.changes(self._site.root)
+        if (root / pointer).exists() and not (root / paths.RAW).exists():
+            # Else what is gone at the sources by now would be left out of the next version without a word.
+            self._restore_raw(pointer)
+        command = [sys.executable, "-m", "tasks.collect", "--relative-to", str(worktree.main(root))]
+        self._execute(COLLECT, command, dvc.classify_stage)
+        if (root / pointer).exists() and not read_report(root).has_news:
+            changes = self._look()
             if str(pointer) not in changes.data:
                 self._changes = changes
-                failures.forget(self._site.root, COLLECT)
                 return Completed(name="Cached", message="nothing new at the sources", data="cached")
         self._execute(COLLECT, dvc.add_command(paths.RAW))
         return Completed(name="Ran", data="ran")
 
+    def _restore_raw(self, pointer: Path) -> None:
+        self._execute(COLLECT, dvc.checkout_command(self.site.root, self._params.publish.data_remote, pointer))
+        if not (self.site.root / paths.RAW).exists():
+            raise StageFailed(
+                f"{pointer} names text that lies neither here nor in DVC's cache nor at a remote. Name the remote that "
+                f"has it (`dvc remote add --default NAME PLACE`), or delete {pointer} to begin with what the sources "
+                "have now.",
+                False,
+                EXIT_USER_MISTAKE,
+            )
+
+    def _champion(self, stage: Stage) -> State[Any]:
+        root = self.site.root
+        try:
+            action = champion.look(root, stage.name, self._look())
+            brought = champion.bring(root) if action == champion.Action.BRING else None
+        except (UserMistake, TryAgain) as error:
+            remember(self.site, CHAMPION, dvc.Result("failed", error.exit_code, str(error)))
+            raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
+        match action:
+            case champion.Action.KEEP:
+                failures.forget(root, CHAMPION)
+                return Completed(name="Cached", message="unchanged", data="cached")
+            case champion.Action.RESTORE:
+                self._execute(CHAMPION, dvc.pull_command(champion.POINTER))
+            case champion.Action.BRING:
+                self._execute(CHAMPION, dvc.add_command(paths.CHAMPION))
+        if brought is not None and brought.version is None:
+            return Completed(name="Cached", message="no champion yet", data="cached")
+        return Completed(name="Ran", data="ran")
+
     def _forget_checkpoints(self, stage: Stage) -> None:
-        shutil.rmtree(self._site.root / paths.CHECKPOINTS / stage.name, ignore_errors=True)
+        shutil.rmtree(self.site.root / paths.CHECKPOINTS / stage.name, ignore_errors=True)
 
     def _repro(self, stage: Stage, force: bool) -> State[Any]:
         result = self._execute(stage.name, dvc.repro_command(stage.name, force))
         # DVC has the result now, so nobody will go on from there.
         self._forget_checkpoints(stage)
-        artifacts.report(stage, self._site.root)
+        artifacts.report(stage, self.site.root)
         return Completed(name=result.outcome.capitalize(), data=result.outcome)
 
-    def _execute(self, name: str, command: list[str]) -> dvc.Result:
+    def _execute(
+        self, name: str, command: list[str], classify: Callable[[int, str], dvc.Result] = dvc.classify
+    ) -> dvc.Result:
         shown = artifacts.ProgressArtifact(name)
 
         def on_event(event: Event) -> None:
             self._watch.event(event)
             shown.update(event)
 
-        result = execute(self._site, name, command, on_event)
+        result = execute(self.site, name, command, on_event, classify)
         if result.outcome == "failed":
-            raise StageFailed(result.message, result.mendable)
+            raise StageFailed(result.message, result.mendable, result.exit_code)
         return result
 
 
 _OUTCOMES: Mapping[str, Outcome] = {"Ran": "ran", "Cached": "cached", "Skipped": "skipped"}
-
-
-class _Attempts:
-    """The attempts at one stage: what the last one complained about, and whether another one is worth it."""
-
-    def __init__(self, name: str, site: Site, params: FlowParams, watch: Watch) -> None:
-        self._name, self._site, self._params, self._watch = name, site, params, watch
-        self._failure: Exception | None = None
-        self._count = 0
-
-    @property
-    def message(self) -> str:
-        if self._failure is None:
-            return ""
-        kind = "" if isinstance(self._failure, StageFailed) else f"{type(self._failure).__name__}: "
-        return kind + " ".join(str(self._failure).split())
-
-    def run(self, body: Callable[[], State[Any]]) -> State[Any]:
-        self._count += 1
-        try:
-            return body()
-        except StageFailed as error:
-            self._failure = error
-            raise
-        except Exception as error:
-            # A bug of ours: the terminal gets its last line, the log all of it.
-            self._failure = error
-            log = self._site.root / self._site.log(self._name)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                file.write(traceback.format_exc())
-            remember(self._site, self._name, dvc.Result("failed", None, self.message))
-            raise
-
-    def may_retry(self) -> bool:
-        mendable = isinstance(self._failure, StageFailed) and self._failure.mendable
-        if mendable and self._count <= self._params.retries.get(self._name, 0):
-            self._watch.retrying(self._name, self.message, self._count + 1, self._params.retry_delay_seconds)
-        return mendable

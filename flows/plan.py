@@ -27,11 +27,18 @@ class Step:
     force: bool = False
 
 
-def plan(graph: Graph, stale: Collection[str], from_stage: str | None = None, force: bool = False) -> tuple[Step, ...]:
+def plan(
+    graph: Graph,
+    stale: Collection[str],
+    from_stage: str | None = None,
+    force: bool = False,
+    finished: Collection[str] = (),
+) -> tuple[Step, ...]:
     """Returns one step a stage, in the graph's order.
 
     Without ``from_stage`` a stage runs when it is ``stale`` or when something upstream of it runs. ``from_stage`` skips
-    its ancestors, stale or not. ``force`` runs ``from_stage`` and its descendants, or every stage, in any case.
+    its ancestors, stale or not. ``force`` runs ``from_stage`` and its descendants, or every stage, in any case, but
+    those that an earlier attempt at this run has ``finished``.
     """
     if from_stage in (None, COLLECT):
         skipped: frozenset[str] = frozenset()
@@ -41,6 +48,7 @@ def plan(graph: Graph, stale: Collection[str], from_stage: str | None = None, fo
         graph.check(from_stage, "--from")
         skipped = graph.ancestors(from_stage)
         forced = graph.descendants(from_stage) | {from_stage} if force else frozenset()
+    forced -= frozenset(finished)
     steps: list[Step] = []
     running: set[str] = set()
     for stage in graph.stages:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Protocol, Self
 
 from flows import supervise
 from tasks.progress import EVENTS_VARIABLE, Event
@@ -14,6 +14,17 @@ from tasks.progress import EVENTS_VARIABLE, Event
 # The supervisor's own grace, and what the kernel needs to tear down large processes.
 _SECONDS_TO_STOP = supervise.GRACE_SECONDS + 5.0
 _SECONDS_BETWEEN_LOOKS = 0.05
+
+
+class Supervisor(Protocol):
+    """What watches over a child. The end of its ``stdin`` tells it that the flow is gone."""
+
+    stdin: IO[bytes] | None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Returns the child's exit code. Raises :class:`subprocess.TimeoutExpired` after ``timeout`` seconds."""
+
+    def kill(self) -> None: ...
 
 
 class Child:
@@ -34,20 +45,30 @@ class Child:
         kept, passed = tuple(kept), tuple(passed)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._supervisor = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", str(Path(supervise.__file__).absolute())),
-                    ",".join(map(str, kept)) or "-",
-                    *command,
-                ],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                pass_fds=(*kept, *passed),
-                # Ctrl-C at a terminal reaches the flow alone, which then ends its children in order.
-                start_new_session=True,
-            )
+            self._supervisor = self._start(command, output, environment, kept, passed)
+
+    def _start(
+        self,
+        command: Sequence[str],
+        output: IO[bytes],
+        environment: Mapping[str, str],
+        kept: tuple[int, ...],
+        passed: tuple[int, ...],
+    ) -> Supervisor:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", str(Path(supervise.__file__).absolute())),
+                ",".join(map(str, kept)) or "-",
+                *command,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            pass_fds=(*kept, *passed),
+            # Ctrl-C at a terminal reaches the flow alone, which then ends its children in order.
+            start_new_session=True,
+        )
 
     def wait(self, seconds: float) -> int | None:
         """Returns the exit code, or None when the process still runs after ``seconds``."""
@@ -56,11 +77,15 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
 
-    def stop(self) -> None:
-        """Ends the process and its descendants; returns when they are gone."""
+    def let_go(self) -> None:
+        """Tells the process and its descendants to end."""
         assert self._supervisor.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._supervisor.stdin.close()
+
+    def stop(self) -> None:
+        """Ends the process and its descendants; returns when they are gone."""
+        self.let_go()
         if self.wait(_SECONDS_TO_STOP) is None:
             self._supervisor.kill()
             self._supervisor.wait()
@@ -80,6 +105,7 @@ def run(
     environment: Mapping[str, str],
     on_event: Callable[[Event], None],
     kept: Iterable[int] = (),
+    kind: type[Child] = Child,
 ) -> int:
     """Runs ``command`` to its end and returns its exit code; each progress event of it is handed to ``on_event``."""
     events = log.with_suffix(".events")
@@ -87,7 +113,7 @@ def run(
     events.write_text("")
     told = {**environment, EVENTS_VARIABLE: str(events.absolute())}
     try:
-        with events.open(encoding="utf-8") as tail, Child(command, log, told, kept=kept) as child:
+        with events.open(encoding="utf-8") as tail, kind(command, log, told, kept=kept) as child:
             while True:
                 code = child.wait(_SECONDS_BETWEEN_LOOKS)
                 for event in _new_events(tail):

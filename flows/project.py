@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from flows.git import show
 from tasks import paths
-from tasks.errors import UserMistake
-from tasks.params import Params, read
+from tasks.errors import BadParameter, UserMistake
+from tasks.notice_params import NoticeParams
+from tasks.params import Params, parse, read
 
 DAG = Path("dvc.yaml")
 
@@ -29,3 +31,24 @@ def find() -> Path:
 def parameters(root: Path) -> Params:
     """Returns ``params.yaml``, whole. Raises :class:`tasks.errors.BadParameter` that names every wrong key."""
     return read(root / paths.PARAMS)
+
+
+def committed(root: Path) -> Params:
+    """Returns ``params.yaml`` as it was last committed: edits in the checkout are no concern of a night.
+
+    Raises :class:`tasks.errors.BadParameter` that names every wrong key.
+    """
+    content = show(root, "HEAD", paths.PARAMS)
+    if content is None:
+        raise BadParameter(
+            f"{paths.PARAMS}: not in the last commit, from which nights work. Commit it, with `git add`."
+        )
+    return parse(content, paths.PARAMS)
+
+
+def notice(root: Path) -> NoticeParams:
+    """Returns who is told what, as it was last committed; the defaults where that cannot be read."""
+    try:
+        return committed(root).notice
+    except UserMistake:
+        return NoticeParams()

@@ -2,58 +2,59 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
-import signal
+import re
 import time
-from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
-from flows import dvc, lock, project, server, summary
+from flows import dvc, dvc_lock, lock, project, running, runs, server, summary
 from flows.execute import Site
 from flows.graph import Graph
+from flows.terminal import Terminal, speaker
+from flows.termination import sigterm_raises
+from flows.watch import All, StageRun
+from tasks import paths
+from tasks.errors import EXIT_USER_MISTAKE
 from tasks.params import Params
-from tasks.progress import Event, Sink, sink_for
-
-if TYPE_CHECKING:
-    # Importing it imports Prefect, which must wait for the server's settings.
-    from flows.overnight import StageRun
 
 EXIT_FAILED = 1
-EXIT_TERMINATED = 143
 _LAST_LINES = 15
+# What DVC writes around the output of every stage, and what ours has told already.
+_DVC_SAYS = re.compile(r"\s*$|Running stage '|> |ERROR: failed to reproduce '")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """What the user asked for. ``again``: the run to go on with, instead of a new one."""
 
     from_stage: str | None = None
     force: bool = False
     wait: bool = False
+    again: runs.Run | None = None
 
 
 def run(request: Request, out: Console, err: Console) -> int:
-    """Runs the project in the current folder and returns the exit code: 0, 1 when a stage failed, 143 when terminated.
+    """Runs the project in the current folder and returns the exit code: 0, 1 when a stage failed.
 
     Raises :class:`tasks.errors.UserMistake` before anything runs, :class:`flows.lock.Held` when another run is at work.
     """
-    try:
-        with _sigterm_raises():
-            return _checked(request, out, err)
-    except _Terminated:
-        err.print("terminated; `overnight run` goes on where this run stopped.")
-        return EXIT_TERMINATED
+    with sigterm_raises(lambda: speaker(err)("terminated; `overnight rerun` goes on where this run stopped.")):
+        return _checked(request, out, err)
 
 
 def _checked(request: Request, out: Console, err: Console) -> int:
     root = project.find()
     params = project.parameters(root)
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    with lock.hold(root, name, request.wait, tell=lambda line: err.print(escape(line))) as descriptor:
+    name = request.again.run if request.again else f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    with lock.hold(root, name, request.wait, tell=speaker(err)) as descriptor, running.record(root, name) as record:
+        dvc_lock.mend(root)
+        if request.wait:
+            dvc_lock.await_others(root, speaker(err))
+        else:
+            dvc_lock.check_others(root)
         site = Site(root, name, descriptor)
         with server.serve(root, descriptor) as serving:
             # Reading the graph takes a second, in which the server starts.
@@ -62,71 +63,106 @@ def _checked(request: Request, out: Console, err: Console) -> int:
                 graph.check(request.from_stage, "--from")
             for stage in params.flow.retries:
                 graph.check(stage, "params.yaml: flow.retries")
-            return _run(site, graph, params, request, serving, out, err)
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived. No :class:`Exception`, so that nothing on the way takes it for a fault of its own."""
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Makes SIGTERM leave every ``with`` block in order. Prefect's own handler ends with a call of this one."""
-
-    def terminate(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            record.plan(graph.names())
+            return _run(site, graph, params, request, serving, record, out, err)
 
 
 def _run(
-    site: Site, graph: Graph, params: Params, request: Request, serving: server.Server, out: Console, err: Console
+    site: Site,
+    graph: Graph,
+    params: Params,
+    request: Request,
+    serving: server.Server,
+    record: running.Record,
+    out: Console,
+    err: Console,
 ) -> int:
     started = time.monotonic()
+    # Importing it imports Prefect, which must wait for the server's settings.
+    from flows import flow_runs
     from flows.overnight import make_flow
 
     terminal = Terminal(err)
-    flow = make_flow(site, graph, params, terminal)
-    serving.wait()
-    try:
-        with terminal:
-            state = flow(request.from_stage, request.force, return_state=True)
-    finally:
-        _flush()
-    summary.show_stages(out, [_line(one) for one in terminal.runs], time.monotonic() - started)
+    known = {"from_stage": request.from_stage, "force": request.force}
+    digest = hashlib.sha256((site.root / paths.PARAMS).read_bytes()).hexdigest()
+    with runs.attempt(site.root, site.run, **known, params=digest) as kept:
+        flow = make_flow(site, graph, params, All(record, kept, terminal), kept)
+        _import_ahead()
+        serving.wait()
+        if not err.is_terminal:
+            terminal.say(f"run {site.run} {'goes on' if request.again else 'starts'} in {site.root}")
+        if request.again and request.again.params not in (None, digest):
+            terminal.say(f"{paths.PARAMS} was changed since this run stopped: what reads the changed values runs anew")
+        try:
+            with terminal, serving.settings():
+                state = flow_runs.start(flow, kept.run.flow_run, **known)
+        finally:
+            flush()
+        serving.let_go()
+        kept.end("completed" if state.is_completed() else "failed", "" if state.is_completed() else state.message or "")
+    seconds = time.monotonic() - started
+    if out.is_terminal or not _same_place(out, err):
+        # In one log both ends of the run would list them.
+        summary.show_stages(out, [_line(one) for one in terminal.runs], seconds)
     for one in terminal.runs:
         if one.outcome == "failed":
             _show_failure(err, site, one)
     if state.is_completed():
         out.print()
         summary.show_model(out, site.root)
-        return 0
-    if not any(one.outcome == "failed" for one in terminal.runs):
-        err.print(f"[bold red]error:[/] {escape(state.message or 'the flow failed')}")
-    return EXIT_FAILED
+    elif not any(one.outcome == "failed" for one in terminal.runs):
+        err.print(f"error: {state.message or 'the flow failed'}", markup=False, highlight=False, soft_wrap=True)
+    if not err.is_terminal:
+        how = "completed" if state.is_completed() else "failed"
+        gate = summary.read_evaluation(site.root).gate if state.is_completed() else None
+        verdict = "" if gate is None or gate.passed else "; the gate REFUSED this model"
+        terminal.say(f"run {site.run} ends: {how} in {seconds:,.0f} s{verdict}")
+    return 0 if state.is_completed() else EXIT_FAILED
 
 
-def _line(run: "StageRun") -> summary.StageLine:
+def _import_ahead() -> None:
+    # What a flow imports when it starts, while there is nothing to do but wait for the server.
+    import fastapi  # noqa: F401
+    import prefect.task_engine
+    import prefect.utilities.visualization  # noqa: F401
+
+
+def _same_place(out: Console, err: Console) -> bool:
+    try:
+        places = [os.fstat(console.file.fileno()) for console in (out, err)]
+    except (OSError, ValueError):
+        # Not a file at all.
+        return False
+    return os.path.samestat(*places)
+
+
+def _line(run: StageRun) -> summary.StageLine:
     return summary.StageLine(stage=run.stage, outcome=run.outcome, seconds=run.seconds, message=run.message)
 
 
-def _show_failure(err: Console, site: Site, run: "StageRun") -> None:
-    err.print(f"\n[bold red]error:[/] {escape(f'{run.stage}: {run.message}')}", soft_wrap=True)
+def _show_failure(err: Console, site: Site, run: StageRun) -> None:
+    def show(line: str, style: str | None = None) -> None:
+        err.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    show(f"error: {run.stage}: {run.message}", "bold red")
     log = site.log(run.stage)
     if (site.root / log).is_file():
-        lines = (site.root / log).read_text(errors="replace").splitlines()
-        # Where the message is all that the stage said, repeating it helps nobody.
-        for line in lines[-_LAST_LINES:]:
-            err.print(f"  {escape(line)}", style="dim", soft_wrap=True, highlight=False)
-        err.print(f"The whole log: {log}", soft_wrap=True)
-    err.print("Go on with: overnight run", soft_wrap=True)
+        # A mistake is told in full by its one line; what other processes of the stage said when it ended is noise then.
+        lines = [] if run.exit_code == EXIT_USER_MISTAKE else (site.root / log).read_text(errors="replace").splitlines()
+        for line in _worth_showing(lines, run.message):
+            show(f"  {line}", "dim")
+        show(f"The whole log: {log}")
+    first = "Change that first, then go" if run.exit_code == EXIT_USER_MISTAKE else "Go"
+    show(f"{first} on with: overnight rerun {site.run}")
 
 
-def _flush() -> None:
+def _worth_showing(log: list[str], message: str) -> list[str]:
+    """Returns the last lines of a failed stage's log but for what frames them, and for ``message``, which was told."""
+    told = [line for line in log if not _DVC_SAYS.match(line) and line.removeprefix("error: ").strip() != message]
+    return told[-_LAST_LINES:]
+
+
+def flush() -> None:
     """Hands Prefect's last logs and events to the server, which is about to end; later they would be complaints."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
@@ -135,42 +171,3 @@ def _flush() -> None:
         APILogWorker.drain_all(timeout=5)
     with contextlib.suppress(Exception):
         EventsWorker.drain_all()
-
-
-class Terminal:
-    """Follows a run on the terminal: a bar or lines while a stage works, one line when it has ended."""
-
-    def __init__(self, err: Console) -> None:
-        self._err = err
-        self._sink: Sink | None = None
-        self.runs: list[StageRun] = []
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def event(self, event: Event) -> None:
-        if self._sink is None:
-            self._sink = sink_for(self._err)
-        self._sink.show(event)
-
-    def retrying(self, stage: str, message: str, attempt: int, seconds: float) -> None:
-        self._close()
-        self._err.print(
-            f"{stage:<9} {escape(message)}; attempt {attempt} starts in {seconds:g} s", soft_wrap=True, highlight=False
-        )
-
-    def ended(self, run: "StageRun") -> None:
-        self._close()
-        self.runs.append(run)
-        self._err.print(
-            f"{run.stage:<9} {run.outcome}" + (f"  {run.seconds:,.1f} s" if run.outcome == "ran" else ""),
-            highlight=False,
-        )
-
-    def _close(self) -> None:
-        if self._sink is not None:
-            self._sink.close()
-            self._sink = None

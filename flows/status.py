@@ -1,7 +1,11 @@
-"""``overnight status``: for each stage whether it is up to date, and if not, why. Needs no Prefect."""
+"""``overnight status``: for each stage whether it is up to date, and if not, why. Needs no Prefect.
+
+While a run is at work it is asked what it does (:mod:`flows.running`), and DVC is not: it holds what the run works on.
+"""
 
 import dataclasses
 import enum
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows import dvc, failures
+from flows import dvc, dvc_lock, failures, lock, running, runs, stopped
 from flows.failures import Failure
 from flows.graph import COLLECT, Graph
+from flows.running import Running
 from tasks import paths
+from tasks.params import Params
 
 _MOST_REASONS = 4
 
@@ -24,6 +30,10 @@ class Condition(enum.StrEnum):
     STALE = "stale"
     NEVER_RUN = "never run"
     FAILED = "failed"
+    STOPPED = "stopped"
+    RUNNING = "running"
+    WAITING = "waiting"
+    SKIPPED = "skipped"
 
 
 _STYLES = {
@@ -31,7 +41,22 @@ _STYLES = {
     Condition.STALE: "yellow",
     Condition.NEVER_RUN: "dim",
     Condition.FAILED: "bold red",
+    Condition.STOPPED: "bold yellow",
+    Condition.RUNNING: "bold",
+    Condition.WAITING: "dim",
+    Condition.SKIPPED: "yellow",
 }
+_OF_A_RUN = {
+    "waiting": Condition.WAITING,
+    "running": Condition.RUNNING,
+    "ran": Condition.UP_TO_DATE,
+    "cached": Condition.UP_TO_DATE,
+    "skipped": Condition.SKIPPED,
+    "failed": Condition.FAILED,
+}
+# A run reads its graph first, which takes a second, and holds no file of the project meanwhile.
+_SECONDS_TO_START = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +68,69 @@ class StageStatus:
     reasons: tuple[str, ...] = ()
 
 
-def read(root: Path) -> tuple[StageStatus, ...]:
-    """Returns the status of ``collect`` and of every stage of ``dvc.yaml``, in order."""
+def read(root: Path, params: Params) -> tuple[StageStatus, ...]:
+    """Returns the status of ``collect`` and of every stage of ``dvc.yaml``, in order.
+
+    Raises :class:`flows.dvc_lock.Busy` when a DVC command that is no run's is at work.
+    """
+    while True:
+        if (run := _at_work(root)) is not None:
+            return of_run(run)
+        try:
+            return _between_runs(root, params)
+        except dvc_lock.Busy:
+            # Of a run that has started meanwhile?
+            if lock.holder(root) is None:
+                dvc_lock.check_others(root, "Ask again when it has ended.")
+
+
+def _at_work(root: Path) -> Running | None:
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while (holder := lock.holder(root)) is not None and time.monotonic() < deadline:
+        run = running.read(root)
+        if run is not None and run.run == holder.run and run.stages:
+            return run
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return None
+
+
+def _between_runs(root: Path, params: Params) -> tuple[StageStatus, ...]:
+    last = max(runs.read(root), key=lambda run: run.since, default=None)
     pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
-    return assess(dvc.graph(root), dvc.changes(root), failures.recall(root), collected=(root / pointer).exists())
+    return assess(
+        dvc.graph(root),
+        dvc.changes(root),
+        # What a night left lies in its worktree.
+        failures.recall(stopped.place(root, last)),
+        stopped.recall(root, params, last),
+        (root / pointer).exists(),
+    )
+
+
+def of_run(run: Running) -> tuple[StageStatus, ...]:
+    """Returns the status of every stage while ``run`` is at work. A pure function."""
+    found = []
+    for stage in run.stages:
+        reasons = [stage.message] if stage.message else []
+        if stage.state == "running" and stage.since is not None:
+            told = filter(None, [f"since {stage.since.astimezone():%H:%M:%S}", stage.progress])
+            reasons.append(f"{', '.join(told)} (run {run.run}, process {run.pid})")
+        found.append(StageStatus(stage.stage, _OF_A_RUN[stage.state], tuple(reasons)))
+    return tuple(found)
 
 
 def assess(
-    graph: Graph, changes: dvc.Changes, failed: Mapping[str, Failure], collected: bool
+    graph: Graph,
+    changes: dvc.Changes,
+    failed: Mapping[str, Failure],
+    halted: Mapping[str, str],
+    collected: bool,
 ) -> tuple[StageStatus, ...]:
     """Returns the status of every stage. A pure function.
 
-    A failure counts only while its stage is not up to date. A stage that is unchanged itself is stale when something
-    upstream of it is. ``collected`` says whether ``data/raw`` has ever been versioned.
+    A failure, and where a stage stopped (``halted``), count only while the stage is not up to date. A stage that is
+    unchanged itself is stale when something upstream of it is. ``collected`` says whether ``data/raw`` has ever been
+    versioned.
     """
     raw = [change for stale in changes.data.values() for change in stale.changes if Path(change.name) == paths.RAW]
     found = {COLLECT: _of_collect(raw, failed, collected)}
@@ -65,7 +140,13 @@ def assess(
         if stale is None and not waits:
             found[stage.name] = StageStatus(stage.name, Condition.UP_TO_DATE)
         elif stage.name in failed:
-            found[stage.name] = StageStatus(stage.name, Condition.FAILED, (failed[stage.name].message,))
+            where = [f"stopped {halted[stage.name]}"] if stage.name in halted else []
+            found[stage.name] = StageStatus(stage.name, Condition.FAILED, (failed[stage.name].message, *where))
+        elif stage.name in halted and not waits:
+            # That its outputs are gone goes without saying.
+            known = stale.changes if stale is not None and not stale.never_run else ()
+            why = tuple(str(change) for change in known if change.kind != "output")
+            found[stage.name] = StageStatus(stage.name, Condition.STOPPED, (halted[stage.name], *why))
         elif stale is not None and stale.never_run:
             found[stage.name] = StageStatus(stage.name, Condition.NEVER_RUN)
         else:

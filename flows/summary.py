@@ -1,9 +1,11 @@
 """What a run ends with: the stages, and when there is a model, where it lies and how good it is."""
 
-from collections.abc import Sequence
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,7 @@ from tasks import paths
 NOT_ASSESSED = "not assessed"
 _SAMPLE_TOKENS = 40
 _SAMPLE_PROMPT = "In the beginning"
+_WIDEST = 10_000
 _STYLES = {"ran": "green", "cached": "dim", "skipped": "yellow", "failed": "bold red"}
 
 
@@ -50,12 +53,19 @@ class Baselines(_Part):
     xz: Scored | None = None
 
 
-class Gate(_Part):
-    """Whether INT8 lost little enough against float."""
+class Check(_Part):
+    """One check of the gate; without a limit there was nothing to check."""
 
     passed: bool
-    limit: float
-    relative_loss: Estimate
+    limit: float | None = None
+    reason: str
+
+
+class Gate(_Part):
+    """Whether the model may take the champion's place, and why."""
+
+    passed: bool
+    checks: tuple[Check, ...]
 
 
 class Evaluation(_Part):
@@ -64,6 +74,25 @@ class Evaluation(_Part):
     models: Models = Models()
     baselines: Baselines = Baselines()
     gate: Gate | None = None
+
+
+class Records(_Part):
+    """Of one source: how many records came in, and why some were not kept."""
+
+    total: int = Field(alias="in")
+    reasons: Mapping[str, int]
+
+
+class Source(_Part):
+    """One source of the corpus."""
+
+    records: Records
+
+
+class Corpus(_Part):
+    """``data/corpus/report.json``."""
+
+    sources: tuple[Source, ...] = ()
 
 
 class StageLine(BaseModel):
@@ -85,6 +114,14 @@ def read_evaluation(root: Path) -> Evaluation:
         return Evaluation()
 
 
+def read_corpus(root: Path) -> Corpus:
+    """Returns what became of the records, as :func:`read_evaluation` does."""
+    try:
+        return Corpus.model_validate_json((root / paths.CORPUS_REPORT).read_bytes())
+    except (OSError, ValidationError):
+        return Corpus()
+
+
 def show_stages(console: Console, lines: Sequence[StageLine], seconds: float) -> None:
     """Prints the table of stages and the time of the whole run, in seconds."""
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -96,11 +133,14 @@ def show_stages(console: Console, lines: Sequence[StageLine], seconds: float) ->
             line.message if line.outcome == "skipped" else "",
         )
     table.add_row("in all", "", Text(f"{seconds:,.1f} s", justify="right"), "")
-    console.print(table)
+    _print(console, table)
 
 
 def show_model(console: Console, root: Path) -> None:
-    """Prints where card and INT8 model lie, held-out bits per byte, the gate, and a line of generated text."""
+    """Prints where card and INT8 model lie, what was rejected, bits per byte, the gate, and a line of generated text.
+
+    What speaks against the model comes last.
+    """
     if not (root / paths.INT8_GRAPH).is_file():
         return
     evaluation = read_evaluation(root)
@@ -108,6 +148,8 @@ def show_model(console: Console, root: Path) -> None:
     card = paths.CARD / "README.md"
     table.add_row("card", str(card) if (root / card).is_file() else NOT_ASSESSED)
     table.add_row("INT8 model", str(paths.INT8_GRAPH))
+    if rejected := describe_rejected(read_corpus(root)):
+        table.add_row("rejected", rejected)
     table.add_row("bits per byte, held out", "")
     for name, scored in (
         ("  INT8", evaluation.models.int8),
@@ -116,9 +158,54 @@ def show_model(console: Console, root: Path) -> None:
         ("  xz -9 baseline", evaluation.baselines.xz),
     ):
         table.add_row(name, describe(scored.bits_per_byte if scored else None))
-    table.add_row("gate", describe_gate(evaluation.gate))
+    verdict, *reasons = describe_gate(evaluation.gate)
+    table.add_row("gate", verdict)
+    for reason in reasons:
+        table.add_row("", reason)
     table.add_row("it writes", Text(sample(root), overflow="ellipsis", no_wrap=True))
-    console.print(table)
+    _print(console, table)
+    for objection in objections(evaluation):
+        console.print(Text(objection, style=_STYLES["failed"]), soft_wrap=True)
+
+
+def _print(console: Console, table: Table) -> None:
+    if console.is_terminal:
+        console.print(table)
+        return
+    # A file has no width: rich would wrap at 80 columns, and fill each line up to the widest one.
+    wide = Console(file=io.StringIO(), width=_WIDEST, force_terminal=False)
+    with wide.capture() as captured:
+        wide.print(table)
+    for line in captured.get().splitlines():
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def objections(evaluation: Evaluation) -> list[str]:
+    """Returns what speaks against the INT8 model, a line each: worse than a baseline, and last, refused by the gate."""
+    found = []
+    int8 = evaluation.models.int8.bits_per_byte if evaluation.models.int8 else None
+    for name, scored in (("n-gram", evaluation.baselines.ngram), ("xz -9", evaluation.baselines.xz)):
+        if int8 and scored and scored.bits_per_byte and int8.value >= scored.bits_per_byte.value:
+            found.append(
+                f"this model is WORSE than the {name} baseline: "
+                f"{int8.value:.3f} against {scored.bits_per_byte.value:.3f} bits per byte"
+            )
+    if evaluation.gate is not None and not evaluation.gate.passed:
+        reasons = "; ".join(check.reason for check in evaluation.gate.checks if not check.passed)
+        found.append(f"the gate REFUSED this model: {reasons}")
+    return found
+
+
+def describe_rejected(corpus: Corpus) -> str:
+    """Returns ``3 of 1,206 records (2 missing field, 1 malformed JSON); FILE``, or nothing when all were kept."""
+    total = sum(source.records.total for source in corpus.sources)
+    reasons: Counter[str] = Counter()
+    for source in corpus.sources:
+        reasons.update(source.records.reasons)
+    if not reasons.total():
+        return ""
+    named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return f"{reasons.total():,} of {total:,} records ({named}); {paths.QUARANTINE}"
 
 
 def describe(estimate: Estimate | None) -> str:
@@ -130,14 +217,14 @@ def describe(estimate: Estimate | None) -> str:
     return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
-def describe_gate(gate: Gate | None) -> str:
-    """Returns whether INT8 passed, its loss against float, and the limit, all in percent."""
+def describe_gate(gate: Gate | None) -> list[Text]:
+    """Returns the verdict, then a line for each check that has a limit: those that refused the model come first."""
     if gate is None:
-        return NOT_ASSESSED
-    loss = gate.relative_loss
-    high = "" if loss.high is None else f", at most {loss.high:+.2%}"
-    verdict = "passed" if gate.passed else "not passed"
-    return f"{verdict}: INT8's loss is {loss.value:+.2%} of float's{high}; the limit is {gate.limit:+.2%}"
+        return [Text(NOT_ASSESSED)]
+    refused = [Text(f"refused: {check.reason}", style=_STYLES["failed"]) for check in gate.checks if not check.passed]
+    passed = [Text(check.reason) for check in gate.checks if check.passed and check.limit is not None]
+    verdict = Text("passed") if gate.passed else Text("REFUSED", style=_STYLES["failed"])
+    return [verdict, *refused, *passed]
 
 
 def sample(root: Path) -> str:

@@ -18,6 +18,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 GRACE_SECONDS = 3.0
 STOPPED = 128 + signal.SIGTERM
@@ -27,8 +28,27 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def main(kept: str, command: list[str]) -> int:
     """Runs ``command`` to its end, or until the flow is gone; returns the exit code described above."""
-    for descriptor in kept.split(",") if kept != "-" else []:
-        os.set_inheritable(int(descriptor), False)
+
+    def start() -> int:
+        return os.posix_spawnp(
+            command[0],
+            command,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            setsigdef=[signal.SIGPIPE, *_STOP_SIGNALS],
+        )
+
+    try:
+        return supervise(map(int, kept.split(",") if kept != "-" else []), start)
+    except OSError as error:
+        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+
+
+def supervise(kept: Iterable[int], start: Callable[[], int]) -> int:
+    """Does what the module promises for the child whose process id ``start`` returns."""
+    for descriptor in kept:
+        os.set_inheritable(descriptor, False)
     # Orphans become children of this process instead of init's, so they stay in sight.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     awake, wake = os.pipe()
@@ -37,20 +57,16 @@ def main(kept: str, command: list[str]) -> int:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     for number in (*_STOP_SIGNALS, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
-    try:
-        child = os.posix_spawnp(
-            command[0],
-            command,
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
-            setsigdef=[signal.SIGPIPE, *_STOP_SIGNALS],
-        )
-    except OSError as error:
-        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
-    code = _wait(child, awake)
+    code = _wait(start(), awake)
     _end_descendants()
     return code
+
+
+def forget() -> None:
+    """Takes back what :func:`supervise` has set for signals: for a child that was forked and starts no program."""
+    signal.set_wakeup_fd(-1)
+    for number in (*_STOP_SIGNALS, signal.SIGCHLD):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _wait(child: int, awake: int) -> int:

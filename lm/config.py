@@ -1,15 +1,18 @@
-"""The shape of a model, in the terms of Hugging Face's ``DeepseekV3Config``."""
+"""The shape of a model, in the terms of Hugging Face's configurations of the same ``model_type``."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Architecture(BaseModel):
-    """What a user chooses about a DeepSeek-V3-style decoder (DeepSeek-V3 report, arXiv 2412.19437, section 2.1)."""
-
+class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+
+class LatentArchitecture(_Shape):
+    """What a user chooses about a DeepSeek-V3-style decoder (DeepSeek-V3 report, arXiv 2412.19437, section 2.1)."""
+
+    model_type: Literal["deepseek_v3"]
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
@@ -64,11 +67,101 @@ class Architecture(BaseModel):
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head turn with the position."""
+        return self.qk_rope_head_dim
 
-class ModelConfig(Architecture):
-    """An architecture with what the tokenizer and the training add to it."""
+    @property
+    def cache_width(self) -> int:
+        """How many numbers a layer keeps for each token: the latent and the rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
+
+class RopeScaling(_Shape):
+    """Llama 3's stretching of the slow rotations (arXiv 2407.21783, section 3.4.3; in Hugging Face's terms)."""
+
+    factor: float = Field(gt=1)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _the_band_is_one(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not more than low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class GroupedArchitecture(_Shape):
+    """What a user chooses about a Llama-, Qwen2- or Qwen3-style decoder: grouped-query attention, dense SwiGLU.
+
+    Qwen2 adds biases to queries, keys and values (arXiv 2407.10671); Qwen3 norms each head's queries and keys instead
+    (arXiv 2505.09388).
+    """
+
+    model_type: Literal["llama", "qwen2", "qwen3"]
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    rope_theta: float = Field(gt=0)
+    rope_scaling: RopeScaling | None
+    intermediate_size: int = Field(ge=1)
+    tie_word_embeddings: bool
+    initializer_range: float = Field(gt=0)
+    rms_norm_eps: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _the_numbers_fit(self) -> Self:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so make it even")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide into num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        return self
+
+    @property
+    def has_biases(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @property
+    def norms_heads(self) -> bool:
+        return self.model_type == "qwen3"
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a head turn with the position."""
+        return self.head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """How many numbers a layer keeps for each token: its keys and its values."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+
+class _Tokens(_Shape):
     vocab_size: int = Field(ge=2)
     max_position_embeddings: int = Field(ge=1)
     bos_token_id: int = Field(ge=0)
     eos_token_id: int = Field(ge=0)
+
+
+class LatentConfig(LatentArchitecture, _Tokens):
+    """An architecture with what the tokenizer and the training add to it."""
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return False
+
+
+class GroupedConfig(GroupedArchitecture, _Tokens):
+    """An architecture with what the tokenizer and the training add to it."""
+
+
+ModelConfig = LatentConfig | GroupedConfig

@@ -3,14 +3,42 @@
 Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lm.config import ModelConfig
-from lm.linear import Linear, Project, together
+from lm.config import LatentConfig
+from lm.linear import Linear, Project, stacked, to_product_type
 
 ROWS = 64
+
+
+class _Gate(torch.autograd.Function):
+    # Autograd would put the gradient of the two halves together in one more copy.
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        gate_up, silu = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_up)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return result
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """Returns ``silu(gate) * up`` [..., F] for ``gate_up`` [..., 2F], which holds gate first."""
+    result: torch.Tensor = _Gate.apply(gate_up)
+    return result
 
 
 class SwiGLU(nn.Module):
@@ -23,8 +51,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = together(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gated(stacked(x, self.gate_proj, self.up_proj)))
 
 
 class Router(nn.Module):
@@ -33,7 +60,7 @@ class Router(nn.Module):
     e_score_correction_bias: torch.Tensor
     tokens_per_expert: torch.Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
@@ -82,7 +109,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts, their weights stacked: ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
@@ -107,6 +134,7 @@ class Experts(nn.Module):
         rows[order] = torch.arange(len(chosen), device=chosen.device) + shift[chosen[order]]
 
         sizes: list[int] = padded.tolist()
+        x_ND = to_product_type(x_ND)
         laid_out = x_ND.new_zeros(sum(sizes), x_ND.shape[1])
         copies = x_ND.unsqueeze(1).expand(-1, experts_NK.shape[1], -1).flatten(0, 1)
         outputs = [
@@ -122,14 +150,13 @@ class Experts(nn.Module):
         return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)
 
     def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        gate, up = self.project(x, gate_up).chunk(2, dim=-1)
-        return self.project(F.silu(gate) * up, down)
+        return self.project(gated(self.project(x, gate_up)), down)
 
 
 class MixtureOfExperts(nn.Module):
     """Routed experts, and shared ones that see every token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)

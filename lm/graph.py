@@ -73,8 +73,12 @@ class Graph:
         graph = helper.make_graph(
             self.nodes, self.name, self.inputs, self.outputs, initializer=list(self.initializers.values())
         )
+        versions = {"": OPSET, **{node.domain: 1 for node in self.nodes if node.domain}}
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="overnight"
+            graph,
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in versions.items()],
+            ir_version=IR_VERSION,
+            producer_name="overnight",
         )
         onnx.save_model(
             model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data",

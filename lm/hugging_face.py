@@ -1,6 +1,7 @@
-"""DeepSeek-V3 checkpoints in Hugging Face layout: ``config.json``, ``model.safetensors``, tokenizer files.
+"""Checkpoints in Hugging Face layout: ``config.json``, ``model.safetensors``, tokenizer files.
 
-On disk each expert has its own three matrices; in memory they are stacked. All other tensors have one name in both.
+On disk each expert has its own three matrices; in memory they are stacked. A head that is tied to the embedding is not
+on disk. All other tensors have one name in both.
 """
 
 import json
@@ -12,37 +13,54 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lm.config import ModelConfig
+from lm.config import GroupedConfig, LatentConfig, ModelConfig, RopeScaling
 from lm.model import LanguageModel
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """Returns ``config.json`` as transformers' DeepseekV3Config reads it."""
-    content = config.model_dump()
-    # transformers 5 reads the nested value, earlier releases the flat one.
-    content["rope_parameters"] = {"rope_type": "default", "rope_theta": content["rope_theta"]}
+    """Returns ``config.json`` as transformers reads it."""
+    if isinstance(config, LatentConfig):
+        own = {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "num_key_value_heads": config.num_attention_heads,
+            "head_dim": config.qk_rope_head_dim,
+            "attention_bias": False,
+            "rope_interleave": True,
+            "num_nextn_predict_layers": 0,
+        }
+        scaling = None
+    else:
+        own = {"architectures": [_ARCHITECTURES[config.model_type]], "attention_bias": config.has_biases}
+        scaling = config.rope_scaling
+    stretched = None if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
         "dtype": "float32",
-        **content,
-        "num_key_value_heads": config.num_attention_heads,
-        "head_dim": config.qk_rope_head_dim,
+        **config.model_dump(),
+        **own,
+        # transformers 5 reads the nested values, earlier releases the flat ones.
+        "rope_parameters": {**(stretched or {"rope_type": "default"}), "rope_theta": config.rope_theta},
+        "rope_scaling": stretched,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "rope_interleave": True,
-        "tie_word_embeddings": False,
-        "num_nextn_predict_layers": 0,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "pad_token_id": config.eos_token_id,
     }
 
 
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
 def config_from_json(content: dict[str, Any]) -> ModelConfig:
     """Returns the part of ``config.json`` that shapes the model."""
-    known = {name: content[name] for name in ModelConfig.model_fields if name in content}
-    return ModelConfig.model_validate({**known, "rope_theta": content["rope_parameters"]["rope_theta"]})
+    kind = LatentConfig if content["model_type"] == "deepseek_v3" else GroupedConfig
+    known = {name: content[name] for name in kind.model_fields if name in content}
+    rope = content["rope_parameters"]
+    known["rope_theta"] = rope["rope_theta"]
+    if kind is GroupedConfig:
+        stretched = {name: rope[name] for name in RopeScaling.model_fields if name in rope}
+        known["rope_scaling"] = stretched or None
+    return kind.model_validate(known)
 
 
 def state_to_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,7 +100,10 @@ def layout_to_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def save(model: LanguageModel, tokenizer: Path, folder: Path) -> None:
     """Writes ``model`` and a copy of the file ``tokenizer`` into ``folder``; equal models give equal bytes."""
     config = model.config
-    save_file(state_to_layout(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    save_file(state_to_layout(state), folder / "model.safetensors", metadata={"format": "pt"})
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
@@ -102,7 +123,10 @@ def load(folder: Path) -> LanguageModel:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model = LanguageModel(config_from_json(json.loads((folder / "config.json").read_text())))
-    model.load_state_dict(layout_to_state(tensors))
+    state = layout_to_state(tensors)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
     return model
 
 

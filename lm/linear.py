@@ -1,6 +1,6 @@
 """The linear maps and the embedding of the model, with one seam for quantization-aware training.
 
-``project(x, weight)`` and ``table(rows)`` are plain by default. :mod:`lm.fake_quant` puts its own functions there, so
+``project(x, weight)`` and ``table(rows)`` are plain by default. :mod:`lm.quantization` puts its own functions there, so
 that a layer is quantized by changing what it calls, not how it is written.
 """
 
@@ -14,20 +14,36 @@ Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Linear(nn.Linear):
-    """``x @ weight.T`` without bias: [..., in_features] to [..., out_features]."""
+    """``x @ weight.T``, plus the bias if there is one: [..., in_features] to [..., out_features]."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if bias:
+            nn.init.zeros_(self.bias)
         self.project: Project = F.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(x, self.weight)
+        y = self.project(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def stacked(x: torch.Tensor, *layers: Linear) -> torch.Tensor:
+    """Returns what ``layers`` make of ``x``, one after the other in the last axis; one product if they are alike."""
+    if any(layer.project != layers[0].project for layer in layers):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    y = layers[0].project(x, torch.cat([layer.weight for layer in layers]))
+    return y if layers[0].bias is None else y + torch.cat([layer.bias for layer in layers])
 
 
 def together(x: torch.Tensor, *layers: Linear) -> tuple[torch.Tensor, ...]:
-    """Returns what each of ``layers`` makes of ``x``, computed as one product of their stacked weights."""
-    y = layers[0].project(x, torch.cat([layer.weight for layer in layers]))
-    return y.split([layer.out_features for layer in layers], dim=-1)
+    """Returns what each of ``layers`` makes of ``x``, computed as :func:`stacked` does."""
+    return stacked(x, *layers).split([layer.out_features for layer in layers], dim=-1)
+
+
+def to_product_type(x: torch.Tensor) -> torch.Tensor:
+    """Returns ``x`` in the type in which autocast would multiply it; without autocast, as it is."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Embedding(nn.Embedding):

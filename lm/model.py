@@ -1,13 +1,14 @@
-"""A DeepSeek-V3-style decoder. Its state has the names of Hugging Face's layout, but for the stacked experts."""
+"""A decoder of any family. Its state has the names of Hugging Face's layout, but for the stacked experts."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lm.attention import LatentAttention
-from lm.config import ModelConfig
+from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
+from lm.grouped import GroupedAttention
+from lm.latent import LatentAttention
 from lm.linear import Embedding, Linear
+from lm.loss import cross_entropy
 from lm.norm import RMSNorm
 from lm.rope import rotations
 
@@ -18,10 +19,12 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LatentAttention(config)
+        self.self_attn = LatentAttention(config) if isinstance(config, LatentConfig) else GroupedAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = layer < config.first_k_dense_replace
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+        if isinstance(config, GroupedConfig) or layer < config.first_k_dense_replace:
+            self.mlp: SwiGLU | MixtureOfExperts = SwiGLU(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MixtureOfExperts(config)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
@@ -38,7 +41,8 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        table = rotations(config.max_position_embeddings, config.qk_rope_head_dim, config.rope_theta)
+        scaling = config.rope_scaling if isinstance(config, GroupedConfig) else None
+        table = rotations(config.max_position_embeddings, config.rotary_dim, config.rope_theta, scaling)
         self.register_buffer("rotations", table, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -57,6 +61,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the logits [B, T, vocabulary] for ``ids`` [B, T]."""
@@ -65,10 +71,10 @@ class LanguageModel(nn.Module):
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens."""
         logits = self(windows[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
     def initialize(self, seed: int) -> None:
-        """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, router biases 0."""
+        """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -80,6 +86,8 @@ class LanguageModel(nn.Module):
     def parameter_counts(self) -> tuple[int, int]:
         """Returns how many parameters there are, and how many of them work on one token."""
         total = sum(parameter.numel() for parameter in self.parameters())
+        if isinstance(self.config, GroupedConfig):
+            return total, total
         experts = [module for module in self.modules() if isinstance(module, Experts)]
         routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
         share = self.config.num_experts_per_tok / self.config.n_routed_experts

@@ -1,27 +1,42 @@
 """Text from an INT8 model with onnxruntime, tokenizers and numpy alone. Imports no torch."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections import abc
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from tokenizers import Tokenizer
 
-Logits = npt.NDArray[np.float32]
+from lm.sampling import Logits, Sampling, held_back
+
+DEFAULT = Sampling()
+# Why a text ended: the model ended it, a string that was to stop it came, it is as long as was asked for, or it fills
+# the model's context.
+Ending = Literal["end of text", "stop", "length", "context"]
+_LONGEST_REASON = 200
 
 
 class PromptTooLong(ValueError):
     """A prompt leaves no room for an answer."""
 
 
+class Unloadable(ValueError):
+    """A folder's files are no model, or a damaged one."""
+
+
 class Generator:
     """Continues text. One graph run over the prompt, then one a token, the latent cache going from run to run."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
-        """Loads ``model.onnx`` and ``tokenizer.json`` from ``folder``; ``threads`` None takes all cores."""
+        """Loads ``model.onnx`` with its ``tokenizer.json`` and ``config.json``; ``threads`` None takes all cores.
+
+        Raises :class:`Unloadable` that names the file in ``folder`` that is at fault.
+        """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # A thread that spins while it waits takes its core from whatever else runs there.
@@ -30,10 +45,13 @@ class Generator:
         options.add_session_config_entry("session.x64quantprecision", "1")
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # The longest text, in tokens, that the model was trained on and has positions for.
-        self.context: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+        with _named(folder / "model.onnx") as model:
+            self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        with _named(folder / "tokenizer.json") as tokenizer:
+            self.tokenizer = Tokenizer.from_file(str(tokenizer))
+        with _named(folder / "config.json") as config:
+            # The longest text, in tokens, that the model was trained on and has positions for.
+            self.context: int = json.loads(config.read_text())["max_position_embeddings"]
         self.cache_shapes = {
             value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_")
         }
@@ -51,17 +69,13 @@ class Generator:
         return logits, dict(zip(cache, presents, strict=True))
 
     def generate(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """Yields the continuation of ``prompt`` piece by piece; equal arguments yield equal text.
+        self, prompt: str, max_new_tokens: int, sampling: Sampling = DEFAULT, stop: tuple[str, ...] = ()
+    ) -> abc.Generator[str, None, Ending]:
+        """Yields the continuation of ``prompt`` piece by piece and returns why it ended; equal arguments, equal text.
 
-        A temperature of 0 takes the likeliest token. Stops at the end-of-text token, after ``max_new_tokens``, or when
-        the text is as long as the model's context. Raises :class:`PromptTooLong`.
+        Stops at the end-of-text token, before the first of the strings ``stop``, after ``max_new_tokens``, or when the
+        text is as long as the model's context: it was trained on nothing longer, and text that drops its beginning
+        would be another text. Raises :class:`PromptTooLong`.
         """
         ids = self.tokenizer.encode(prompt).ids
         if len(ids) >= self.context:
@@ -69,30 +83,39 @@ class Generator:
                 f"the prompt has {len(ids)} tokens, and the model reads at most {self.context}, its answer included; "
                 "shorten the prompt"
             )
-        stop = ids[0]  # the one special token begins and ends every document
+        end_of_text = ids[0]  # the one special token begins and ends every document
         room = min(max_new_tokens, self.context - len(ids))
-        random = np.random.default_rng(seed)
-        cache, new, told = self.empty_cache(), list(ids), ""
+        random = np.random.default_rng(sampling.seed)
+        cache, new, told = self.empty_cache(), list(ids), 0
         written: list[int] = []
+        text = ""
         for _ in range(room):
             logits, cache = self.run(np.array([new], np.int64), cache)
-            token = sample(logits[0, -1], temperature, top_k, random)
-            if token == stop:
-                break
+            token = sampling.draw(logits[0, -1], np.array(ids + written, np.int64), random)
+            if token == end_of_text:
+                yield text[told:]
+                return "end of text"
             written.append(token)
             new = [token]
             text = self.tokenizer.decode(written)
+            if found := [place for one in stop if (place := text.find(one)) >= 0]:
+                yield text[told : min(found)]
+                return "stop"
             # A character of several tokens decodes to U+FFFD until its last one is there.
-            if not text.endswith("�"):
-                yield text[len(told) :]
-                told = text
+            whole = len(text) - held_back(text, stop)
+            if not text.endswith("�") and whole > told:
+                yield text[told:whole]
+                told = whole
+        # What might have become one of `stop`, but no half character.
+        yield text[told:].rstrip("�")
+        return "context" if room < max_new_tokens else "length"
 
 
-def sample(logits: Logits, temperature: float, top_k: int, random: np.random.Generator) -> int:
-    """Returns a token drawn from the ``top_k`` likeliest of ``logits`` [vocabulary]; the likeliest at temperature 0."""
-    if temperature == 0:
-        return int(logits.argmax())
-    kept = np.argsort(-logits, kind="stable")[:top_k]
-    scaled = (logits[kept] - logits[kept[0]]).astype(np.float64) / temperature
-    weights = np.exp(scaled)
-    return int(random.choice(kept, p=weights / weights.sum()))
+@contextlib.contextmanager
+def _named(file: Path) -> abc.Iterator[Path]:
+    try:
+        yield file
+    except Exception as error:
+        # onnxruntime and tokenizers have no exception of their own for a file that they cannot read.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unloadable(f"{file}: damaged, or not what its name says ({reason[:_LONGEST_REASON]})") from None

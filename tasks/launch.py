@@ -6,11 +6,12 @@ import signal
 import sys
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tasks import paths
-from tasks.errors import EXIT_USER_MISTAKE, BadParameter, TryAgain
+from tasks.errors import EXIT_TRY_AGAIN, EXIT_USER_MISTAKE, BadParameter, TryAgain
 from tasks.training_params import TrainingParams
 
 # Blocks that autograd's thread frees go to an arena of its own, and glibc gives large ones back to the system, which
@@ -35,8 +36,9 @@ def worker_environment(threads: int) -> dict[str, str]:
 def launch(module: str, world_size: int, threads: int) -> None:
     """Runs ``python -m module`` in ``world_size`` processes of this machine and returns when all have ended well.
 
-    Raises :class:`TryAgain` when a process was killed. A process that met a user's mistake has said so itself: this one
-    ends with the same exit code. Anything else surfaces as torch's ChildFailedError.
+    Raises :class:`TryAgain` when a process was killed. A process that met a user's mistake, or a fault that passes, has
+    said so itself: this one ends with the same exit code, and with 128 + N when it is sent the signal N. Anything else
+    surfaces as torch's ChildFailedError.
     """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(
@@ -55,6 +57,9 @@ def launch(module: str, world_size: int, threads: int) -> None:
     except ChildFailedError as error:
         _tell(error)
         raise
+    except SignalException as error:
+        # The agent, which has ended its workers; a process without one would have died of it without a word.
+        sys.exit(128 + error.sigval)
 
 
 def check_device(section: str, params: TrainingParams) -> None:
@@ -71,8 +76,9 @@ def check_device(section: str, params: TrainingParams) -> None:
 
 def _tell(error: ChildFailedError) -> None:
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if EXIT_USER_MISTAKE in codes.values():
-        sys.exit(EXIT_USER_MISTAKE)
+    for told in (EXIT_USER_MISTAKE, EXIT_TRY_AGAIN):
+        if told in codes.values():
+            sys.exit(told)
     for rank, code in sorted(codes.items()):
         if code < 0 and code != -signal.SIGTERM:
             raise TryAgain(

@@ -22,6 +22,10 @@ CURVE = Path("models/curve.csv")
 INT8 = Path("models/int8")
 INT8_GRAPH = INT8 / "model.onnx"
 AUDIT = INT8 / "audit.json"
+QUANTIZATION = INT8 / "quantization.json"
+
+CHAMPION = Path("models/champion")
+CHAMPION_RECORD = CHAMPION / "champion.json"
 
 EVALUATION = Path("models/evaluation.json")
 CARD = Path("models/card")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 EVENTS_VARIABLE = "OVERNIGHT_EVENTS"
@@ -35,23 +35,32 @@ class Event:
     unit: str
     rate: float
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # One line that the user should read although nothing failed; the numbers are then those of the event before.
+    notice: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "Event":
-        return cls(**json.loads(line))
+        """Returns the event that :meth:`to_json` wrote, in this or another version. Raises ValueError or TypeError."""
+        written = json.loads(line)
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in dict(written).items() if name in known})
 
     def describe_numbers(self) -> str:
-        """The rate and the stage's own numbers, for people: ``12,345 tokens/s  loss 3.214``."""
+        """The rate and the stage's own numbers, for people: ``12,345 tokens/s  loss 3.214  rejected 31,102``."""
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2f}"
-        numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.numbers.items()]
+        numbers = [f"{name.replace('_', ' ')} {_number(value)}" for name, value in self.numbers.items()]
         return "  ".join([f"{rate} {self.unit}/s", *numbers])
 
     def seconds_left(self) -> float | None:
         """Seconds until ``total`` at the present rate; None while there is no rate yet."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 class Sink(Protocol):
@@ -70,7 +79,7 @@ class Bar:
             TextColumn("[bold]{task.fields[stage]:<9}"),
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -80,6 +89,9 @@ class Bar:
         self._rich.start()
 
     def show(self, event: Event) -> None:
+        if event.notice:
+            self._rich.console.print(_notice(event), markup=False, highlight=False, soft_wrap=True)
+            return
         key = (event.stage, event.step)
         if key not in self._tasks:
             self._tasks[key] = self._rich.add_task(event.step, stage=event.stage, numbers="", total=event.total)
@@ -103,6 +115,9 @@ class Lines:
         self._last = 0.0
 
     def show(self, event: Event) -> None:
+        if event.notice:
+            self._write(_notice(event))
+            return
         now = time.monotonic()
         if now - self._last < self._every and event.done < event.total:
             return
@@ -114,6 +129,10 @@ class Lines:
 
     def close(self) -> None:
         pass
+
+
+def _notice(event: Event) -> str:
+    return f"{event.stage:<9} notice: {event.notice}"
 
 
 class _EventFile:
@@ -143,6 +162,7 @@ class Progress:
         self._step = ""
         self._started = self._shown = time.monotonic()
         self._first = 0.0
+        self._last = Event(stage, "", 0, 0, "", 0)
 
     def begin(self, step: str, done: float = 0) -> None:
         """Starts the clock of ``step``; what an earlier attempt had ``done`` does not count for the rate."""
@@ -151,14 +171,22 @@ class Progress:
         self._shown = 0.0
 
     def update(self, done: float, total: float, unit: str, **numbers: float) -> None:
-        """Reports ``done`` of ``total`` units; further numbers (a loss, a rejection count) are shown beside."""
+        """Reports ``done`` of ``total`` units; further numbers (a loss, a rejection count) are shown beside.
+
+        While nothing is done (an empty file first, or a ``total`` of 0) there is no progress, and nothing is shown.
+        """
         now = time.monotonic()
-        if now - self._shown < SECONDS_BETWEEN_EVENTS and done < total:
+        if done <= 0 or (now - self._shown < SECONDS_BETWEEN_EVENTS and done < total):
             return
         self._shown = now
         elapsed = max(now - self._started, 1e-6)
-        rate = (done - self._first) / elapsed
-        self._sink.show(Event(self._stage, self._step, done, total, unit, rate, numbers))
+        rate = max(done - self._first, 0) / elapsed
+        self._last = Event(self._stage, self._step, done, total, unit, rate, numbers)
+        self._sink.show(self._last)
+
+    def notice(self, line: str) -> None:
+        """Tells the user ``line``: something that is no fault, and that they would want to know."""
+        self._sink.show(dataclasses.replace(self._last, step=self._step, notice=line))
 
 
 @contextlib.contextmanager

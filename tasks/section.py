@@ -5,8 +5,10 @@ decides how a stage works but not what it writes (how often it checkpoints, how 
 on it and it is no part of a version's identity. Every other field is named in ``dvc.yaml``; a test keeps them in step.
 """
 
+import difflib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -15,6 +17,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tasks import paths
 from tasks.errors import BadParameter
+
+_LONGEST_FOUND = 100
 
 
 class Section(BaseModel):
@@ -53,11 +57,17 @@ def read_section(name: str, section: type[SectionType], path: Path = paths.PARAM
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in ``path``. Raises :class:`BadParameter` where there is no file or no YAML mapping."""
     try:
-        content = YAML(typ="safe", pure=True).load(path)
+        return parse_yaml(path.read_bytes(), path)
     except FileNotFoundError:
         raise BadParameter(f"{path}: no such file. Run this in the project's folder, where {path.name} lies.") from None
     except OSError as error:
         raise BadParameter(f"{path}: cannot be read ({error.strerror}). It has to be a text file.") from None
+
+
+def parse_yaml(text: bytes, path: Path) -> dict[str, Any]:
+    """Returns the mapping in ``text``, which is that of ``path``. Raises :class:`BadParameter` where it is none."""
+    try:
+        content = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise BadParameter(f"{path}: {line}this is not YAML ({error.problem}). Mend that line.") from None
@@ -74,18 +84,82 @@ def validate(section: type[SectionType], content: object, path: Path, prefix: st
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        faults = [_describe(fault, prefix) for fault in error.errors()]
-        raise BadParameter(f"{path}: " + "; ".join(faults)) from None
+        faults: list[dict[str, Any]] = [{**fault, "loc": _keys(fault["loc"], content)} for fault in error.errors()]
+        meant = {
+            fault["loc"]: name
+            for fault in faults
+            if fault["type"] == "extra_forbidden" and (name := _meant(section, fault["loc"]))
+        }
+        # A key that is only spelt wrongly is one fault, not also one that is missing.
+        right = {(*place[:-1], name) for place, name in meant.items()}
+        told = [_describe(fault, prefix, meant.get(fault["loc"])) for fault in faults if fault["loc"] not in right]
+        raise BadParameter(f"{path}: " + "; ".join(told)) from None
 
 
-def _describe(fault: Any, prefix: str) -> str:
+def _keys(place: Sequence[int | str], content: Any) -> tuple[int | str, ...]:
+    # pydantic also names which kind of value it took a mapping for, which is no key of it.
+    *above, last = place or ("",)
+    keys: list[int | str] = []
+    for part in above:
+        if isinstance(content, dict) and part not in content:
+            continue
+        keys.append(part)
+        inner = content.get(part) if isinstance(content, dict) else None
+        content = content[int(part)] if isinstance(content, list) else inner
+    return (*keys, last) if place else ()
+
+
+def _meant(section: type[Section], place: Sequence[int | str]) -> str | None:
+    """Returns the key that the unknown one at ``place`` resembles, or None."""
+    known = {name for found in _sections_at(section, place[:-1]) for name in found.model_fields}
+    close = difflib.get_close_matches(str(place[-1]), sorted(known), n=1)
+    return close[0] if close else None
+
+
+def _sections_at(section: type[BaseModel], place: Sequence[int | str]) -> Iterator[type[BaseModel]]:
+    if not place:
+        yield section
+        return
+    name, *rest = place
+    field = section.model_fields.get(str(name))
+    if field is not None:
+        # The number of an item of a list leads to no other section.
+        below = [part for part in rest if isinstance(part, str)]
+        for inner in _sections_in(field.annotation):
+            yield from _sections_at(inner, below)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _describe(fault: Any, prefix: str, meant: str | None) -> str:
     where = ".".join(str(part) for part in (prefix, *fault["loc"]) if part != "")
     found = fault.get("input")
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; remove it or mend its spelling"
+        return f"{where}: unknown key; " + (f"did you mean `{meant}`?" if meant else "remove it or mend its spelling")
     if fault["type"] == "missing":
         return f"{where}: missing; add it"
+    if fault["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: keys with values are needed here, found {_short(found)}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{where}.{_unquoted(fault['ctx']['discriminator'])}: missing; add it"
+    if fault["type"] == "union_tag_invalid":
+        name, tag, known = (fault["ctx"][key] for key in ("discriminator", "tag", "expected_tags"))
+        return f"{where}.{_unquoted(name)}: input should be one of {known}, found '{tag}'"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]}, found {found!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}, found {_short(found)}"
+
+
+def _unquoted(text: str) -> str:
+    return text.strip("'")
+
+
+def _short(found: object) -> str:
+    written = repr(found)
+    return written if len(written) <= _LONGEST_FOUND else written[:_LONGEST_FOUND] + "…"

@@ -1,9 +1,15 @@
 """The frame around every stage's ``main``: where a user's mistake becomes one line and an exit code."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 
-from tasks.errors import Refused, TryAgain, UserMistake
+from tasks.errors import EXIT_TRY_AGAIN, Refused, TryAgain, UserMistake
+
+# What the kernel says when there are no more processes, threads, sockets or buffers; gloo has only the words.
+_SHORT = (errno.EAGAIN, errno.ENOBUFS)
+_SHORT_WORDS = tuple(os.strerror(number) for number in _SHORT)
 
 
 def run(stage: Callable[[], None]) -> None:
@@ -13,3 +19,17 @@ def run(stage: Callable[[], None]) -> None:
     except (UserMistake, TryAgain, Refused) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except (OSError, RuntimeError) as error:
+        if not _machine_is_short(error):
+            raise
+        told = " ".join(str(error).split())
+        print(
+            f"error: the machine is short of processes or sockets: {told}. Run again later.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(EXIT_TRY_AGAIN)
+
+
+def _machine_is_short(error: OSError | RuntimeError) -> bool:
+    return (isinstance(error, OSError) and error.errno in _SHORT) or any(words in str(error) for words in _SHORT_WORDS)

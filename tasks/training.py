@@ -130,7 +130,8 @@ class _Run:
         self.seconds_for_data = 0.0
         # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-        self.load = torch.zeros(len(model.routers()), model.config.n_routed_experts, device=world.device)
+        experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
+        self.load = torch.zeros(len(model.routers()), experts, device=world.device)
         self.steps_since_row = 0
 
     def step(self, step: int) -> float:

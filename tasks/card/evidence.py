@@ -33,7 +33,10 @@ class Report:
         """Returns what lies at the dotted path ``where``, or None."""
         found = self.content
         for part in where.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+            if isinstance(found, list):
+                found = dict(enumerate(found)).get(int(part))
+            else:
+                found = found.get(part) if isinstance(found, dict) else None
         return found
 
     def show(self, where: str, style: str = "{}") -> str:
@@ -46,11 +49,11 @@ class Report:
         return NOT_ASSESSED if found is None else describe(found)
 
     def interval(self, where: str, style: str = "{:.3f}") -> str:
-        """Returns an estimate with its 95% interval: ``1.512 [1.480, 1.544]``."""
+        """Returns an estimate with its 95% interval, where it has one: ``1.512 [1.480, 1.544]``."""
 
-        def describe(estimate: dict[str, float]) -> str:
-            value, low, high = (style.format(estimate[key]) for key in ("value", "low", "high"))
-            return f"{value} [{low}, {high}]"
+        def describe(estimate: dict[str, float | None]) -> str:
+            value, *ends = (style.format(one) for key in ("value", "low", "high") if (one := estimate[key]) is not None)
+            return f"{value} [{', '.join(ends)}]" if ends else value
 
         return self.tell(where, describe)
 
@@ -64,6 +67,7 @@ class Evidence:
     config: Report
     train: Report
     audit: Report
+    quantization: Report
     evaluation: Report
     curve: list[dict[str, float]]
     hashes: dict[str, str]
@@ -77,6 +81,7 @@ def gather() -> Evidence:
         config=Report(paths.FLOAT / "config.json"),
         train=Report(paths.TRAIN_REPORT),
         audit=Report(paths.AUDIT),
+        quantization=Report(paths.QUANTIZATION),
         evaluation=Report(paths.EVALUATION),
         curve=_read_curve(paths.CURVE),
         hashes=_hashes(),

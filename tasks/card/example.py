@@ -21,6 +21,8 @@ ids = tokenizer.encode(prompt).ids
 end_of_text, new = ids[0], ids
 random = np.random.default_rng(0)
 context = json.loads(Path("config.json").read_text())["max_position_embeddings"]
+if len(ids) >= context:
+    sys.exit(f"The prompt has {len(ids)} tokens; the model reads at most {context}, its answer included.")
 
 for _ in range(min(40, context - len(ids))):
     logits, *presents = session.run(outputs, {"input_ids": np.array([new], np.int64), **cache})

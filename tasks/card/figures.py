@@ -35,7 +35,7 @@ def draw_curve(curve: list[dict[str, float]], path: Path) -> None:
 
 def draw_architecture(config: dict[str, Any], path: Path) -> None:
     """Draws the decoder that ``config`` (the model's config.json) describes, from the tokens at the bottom upwards."""
-    dense = config["first_k_dense_replace"]
+    dense = config.get("first_k_dense_replace", config["num_hidden_layers"])
     sparse = config["num_hidden_layers"] - dense
     attention = _attention_text(config)
     boxes = [("ends", f"embedding  {config['vocab_size']:,} x {config['hidden_size']}")]
@@ -62,6 +62,11 @@ def draw_architecture(config: dict[str, Any], path: Path) -> None:
 
 
 def _attention_text(config: dict[str, Any]) -> str:
+    if "kv_lora_rank" not in config:
+        return (
+            f"grouped-query attention  {config['num_attention_heads']} heads of {config['head_dim']}\n"
+            f"{config['num_key_value_heads']} of keys and values in the cache"
+        )
     queries = "" if config["q_lora_rank"] is None else f"query latent {config['q_lora_rank']}, "
     return (
         f"latent attention  {config['num_attention_heads']} heads\n{queries}key-value latent {config['kv_lora_rank']} "

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tasks.card import verdict
 from tasks.card.evidence import NOT_ASSESSED, Evidence
+from tasks.card.markdown import table
 from tasks.card.params import CardParams
 
 EXAMPLE = Path(__file__).with_name("example.py")
@@ -42,6 +44,7 @@ def body(evidence: Evidence, params: CardParams) -> str:
     """Returns the card below its metadata."""
     parts = [
         f"# {params.name}",
+        *verdict.warning(evidence.evaluation),
         _summary(evidence),
         "## How to run it",
         "The INT8 model needs `onnxruntime`, `tokenizers` and `numpy`; run this in the folder with `model.onnx`:",
@@ -58,6 +61,8 @@ def body(evidence: Evidence, params: CardParams) -> str:
         _training(evidence),
         "## Evaluation",
         _evaluation(evidence),
+        "## Gate",
+        verdict.section(evidence.evaluation),
         "## Quantization",
         _quantization(evidence),
         "## Intended use",
@@ -68,7 +73,7 @@ def body(evidence: Evidence, params: CardParams) -> str:
         _risks(evidence),
         "## Where it comes from",
         "SHA-256 of what made this version; a hash over several files is the hash of their hashes.",
-        _table(["what", "SHA-256"], [[name, f"`{value}`"] for name, value in evidence.hashes.items()]),
+        table(["what", "SHA-256"], [[name, f"`{value}`"] for name, value in evidence.hashes.items()]),
         f"Contact: {params.contact or NOT_ASSESSED}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -76,13 +81,12 @@ def body(evidence: Evidence, params: CardParams) -> str:
 
 def _summary(evidence: Evidence) -> str:
     evaluation, train = evidence.evaluation, evidence.train
-    verdict = evaluation.tell("gate.passed", lambda passed: "passes" if passed else "**does not pass**")
     return (
-        f"A DeepSeek-V3-style language model of {train.show('parameters', '{:,}')} parameters "
+        f"A {_family(evidence)} language model of {train.show('parameters', '{:,}')} parameters "
         f"({train.show('active_parameters', '{:,}')} active a token), trained on "
         f"{', '.join(_source_names(evidence)) or NOT_ASSESSED}, with an INT8 version for onnxruntime. "
         f"Bits per byte on the test split: float {evaluation.show('models.float.bits_per_byte.value', '{:.3f}')}, INT8 "
-        f"{evaluation.show('models.int8.bits_per_byte.value', '{:.3f}')}. The gate for INT8: {verdict}."
+        f"{evaluation.show('models.int8.bits_per_byte.value', '{:.3f}')}. The gate: {verdict.in_a_word(evaluation)}."
     )
 
 
@@ -96,12 +100,23 @@ def _parameters(evidence: Evidence) -> str:
         ["vocabulary", config.show("vocab_size", "{:,}")],
         ["cache a token and layer (numbers)", _cache_width(evidence)],
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
+
+
+_FAMILIES = {"deepseek_v3": "DeepSeek-V3", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def _family(evidence: Evidence) -> str:
+    return evidence.config.tell("model_type", lambda name: f"{_FAMILIES.get(name, name)}-style")
 
 
 def _cache_width(evidence: Evidence) -> str:
-    widths = [evidence.config.get(name) for name in ("kv_lora_rank", "qk_rope_head_dim")]
-    return NOT_ASSESSED if None in widths else str(sum(widths))
+    config = evidence.config
+    if not config.content:
+        return NOT_ASSESSED
+    if "kv_lora_rank" in config.content:
+        return str(config.get("kv_lora_rank") + config.get("qk_rope_head_dim"))
+    return str(2 * config.get("num_key_value_heads") * config.get("head_dim"))
 
 
 def _sources(evidence: Evidence) -> str:
@@ -120,7 +135,7 @@ def _sources(evidence: Evidence) -> str:
             ]
         )
     header = ["source", "licence", "records rejected", "duplicates removed", "documents", "bytes", "SHA-256"]
-    return _table(header, rows) if rows else NOT_ASSESSED
+    return table(header, rows) if rows else NOT_ASSESSED
 
 
 def _splits(evidence: Evidence) -> str:
@@ -129,7 +144,7 @@ def _splits(evidence: Evidence) -> str:
         names = split.get("group_names") or []
         shown = ", ".join(names) if 0 < len(names) <= MOST_GROUPS_NAMED else f"{split['groups']:,} groups"
         rows.append([name, f"{split['documents']:,}", f"{split['bytes']:,}", shown])
-    return _table(["split", "documents", "bytes", "groups"], rows) if rows else NOT_ASSESSED
+    return table(["split", "documents", "bytes", "groups"], rows) if rows else NOT_ASSESSED
 
 
 def _training(evidence: Evidence) -> str:
@@ -144,7 +159,7 @@ def _training(evidence: Evidence) -> str:
         ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
         ["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")],
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _evaluation(evidence: Evidence) -> str:
@@ -162,45 +177,70 @@ def _evaluation(evidence: Evidence) -> str:
     ]
     for row in rows[3:]:
         row[1] = "-"
-    baselines = [
+    others = [
         [
             f"{report.show('baselines.ngram.order')}-gram model of characters, interpolated",
             report.interval("baselines.ngram.bits_per_byte"),
         ],
         ["`xz -9` primed with the training split", report.show("baselines.xz.bits_per_byte.value", "{:.3f}")],
     ]
+    if report.get("champion") is not None:
+        champion = f"the champion, {report.show('champion.version')} (INT8)"
+        others.append([champion, report.interval("champion.bits_per_byte")])
     return "\n\n".join(
         [
             f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test "
             "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents.",
-            _table(["", "float", "INT8"], rows),
-            "Baselines on the same text:",
-            _table(["", "bits per byte"], baselines),
+            table(["", "float", "INT8"], rows),
+            "Others on the same text:",
+            table(["", "bits per byte"], others),
         ]
     )
 
 
+_ACTIVATIONS = "Activations: unsigned 8 bits, one scale and zero point a token."
+_IN_BLOCKS = "Activations: signed 8 bits, one scale a block of 32."
+_SCHEMES = {
+    "dynamic": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} No fine-tuning.",
+    "weight-only-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS} No fine-tuning.",
+    "qat": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} ",
+    "weight-only-4": f"Weights: 4 bits, one scale a block of 32 inputs; 8 bits in the head. {_IN_BLOCKS} ",
+}
+_FINE_TUNED = (
+    "The model was fine-tuned with exactly these roundings before the export; a negative relative loss means that this "
+    "further training gained more than the rounding cost."
+)
+
+
 def _quantization(evidence: Evidence) -> str:
-    report, audit = evidence.evaluation, evidence.audit
+    report, audit, found = evidence.evaluation, evidence.audit, evidence.quantization
     products = ", ".join(f"`{name}`" for name in audit.get("float_products") or []) or NOT_ASSESSED
-    passed = report.tell("gate.passed", lambda value: "passed" if value else "refused")
+    told = found.tell("scheme", _SCHEMES.__getitem__)
+    trials = [
+        [
+            f"`{trial['scheme']}` after {trial['after']}",
+            found.interval(f"trials.{index}.relative_loss", "{:+.4f}"),
+        ]
+        for index, trial in enumerate(found.get("trials") or [])
+    ]
     return "\n\n".join(
         [
-            "Weights: signed 8 bits, one scale an output channel. Activations: unsigned 8 bits, one scale and zero "
-            "point a token. The model was fine-tuned with exactly these roundings before the export; a negative "
-            "relative loss means that this further training gained more than the rounding cost.",
-            _table(
+            told + (_FINE_TUNED if told.endswith(" ") else ""),
+            table(
                 ["", ""],
                 [
+                    [
+                        "scheme (`quantize.scheme`)",
+                        found.show("scheme", "`{}`") + found.show("asked", " (asked: `{}`)"),
+                    ],
                     ["relative loss against float, paired", report.interval("gate.relative_loss", "{:+.4f}")],
-                    ["limit for the interval's upper end", report.show("gate.limit", "{:.4f}")],
-                    ["gate", passed],
-                    ["matrix products in INT8", audit.show("int8_products", "{:,}")],
-                    ["bytes of weights in INT8", audit.show("bytes_by_type.int8", "{:,}")],
-                    ["share of all weight bytes", audit.show("int8_share_of_bytes", "{:.1%}")],
-                    ["left in float on purpose (routers)", products],
+                    ["quantized matrix products", audit.show("quantized_products", "{:,}")],
+                    ["share of all weight bytes", audit.show("quantized_share_of_bytes", "{:.1%}")],
+                    ["left in float on purpose", products],
                 ],
             ),
+            f"Relative loss on {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
+            table(["", "relative loss against float"], trials),
         ]
     )
 
@@ -223,7 +263,7 @@ def _risks(evidence: Evidence) -> str:
     duplicated = (
         NOT_ASSESSED if sources is None else f"{sum(source['documents']['duplicated'] for source in sources):,}"
     )
-    return _table(
+    return table(
         ["risk", "control", "evidence"],
         [
             ["damaged input", "invalid records go to quarantine with file, line and reason", f"{rejected} records"],
@@ -233,7 +273,12 @@ def _risks(evidence: Evidence) -> str:
                 f"{duplicated} removed",
             ],
             ["test text seen in training", "splits are dealt by group, not by document", "the table of splits above"],
-            ["quantization harms the model", "a gate on the paired relative loss", "the table of quantization above"],
+            ["quantization harms the model", "a gate on the paired relative loss", "the table of the gate above"],
+            [
+                "a worse model takes the place of a better one",
+                "a gate against the model in production",
+                verdict.of_check(evidence.evaluation, "against_champion"),
+            ],
             ["a layer left float in silence", "the exported graph is audited", "`audit.json` beside the INT8 model"],
             ["personal data in the corpus", "no screening", NOT_ASSESSED],
             ["training text can be extracted", "no differential privacy", NOT_ASSESSED],
@@ -243,8 +288,3 @@ def _risks(evidence: Evidence) -> str:
 
 def _source_names(evidence: Evidence) -> list[str]:
     return [source["name"] for source in evidence.corpus.get("sources") or []]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""``python -m tasks.evaluate``: measures float and INT8 on the test split, beside two baselines on the same text."""
+"""``python -m tasks.evaluate``: measures float, INT8 and the champion on the test split, beside two baselines."""
 
 import torch
 from tokenizers import Tokenizer
@@ -6,9 +6,9 @@ from tokenizers import Tokenizer
 from lm import hugging_face
 from lm.runtime import Generator
 from tasks import atomic, paths, stage
+from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
-from tasks.evaluate import baselines, report
-from tasks.evaluate.bootstrap import Bootstrap
+from tasks.evaluate import baselines, champion, gate, report
 from tasks.evaluate.params import EvaluateParams
 from tasks.evaluate.score import score
 from tasks.progress import progress
@@ -26,23 +26,29 @@ def main() -> None:
     documents = Shards(paths.SHARDS, manifest, "test").documents()
     if not documents:
         raise BadInput(f"{paths.SHARDS}: the test split is empty. Raise ingest.split.test in params.yaml.")
+    # Before the work begins: what is wrong with the champion is told at once.
+    opponent = champion.load()
     torch.use_deterministic_algorithms(True)
     model = hugging_face.load(paths.FLOAT)
-    with progress("evaluate") as shown:
-        scores = score(model, Generator(paths.INT8, threads=1), documents, params.threads, shown)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     train, test = (
         _texts(tokenizer, found) for found in (Shards(paths.SHARDS, manifest, "train").documents(), documents)
     )
+    with progress("evaluate") as shown:
+        scores = score(model, Generator(paths.INT8, threads=1), documents, params.threads, shown)
+        nats = None if opponent is None else opponent.nats(test, params.threads, shown)
     bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)
+    models = report.models(scores, bootstrap)
+    beside = None if opponent is None or nats is None else opponent.result(nats, scores, bootstrap)
     evaluation = report.Evaluation(
         documents=len(documents),
         tokens=int(scores.column("tokens").sum()),
         bytes=int(scores.column("bytes").sum()),
         context=model.config.max_position_embeddings,
-        models=report.models(scores, bootstrap),
+        models=models,
         baselines=baselines.measure(train, test, params.ngram_order, bootstrap),
-        gate=report.gate(scores, bootstrap, params.max_relative_loss),
+        champion=beside,
+        gate=gate.decide(report.relative_loss(scores, bootstrap), beside, models.int8.bits_per_byte, params),
     )
     atomic.write_json(paths.EVALUATION, evaluation.model_dump())
 

@@ -4,7 +4,7 @@ import lzma
 
 import numpy as np
 
-from tasks.evaluate.bootstrap import Bootstrap
+from tasks.bootstrap import Bootstrap
 from tasks.evaluate.ngram import NGram
 from tasks.evaluate.report import Baselines, NGramResult, Point, XzResult
 

@@ -11,5 +11,7 @@ class EvaluateParams(Section):
     seed: int = Field(ge=0)
     bootstrap_samples: int = Field(ge=100)
     max_relative_loss: float = Field(gt=0)
+    max_regression: float = Field(gt=-1)
+    max_bits_per_byte: float | None = Field(gt=0)
     ngram_order: int = Field(ge=2, le=8)
     threads: int = operational(ge=1)

@@ -1,10 +1,13 @@
-"""``models/evaluation.json``: what was measured, with 95% intervals, and whether INT8 passes the gate."""
+"""``models/evaluation.json``: what was measured, with 95% intervals, and whether the model passes the gate."""
 
 import math
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from tasks.evaluate.bootstrap import Bootstrap, Estimate
+from tasks.bootstrap import Bootstrap, Estimate
 from tasks.evaluate.score import Scores
 
 
@@ -53,12 +56,41 @@ class Baselines(_Report):
     xz: XzResult
 
 
-class Gate(_Report):
-    """INT8's loss over float's, minus 1, on the same documents; passed when its upper end is under ``limit``."""
+class ChampionResult(_Report):
+    """The promoted INT8 model on the same text, and how the candidate's INT8 model compares with it.
 
+    ``relative_loss`` is the candidate's loss over the champion's, minus 1, paired by document. ``same_split``: text
+    was dealt out to train and test as it is now when the champion was made, so that it was not trained on this text.
+    """
+
+    version: str
+    bits_per_byte: Estimate
+    relative_loss: Estimate
+    same_split: bool
+
+
+CheckName = Literal["int8_against_float", "against_champion", "bits_per_byte"]
+
+
+class Check(_Report):
+    """One check of the gate, its ``reason`` one line; without numbers where there was nothing to compare."""
+
+    name: CheckName
+    passed: bool
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    reason: str
+
+
+class Gate(_Report):
+    """Passed when every check is. ``relative_loss`` and ``limit`` are those of INT8 against float."""
+
+    passed: bool
     relative_loss: Estimate
     limit: float
-    passed: bool
+    checks: tuple[Check, ...]
 
 
 class Evaluation(_Report):
@@ -68,6 +100,7 @@ class Evaluation(_Report):
     context: int
     models: Models
     baselines: Baselines
+    champion: ChampionResult | None
     gate: Gate
 
 
@@ -93,8 +126,19 @@ def models(scores: Scores, bootstrap: Bootstrap) -> Models:
     )
 
 
-def gate(scores: Scores, bootstrap: Bootstrap, limit: float) -> Gate:
-    """Returns the verdict on INT8: its relative loss, paired by document, against ``limit``."""
+def champion(
+    version: str, nats: npt.NDArray[np.float64], scores: Scores, bootstrap: Bootstrap, same_split: bool
+) -> ChampionResult:
+    """Returns the result of the champion, which costs ``nats`` [documents] on the documents of ``scores``."""
+    return ChampionResult(
+        version=version,
+        bits_per_byte=bootstrap.ratio(nats, scores.column("bytes"), 1 / math.log(2)),
+        relative_loss=bootstrap.ratio(scores.column("nats_int8") - nats, nats),
+        same_split=same_split,
+    )
+
+
+def relative_loss(scores: Scores, bootstrap: Bootstrap) -> Estimate:
+    """Returns INT8's loss over float's, minus 1, paired by document."""
     float_nats = scores.column("nats_float")
-    loss = bootstrap.ratio(scores.column("nats_int8") - float_nats, float_nats)
-    return Gate(relative_loss=loss, limit=limit, passed=loss.high < limit)
+    return bootstrap.ratio(scores.column("nats_int8") - float_nats, float_nats)

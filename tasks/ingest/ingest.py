@@ -13,17 +13,18 @@ from tasks.errors import BadInput
 from tasks.ingest.document import Document, join
 from tasks.ingest.params import IngestParams
 from tasks.ingest.readers import FileReader
-from tasks.ingest.record import Record, Rejection, size_of
+from tasks.ingest.record import Reason, Record, Rejection, size_of
 from tasks.ingest.report import CorpusReport, SourceReport
 from tasks.ingest.split import SPLITS, SplitName, split_of
 from tasks.ingest.tables import CORPUS_SCHEMA, QUARANTINE_SCHEMA, TableWriter
 from tasks.ingest.tally import SourceTally, SplitTally
 from tasks.progress import Progress, progress
-from tasks.sources import CollectParams, Source
+from tasks.sources import CollectParams, Source, printable
 
 # Where the quarantine of a failed attempt can be read: the corpus it belongs to does not come to be.
 REFUSED = paths.SCRATCH / paths.QUARANTINE.name
 _REASONS_TOLD = 3
+_FILES_TOLD = 3
 
 
 def ingest(collect: CollectParams, params: IngestParams) -> CorpusReport:
@@ -89,8 +90,8 @@ class _Corpus:
         self.tallies[split].add(document, size)
 
     def refuse(self, rejection: Rejection, source: Source, name: str) -> None:
-        row = (source.name, name, rejection.line, rejection.reason, rejection.digest, rejection.size.bytes)
-        self.quarantine.write(row, len(name) + len(rejection.digest))
+        what = (rejection.reason, rejection.digest, rejection.size.bytes, rejection.detail)
+        self.quarantine.write((source.name, name, rejection.line, *what), len(name) + len(rejection.digest))
 
 
 def _write(
@@ -111,13 +112,16 @@ def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Byte
     sha256 = hashlib.sha256()
     for file in files:
         name = file.relative_to(paths.RAW / source.name).as_posix()
-        with file.open("rb") as content:
-            sha256.update(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {name}\n".encode())
+        sha256.update(f"{_sha256(file)}  {name}\n".encode())
+        before = tally.records
         for document in join(
             _kept(FileReader(file, source, corpus.params.max_line_bytes), source, name, corpus, tally, done)
         ):
             corpus.add(document, source, name, tally)
         done.finish(file, tally.rejections)
+        if tally.records == before:
+            tally.empty_files.append(name)
+    _tell_empty(source, tally, done.shown)
     _check_rate(source, tally, corpus.params)
     return tally.report(source, len(files), sha256.hexdigest())
 
@@ -126,7 +130,7 @@ def _kept(
     reader: FileReader, source: Source, name: str, corpus: _Corpus, tally: SourceTally, done: _Bytes
 ) -> Iterator[Record]:
     for record in reader:
-        tally.add_record(record)
+        tally.add_record(record, name)
         done.update(reader.position, tally.rejections)
         if isinstance(record, Rejection):
             corpus.refuse(record, source, name)
@@ -136,11 +140,34 @@ def _kept(
 
 def _files_of(source: Source) -> list[Path]:
     folder = paths.RAW / source.name
-    # What a killed attempt of collecting left behind does not count.
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".partial-")]
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.exists():
+            raise BadInput(f"{printable(path)}: a link to a file that is not there. Remove the link and collect again.")
+        # What a killed attempt of collecting left behind does not count.
+        if path.is_file() and not path.name.startswith(".partial-"):
+            _check_name(path)
+            found.append(path)
     if not found:
         raise BadInput(f"{folder}: no file of source '{source.name}'. Collect first: python -m tasks.collect")
     return sorted(found, key=lambda path: path.as_posix())
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{printable(path)}: its name is not UTF-8. Rename the file.") from None
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(
+            f"{printable(file)}: cannot be read ({error.strerror}). Mend its permissions, or remove it and collect."
+        ) from None
 
 
 def _parts(folder: Path) -> Iterator[Path]:
@@ -152,12 +179,35 @@ def _parts(folder: Path) -> Iterator[Path]:
 def _check_rate(source: Source, tally: SourceTally, params: IngestParams) -> None:
     if tally.reject_rate <= params.max_reject_rate:
         return
-    commonest = ", ".join(f"{reason} ({count:,})" for reason, count in tally.reasons.most_common(_REASONS_TOLD))
+    commonest = [reason for reason, _ in tally.reasons.most_common(_REASONS_TOLD)]
+    told = "; ".join(_tell_reason(source, reason, tally) for reason in commonest)
+    if left := len(tally.reasons) - len(commonest):
+        told += f"; and {left} more reason{'s' if left > 1 else ''}"
+    longer = " (or ingest.max_line_bytes, for the lines that are too long)" if "line too long" in commonest else ""
     raise BadInput(
         f"source '{source.name}': {tally.rejections:,} of {tally.records:,} records are rejected "
-        f"({tally.reject_rate:.2%}; ingest.max_reject_rate allows {params.max_reject_rate:.2%}): {commonest}. "
-        f"{REFUSED} lists them; mend the source, or raise the rate in params.yaml."
+        f"({tally.reject_rate:.2%}; ingest.max_reject_rate allows {params.max_reject_rate:.2%}): {told}. "
+        f"{REFUSED} lists them; mend the source, or raise the rate{longer} in params.yaml."
     )
+
+
+def _tell_reason(source: Source, reason: Reason, tally: SourceTally) -> str:
+    file, rejection = tally.first[reason]
+    place = printable(paths.RAW / source.name / file)
+    # A text is its file: all of it is rejected, whatever the line.
+    line = "" if source.format in ("txt", "md") else f" line {rejection.line:,}"
+    detail = f": {rejection.detail}" if rejection.detail else ""
+    return f"{reason} ({tally.reasons[reason]:,}, first in {place}{line}{detail})"
+
+
+def _tell_empty(source: Source, tally: SourceTally, shown: Progress) -> None:
+    if not tally.empty_files:
+        return
+    folder, count = paths.RAW / source.name, len(tally.empty_files)
+    names = ", ".join(printable(folder / name) for name in tally.empty_files[:_FILES_TOLD])
+    more = f" and {count - _FILES_TOLD:,} more" if count > _FILES_TOLD else ""
+    what = "1 file holds no text and is left out" if count == 1 else f"{count:,} files hold no text and are left out"
+    shown.notice(f"{source.name}: {what} ({names}{more})")
 
 
 def _check_splits(corpus: _Corpus) -> None:
@@ -170,9 +220,10 @@ def _check_splits(corpus: _Corpus) -> None:
     for name, tally in corpus.tallies.items():
         if not tally.documents:
             groups = sum(len(other.groups) + other.ungrouped for other in corpus.tallies.values())
+            count = "1 group" if groups == 1 else f"{groups:,} groups"
             share = "lower ingest.split.valid and test" if name == "train" else f"raise ingest.split.{name}"
             raise BadInput(
-                f"{paths.RAW}: the {name} split is empty: {groups} groups, dealt out by ingest.split.seed {split.seed} "
+                f"{paths.RAW}: the {name} split is empty: {count}, dealt out by ingest.split.seed {split.seed} "
                 f"with valid {split.valid} and test {split.test}. Change the seed, {share}, collect more text, or "
                 "choose a group_field with more values."
             )

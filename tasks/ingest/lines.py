@@ -121,4 +121,5 @@ class LongLine:
 
     def rejection(self) -> Rejection:
         characters = self._characters + len(self._decoder.decode(b"", final=True))
-        return Rejection(self._line, "line too long", self._digest.hexdigest(), Size(characters, self._bytes))
+        size = Size(characters, self._bytes)
+        return Rejection(self._line, "line too long", self._digest.hexdigest(), size, f"{self._bytes:,} bytes")

@@ -15,7 +15,7 @@ import pyarrow.csv
 
 from tasks.errors import BadInput
 from tasks.ingest.lines import Block
-from tasks.ingest.record import Fields, Reason, Record, Rejection, accept, reject
+from tasks.ingest.record import Fields, Reason, Record, Rejection, accept, listed, reject
 
 # The csv module's own limit of 128 KiB a field is below the one that params.yaml sets for a whole record.
 csv.field_size_limit(2**31 - 1)
@@ -96,7 +96,7 @@ def _read_header(source: _Pieces, fields: Fields, max_record_bytes: int, name: s
     for wanted in fields.all:
         if (count := names.count(wanted)) != 1:
             raise BadInput(
-                f"{name}: {count or 'no'} columns are named '{wanted}'; the header has {', '.join(names)}. "
+                f"{name}: {count or 'no'} columns are named '{wanted}'; the header has {listed(names)}. "
                 "Name the right field in the source in params.yaml."
             )
     return _Header(fields, len(names), names.index(fields.text), tuple(names.index(label) for label in fields.labels))
@@ -128,7 +128,8 @@ def _record_by_record(
 
 def _judge(raw: _RawRecord, header: _Header) -> Record | Rejection:
     if len(raw.values) != header.columns:
-        return reject(raw.line, "malformed CSV", raw.data)
+        detail = f"{len(raw.values):,} fields, and the header has {header.columns:,}"
+        return reject(raw.line, "malformed CSV", raw.data, detail)
     labels = tuple(raw.values[column] for column in header.labels)
     return accept(raw.line, raw.values[header.text], labels, header.fields, raw.data)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from tasks.ingest.lines import Block
-from tasks.ingest.record import Fields, Record, Rejection, accept, label, reject
+from tasks.ingest.record import Fields, Record, Rejection, accept, label, missing, mistyped, reject
 
 _BLANK = b" \t\r"
 # Beyond these `json` gives up (int's limit of digits, the recursion limit) where pyarrow does not.
@@ -47,22 +47,30 @@ def _read_line(number: int, line: bytes, fields: Fields) -> Record | Rejection:
         values = json.loads(line.decode(), parse_int=_integer)
     except UnicodeDecodeError:
         return reject(number, "not UTF-8", line)
+    except json.JSONDecodeError as error:
+        return reject(number, "malformed JSON", line, f"{error.msg.removesuffix(' at')} at column {error.colno:,}")
     except (ValueError, RecursionError):
         return reject(number, "malformed JSON", line)
     if not isinstance(values, dict):
-        return reject(number, "wrong type", line)
-    if any(values.get(name) is None for name in fields.all):
-        return reject(number, "missing field", line)
+        return reject(number, "wrong type", line, "the line is no object in braces")
+    for name in fields.all:
+        if values.get(name) is None:
+            return reject(number, "missing field", line, missing(name, values))
     text = values[fields.text]
-    labels = tuple(value for name in fields.labels if (value := label(values[name])) is not None)
-    if not isinstance(text, str) or len(labels) < len(fields.labels):
-        return reject(number, "wrong type", line)
+    if not isinstance(text, str):
+        return reject(number, "wrong type", line, mistyped(fields.text, text))
+    labels: list[str] = []
+    for name in fields.labels:
+        value = label(values[name])
+        if value is None:
+            return reject(number, "wrong type", line, mistyped(name, values[name]))
+        labels.append(value)
     try:
         "".join((text, *labels)).encode()
     except UnicodeEncodeError:
         # An escaped half of a surrogate pair, which no encoding of Unicode can write.
         return reject(number, "malformed JSON", line)
-    return accept(number, text, labels, fields, line)
+    return accept(number, text, tuple(labels), fields, line)
 
 
 def _integer(digits: str) -> int | float:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.errors import BadInput
-from tasks.ingest.record import Fields, Record, Rejection, accept, label, reject
+from tasks.ingest.record import Fields, Record, Rejection, accept, label, listed, missing, reject
 
 ROWS_PER_BATCH = 4096
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -35,12 +35,14 @@ def _judge(
     row: int, raw: bytes | None, labels: tuple[bytes | None, ...], fields: Fields, max_text_bytes: int
 ) -> Record | Rejection:
     if raw is None:
-        return reject(row, "missing field", b"")
-    present = tuple(value for value in labels if value is not None)
-    if len(present) < len(labels):
-        return reject(row, "missing field", raw)
+        return reject(row, "missing field", b"", missing(fields.text, fields.all))
+    present: list[bytes] = []
+    for name, value in zip(fields.labels, labels, strict=True):
+        if value is None:
+            return reject(row, "missing field", raw, missing(name, fields.all))
+        present.append(value)
     if len(raw) > max_text_bytes:
-        return reject(row, "line too long", raw)
+        return reject(row, "line too long", raw, f"{len(raw):,} bytes")
     try:
         return accept(row, raw.decode(), tuple(value.decode() for value in present), fields, raw)
     except UnicodeDecodeError:
@@ -63,7 +65,7 @@ def _check_columns(schema: pa.Schema, fields: Fields, name: str) -> None:
     for wanted in fields.all:
         if (count := schema.names.count(wanted)) != 1:
             raise BadInput(
-                f"{name}: {count or 'no'} columns are named '{wanted}'; the file has {', '.join(schema.names)}. "
+                f"{name}: {count or 'no'} columns are named '{wanted}'; the file has {listed(schema.names)}. "
                 "Name the right field in the source in params.yaml."
             )
         type_ = schema.field(wanted).type

@@ -1,5 +1,6 @@
 """Plain text and Markdown: one file is one document."""
 
+import codecs
 from collections.abc import Iterator
 
 from tasks.ingest.lines import BLOCK_BYTES, LongLine, Readable
@@ -9,7 +10,10 @@ _NO_FIELDS = Fields(text="", document=(), group=None)
 
 
 def read_text(stream: Readable, max_line_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Record | Rejection]:
-    """Yields the file's one record, or its rejection; a file with a line over the limit is not held in memory."""
+    """Yields the file's one record, or its rejection; a file with a line over the limit is not held in memory.
+
+    A file without text yields nothing: unlike an empty record among others, it is no sign of a damaged source.
+    """
     whole = LongLine(1)
     chunks: list[bytes] = []
     line_bytes, too_long = 0, False
@@ -30,6 +34,10 @@ def read_text(stream: Readable, max_line_bytes: int, block_bytes: int = BLOCK_BY
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        yield reject(1, "not UTF-8", data)
+        # What some editors on Windows call Unicode.
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        yield reject(1, "not UTF-8", data, "it is UTF-16" if is_utf16 else "")
         return
-    yield accept(1, text, (), _NO_FIELDS, data)
+    record = accept(1, text, (), _NO_FIELDS, data)
+    if isinstance(record, Record):
+        yield record

@@ -42,12 +42,16 @@ class FileReader:
             with self._raw:
                 yield from self._records()
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise BadInput(
-                f"{self._path}: damaged, truncated or not what its name says ({reason}). Fetch it again."
+                f"{self._path}: damaged, truncated or not what its name says ({reason}). "
+                "Mend it at its source, or delete it there and here."
             ) from None
 
     def _records(self) -> Iterator[Record | Rejection]:
+        if self._size == 0:
+            # No valid Parquet, gzip or Zstandard file, and yet no damaged one.
+            return iter(())
         source, limit, name = self._source, self._max_line_bytes, str(self._path)
         if source.format in ("txt", "md"):
             return read_text(_WithoutMark(self._stream()), limit, self._block_bytes)

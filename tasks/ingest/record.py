@@ -1,5 +1,6 @@
 """What readers yield: a record whose text is fit for the corpus, or a rejection that says why there is none."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,6 +18,17 @@ Reason = Literal[
     "empty text",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+
+_FIELDS_TOLD = 8
+_LONGEST_NAME = 40
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +65,16 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A record that cannot be used. ``size`` and ``digest`` (XXH3, 128 bits, hexadecimal) describe its raw bytes."""
+    """A record that cannot be used. ``size`` and ``digest`` (XXH3, 128 bits, hexadecimal) describe its raw bytes.
+
+    ``detail`` says more than the reason does: which field is missing, and which are there. Never any of the text.
+    """
 
     line: int
     reason: Reason
     digest: str
     size: Size
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +108,31 @@ def accept(line: int, text: str, labels: tuple[str, ...], fields: Fields, raw: b
     return Record(line, normalized, document, group, size_of(text))
 
 
-def reject(line: int, reason: Reason, raw: bytes) -> Rejection:
+def reject(line: int, reason: Reason, raw: bytes, detail: str = "") -> Rejection:
     """Returns the rejection of ``raw``; of bytes that are not UTF-8, each faulty sequence counts as a character."""
-    return Rejection(line, reason, xxhash.xxh3_128_hexdigest(raw), Size(len(raw.decode(errors="replace")), len(raw)))
+    size = Size(len(raw.decode(errors="replace")), len(raw))
+    return Rejection(line, reason, xxhash.xxh3_128_hexdigest(raw), size, detail)
+
+
+def missing(wanted: str, present: Iterable[str]) -> str:
+    """Returns the detail of a record without the field ``wanted`` that has those in ``present``."""
+    names = list(present)
+    return f"{_quoted(wanted)} is null" if wanted in names else f"no {_quoted(wanted)}; it has {listed(names)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the first of ``names``, in quotes, and how many more there are; whatever they hold, it is one line."""
+    more = f" and {len(names) - _FIELDS_TOLD:,} more" if len(names) > _FIELDS_TOLD else ""
+    return (", ".join(map(_quoted, names[:_FIELDS_TOLD])) or "no field") + more
+
+
+def mistyped(wanted: str, value: object) -> str:
+    """Returns the detail of a record whose field ``wanted`` holds ``value``, which is of no use there."""
+    return f"{_quoted(wanted)} is {_KINDS.get(type(value), type(value).__name__)}"
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…")
 
 
 def size_of(text: str) -> Size:

@@ -67,12 +67,16 @@ class Amounts(_Part):
 
 
 class SourceReport(_Part):
-    """One source. ``sha256`` is that of the lines that ``sha256sum`` prints for its files, in order of their names."""
+    """One source. ``sha256`` is that of the lines that ``sha256sum`` prints for its files, in order of their names.
+
+    ``empty_files`` counts those of the ``files`` in which there is no record, neither kept nor rejected.
+    """
 
     name: str
     licence: str
     format: str
     files: int
+    empty_files: int
     sha256: str
     records: Records
     documents: Documents

@@ -11,11 +11,13 @@ from tasks.sources import Source
 
 @dataclass
 class SourceTally:
-    """Counts of one source."""
+    """Counts of one source, and where each reason to reject a record was first met."""
 
     records: int = 0
     kept: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
+    first: dict[Reason, tuple[str, Rejection]] = field(default_factory=dict)
+    empty_files: list[str] = field(default_factory=list)
     documents: int = 0
     out_documents: int = 0
     duplicates: int = 0
@@ -34,11 +36,12 @@ class SourceTally:
         """The share of rejected records; 0 where there are no records."""
         return self.rejections / self.records if self.records else 0.0
 
-    def add_record(self, record: Record | Rejection) -> None:
+    def add_record(self, record: Record | Rejection, file: str) -> None:
         self.records += 1
         self.read += record.size
         if isinstance(record, Rejection):
             self.reasons[record.reason] += 1
+            self.first.setdefault(record.reason, (file, record))
             self.rejected += record.size
         else:
             self.kept += 1
@@ -62,6 +65,7 @@ class SourceTally:
             licence=source.licence,
             format=source.format,
             files=files,
+            empty_files=len(self.empty_files),
             sha256=sha256,
             records=Records(in_=self.records, kept=self.kept, rejected=self.rejections, reasons=reasons),
             documents=Documents(in_=self.documents, out=self.out_documents, duplicated=self.duplicates),

@@ -1,4 +1,4 @@
-"""What an exported INT8 graph really holds: operators, bytes by type, and no layer left float by accident.
+"""What an exported graph really holds: operators, bytes by type, and no layer left float by accident.
 
 Reads the file itself, not what the exporter believes it wrote: tools that quantize in silence skip layers in silence.
 """
@@ -11,11 +11,13 @@ from onnx import TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from lm.feed_forward import Experts
-from lm.linear import Embedding, Linear
+from lm.linear import Embedding
 from lm.model import LanguageModel
+from lm.quantization import Plan, layers
+from lm.scheme import Float
 from tasks.errors import Refused
 
-_PRODUCTS = {"MatMul", "Gemm", "MatMulInteger"}
+_FLOAT_PRODUCTS = {"MatMul", "Gemm"}
 
 
 class Weight(BaseModel):
@@ -36,30 +38,36 @@ class Audit(BaseModel):
 
     operators: dict[str, int]
     bytes_by_type: dict[str, int]
-    int8_share_of_bytes: float
-    int8_products: int
+    quantized_share_of_bytes: float
+    quantized_products: int
     float_products: list[str]
     weights: list[Weight]
 
 
-def expected_products(model: LanguageModel) -> list[str]:
-    """Returns the INT8 tensors that the graph of ``model`` must multiply by, one for each layer and expert."""
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            names.append(f"{name}.int8")
-        elif isinstance(module, Experts):
-            for index in range(len(module.gate_up_proj)):
-                names += [f"{name}.{index}.gate_up_proj.int8", f"{name}.{index}.down_proj.int8"]
-    return names
+def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
+    """Returns the tensors that the graph of ``model`` must multiply by, each with the operator that must do it."""
+    expected = {}
+    for name, layer in layers(model).items():
+        scheme = plan.of(name)
+        parts = [name]
+        if isinstance(layer, Experts):
+            count = len(layer.gate_up_proj)
+            parts = [f"{name}.{index}.{part}" for index in range(count) for part in ("gate_up_proj", "down_proj")]
+        # Absorbed into the products around it, which read it as it was rounded.
+        absorbed = name.endswith(".kv_b_proj") and not isinstance(scheme, Float)
+        operator = "Cast" if absorbed else scheme.operator
+        expected.update({scheme.stored(part): operator for part in parts})
+    return expected
 
 
-def audit(path: Path, model: LanguageModel) -> Audit:
-    """Returns the audit of the graph at ``path``. Raises :class:`Refused` that names each layer that is not INT8."""
+def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
+    """Returns the audit of the graph at ``path``. Raises :class:`Refused` that names each layer unlike its plan."""
     graph = onnx.load(path, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    faults = _float_products(graph, tensors, model) + _missing_products(graph, tensors, model)
-    faults += _float_embeddings(graph, tensors, model)
+    expected = expected_products(model, plan)
+    meant = _routers(model) | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
+    faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(graph, tensors)) - meant)]
+    faults += _missing_products(graph, tensors, expected) + _float_embeddings(graph, tensors, model)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
     weights = [_weight(tensor) for tensor in tensors.values()]
@@ -69,9 +77,9 @@ def audit(path: Path, model: LanguageModel) -> Audit:
     return Audit(
         operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
         bytes_by_type=dict(sorted(sizes.items())),
-        int8_share_of_bytes=round(sizes["int8"] / sizes.total(), 4),
-        int8_products=sum(node.op_type == "MatMulInteger" for node in graph.node),
-        float_products=_float_weights_of_products(graph, tensors),
+        quantized_share_of_bytes=round((sizes["int8"] + sizes["uint8"]) / sizes.total(), 4),
+        quantized_products=sum(operator not in _FLOAT_PRODUCTS for operator in expected.values()),
+        float_products=_float_weights(graph, tensors),
         weights=weights,
     )
 
@@ -80,30 +88,28 @@ def _routers(model: LanguageModel) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if module in model.routers()}
 
 
-def _float_weights_of_products(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> list[str]:
+def _float_weights(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> list[str]:
     return [
         name
         for node in graph.node
-        if node.op_type in _PRODUCTS
+        if node.op_type in _FLOAT_PRODUCTS
         for name in node.input
         if name in tensors and tensors[name].data_type == TensorProto.FLOAT and len(tensors[name].dims) >= 2
     ]
 
 
-def _float_products(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
-    left = sorted(set(_float_weights_of_products(graph, tensors)) - _routers(model))
-    return [f"{name} is multiplied in float" for name in left]
-
-
-def _missing_products(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
+def _missing_products(
+    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], expected: dict[str, str]
+) -> list[str]:
     multiplied = {
-        name
+        (name, node.op_type)
         for node in graph.node
-        if node.op_type == "MatMulInteger"
         for name in node.input
-        if name in tensors and tensors[name].data_type == TensorProto.INT8
+        if name in tensors and (node.op_type in _FLOAT_PRODUCTS or tensors[name].data_type != TensorProto.FLOAT)
     }
-    return [f"{name} is not multiplied in INT8" for name in expected_products(model) if name not in multiplied]
+    return [
+        f"{name} is not read by {operator}" for name, operator in expected.items() if (name, operator) not in multiplied
+    ]
 
 
 def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:

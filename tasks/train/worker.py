@@ -1,21 +1,21 @@
 """One training process, as torchrun starts it. Trains from scratch; the first process writes ``models/float``."""
 
 from lm import hugging_face
-from lm.config import ModelConfig
+from lm.config import GroupedConfig, LatentArchitecture, LatentConfig, ModelConfig
 from lm.model import LanguageModel
 from tasks import atomic, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import progress
 from tasks.section import read_section
 from tasks.shards import Manifest, Shards, read_manifest
-from tasks.train.params import TrainParams
+from tasks.train.params import CHECKPOINT_INPUTS, TrainParams
 from tasks.training import Curve, train
 
 
 def main() -> None:
     params = read_section("train", TrainParams)
     manifest = read_manifest()
-    checkpoints = Checkpoints("train", inputs.key("train", params, [paths.MANIFEST]))
+    checkpoints = Checkpoints("train", inputs.key("train", params, CHECKPOINT_INPUTS))
     with world.joined(params) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()
@@ -29,7 +29,8 @@ def main() -> None:
 
 def model_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
     """Returns the chosen architecture with the tokenizer's ids and the longest position that training sees."""
-    return ModelConfig(
+    kind = LatentConfig if isinstance(params.model, LatentArchitecture) else GroupedConfig
+    return kind(
         **params.model.model_dump(),
         vocab_size=manifest.vocab_size,
         max_position_embeddings=params.seq_len,

@@ -8,9 +8,15 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import command
 import psutil
+import publishing
 import pytest
+from publishing import Clone
 from ruamel.yaml import YAML
+from versioned import Versioned, make
+
+from flows.publish import publish
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -64,19 +70,11 @@ class Project:
     root: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OVERNIGHT_"))}
         # A home of its own: neither the settings of who runs the tests nor their home take part.
-        return {**kept, "PYTHONPATH": str(REPOSITORY), "HOME": str(self.root.parent), "COLUMNS": "160", **more}
+        return command.surroundings(self.root.parent, **{"PYTHONPATH": str(REPOSITORY), **more})
 
     def start(self, *arguments: str, **more: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows", *arguments],
-            cwd=self.root,
-            env=self.environment(**more),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        return command.start(self.root, self.environment(**more), arguments)
 
     def overnight(self, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*arguments, **more)
@@ -145,3 +143,64 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     for process in left:
         process.kill()
     assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def version_one(tmp_path_factory: pytest.TempPathFactory) -> Versioned:
+    """A small project with one version. Nobody changes it; a test takes a copy."""
+    return make(tmp_path_factory.mktemp("versioned") / "project", tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def versioned(tmp_path: Path, version_one: Versioned, monkeypatch: pytest.MonkeyPatch) -> Versioned:
+    """A copy of the small project with one version, and its folder as the current one."""
+    copied = version_one.copy(tmp_path / "versioned")
+    for name, value in copied.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(copied.root)
+    return copied
+
+
+@pytest.fixture(scope="session")
+def unpublished(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A small project with two remotes, in which one run was done. Nobody changes it; a test takes a copy."""
+    before = os.getcwd()
+    made = publishing.make(tmp_path_factory.mktemp("unpublished") / "place")
+    os.chdir(before)
+    return made
+
+
+@pytest.fixture
+def publisher(tmp_path: Path, unpublished: Clone, monkeypatch: pytest.MonkeyPatch) -> Clone:
+    """A copy of the project with two remotes, and its folder as the current one; Git knows no name of a user."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    made = unpublished.copy(tmp_path / "place")
+    monkeypatch.chdir(made.root)
+    return made
+
+
+@pytest.fixture(scope="session")
+def published_twice(tmp_path_factory: pytest.TempPathFactory, unpublished: Clone) -> Clone:
+    """The project after v1.0.0, which is in production, and v1.1.0, which the gate refused. Nobody changes it."""
+    before = os.getcwd()
+    made = unpublished.copy(tmp_path_factory.mktemp("published") / "place")
+    os.chdir(made.root)
+    publish(made.root)
+    made.set("train", "learning_rate", 0.75)
+    made.write("b.txt", "And the second.\n")
+    made.commit("A bolder rate")
+    made.run()
+    publish(made.root)
+    os.chdir(before)
+    return made
+
+
+@pytest.fixture
+def published(tmp_path: Path, published_twice: Clone, monkeypatch: pytest.MonkeyPatch) -> Clone:
+    """A copy of the project after v1.0.0 and the refused v1.1.0, and its folder as the current one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    made = published_twice.copy(tmp_path / "place")
+    monkeypatch.chdir(made.root)
+    return made

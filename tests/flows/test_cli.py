@@ -21,10 +21,10 @@ def refuse(project: "Project", *arguments: str, **more: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["run", "status"])
-def test_a_folder_without_a_project(project: "Project", command: str) -> None:
+@pytest.mark.parametrize("command", [["run"], ["status"], ["generate", "text"]])
+def test_a_folder_without_a_project(project: "Project", command: list[str]) -> None:
     (project.root / "dvc.yaml").unlink()
-    assert refuse(project, command).endswith("no dvc.yaml here. Change to the project's folder and run this again.")
+    assert refuse(project, *command).endswith("no dvc.yaml here. Change to the project's folder and run this again.")
 
 
 def test_a_missing_git_repository(project: "Project") -> None:
@@ -40,7 +40,7 @@ def test_a_missing_dvc_repository(project: "Project") -> None:
 def test_an_unknown_key(project: "Project") -> None:
     project.set("train", "lerning_rate", 1)
     assert refuse(project, "run").endswith(
-        "params.yaml: train.lerning_rate: unknown key; remove it or mend its spelling"
+        "params.yaml: train.lerning_rate: unknown key; did you mean `learning_rate`?"
     )
 
 
@@ -61,6 +61,11 @@ def test_a_server_that_is_not_there(project: "Project") -> None:
 
 def test_generating_before_there_is_a_model(project: "Project") -> None:
     assert "models/int8/model.onnx: no such file. Run `overnight run` first" in refuse(project, "generate", "text")
+
+
+def test_generating_from_bytes_that_are_no_text(project: "Project") -> None:
+    line = refuse(project, "generate", "caf\udce9")
+    assert line == "error: TEXT is not UTF-8: byte 0xe9 after 3 characters. Write it in UTF-8."
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["status"], ["generate"]])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,23 @@ with lock.hold(pathlib.Path({str(tmp_path)!r}), "dead") as descriptor:
     started = time.monotonic()
     with lock.hold(tmp_path, "next"):
         assert 0.2 < time.monotonic() - started < 10
+
+
+def test_a_killed_process_that_nobody_has_asked_for_is_dead() -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    holder = lock.Holder(pid=killed.pid, run="one", since=datetime.now().astimezone())
+    assert holder.alive
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+    assert not holder.alive
+    killed.communicate()
+    assert not holder.alive
+
+
+def test_who_asks_is_told_the_run_at_work_and_does_not_disturb_it(tmp_path: Path) -> None:
+    assert lock.holder(tmp_path) is None
+    with lock.hold(tmp_path, "20260101-000000"):
+        found = lock.holder(tmp_path)
+        assert found is not None
+        assert (found.run, found.pid) == ("20260101-000000", os.getpid())
+    assert lock.holder(tmp_path) is None

@@ -1,8 +1,12 @@
 """Whole runs of the small project against Prefect's temporary server."""
 
+import json
+import re
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +59,11 @@ def flow_states(root: Path) -> list[str]:
         return [name for (name,) in connection.execute("select state_name from flow_run order by created")]
 
 
+def run_of(root: Path) -> str:
+    """The run at work, or the last one that was stopped."""
+    return str(json.loads((root / ".overnight/running.json").read_text())["run"])
+
+
 def wait_for_file(path: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -75,13 +84,21 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
         reports = dict(connection.execute("select key, data from artifact").fetchall())
     assert "letters | 18" in reports["third-third"]
     assert float(reports["first-progress"]) == 100.0
-    assert any(line.startswith("first     read 2/2") and "loss 0.25" in line for line in first.stderr.splitlines())
+    assert float(reports["collect-progress"]) == 100.0
+    assert any("first     read 2/2" in line and "loss 0.25" in line for line in first.stderr.splitlines())
 
-    again = project.overnight("run")
-    assert (again.returncode, project.ran()) == (0, [])
-    assert [line.split()[:2] for line in again.stdout.splitlines()[:4]] == [
-        ["collect", "cached"], ["first", "cached"], ["second", "cached"], ["third", "cached"]
-    ]  # fmt: skip
+    with (project.root / "night.log").open("w") as log:
+        assert subprocess.run([sys.executable, "-m", "flows", "run"], cwd=project.root, env=project.environment(),
+                              stdout=log, stderr=log).returncode == 0  # fmt: skip
+    assert project.ran() == []
+    # In one log each line has its time, the first and the last one name the run, and no stage is listed twice.
+    lines = (project.root / "night.log").read_text().splitlines()
+    told = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*\S)", line) for line in lines if line]
+    said = [line[1] for line in told if line is not None]
+    assert len(said) == len(told), lines
+    assert re.fullmatch(rf"run \S+ starts in {project.root}", said[0])
+    assert re.fullmatch(r"run \S+ ends: completed in \d+ s", said[-1])
+    assert [line.split()[1] for line in said if "cached" in line] == ["cached"] * 4
 
     project.set("train", "learning_rate", 0.5)
     project.set("ingest", "max_reject_rate", 0.5)
@@ -105,7 +122,12 @@ def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "P
     # A mistake is not tried again, though `second` has a retry.
     assert (failed.returncode, nightly.ran()) == (1, ["first", "second"])
     assert "error: second: there is no text; bring some" in failed.stderr
-    assert "overnight run" in failed.stderr
+    # The failure is told once: not in the lines of its log, and not once more by who frames it.
+    assert failed.stderr.count("there is no text; bring some") == 1
+    assert "failed to reproduce" not in failed.stderr
+    # Running it again mends nothing.
+    assert re.search(r"^Change that first, then go on with: overnight rerun \S+$", failed.stderr, re.MULTILINE)
+    assert re.search(r" run \S+ ends: failed in \d+ s$", failed.stderr)
     log = next(line.rpartition(" ")[2] for line in failed.stderr.splitlines() if line.startswith("The whole log"))
     assert "error: there is no text" in (nightly.root / log).read_text()
     assert "not started, because of second" in failed.stdout
@@ -138,6 +160,14 @@ def test_sigterm_leaves_no_process_and_meanwhile_no_other_run_starts(nightly: "P
     assert other.returncode == 75
     assert f"(process {flow.pid}) is at work in this project since" in other.stderr
     assert len(other.stderr.splitlines()) == 1
+    status = nightly.overnight("status")
+    assert (status.returncode, status.stderr) == (0, "")
+    assert re.sub(r"\d\d:\d\d:\d\d", "TIME", status.stdout).splitlines() == [
+        "collect: up to date",
+        "first: up to date",
+        f"second: running: since TIME (run {run_of(nightly.root)}, process {flow.pid})",
+        "third: waiting",
+    ]
 
     started = time.monotonic()
     flow.send_signal(signal.SIGTERM)
@@ -147,9 +177,11 @@ def test_sigterm_leaves_no_process_and_meanwhile_no_other_run_starts(nightly: "P
         assert time.monotonic() - started < 10, nightly.processes()
     assert time.monotonic() - started < 10
     assert flow.returncode == 143, err
-    assert err.splitlines()[-1] == "terminated; `overnight run` goes on where this run stopped."
+    assert err.splitlines()[-1].endswith(" terminated; `overnight rerun` goes on where this run stopped.")
     assert not [word for word in NOISE if word in (out + err).lower()], err
     assert flow_states(nightly.root)[-1] == "Crashed"
+    stopped = nightly.overnight("status").stdout.splitlines()[2]
+    assert stopped == f"second: stopped: before its end (run {run_of(nightly.root)})"
 
 
 def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Project") -> None:

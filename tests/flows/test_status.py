@@ -72,15 +72,27 @@ def stale(*changes: Change, never_run: bool = False) -> Stale:
 def test_status(
     stages: dict[str, Stale], data: dict[str, Stale], failed: dict[str, Failure], expected: list[str]
 ) -> None:
-    statuses = assess(GRAPH, Changes(stages, data), failed, collected=True)
+    statuses = assess(GRAPH, Changes(stages, data), failed, {}, collected=True)
     console = Console(file=None, force_terminal=False, width=40)
     with console.capture() as capture:
         show(console, statuses)
     assert capture.get().splitlines() == expected
 
 
+def test_a_stopped_stage_says_where_and_what_had_changed() -> None:
+    changes = Changes({"train": stale(RATE, MISSING), "card": stale(MISSING)}, {})
+    statuses = assess(GRAPH, changes, {}, {"train": "at step 16 of 30", "card": "before its end"}, collected=True)
+    assert statuses[2] == StageStatus("train", Condition.STOPPED, ("at step 16 of 30", str(RATE)))
+    # What it reads will be made anew, so it will not go on from there.
+    assert statuses[3].condition == Condition.STALE
+    never = assess(GRAPH, Changes({"train": stale(RATE, never_run=True)}, {}), {}, {"train": "at step 16 of 30"}, True)
+    assert never[2] == StageStatus("train", Condition.STOPPED, ("at step 16 of 30",))
+    failed = assess(GRAPH, changes, {"train": FAILURE}, {"train": "at step 16 of 30"}, True)
+    assert failed[2] == StageStatus("train", Condition.FAILED, ("too small", "stopped at step 16 of 30"))
+
+
 def test_nothing_was_ever_collected() -> None:
-    assert assess(GRAPH, Changes({}, {}), {}, collected=False)[0] == StageStatus("collect", Condition.NEVER_RUN)
+    assert assess(GRAPH, Changes({}, {}), {}, {}, collected=False)[0] == StageStatus("collect", Condition.NEVER_RUN)
 
 
 def test_a_terminal_shows_the_first_reasons_and_counts_the_others() -> None:

@@ -15,7 +15,14 @@ EVALUATION = {
         "int8": {"bits_per_byte": {"value": 2.01, "low": 1.91, "high": 2.11}},
     },
     "baselines": {"ngram": {"order": 5, "bits_per_byte": {"value": 2.5}}, "xz": {"bits_per_byte": {"value": 3.0}}},
-    "gate": {"passed": True, "relative_loss": {"value": 0.005, "low": 0.001, "high": 0.009}, "limit": 0.02},
+    "gate": {
+        "passed": True,
+        "checks": [
+            {"name": "int8_against_float", "passed": True, "limit": 0.02, "reason": "INT8 is close to float"},
+            {"name": "against_champion", "passed": True, "limit": 0.01, "reason": "no champion yet"},
+            {"name": "bits_per_byte", "passed": True, "limit": None, "reason": "no limit is set"},
+        ],
+    },
 }
 
 
@@ -35,15 +42,61 @@ def write(root: Path, evaluation: str | None) -> None:
 
 def test_all_numbers_come_from_the_report(tmp_path: Path) -> None:
     write(tmp_path, json.dumps(EVALUATION))
-    assert shown(tmp_path)[1:8] == [
+    lines = shown(tmp_path)
+    assert lines[-1].startswith("it writes")
+    assert lines[1:10] == [
         "INT8 model models/int8/model.onnx",
         "bits per byte, held out",
         "INT8 2.010 (1.910 to 2.110)",
         "float 2.000 (1.900 to 2.100)",
         "n-gram baseline 2.500",
         "xz -9 baseline 3.000",
-        "gate passed: INT8's loss is +0.50% of float's, at most +0.90%; the limit is +2.00%",
+        "gate passed",
+        "INT8 is close to float",
+        "no champion yet",
     ]
+
+
+def test_a_refused_model_is_told_with_the_reasons_first(tmp_path: Path) -> None:
+    checks = [
+        {"name": "int8_against_float", "passed": True, "limit": 0.02, "reason": "INT8 is close to float"},
+        {"name": "against_champion", "passed": False, "limit": 0.01, "reason": "the champion is better"},
+    ]
+    write(tmp_path, json.dumps({**EVALUATION, "gate": {"passed": False, "checks": checks}}))
+    lines = shown(tmp_path)
+    assert lines[7:10] == ["gate REFUSED", "refused: the champion is better", "INT8 is close to float"]
+    assert lines[-1] == "the gate REFUSED this model: the champion is better"
+
+
+def test_a_model_that_is_worse_than_a_baseline_is_told_so(tmp_path: Path) -> None:
+    baselines = {"ngram": {"bits_per_byte": {"value": 1.5}}, "xz": {"bits_per_byte": {"value": 3.0}}}
+    write(tmp_path, json.dumps({**EVALUATION, "baselines": baselines}))
+    assert shown(tmp_path)[-1] == "this model is WORSE than the n-gram baseline: 2.010 against 1.500 bits per byte"
+
+
+def test_rejected_records_are_counted_over_all_sources(tmp_path: Path) -> None:
+    write(tmp_path, json.dumps(EVALUATION))
+    (tmp_path / "data/corpus").mkdir(parents=True)
+    reasons = [{"malformed JSON": 1, "missing field": 1}, {"missing field": 1}, {}]
+    records = [{"in": 402, "kept": 402 - len(one), "rejected": len(one), "reasons": one} for one in reasons]
+    report = {"sources": [{"name": "a", "records": one} for one in records], "splits": {}}
+    (tmp_path / "data/corpus/report.json").write_text(json.dumps(report))
+    assert shown(tmp_path)[2] == (
+        "rejected 3 of 1,206 records (2 missing field, 1 malformed JSON); data/corpus/quarantine.parquet"
+    )
+
+
+def test_a_log_gets_whole_lines_without_trailing_blanks(tmp_path: Path) -> None:
+    reason = "INT8's loss is " + "far " * 40 + "off"
+    checks = [{"name": "int8_against_float", "passed": True, "limit": 0.02, "reason": reason}]
+    write(tmp_path, json.dumps({**EVALUATION, "gate": {"passed": True, "checks": checks}}))
+    console = Console(force_terminal=False, width=80)
+    with console.capture() as capture:
+        summary.show_model(console, tmp_path)
+        summary.show_stages(console, [summary.StageLine(stage="a", outcome="cached", seconds=0, message="")], 1.0)
+    lines = capture.get().splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert any(reason in line for line in lines)
 
 
 @pytest.mark.parametrize("evaluation", [None, "{", '{"models": {}}'])

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lm.config import ModelConfig
-from lm.feed_forward import Experts, MixtureOfExperts, Router
+from lm.config import LatentConfig
+from lm.feed_forward import Experts, MixtureOfExperts, Router, gated
 from lm.model import LanguageModel
 
 
@@ -31,14 +31,15 @@ def _one(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weights: torch
 
 def _router(**changes: object) -> Router:
     sizes = {
-        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "q_lora_rank": None, "kv_lora_rank": 4,
+        "model_type": "deepseek_v3", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "q_lora_rank": None, "kv_lora_rank": 4,
         "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4, "rope_theta": 1e4, "intermediate_size": 8,
         "first_k_dense_replace": 0, "moe_intermediate_size": 4, "n_routed_experts": 4, "n_shared_experts": 1,
         "num_experts_per_tok": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
         "initializer_range": 0.1, "rms_norm_eps": 1e-6, "vocab_size": 9, "max_position_embeddings": 8,
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
-    return Router(ModelConfig.model_validate({**sizes, **changes}))
+    return Router(LatentConfig.model_validate({**sizes, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,13 @@ def test_tokens_are_counted_in_training_only(model: LanguageModel, ids: torch.Te
     assert all(router.tokens_per_expert.sum() == 0 for router in model.routers())
     model.train()(ids)
     assert all(router.tokens_per_expert.sum() == ids.numel() * 3 for router in model.routers())
+
+
+def test_the_gate_and_its_gradient_are_autograd_s() -> None:
+    gate_up = torch.randn(5, 14, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    theirs = F.silu(gate) * up
+    torch.testing.assert_close(gated(gate_up), theirs)
+    towards = torch.randn(5, 7)
+    (found,) = torch.autograd.grad(gated(gate_up), gate_up, towards)
+    torch.testing.assert_close(found, torch.autograd.grad(theirs, gate_up, towards)[0])

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm import hugging_face
 from lm.model import LanguageModel
 
 
-def _in_transformers(model: LanguageModel, tokenizer_file: Path, folder: Path) -> DeepseekV3ForCausalLM:
+def _in_transformers(model: LanguageModel, tokenizer_file: Path, folder: Path) -> PreTrainedModel:
     folder.mkdir()
     hugging_face.save(model, tokenizer_file, folder)
     # The grouped kernel wants sizes that are multiples of four.
@@ -21,7 +21,7 @@ def test_transformers_computes_the_same_logits(
     model: LanguageModel, tokenizer_file: Path, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     theirs = _in_transformers(model, tokenizer_file, tmp_path / "float")
-    assert isinstance(theirs, DeepseekV3ForCausalLM)
+    assert theirs.config.model_type == model.config.model_type
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=3e-5, rtol=1e-5)
 

@@ -10,8 +10,12 @@ import pytest
 import tiny
 from odd import make_model
 
-from lm import hugging_face, onnx_int8
-from lm.runtime import Generator, PromptTooLong, sample
+from lm import hugging_face, onnx_model
+from lm.quantization import PLANS
+from lm.runtime import Generator, PromptTooLong, Unloadable
+from lm.sampling import Sampling, held_back
+
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     tiny.write_tokenizer(folder / "tokenizer.json")
     model = make_model(vocab_size=tiny.VOCAB, bos_token_id=256, eos_token_id=256)
-    onnx_int8.export(model, folder / "model.onnx")
+    onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
     (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
     return folder
 
 
 def test_equal_seeds_write_equal_text_and_others_other(folder: Path) -> None:
     generator = Generator(folder)
-    texts = ["".join(generator.generate("light", 30, seed=seed)) for seed in (1, 1, 2)]
+    texts = ["".join(generator.generate("light", 30, Sampling(seed=seed))) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -38,7 +42,7 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(folder: Path) -> None:
         logits, _ = generator.run(np.array([ids], np.int64), generator.empty_cache())
         ids.append(int(logits[0, -1].argmax()))
     expected = generator.tokenizer.decode(ids[len("light") + 1 :])
-    written = "".join(generator.generate("light", 12, temperature=0))
+    written = "".join(generator.generate("light", 12, GREEDY))
     # What is still an incomplete character at the end is not written.
     assert written
     assert expected.startswith(written)
@@ -47,9 +51,36 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(folder: Path) -> None:
 def test_it_stops_where_the_models_positions_end(folder: Path) -> None:
     generator = Generator(folder)
     assert generator.context == 64
-    "".join(generator.generate("a" * 60, 1000))
+    # "a" * 60 and the token that begins it leave room for three.
+    assert [ending(generator, "a" * 60, length) for length in (2, 3, 4)] == ["length", "length", "context"]
     with pytest.raises(PromptTooLong, match="the prompt has 65 tokens, and the model reads at most 64"):
         list(generator.generate("a" * 64, 1))
+
+
+def ending(
+    generator: Generator,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: tuple[str, ...] = (),
+) -> str:
+    pieces = generator.generate(prompt, max_new_tokens, sampling, stop)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return str(end.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
+def test_a_damaged_file_is_named_in_one_line(folder: Path, tmp_path: Path, name: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b'{"cut": "sho')
+    with pytest.raises(Unloadable, match=rf"{name}: damaged, or not what its name says \(.+\)$") as told:
+        Generator(tmp_path)
+    assert "\n" not in str(told.value)
 
 
 def test_it_needs_no_torch(folder: Path) -> None:
@@ -62,9 +93,46 @@ def test_it_needs_no_torch(folder: Path) -> None:
     assert done.returncode == 0
 
 
-def test_sampling_keeps_to_the_likeliest_and_to_their_shares() -> None:
+def test_it_stops_before_the_first_of_several_strings_and_tells_no_half_of_one(folder: Path) -> None:
+    generator = Generator(folder)
+    whole = "".join(generator.generate("light", 30, Sampling(seed=3)))
+    assert len(whole) > 12
+    stops = (whole[9:12], whole[6:9], "never there")
+    pieces = list(generator.generate("light", 30, Sampling(seed=3), stops))
+    told = "".join(pieces)
+    assert told == whole[: min(whole.index(stop) for stop in stops[:2])]
+    assert ending(generator, "light", 30, Sampling(seed=3), stops) == "stop"
+    # The beginning of a string that does not come after all is told at the end.
+    assert "".join(generator.generate("light", 30, Sampling(seed=3), (f"{whole[-2:]}x", "y" * 99))) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "held"), [("abc", ("cd",), 1), ("abc", ("bcd", "cx"), 2), ("abc", ("x",), 0), ("", ("ab",), 0)]
+)
+def test_what_may_become_a_stop_is_held_back(text: str, stops: tuple[str, ...], held: int) -> None:
+    assert held_back(text, stops) == held
+
+
+def shares(sampling: Sampling, text: list[int]) -> list[float]:
     logits = np.log(np.array([0.1, 0.6, 0.25, 0.05], np.float32))
     random = np.random.default_rng(0)
-    drawn = np.bincount([sample(logits, 1.0, 2, random) for _ in range(4000)], minlength=4) / 4000
-    assert drawn.tolist() == pytest.approx([0, 0.6 / 0.85, 0.25 / 0.85, 0], abs=0.03)
-    assert sample(logits, 0, 4, random) == 1
+    drawn = [sampling.draw(logits, np.array(text, np.int64), random) for _ in range(4000)]
+    return list(np.bincount(drawn, minlength=4) / 4000)
+
+
+def test_sampling_keeps_to_the_likeliest_and_to_their_shares() -> None:
+    assert shares(Sampling(1.0, top_k=2), []) == pytest.approx([0, 0.6 / 0.85, 0.25 / 0.85, 0], abs=0.03)
+    assert shares(Sampling(1.0, top_k=0), []) == pytest.approx([0.1, 0.6, 0.25, 0.05], abs=0.03)
+    # 0.6 is not enough, with 0.25 it is.
+    assert shares(Sampling(1.0, top_k=0, top_p=0.7), []) == pytest.approx([0, 0.6 / 0.85, 0.25 / 0.85, 0], abs=0.03)
+    assert shares(Sampling(1.0, top_k=3, top_p=0.01), []) == [0, 1, 0, 0]
+    assert shares(Sampling(0.0), []) == [0, 1, 0, 0]
+
+
+def test_what_is_there_already_is_less_likely() -> None:
+    # log 0.6 x 3 is below log 0.25.
+    assert shares(Sampling(0.0, repetition_penalty=3.0), [1, 1]) == [0, 0, 1, 0]
+    logits = np.array([2.0, 1.5, -1.0], np.float32)
+    draw = Sampling(0.0, repetition_penalty=2.0).draw
+    assert draw(logits, np.array([0]), np.random.default_rng(0)) == 1
+    assert logits.tolist() == [2.0, 1.5, -1.0]

@@ -1,18 +1,13 @@
 """One undisturbed run of a whole project, which the scenarios copy and compare with."""
 
 import dataclasses
-import os
-import socket
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chain import Chain, Ended, seconds_of_stages
 from lay_out import lay_out
-
-from flows.process import Child
+from prefect_server import PrefectServer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +48,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory, blank: Chain) -> Referen
 
 
 @pytest.fixture(scope="session")
-def server(home: Path) -> Iterator[str]:
-    """The URL of a Prefect server that runs can share, as users start one."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
-        "HOME": str(home),
-        "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
-    with Child(command, home / "server.log", environment) as child:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=60).close()
-                break
-            except OSError:
-                assert child.wait(0.5) is None, (home / "server.log").read_text()
-        yield f"http://127.0.0.1:{port}/api"
+def prefect(home: Path) -> Iterator[PrefectServer]:
+    """A Prefect server that runs can share."""
+    with PrefectServer(home) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def server(prefect: PrefectServer) -> str:
+    """Its URL."""
+    return prefect.api
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment, then `overnight run`: the same bytes as if nothing had happened."""
+"""Every stage is killed and terminated, and `overnight rerun` ends with the bytes of a run that nothing disturbed."""
 
 import itertools
 import os
@@ -10,70 +10,84 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
-from chain import STAGES, Chain, Ended
+from chain import STAGES, Chain, Ended, Running, signal_at
 
 if TYPE_CHECKING:
     from conftest import Reference
 
 # Set another seed to try other moments.
 SEED = int(os.environ.get("SCENARIO_SEED", "0"))
-
-
-def kill(chain: Chain, stage: str, moment: float) -> Ended:
-    """Runs until ``stage`` is ``moment`` seconds old and kills it then."""
-    arguments: tuple[str, ...] = ()
-    for _ in range(5):
-        running = chain.start("run", *arguments)
-        killed = running.kill_stage(stage, moment)
-        ended = running.end()
-        if killed and ended.code:
-            return ended
-        # The stage was quicker than in the undisturbed run: once more, and earlier.
-        assert ended.code == 0, ended.err
-        arguments, moment = ("--from", stage, "--force"), moment / 2
-    raise AssertionError(f"{stage} ended before it could be killed")
+SIGNALS = [signal.SIGKILL, signal.SIGTERM]
 
 
 @pytest.mark.timeout(900)
-def test_a_kill_in_every_stage_changes_nothing_in_the_end(fresh: Chain, server: str, reference: "Reference") -> None:
+def test_stages_killed_and_terminated_change_nothing_in_the_end(
+    fresh: Chain, server: str, reference: "Reference"
+) -> None:
     chain = fresh.at(server)
+    # The first signal is mended by the retry within the run, the second one ends the run.
+    chain.set("flow.retries", dict.fromkeys(STAGES, 1))
     draw = random.Random(SEED)
-    for stage in STAGES:
-        moment = draw.uniform(0, reference.seconds[stage])
-        print(f"{stage}: killed after {moment:.3f} of {reference.seconds[stage]:.3f} s (seed {SEED})")
-        ended = kill(chain, stage, moment)
+    command = ["run"]
+    for index, stage in enumerate(STAGES):
+        signals = SIGNALS[:: 1 if (index + SEED) % 2 else -1]
+        moments = [draw.uniform(0, reference.seconds[stage]) for _ in signals]
+        ended = stop_twice(chain, command, stage, signals, moments)
         assert ended.code == 1, ended.err
-        assert ended.complaint().startswith(f"{stage}: its process was killed by SIGKILL")
+        assert ended.complaint().startswith(f"{stage}: its process was killed by {signals[1].name}")
+        assert ended.err.splitlines()[-2].startswith("Go on with: overnight rerun ")
         assert ended.outcomes()[stage] == "failed"
-        assert set(list(ended.outcomes().values())[2 + STAGES.index(stage) :]) <= {"skipped"}
+        assert set(list(ended.outcomes().values())[2 + index :]) <= {"skipped"}
         # What lies there is whole: no file is other than it should be.
         written = chain.version()
         written.pop("dvc.lock", None)
         assert written.items() <= reference.version.items()
-    ended = chain.overnight("run")
+        command = ["rerun"]
+    ended = chain.overnight("rerun")
     assert ended.code == 0, ended.err
-    # All but the last had been mended on the way.
-    assert list(ended.outcomes().values())[:-1] == ["cached"] * len(STAGES)
+    # All but the last had been mended on the way. A run that was begun anew at a stage does not look before it.
+    *mended, last = list(ended.outcomes().values())[1:]
+    assert set(mended) <= {"cached", "skipped"}
+    assert last == "ran"
     assert chain.version() == reference.version
+    # Seven attempts or more, and one run.
+    (listed,) = chain.overnight("runs").out.splitlines()
+    assert listed.split("\t")[2] == "completed"
 
 
-def test_a_killed_training_is_retried_and_goes_on_from_its_last_checkpoint(
-    finished: Chain, server: str, reference: "Reference"
-) -> None:
-    finished.forget_from("train")
-    finished.set("flow.retries", {"train": 1})
-    running = finished.at(server).start("run")
-    training = running.stage_process("train")
-    assert training is not None
-    running.wait_for_checkpoint("train", 12)
-    training.kill()
-    checkpoint = finished.checkpoints("train")[-1]
-    ended = running.end()
-    assert ended.code == 0, ended.err
-    assert "attempt 2 starts" in ended.err
-    assert ended.first_steps("train") == [1, checkpoint + 1]
-    assert finished.version() == reference.version
+def stop_twice(
+    chain: Chain, command: list[str], stage: str, signals: list[signal.Signals], moments: list[float]
+) -> Ended:
+    """Runs until ``stage`` was sent the first signal, and its second attempt the second one."""
+    for _ in range(5):
+        running = chain.start(*command)
+        first = running.stage_process(stage)
+        stopped = first is not None and stop(chain, running, stage, first, signals[0], moments[0])
+        checkpoint = max(chain.checkpoints(stage), default=0)
+        second = running.stage_process(stage, later_than=first) if stopped else None
+        stopped = second is not None and stop(chain, running, stage, second, signals[1], moments[1])
+        ended = running.end()
+        if stopped and ended.code:
+            assert "; attempt 2 starts" in ended.err
+            if stage == "train":
+                assert ended.first_steps("train") == [1, checkpoint + 1]
+            return ended
+        # The stage was quicker than in the undisturbed run: once more, and earlier.
+        assert ended.code == 0, ended.err
+        command, moments = ["rerun", "--from", stage, "--force"], [moment / 2 for moment in moments]
+    raise AssertionError(f"{stage} ended before it could be stopped")
+
+
+def stop(
+    chain: Chain, running: Running, stage: str, process: psutil.Process, number: signal.Signals, moment: float
+) -> bool:
+    if stage == "train":
+        # At a checkpoint that it will go on from.
+        running.wait_for_checkpoint("train", max(chain.checkpoints("train"), default=0) + 4)
+    print(f"{stage}: {number.name} after {moment:.3f} s (seed {SEED})")
+    return signal_at(process, number, moment)
 
 
 # Kills the process that it is loaded into at call number CRASH_AT, counting before and after each renaming of a file.

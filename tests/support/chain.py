@@ -1,16 +1,15 @@
 """A whole project for one scenario: the repository's own files, tiny parameters, a little text, and ``overnight``."""
 
 import dataclasses
-import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import command
 import psutil
 import tiny
 from ruamel.yaml import YAML
@@ -37,7 +36,8 @@ class Ended:
 
     def first_steps(self, stage: str) -> list[int]:
         """The steps that ``stage`` had done when it first reported, one number an attempt."""
-        told = re.findall(rf"^{stage} +(?:training (\d+)/|.*; attempt \d+ starts)", self.err, re.MULTILINE)
+        pattern = rf"^(?:[-\d]+ [:\d]+ )?{stage} +(?:training (\d+)/|.*; attempt \d+ starts)"
+        told = re.findall(pattern, self.err, re.MULTILINE)
         # An empty string is where a new attempt was announced.
         return [int(step) for before, step in zip(["", *told], told, strict=False) if step and not before]
 
@@ -62,23 +62,11 @@ class Chain:
     api: str | None = None
 
     def environment(self, **more: str) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("PREFECT_", "OVERNIGHT_", "PYTHON", "DVC_"))
-        }
         api = {"PREFECT_API_URL": self.api} if self.api else {}
-        return {**kept, "HOME": str(self.home), "DVC_SITE_CACHE_DIR": str(self.home), "COLUMNS": "200", **api, **more}
+        return command.surroundings(self.home, DVC_SITE_CACHE_DIR=str(self.home), **{**api, **more})
 
     def start(self, *arguments: str, **more: str) -> "Running":
-        process = psutil.Popen(
-            [sys.executable, "-m", "flows", *arguments],
-            cwd=self.root,
-            env=self.environment(**more),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process = command.start(self.root, self.environment(**more), arguments)
         return Running(process, self)
 
     def overnight(self, *arguments: str, **more: str) -> Ended:
@@ -173,6 +161,10 @@ class Running:
         for line in pipe:
             self._said[name] += line
 
+    def said(self, name: str = "out") -> str:
+        """What it has printed so far to stdout (``out``) or stderr (``err``)."""
+        return self._said[name]
+
     def end(self) -> Ended:
         """Waits for the end; kills the command when it takes far too long."""
         try:
@@ -184,12 +176,15 @@ class Running:
             reader.join()
         return Ended(code, self._said["out"], self._said["err"])
 
-    def stage_process(self, stage: str) -> psutil.Process | None:
-        """Waits for the stage's own Python process; returns None when the command ended without starting it."""
+    def stage_process(self, stage: str, later_than: psutil.Process | None = None) -> psutil.Process | None:
+        """Waits for the stage's own Python process; returns None when the command ended without starting it.
+
+        ``later_than`` is the process of an earlier attempt, which does not count.
+        """
         found: list[psutil.Process] = []
 
         def look() -> bool:
-            found.extend(one for one in self._descendants() if _runs(one, f"tasks.{stage}"))
+            found.extend(one for one in self._descendants() if one != later_than and _runs(one, f"tasks.{stage}"))
             return bool(found) or self.process.poll() is not None
 
         self.wait_until(look)
@@ -198,14 +193,7 @@ class Running:
     def kill_stage(self, stage: str, after: float) -> bool:
         """SIGKILLs the process of ``stage`` when it is ``after`` seconds old; returns False when it ended before."""
         process = self.stage_process(stage)
-        if process is None:
-            return False
-        try:
-            time.sleep(max(0.0, process.create_time() + after - time.time()))
-            process.kill()
-        except psutil.NoSuchProcess:
-            return False
-        return True
+        return process is not None and signal_at(process, signal.SIGKILL, after)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _SECONDS_A_RUN
@@ -236,6 +224,16 @@ def _runs(process: psutil.Process, module: str) -> bool:
         return False
     # The shell that DVC starts holds the same words in one argument.
     return bool(command[1:3] == ["-m", module])
+
+
+def signal_at(process: psutil.Process, number: signal.Signals, age: float) -> bool:
+    """Sends a signal to ``process`` when it is ``age`` seconds old; returns False when it ended before."""
+    try:
+        time.sleep(max(0.0, process.create_time() + age - time.time()))
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def seconds_of_stages(running: Running) -> dict[str, float]:

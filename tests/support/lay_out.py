@@ -19,7 +19,7 @@ _WORDS = [
 
 
 def lay_out(root: Path, home: Path) -> Chain:
-    """Copies the repository's tracked files to ``root`` as they are now, with tiny parameters, text, Git and DVC."""
+    """Copies the repository's files, but for ignored ones, to ``root``, with tiny parameters, text, Git and DVC."""
     root.mkdir(parents=True)
     settings = {
         "collect__sources": [
@@ -43,7 +43,13 @@ def lay_out(root: Path, home: Path) -> Chain:
         "flow__retry_delay_seconds": 0.0,
     }
     tiny.write_params(root, **settings)
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=tiny.ROOT, check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=tiny.ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     for name in filter(None, listed.stdout.split("\0")):
         if name != "params.yaml" and (tiny.ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)

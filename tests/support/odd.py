@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
-from lm.config import ModelConfig
+from lm.config import GroupedConfig, LatentConfig
 from lm.model import LanguageModel
 
 # Odd sizes and several expert groups: a mistake in an axis does not cancel out.
 ODD = {
+    "model_type": "deepseek_v3",
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
@@ -37,9 +38,41 @@ ODD = {
 }
 
 
+ODD_GROUPED = {
+    "model_type": "llama",
+    "hidden_size": 42,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rope_theta": 500.0,
+    "rope_scaling": None,
+    "intermediate_size": 70,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "bos_token_id": 100,
+    "eos_token_id": 100,
+}
+
+
+def make_grouped(**changes: Any) -> LanguageModel:
+    """A Llama- or Qwen-type model with random weights, its biases and norms random too."""
+    model = LanguageModel(GroupedConfig.model_validate({**ODD_GROUPED, **changes}))
+    model.initialize(3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.3
+    return model.eval()
+
+
 def make_model(**changes: Any) -> LanguageModel:
     """A model with random weights and router biases that are partly negative: zero biases hide routing mistakes."""
-    model = LanguageModel(ModelConfig.model_validate({**ODD, **changes}))
+    model = LanguageModel(LatentConfig.model_validate({**ODD, **changes}))
     model.initialize(3)
     generator = torch.Generator().manual_seed(4)
     for router in model.routers():

@@ -1,7 +1,9 @@
 """A project of its own for one test: tiny shards, a tiny model, and the stages run as they are run in earnest."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from tasks import shards
+from tasks.champion import MODEL_FILES
 from tasks.shards import Manifest, ShardEntry
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,6 +93,16 @@ def write_shards(folder: Path, documents: int = 40) -> Manifest:
     )  # fmt: skip
     manifest.write(place)
     return manifest
+
+
+def write_champion(folder: Path, version: str | None = None, **record: Any) -> None:
+    """Writes ``models/champion`` as the flow does: the INT8 model in ``models/int8`` as ``version``, or no champion."""
+    place = folder / "models" / "champion"
+    place.mkdir(parents=True, exist_ok=True)
+    if version is not None:
+        for name in MODEL_FILES:
+            shutil.copy(folder / "models" / "int8" / name, place / name)
+    (place / "champion.json").write_text(json.dumps({"version": version, **record}))
 
 
 def stage(name: str, folder: Path, **environment: str) -> subprocess.Popen[str]:

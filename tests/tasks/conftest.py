@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,6 +21,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder, which is the current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def candidate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny project with a float and an INT8 model that nothing has measured yet. Nobody changes it; take a copy."""
+    folder = tmp_path_factory.mktemp("candidate")
+    tiny.write_params(folder)
+    tiny.write_shards(folder)
+    for name in ("train", "quantize"):
+        code, output = tiny.run(name, folder)
+        assert code == 0, output
+    return folder
 
 
 @pytest.fixture

@@ -10,6 +10,10 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 
+from tasks.card import text
+from tasks.card.evidence import Evidence, Report
+from tasks.card.params import CardParams
+
 CORPUS = {
     "sources": [
         {
@@ -30,6 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("carded")
     tiny.write_params(folder, train__seq_len=64, train__global_batch=4)
     tiny.write_shards(folder)
+    tiny.write_champion(folder)
     (folder / "data/corpus").mkdir()
     (folder / "data/corpus/report.json").write_text(json.dumps(CORPUS))
     for name in ("train", "quantize", "evaluate", "card"):
@@ -65,6 +70,42 @@ def test_numbers_come_from_the_reports(project: Path) -> None:
     assert f"{relative['value']:+.4f} [{relative['low']:+.4f}, {relative['high']:+.4f}]" in card
 
 
+def test_a_passed_gate_stands_in_the_card_with_its_reasons_and_no_warning(project: Path) -> None:
+    card = _card(project)
+    gate = json.loads((project / "models/evaluation.json").read_text())["gate"]
+    assert gate["passed"]
+    assert "**Refused.**" not in card
+    assert "The gate: passed." in card
+    for check in gate["checks"]:
+        assert f"| passed | {check['reason']} |" in card
+
+
+def test_a_refused_models_card_says_so_at_the_top_and_shows_the_champion() -> None:
+    champion = {"version": "lm@v1.2.0", "bits_per_byte": {"value": 1.5, "low": 1.4, "high": 1.6}}
+    checks = [
+        {"name": "int8_against_float", "passed": True, "reason": "INT8 is close to float"},
+        {"name": "against_champion", "passed": False, "reason": "lm@v1.2.0 stays the champion"},
+    ]
+    evaluation = Report(Path("nowhere.json"))
+    evaluation.content = {"gate": {"passed": False, "checks": checks}, "champion": champion}
+    nothing = Report(Path("nowhere.json"))
+    params = CardParams(name="lm", licence="mit", language=["en"], intended_use="none", out_of_scope="all")
+    card = text.body(Evidence(nothing, nothing, nothing, nothing, nothing, nothing, evaluation, [], {}), params)
+    top = card[: card.index("## How to run it")]
+    assert "> **Refused.**" in top
+    assert "> - lm@v1.2.0 stays the champion" in top
+    assert "INT8 is close to float" not in top
+    assert "The gate: **refused**." in top
+    assert "| against the champion | **refused** | lm@v1.2.0 stays the champion |" in card
+    assert "| the champion, lm@v1.2.0 (INT8) | 1.500 [1.400, 1.600] |" in card
+
+
+def test_one_document_has_no_interval_to_show() -> None:
+    report = Report(Path("nowhere.json"))
+    report.content = {"loss": {"value": 1.5, "low": None, "high": None}}
+    assert report.interval("loss") == "1.500"
+
+
 def test_the_figures_are_there(project: Path) -> None:
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", _card(project)):
         assert (project / "models/card" / name).read_bytes().startswith(b"\x89PNG")
@@ -81,23 +122,32 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
     program = re.search(r"```python\n(.*?)```", _card(project), re.DOTALL)
     assert program
     (tmp_path / "example.py").write_text(program[1])
-    # Only these three packages may be imported, whatever else is installed.
-    guard = (
-        "import sys, runpy\n"
-        "class Guard:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'transformers', 'lm', 'tasks', 'flows'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Guard())\n"
-        f"sys.argv = ['example.py', 'in the beginning']\n"
-        f"runpy.run_path({str(tmp_path / 'example.py')!r}, run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", guard], cwd=project / "models/int8", capture_output=True, text=True, check=False
-    )
+
+    def run(prompt: str) -> "subprocess.CompletedProcess[str]":
+        # Only these three packages may be imported, whatever else is installed.
+        guard = (
+            "import sys, runpy\n"
+            "class Guard:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name.split('.')[0] in ('torch', 'transformers', 'lm', 'tasks', 'flows'):\n"
+            "            raise ImportError(name)\n"
+            "sys.meta_path.insert(0, Guard())\n"
+            f"sys.argv = ['example.py', {prompt!r}]\n"
+            f"runpy.run_path({str(tmp_path / 'example.py')!r}, run_name='__main__')\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", guard], cwd=project / "models/int8", capture_output=True, text=True, check=False
+        )
+
+    done = run("in the beginning")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("in the beginning")
     assert len(done.stdout) > len("in the beginning\n")
+    refused = run("in the beginning " * 100)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert re.fullmatch(
+        r"The prompt has \d+ tokens; the model reads at most \d+, its answer included\.\n", refused.stderr
+    )
     assert set(re.findall(r"^(?:from|import) (\w+)", program[1], re.MULTILINE)) == {
         "json",
         "pathlib",

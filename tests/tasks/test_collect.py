@@ -1,5 +1,7 @@
 """Collecting: what is copied, what is left alone, and what is refused."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.collect.collect import CollectReport, collect
-from tasks.errors import BadInput
+from tasks.collect import report as reports
+from tasks.collect.collect import collect
+from tasks.collect.faults import unreadable
+from tasks.collect.report import CollectReport
+from tasks.errors import BadInput, TryAgain
 from tasks.sources import CollectParams
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,7 +34,7 @@ def write(path: Path, content: str = "text") -> Path:
 
 def counts(report: CollectReport) -> tuple[int, int, int, int]:
     source = report.sources[0]
-    return source.new, source.changed, source.unchanged, source.kept
+    return source.new, source.changed, source.unchanged, source.gone
 
 
 def collected(project: Path) -> dict[str, str]:
@@ -47,6 +52,7 @@ TREE = ["a.txt", "b.txt.gz", "c.md", "sub/d.txt.zst", "sub/deep/e.txt", ".hidden
         ("in/*.txt", {"a.txt"}),
         ("in/**/*", {"a.txt", "b.txt.gz", "sub/d.txt.zst", "sub/deep/e.txt"}),
         ("in/s*/*", {"sub/d.txt.zst"}),
+        ("in/s*/**", {"sub/d.txt.zst", "sub/deep/e.txt"}),
         ("in/c.md", {"c.md"}),
         ("in/sub/f.txt.bak", {"f.txt.bak"}),
     ],
@@ -100,6 +106,46 @@ def test_only_what_is_new_or_changed_is_copied_and_what_has_gone_is_kept(project
     }
 
 
+def test_what_has_gone_from_a_source_is_told_in_one_line(project: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        write(project / f"in/{name}.txt", name)
+    assert collect(params("in"), project).notices == []
+    (project / "in/a.txt").unlink()
+    assert collect(params("in"), project).notices == [
+        "notes: 1 file is no longer at in (a.txt); kept and still used (delete it in data/raw/notes to withdraw it)"
+    ]
+    write(project / "elsewhere/e.txt", "e")
+    assert collect(params("elsewhere"), project).notices == [
+        "notes: 4 files are no longer at elsewhere (a.txt, b.txt, c.txt and 1 more); kept and still used "
+        "(delete them in data/raw/notes to withdraw them)"
+    ]
+    for name in ("a", "b", "c", "d"):
+        (project / f"data/raw/notes/{name}.txt").unlink()
+    assert collect(params("elsewhere"), project).notices == []
+
+
+def test_a_source_that_was_removed_is_told_and_left_alone(project: Path) -> None:
+    write(project / "in/a.txt")
+    collect(params("in", name="old"), project)
+    write(project / "data/raw/caf\udce9\n", "never collected")
+    (project / "data/raw/.gitignore").touch()
+    report = collect(params("in"), project)
+    assert report.unused == ["caf\\udce9\\n", "old"]
+    assert report.notices[1] == (
+        "data/raw/old: no source in params.yaml has this name; kept and not used "
+        "(delete data/raw/old if it is not to return)"
+    )
+    assert (project / "data/raw/old/a.txt").exists()
+
+
+def test_a_relative_uri_can_start_elsewhere(project: Path) -> None:
+    write(project / "in/a.txt")
+    worktree = project / ".overnight/worktrees/night"
+    collect(params("in"), worktree, relative_to=project)
+    assert set(collected(worktree)) == {"a.txt"}
+    assert not (project / "data").exists()
+
+
 def test_times_and_modes_of_files_do_not_matter(project: Path) -> None:
     file = write(project / "in/a.txt")
     collect(params("in"), project)
@@ -130,6 +176,48 @@ def test_a_link_to_a_folder_above_does_not_go_round_in_circles(project: Path) ->
     (project / "in/sub/up").symlink_to(project / "in")
     collect(params("in"), project)
     assert "sub/a.txt" in collected(project)
+
+
+def test_a_folder_with_the_ending_of_a_text_is_a_folder(project: Path) -> None:
+    write(project / "in/all.txt/a.txt")
+    collect(params("in"), project)
+    assert set(collected(project)) == {"all.txt/a.txt"}
+
+
+def test_a_link_to_itself_matters_only_when_it_looks_like_a_text(project: Path) -> None:
+    write(project / "in/a.txt")
+    (project / "in/loop").symlink_to("loop")
+    collect(params("in"), project)
+    assert set(collected(project)) == {"a.txt"}
+
+
+def test_names_in_any_script_are_kept(project: Path) -> None:
+    names = {
+        "\u65e5\u8a18\u3000\u4e00.txt",
+        "\u0928\u094d\u200d.txt",
+        "9\u202fAM.txt",
+        "\U0001f468\u200d\U0001f469.txt",
+    }
+    for name in names:
+        write(project / "in" / name)
+    collect(params("in"), project)
+    assert set(collected(project)) == names
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.ENOENT, TryAgain, "a.txt: vanished while it was collected. Run again."),
+        (errno.ESTALE, TryAgain, "a.txt: cannot be read (Stale file handle). Run again when the place answers."),
+        (errno.EACCES, BadInput, "a.txt: cannot be read (Permission denied). Mend its permissions or remove it."),
+        (errno.EINVAL, BadInput, "a.txt: cannot be read (Invalid argument). Mend or remove it."),
+    ],
+)
+def test_trying_again_is_for_what_passes(number: int, kind: type[Exception], message: str) -> None:
+    source = params("in").sources[0]
+    error = unreadable(source, "a.txt", OSError(number, os.strerror(number)))
+    assert isinstance(error, kind)
+    assert str(error) == f"source 'notes': {message}"
 
 
 def _empty_folder(project: Path) -> None:
@@ -166,6 +254,24 @@ def _a_name_that_is_not_utf8(project: Path) -> None:
     Path(os.fsdecode(os.fsencode(project / "in") + b"/caf\xe9.txt")).write_text("text")
 
 
+def _a_folder_of_texts(project: Path) -> None:
+    write(project / "in/all.txt/a.txt")
+
+
+def _a_name_with_a_line_break(project: Path) -> None:
+    write(project / "in/a\nb.txt")
+
+
+def _a_link_to_itself(project: Path) -> None:
+    write(project / "in/a.txt")
+    (project / "in/b.txt").symlink_to("b.txt")
+
+
+def _a_text(project: Path) -> None:
+    write(project / "in/a.txt")
+    write(project / "data/raw/other/b.txt")
+
+
 def _nothing(project: Path) -> None:
     pass
 
@@ -183,6 +289,23 @@ def _nothing(project: Path) -> None:
         (_a_folder_in_the_way, "in", r"an earlier file or folder is there"),
         (_a_file_in_the_way, "in", r"an earlier file or folder is there"),
         (_a_name_that_is_not_utf8, "in", r"its name is not UTF-8"),
+        (
+            _a_folder_of_texts,
+            "in/*.txt",
+            r"only folders match, such as .*in/all\.txt\. Write in/\*\.txt/\*\* for the files",
+        ),
+        (_a_name_with_a_line_break, "in", r"in/a\\nb\.txt: its name holds a line break"),
+        (
+            _a_link_to_itself,
+            "in",
+            r"b\.txt: cannot be read \(Too many levels of symbolic links\)\. The link leads back",
+        ),
+        (_a_text, ".", r"\.: data/raw lies there"),
+        (_a_text, "**/*.txt", r"data/raw lies there"),
+        (_a_text, "data/raw/other", r"data/raw lies there"),
+        (_a_text, "data/raw/other/b.txt", r"data/raw lies there"),
+        (_nothing, "~no_such_user/texts", r"there is no such user"),
+        (_nothing, "x" * 300, r"cannot be read \(File name too long\)\. Shorten the name"),
         (_nothing, "package://no_such_package/x.txt", r"no package 'no_such_package' is installed"),
         (_nothing, "package://bible", r"no file is named"),
         (_nothing, "package://bible/data/none.txt", r"data/none\.txt: no such file"),
@@ -197,15 +320,23 @@ def test_a_source_that_cannot_be_copied_is_named_in_one_line(project, prepare, u
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("forbidden", ["in/a.txt", "in/sub"])
-def test_an_unreadable_file_or_folder_is_named(forbidden: str) -> None:
+@pytest.mark.parametrize(
+    ("forbidden", "message"),
+    [
+        ("in/a.txt", "in/a.txt: cannot be read (Permission denied)"),
+        ("in/sub", "in/sub: cannot be read (Permission denied)"),
+        ("data/raw", "data/raw/notes: cannot be written (Permission denied)"),
+    ],
+)
+def test_an_unreadable_file_or_folder_is_named(forbidden: str, message: str) -> None:
     # Not below pytest's folder, which another user cannot enter.
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder)
         project.chmod(0o777)
         write(project / "in/a.txt")
         write(project / "in/sub/b.txt")
-        (project / forbidden).chmod(0)
+        (project / "data/raw").mkdir(parents=True)
+        (project / forbidden).chmod(0o555 if forbidden == "data/raw" else 0)
         child = os.fork()
         if child == 0:
             # Nothing is unreadable to root.
@@ -214,7 +345,7 @@ def test_an_unreadable_file_or_folder_is_named(forbidden: str) -> None:
             try:
                 collect(params("in"), project)
             except BadInput as error:
-                os._exit(0 if f"{forbidden}: cannot be read (Permission denied)" in str(error) else 3)
+                os._exit(0 if message in str(error) else 3)
             finally:
                 os._exit(4)
         _, status = os.waitpid(child, 0)
@@ -226,11 +357,39 @@ def test_the_command_says_what_was_copied(project: Path, run_stage, write_params
     write(project / "in/a.txt", "12345")
     source = {"name": "notes", "uri": "in", "format": "txt", "licence": "CC0-1.0"}
     write_params(collect={"sources": [source]})
-    result = run_stage("collect")
+    write(project / "data/raw/notes/gone.txt", "earlier")
+    events = project / "events"
+    result = run_stage("collect", OVERNIGHT_EVENTS=str(events))
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "notes: 1 new, 0 changed, 0 unchanged, 0 kept; 5 bytes at the source\n"
+    assert result.stdout == "notes: 1 new, 0 changed, 0 unchanged, 1 gone; 5 bytes at the source\n"
+    report = reports.read(project)
+    assert report.has_news
+    assert report.sources[0].model_dump() == {
+        "name": "notes", "new": 1, "changed": 0, "unchanged": 0, "gone": 1, "bytes": 5,
+    }  # fmt: skip
+    (notice,) = report.notices
+    # Whoever started it shows its progress: nothing is drawn.
+    assert result.stderr == ""
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [(event["stage"], event["done"], event["total"], event["notice"]) for event in told] == [
+        ("collect", 5, 5, ""),
+        ("collect", 5, 5, notice),
+    ]
 
 
-def test_the_command_ends_with_one_line_when_a_file_is_missing(run_stage, write_params, the_error) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_collecting_has_no_news(project: Path) -> None:
+    write(project / "in/a.txt")
+    assert collect(params("in"), project).has_news
+    assert not collect(params("in"), project).has_news
+
+
+def test_the_command_ends_with_one_line_when_a_file_is_missing(  # type: ignore[no-untyped-def]
+    project: Path, run_stage, write_params, the_error
+) -> None:
+    write(project / reports.REPORT, "of an earlier collecting")
     write_params(collect={"sources": [{"name": "notes", "uri": "gone.txt", "format": "txt", "licence": "CC0-1.0"}]})
     assert "source 'notes': gone.txt: no such file" in the_error(run_stage("collect"))
+    # A report of what was never finished would be taken for today's.
+    assert not (project / reports.REPORT).exists()
+    with pytest.raises(BadInput, match="no report of collecting"):
+        reports.read(project)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.bootstrap import Bootstrap
 from tasks.evaluate import baselines, report
-from tasks.evaluate.bootstrap import Bootstrap
 from tasks.evaluate.ngram import UNICODE, NGram
 from tasks.evaluate.score import COLUMNS, Scores, windows_of
 
@@ -88,18 +89,6 @@ def test_a_paired_difference_has_a_narrower_interval_than_its_parts() -> None:
     assert paired.high - paired.low < 0.002 < (alone.high - alone.low) / alone.value
 
 
-@pytest.mark.parametrize(("loss", "noise", "passed"), [(0.0, 0.001, True), (0.019, 0.2, False), (0.03, 0.001, False)])
-def test_the_gate_asks_for_the_intervals_upper_end(loss: float, noise: float, passed: bool) -> None:
-    generator = np.random.default_rng(3)
-    table = np.ones((200, len(COLUMNS)))
-    float_nats = generator.uniform(100, 200, 200)
-    table[:, COLUMNS.index("nats_float")] = float_nats
-    table[:, COLUMNS.index("nats_int8")] = float_nats * (1 + loss + generator.normal(0, noise, 200))
-    gate = report.gate(Scores(table), Bootstrap(200, 1000, 0), 0.02)
-    assert gate.passed is passed
-    assert gate.passed == (gate.relative_loss.high < gate.limit)
-
-
 def test_bits_per_byte_leave_special_tokens_out() -> None:
     table = np.zeros((2, len(COLUMNS)))
     table[:, COLUMNS.index("tokens")], table[:, COLUMNS.index("bytes")] = 10, 40
@@ -110,13 +99,12 @@ def test_bits_per_byte_leave_special_tokens_out() -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated")
-    tiny.write_params(folder)
-    tiny.write_shards(folder)
-    for name in ("train", "quantize", "evaluate"):
-        code, output = tiny.run(name, folder)
-        assert code == 0, output
+def project(candidate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "project"
+    shutil.copytree(candidate, folder)
+    tiny.write_champion(folder)
+    code, output = tiny.run("evaluate", folder)
+    assert code == 0, output
     return folder
 
 

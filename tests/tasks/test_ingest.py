@@ -190,6 +190,7 @@ def test_every_rejected_record_lies_in_quarantine(bible: Path) -> None:
         ("bible", "verses.jsonl", number + 1, "malformed JSON", 8),
         ("bible", "verses.jsonl", number + 2, "line too long", 5 * 2**20 + 12),
     ]
+    assert [row["detail"] for row in found] == ["Expecting value at column 1", "5,242,892 bytes"]
     assert len({row["digest"] for row in found}) == 2
 
 
@@ -228,9 +229,40 @@ class TestRefusals:
         write_params(collect={"sources": [source()]}, ingest={"max_reject_rate": 0.05})
         message = self.refuse(run_stage, the_error)
         assert "source 'bible': 11 of 131 records are rejected (8.40%; ingest.max_reject_rate allows 5.00%)" in message
-        assert "not UTF-8 (4), malformed JSON (3), wrong type (3)." in message
+        file = "first in data/raw/bible/verses.jsonl line"
+        assert f": not UTF-8 (4, {file} 124); malformed JSON (3, {file} 121: Expecting property name " in message
+        assert f"wrong type (3, {file} 128: the line is no object in braces); and 1 more reason. " in message
         assert str(REFUSED) in message
         assert pq.read_table(REFUSED).num_rows == 11
+
+    def test_a_missing_field_is_named_beside_those_that_are_there(  # type: ignore[no-untyped-def]
+        self, bible: Path, write_params, run_stage, the_error
+    ) -> None:
+        write_params(collect={"sources": [source(text_field="words")]})
+        message = self.refuse(run_stage, the_error)
+        assert "missing field (120, first in data/raw/bible/verses.jsonl line 1: no 'words'; it has 'text', " in message
+        assert "'book', 'chapter')." in message
+
+    def test_a_text_is_named_without_a_line(self, project: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
+        folder = project / "data/raw/notes"
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_bytes(b"caf\xe9")
+        (folder / "b.txt").write_text("x" * 200)
+        write_params(collect={"sources": [notes()]}, ingest={"max_line_bytes": 100})
+        message = self.refuse(run_stage, the_error)
+        assert "not UTF-8 (1, first in data/raw/notes/a.txt); " in message
+        assert "line too long (1, first in data/raw/notes/b.txt: 200 bytes)." in message
+        assert "raise the rate (or ingest.max_line_bytes, for the lines that are too long) in params.yaml" in message
+
+    def test_a_name_that_is_not_utf8(self, bible: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
+        (bible.parent / "caf\udce9.jsonl").write_text("")
+        write_params(collect={"sources": [source()]})
+        assert r"data/raw/bible/caf\udce9.jsonl: its name is not UTF-8" in self.refuse(run_stage, the_error)
+
+    def test_a_link_to_nowhere(self, bible: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
+        (bible.parent / "z.jsonl").symlink_to("gone")
+        write_params(collect={"sources": [source()]})
+        assert "data/raw/bible/z.jsonl: a link to a file that is not there" in self.refuse(run_stage, the_error)
 
     def test_nothing_collected(self, project: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
         write_params(collect={"sources": [source()]})
@@ -256,7 +288,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("keys", "expected"),
         [
-            ({"max_reject_rat": 0.1}, "ingest.max_reject_rat: unknown key"),
+            ({"max_reject_rat": 0.1}, "ingest.max_reject_rat: unknown key; did you mean `max_reject_rate`?"),
             ({"max_reject_rate": "1%"}, "ingest.max_reject_rate: input should be a valid number"),
             ({"split": {"seed": 1, "valid": 0.5, "test": 0.5}}, "leave nothing to train on"),
         ],
@@ -266,6 +298,27 @@ class TestRefusals:
     ) -> None:
         write_params(collect={"sources": [source()]}, ingest=keys)
         assert expected in self.refuse(run_stage, the_error)
+
+
+def test_files_without_text_are_told_and_left_out(project: Path, run_stage, write_params) -> None:  # type: ignore[no-untyped-def]
+    folder = project / "data/raw/notes"
+    folder.mkdir(parents=True)
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"note {number}")
+    for name in ("e.txt", "f.txt", "g.txt", "h.txt"):
+        (folder / name).write_text(" \n")
+    write_params(
+        collect={"sources": [notes()]},
+        ingest={"max_reject_rate": 0.0, "split": {"seed": 2, "valid": 0.2, "test": 0.2}},
+    )
+    result = run_stage("ingest")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "ingest    notice: notes: 4 files hold no text and are left out "
+        "(data/raw/notes/e.txt, data/raw/notes/f.txt, data/raw/notes/g.txt and 1 more)\n"
+    ) in result.stderr
+    told = json.loads(paths.CORPUS_REPORT.read_text())["sources"][0]
+    assert (told["files"], told["empty_files"], told["records"]["in"]) == (16, 4, 12)
 
 
 def test_a_refused_corpus_leaves_the_last_good_one_as_it_was(bible: Path) -> None:

@@ -210,7 +210,7 @@ def test_a_plain_block_of_csv_is_read_by_pyarrow(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"title,chapter,book", "no columns are named 'text'; the header has title, chapter, book"),
+        (b"title,chapter,book", "no columns are named 'text'; the header has 'title', 'chapter', 'book'"),
         (b"text,text,chapter,book", "2 columns are named 'text'"),
         (b"t\xe9xt,chapter,book", "the header is unreadable"),
         (b"t" * 2000, "the header is unreadable"),
@@ -277,8 +277,7 @@ def test_blocks_and_long_lines_together_are_the_lines_of_the_file(
         (b"one\ntwo\n", "one\ntwo\n"),
         ("é\r\n".encode(), "é\n"),
         (b"caf\xe9", "not UTF-8"),
-        (b" \n", "empty text"),
-        (b"", "empty text"),
+        ("\ufeffcafé".encode("utf-16-le"), "not UTF-8"),
         (b"short\n" + b"x" * (LIMIT + 1) + b"\nshort", "line too long"),
         (b"x\n" * LIMIT, "x\n" * LIMIT),
     ],
@@ -289,6 +288,44 @@ def test_a_text_file_is_one_record(data: bytes, expected: str, block_bytes: int)
     if isinstance(record, Rejection):
         assert record.digest == xxhash.xxh3_128_hexdigest(data)
         assert record.size.bytes == len(data)
+        assert (record.detail == "it is UTF-16") == data.startswith(b"\xff\xfe")
+
+
+@pytest.mark.parametrize("data", [b"", b" \r\n\t", b"\x00\x07", "\u3000".encode()])
+def test_a_text_file_without_text_is_no_record_and_no_rejection(data: bytes) -> None:
+    assert list(read_text(io.BytesIO(data), LIMIT)) == []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.zst", "a.csv", "a.parquet", "a.parquet.gz"])
+def test_a_file_without_a_byte_is_not_damaged_but_empty(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch()
+    assert list(FileReader(path, source(name.split(".")[1]), LIMIT)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        (b'{"words":"a","chapter":1}', "no 'text'; it has 'words', 'chapter'"),
+        (b"{}", "no 'text'; it has no field"),
+        (b'{"text":"a","chapter":null,"book":"A"}', "'chapter' is null"),
+        (b'{"text":"a","chapter":1}', "no 'book'; it has 'text', 'chapter'"),
+        (b'{"text":["a"],"chapter":1,"book":"A"}', "'text' is a list"),
+        (b'{"text":"a","chapter":1.5,"book":"A"}', "'chapter' is a number"),
+        (b'{"text":"a","chapter":1,"book":true}', "'book' is true or false"),
+        (b'"a"', "the line is no object in braces"),
+        (b'{"text":"a",}', "at column "),
+        (b'{"text":"a', "Unterminated string starting at column 9"),
+        (b'{"\\ud800\\n' + b"k" * 60 + b'":1}', "it has '\\ud800\\n" + "k" * 38 + "…'"),
+        (b"{" + b",".join(b'"%d":1' % n for n in range(11)) + b"}", "'6', '7' and 3 more"),
+        (b'{"text":"' + b"a" * LIMIT + b'","chapter":1,"book":"A"}', "1,034 bytes"),
+    ],
+)
+def test_a_rejection_says_which_field_is_at_fault_and_which_are_there(line: bytes, detail: str) -> None:
+    (record,) = read_jsonl(line)
+    assert isinstance(record, Rejection)
+    assert detail in record.detail
+    assert record.detail.isprintable()
 
 
 def source(format_: str) -> Source:
@@ -372,6 +409,8 @@ def test_parquet_rows_are_rejected_one_by_one(tmp_path: Path) -> None:
     expected = ["good", "missing field", "not UTF-8", "empty text", "line too long", "good"]
     assert [outcome(record) for record in records] == expected
     assert [record.line for record in records] == [1, 2, 3, 4, 5, 6]
+    details = [record.detail for record in records if isinstance(record, Rejection)]
+    assert details == ["'text' is null", "", "", f"{LIMIT + 1:,} bytes"]
 
 
 @pytest.mark.parametrize(
@@ -379,7 +418,7 @@ def test_parquet_rows_are_rejected_one_by_one(tmp_path: Path) -> None:
     [
         (
             {"body": ["a"], "chapter": [1], "book": ["A"]},
-            "no columns are named 'text'; the file has body, chapter, book",
+            "no columns are named 'text'; the file has 'body', 'chapter', 'book'",
         ),
         ({"text": [1], "chapter": [1], "book": ["A"]}, "the column 'text' holds int64"),
         ({"text": ["a"], "chapter": [1.5], "book": ["A"]}, "the column 'chapter' holds double"),

@@ -1,5 +1,6 @@
 """Quantization: the audit finds what was planted, and the stage resumes like training does."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 import tiny
 from onnx import numpy_helper
 
-from lm import hugging_face, onnx_int8
+from lm import hugging_face, onnx_model
 from lm.model import LanguageModel
+from lm.quantization import PLANS
 from tasks.errors import Refused
 from tasks.quantize.audit import audit, expected_products
+
+PLAN = PLANS["per-token-8"]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +37,18 @@ def model(trained: Path) -> LanguageModel:
 
 @pytest.fixture
 def graph(model: LanguageModel, tmp_path: Path) -> Path:
-    onnx_int8.export(model, tmp_path / "model.onnx")
+    onnx_model.export(model, PLAN, tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
 
 def test_the_audit_counts_what_the_graph_holds(graph: Path, model: LanguageModel) -> None:
-    found = audit(graph, model)
-    assert found.int8_products == len(expected_products(model)) == found.operators["MatMulInteger"]
+    found = audit(graph, model, PLAN)
+    expected = expected_products(model, PLAN)
+    assert found.quantized_products == len(expected)
+    assert found.operators["MatMulInteger"] == [*expected.values()].count("MatMulInteger")
+    # The expansion of the latents is absorbed by the products around it.
+    absorbed = [name for name, operator in expected.items() if operator == "Cast"]
+    assert absorbed == [f"model.layers.{layer}.self_attn.kv_b_proj.int8" for layer in range(2)]
     assert found.float_products == ["model.layers.1.mlp.gate.weight"]
     stored = {weight.name: weight for weight in found.weights}
     assert stored["model.embed_tokens.int8"].type == "int8"
@@ -64,15 +73,15 @@ def _float_of(path: Path, name: str) -> onnx.ModelProto:
     "name",
     [
         "lm_head.int8",
-        "model.layers.0.self_attn.kv_b_proj.int8",
+        "model.layers.0.self_attn.kv_a_proj_with_mqa.int8",
         "model.layers.1.mlp.experts.2.down_proj.int8",
         "model.layers.1.mlp.shared_experts.up_proj.int8",
     ],
 )
 def test_a_layer_left_float_is_named(name: str, graph: Path, model: LanguageModel) -> None:
     onnx.save(_float_of(graph, name), graph)
-    with pytest.raises(Refused, match=rf"{name}\.float is multiplied in float.*{name} is not multiplied in INT8"):
-        audit(graph, model)
+    with pytest.raises(Refused, match=rf"{name}\.float is multiplied in float.*{name} is not read by MatMulInteger"):
+        audit(graph, model, PLAN)
 
 
 def test_a_float_embedding_is_named(graph: Path, model: LanguageModel) -> None:
@@ -82,16 +91,112 @@ def test_a_float_embedding_is_named(graph: Path, model: LanguageModel) -> None:
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), name))
     onnx.save(planted, graph)
     with pytest.raises(Refused, match=r"embed_tokens\.int8 is looked up in float"):
-        audit(graph, model)
+        audit(graph, model, PLAN)
+
+
+def test_a_graph_of_another_scheme_is_refused(graph: Path, model: LanguageModel) -> None:
+    with pytest.raises(Refused, match=r"layers\.0\.mlp\.up_proj\.int4 is not read by MatMulNBits"):
+        audit(graph, model, PLANS["blockwise-4"])
+
+
+def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLANS["blockwise-8"], in_float=("*.down_proj",))
+    onnx_model.export(model, plan, tmp_path / "model.onnx")
+    found = audit(tmp_path / "model.onnx", model, plan)
+    assert "model.layers.0.mlp.down_proj.weight" in found.float_products
+    with pytest.raises(Refused, match=r"mlp\.down_proj\.weight is multiplied in float"):
+        audit(tmp_path / "model.onnx", model, PLANS["blockwise-8"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "kept", "tried"),
+    [
+        ("dynamic", 1.0, "dynamic", ["dynamic post-training"]),
+        ("weight-only-8", -1.0, "weight-only-8", ["weight-only-8 post-training"]),
+        ("weight-only-4", 1.0, "weight-only-4", ["weight-only-4 post-training", "weight-only-4 fine-tuning"]),
+        ("auto", 1.0, "dynamic", ["dynamic post-training"]),
+        ("auto", -1.0, "qat", ["dynamic post-training", "weight-only-8 post-training", "qat fine-tuning"]),
+    ],
+)
+def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
+    trained: Path, asked: str, limit: float, kept: str, tried: list[str]
+) -> None:
+    tiny.write_params(
+        trained,
+        quantize__scheme=asked,
+        quantize__max_relative_loss=limit,
+        quantize__learning_rate=1e-9,
+        quantize__world_size=1,
+    )
+    code, output = tiny.run("quantize", trained)
+    assert code == 0, output
+    found = json.loads((trained / "models/int8/quantization.json").read_text())
+    assert (found["asked"], found["scheme"]) == (asked, kept)
+    assert [f"{trial['scheme']} {trial['after']}" for trial in found["trials"]] == tried
+    losses = {trial["scheme"]: trial["relative_loss"] for trial in found["trials"]}
+    assert all(loss["low"] <= loss["value"] <= loss["high"] for loss in losses.values())
+    # So small a rate changes nothing, so the roundings' own cost shows.
+    assert 0 < max(abs(loss["value"]) for loss in losses.values()) < 0.05
+    operators = json.loads((trained / "models/int8/audit.json").read_text())["operators"]
+    assert ("MatMulNBits" in operators) == kept.startswith("weight-only")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "told"),
+    [
+        (["*.o_prj"], "no layer's name matches '*.o_prj'. Names are model.layers.0.self_attn."),
+        (["*"], "leaves no layer to quantize"),
+    ],
+)
+def test_layers_that_cannot_stay_float_are_told_before_anything_is_trained(
+    trained: Path, patterns: list[str], told: str
+) -> None:
+    tiny.write_params(trained, quantize__in_float=patterns)
+    code, output = tiny.run("quantize", trained)
+    assert code == 2
+    assert f"error: params.yaml: quantize.in_float{':' if 'matches' in told else ''} {told}" in output
+    assert "Traceback" not in output
+
+
+LLAMA = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "intermediate_size": 48,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__model=LLAMA, quantize__scheme="weight-only-8")
+    tiny.write_shards(tmp_path)
+    tiny.write_champion(tmp_path)
+    for stage in ("train", "quantize", "evaluate", "card"):
+        code, output = tiny.run(stage, tmp_path)
+        assert code == 0, output
+    evaluation = json.loads((tmp_path / "models/evaluation.json").read_text())
+    assert abs(evaluation["gate"]["relative_loss"]["value"]) < 0.01
+    card = (tmp_path / "models/card/README.md").read_text()
+    assert "A Qwen3-style language model of" in card
+    assert "| cache a token and layer (numbers) | 32 |" in card
+    assert "| scheme (`quantize.scheme`) | `weight-only-8` (asked: `weight-only-8`) |" in card
 
 
 def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path) -> None:
+    tiny.write_params(trained)
     code, output = tiny.run("quantize", trained)
     assert code == 0, output
     expected = tiny.files_of(trained / "models/int8")
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json", "audit.json"} <= expected.keys()
     report = json.loads(expected["audit.json"])
-    assert report["int8_share_of_bytes"] > 0.5
+    assert report["quantized_share_of_bytes"] > 0.5
 
     for path in trained.glob(".overnight/checkpoints/quantize/*/*"):
         path.unlink()

@@ -11,6 +11,15 @@ ROOT = Path(__file__).parent.parent.parent
 DEFAULT = (ROOT / "params.yaml").read_bytes()
 
 
+def with_sources(listed: str, twice: bool = False) -> bytes:
+    """The default file with other sources, written as YAML in one line."""
+    before, _, rest = DEFAULT.partition(b"  sources:")
+    after = rest[rest.index(b"\ningest:") :]
+    if twice:
+        listed = f"[{', '.join([listed[1:-1]] * 2)}]"
+    return before + f"  sources: {listed}\n".encode() + after
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -22,6 +31,53 @@ DEFAULT = (ROOT / "params.yaml").read_bytes()
         (b"train: {}\n", "collect: missing; add it"),
         (DEFAULT.replace(b"retries: {train: 2", b"retries: {train: -2"), "flow.retries.train: .*greater than or equal"),
         (DEFAULT.replace(b"\nevaluate:", b"\nevalute:"), "evalute: unknown key"),
+        (
+            DEFAULT.replace(b"  learning_rate", b"  lerning_rate", 1),
+            "train.lerning_rate: unknown key; .* `learning_rate`[?]$",
+        ),
+        (
+            DEFAULT.replace(b"    hidden_size", b"    hiden_size"),
+            "train.model.hiden_size: .* did you mean `hidden_size`[?]$",
+        ),
+        (
+            DEFAULT.replace(b"_layers: 4 ", b"_layers: 0 "),
+            "train.model.num_hidden_layers: .* greater than or equal to 1",
+        ),
+        (DEFAULT.replace(b"model_type: deepseek_v3", b"model_type: gpt2"), "train.model.model_type: .* found 'gpt2'$"),
+        (DEFAULT.replace(b"model_type: deepseek_v3", b"# "), "train.model.model_type: missing; add it$"),
+        (
+            DEFAULT.replace(b"    seed: 468", b"    sede: 468"),
+            "ingest.split.sede: unknown key; did you mean `seed`[?]$",
+        ),
+        (DEFAULT.replace(b"text_field", b"text_feld"), "collect.sources.0.text_feld: unknown key; .* `text_field`[?]$"),
+        (
+            DEFAULT.replace(b"\n  seed:", b"\n  xyzzy: 1\n  seed:", 1),
+            "xyzzy: unknown key; remove it or mend its spelling$",
+        ),
+        (with_sources("[]"), "collect.sources: no source is left; .* for example - {name: notes, uri: texts, "),
+        (with_sources(""), "collect.sources: no source is left"),
+        (with_sources("[texts]"), "collect.sources.0: keys with values are needed here, found 'texts'$"),
+        (
+            with_sources(f"{{name: {'a' * 200}}}"),
+            "collect.sources: input should be a valid list, found {'name': 'a{90}…$",
+        ),
+        (
+            with_sources("[{name: a/b, uri: t, format: txt, licence: x}]"),
+            "sources.0.name: the name 'a/b' cannot be that",
+        ),
+        (
+            with_sources("[{name: é, uri: t, format: txt, licence: x}]"),
+            "use up to 100 lowercase letters, digits, - and _",
+        ),
+        (with_sources(f"[{{name: {'a' * 101}, uri: t, format: txt, licence: x}}]"), "use up to 100 lowercase letters"),
+        (with_sources('[{name: "a\\n", uri: t, format: txt, licence: x}]'), "cannot be that of a folder"),
+        (
+            with_sources('[{name: a, uri: "t\\0", format: txt, licence: x}]'),
+            "sources.0.uri: 't\\\\x00' holds a line break",
+        ),
+        (with_sources("[{name: a, uri: t, format: txt}]"), "collect.sources.0.licence: missing; add it"),
+        (with_sources("[{name: a, uri: t, format: csv, licence: x}]"), "source 'a': format csv needs text_field"),
+        (with_sources("[{name: a, uri: t, format: txt, licence: x}]", twice=True), "two sources share the name a"),
         (DEFAULT.replace(b"    valid: 0.05", b"    valid: 0.97"), "leave nothing to train on"),
         (DEFAULT.replace(b"  seed: 1 ", b"  seed: 9999999999999999999999 ", 1), "seed: "),
     ],

@@ -5,23 +5,19 @@ size, V value head size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lm.config import ModelConfig
+from lm.causal import attend
+from lm.config import LatentConfig
 from lm.linear import Linear, together
 from lm.norm import RMSNorm
 from lm.rope import rotate
-
-# On CPUs two plain matrix products beat the flash kernel in bf16 while the scores still fit the cache: forward and
-# backward of 16 x 4 heads of 256 x 64 take 35 ms against 60 ms on one core.
-EXPLICIT_ATTENTION_UP_TO = 512
 
 
 class LatentAttention(nn.Module):
     """Causal attention whose keys and values are expanded from one latent a token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.config = config
         heads, eps = config.num_attention_heads, config.rms_norm_eps
@@ -57,21 +53,5 @@ class LatentAttention(nn.Module):
         k_BHTR = rotate(k_BTR, cos, sin).unsqueeze(1).expand(-1, heads, -1, -1)
         q_BHTQ = torch.cat([q_BHTN, rotate(q_BHTR, cos, sin).to(q_BHTN.dtype)], dim=-1)
         k_BHTQ = torch.cat([k_BHTN, k_BHTR.to(k_BHTN.dtype)], dim=-1)
-        out_BHTV = _attend(q_BHTQ, k_BHTQ, v_BHTV)
+        out_BHTV = attend(q_BHTQ, k_BHTQ, v_BHTV)
         return self.o_proj(out_BHTV.transpose(1, 2).reshape(batch, length, -1))
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    length, width = q.shape[-2:]
-    if q.device.type == "cpu" and length <= EXPLICIT_ATTENTION_UP_TO:
-        # The mask is what the product is added to, and softmax computes in fp32 whatever it reads and writes.
-        future = torch.full((length, length), float("-inf"), dtype=v.dtype, device=q.device).triu(1)
-        heads = q.shape[:-2]
-        scaled, keys = (q * width**-0.5).flatten(0, -3), k.flatten(0, -3)
-        scores = torch.baddbmm(future, scaled, keys.transpose(-1, -2))
-        return scores.softmax(dim=-1).unflatten(0, heads) @ v
-    # The flash kernels want values as wide as keys; zeros beyond the value's width change nothing.
-    padding = width - v.shape[-1]
-    if padding <= 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, F.pad(v, [0, padding]), is_causal=True)[..., :-padding]

@@ -12,13 +12,13 @@ Values = npt.NDArray[np.float64]
 
 
 class Estimate(BaseModel):
-    """A number with its 95% interval."""
+    """A number with its 95% interval; ``low`` and ``high`` are None where a single document gives none."""
 
     model_config = ConfigDict(frozen=True)
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class Bootstrap:
         Both are taken from the same resample, so that a difference between two models over their shared documents is
         paired (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section 4).
         """
+        value = round(scale * numerators.sum() / denominators.sum(), 6)
+        if self.documents == 1:
+            # Every resample would be that document again: an interval of no width, which claims certainty.
+            return Estimate(value=value, low=None, high=None)
         resampled = np.concatenate(
             [scale * (weights @ numerators) / (weights @ denominators) for weights in self._weights()]
         )
         low, high = np.percentile(resampled, [2.5, 97.5])
-        value = scale * numerators.sum() / denominators.sum()
-        return Estimate(value=round(value, 6), low=round(float(low), 6), high=round(float(high), 6))
+        return Estimate(value=value, low=round(float(low), 6), high=round(float(high), 6))
 
     def _weights(self) -> Iterator[Values]:
         # How often each document is drawn in each resample: [some, documents], a bounded number at a time.

@@ -1,0 +1,216 @@
+"""``overnight diff A B``: what differs between two versions, from Git's objects and DVC's cache, without a checkout."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from flows import contents, dvc, environment, objects, project, registry
+from flows.contents import Output
+from flows.git import GitFailed, commit_of, git, show
+from flows.land import is_pointer
+from tasks import paths
+from tasks.errors import TryAgain, UserMistake
+
+ABSENT = "-"
+_MOST_FILES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One value that differs, as it is shown; ``-`` where a side has none."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """How a folder of data differs: the paths of files below it, in order."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = {"added": self.added, "removed": self.removed, "changed": self.changed}
+        return ", ".join(f"{len(files)} {how}" for how, files in counts.items() if files) or "the same files"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """All that differs between two commits. ``data`` is None where a listing is lost; ``code`` are lines of Git."""
+
+    parameters: tuple[Change, ...]
+    data: Files | None
+    code: tuple[str, ...]
+    environment: tuple[Change, ...]
+    metrics: tuple[Change, ...]
+
+
+def diff(first: str, second: str, out: Console) -> int:
+    """Shows what differs between two versions, or any two Git revisions, and returns the exit code, 0."""
+    root = project.find()
+    before, after = resolve(root, first), resolve(root, second)
+    show_difference(out, compare(root, before, after, project.parameters(root).publish.data_remote))
+    return 0
+
+
+def resolve(root: Path, text: str) -> str:
+    """Returns the commit of a version or of any Git revision. Raises :class:`UserMistake` when it is neither."""
+    try:
+        return registry.resolve(root, text).commit
+    except registry.NoSuchVersion as unknown:
+        try:
+            return commit_of(root, text)
+        except GitFailed:
+            raise UserMistake(f"{unknown} Git knows no revision of that name either.") from None
+
+
+def compare(root: Path, before: str, after: str, remote: str | None = None) -> Difference:
+    """Returns what differs between two commits. What DVC's cache has lost comes from its remote."""
+    with dvc.store(root, remote) as store:
+        outputs = [{one.path: one for one in _recorded(root, commit)} for commit in (before, after)]
+        listings = [_files(store, found.get(paths.RAW)) for found in outputs]
+        metrics = [dict(_metrics(root, store, *pair)) for pair in zip((before, after), outputs, strict=True)]
+    theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
+    facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else ()
+    return Difference(
+        parameters=differing(*(flat(_parameters(root, commit)) for commit in (before, after))),
+        data=None if None in listings else differing_files(*(listing or {} for listing in listings)),
+        code=_code(root, before, after),
+        environment=tuple(Change(fact.fact, fact.recorded, fact.here) for fact in facts),
+        metrics=differing(*metrics),
+    )
+
+
+def flat(values: object, name: str = "") -> dict[str, object]:
+    """Returns nested mappings as one, with dotted names. Lists are values."""
+    if not isinstance(values, Mapping):
+        return {name: values}
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def differing(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[Change, ...]:
+    """Returns the names whose values are not the same, in the order of ``before``, then what only ``after`` has."""
+    missing = object()
+    return tuple(
+        Change(name, *(_shown(side[name]) if name in side else ABSENT for side in (before, after)))
+        for name in {**before, **after}
+        if before.get(name, missing) != after.get(name, missing)
+    )
+
+
+def differing_files(before: Mapping[PurePosixPath, str], after: Mapping[PurePosixPath, str]) -> Files:
+    """Returns how two listings of a folder, path to MD5, differ."""
+    return Files(
+        added=tuple(sorted(map(str, after.keys() - before.keys()))),
+        removed=tuple(sorted(map(str, before.keys() - after.keys()))),
+        changed=tuple(sorted(str(path) for path in before.keys() & after.keys() if before[path] != after[path])),
+    )
+
+
+def show_difference(console: Console, found: Difference) -> None:
+    """Prints a section for each kind of difference; ``none`` where there is none."""
+    _changes(console, "parameters", found.parameters)
+    _heading(console, "data")
+    if found.data is None:
+        _line(console, "not known: a list of files is neither in DVC's cache nor at its remote (`dvc fetch -T`)")
+    else:
+        _line(console, f"{paths.RAW}: {found.data}")
+        for how, files in (("+", found.data.added), ("-", found.data.removed), ("~", found.data.changed)):
+            for file in files[:_MOST_FILES]:
+                _line(console, f"{how} {file}")
+            if len(files) > _MOST_FILES:
+                _line(console, f"{how} and {len(files) - _MOST_FILES} more")
+    _heading(console, "code")
+    for line in found.code or ("none",):
+        _line(console, line)
+    _changes(console, "environment", found.environment)
+    _changes(console, "metrics", found.metrics)
+
+
+def _recorded(root: Path, commit: str) -> Sequence[Output]:
+    # Any revision may be compared, one without a pipeline too.
+    return () if show(root, commit, "dvc.lock") is None else contents.recorded(root, commit)
+
+
+def _parameters(root: Path, commit: str) -> object:
+    return _yaml(root, commit, paths.PARAMS)
+
+
+def _yaml(root: Path, commit: str, path: Path) -> Any:
+    try:
+        return YAML(typ="safe").load(show(root, commit, path) or b"") or {}
+    except YAMLError:
+        raise UserMistake(f"{commit[:12]}: {path} is not YAML, so it cannot be compared.") from None
+
+
+def _files(store: dvc.Store, output: Output | None) -> dict[PurePosixPath, str] | None:
+    if output is None:
+        return {}
+    try:
+        return contents.parse_listing(objects.read(store, output))
+    except (objects.Unlisted, TryAgain):
+        return None
+
+
+def _metrics(root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, Output]) -> Iterator[tuple[str, object]]:
+    for stage in (_yaml(root, commit, Path("dvc.yaml")).get("stages") or {}).values():
+        for entry in stage.get("metrics") or []:
+            path = Path(next(iter(entry)) if isinstance(entry, Mapping) else entry)
+            if path.suffix != ".json" or path not in outputs:
+                continue
+            try:
+                content = json.loads(objects.read(store, outputs[path]))
+            except (objects.Unlisted, TryAgain, ValueError):
+                content = "not in DVC's cache nor at its remote"
+            yield from flat(content, path.stem).items()
+
+
+def _code(root: Path, before: str, after: str) -> tuple[str, ...]:
+    names = git(root, "diff", "--name-only", "--relative", "-z", before, after, "--", ".").split("\0")
+    code = [name for name in names if name and not is_pointer(name) and Path(name) != paths.PARAMS]
+    if not code:
+        return ()
+    told = git(root, "-c", "color.ui=false", "diff", "--relative", "--stat=100", before, after, "--", *code)
+    return tuple(line.strip() for line in told.splitlines())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "null" if value is None else str(value)
+
+
+def _changes(console: Console, heading: str, changes: Sequence[Change]) -> None:
+    _heading(console, heading)
+    if not changes:
+        _line(console, "none")
+    elif console.is_terminal:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for change in changes:
+            table.add_row("", *(Text(text) for text in (change.name, change.before, "→", change.after)))
+        console.print(table)
+    else:
+        for change in changes:
+            _line(console, f"{change.name}: {change.before} -> {change.after}")
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(Text(text, style="bold"))
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)

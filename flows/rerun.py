@@ -1,0 +1,98 @@
+"""``overnight rerun``: goes on with a run that failed, was stopped or was killed, under the same id."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from flows import dvc, failures, lock, project, run, runs, server
+from flows.execute import LOGS
+from flows.git import commit_of, is_ancestor
+from flows.terminal import speaker
+from flows.termination import sigterm_raises
+from tasks.errors import UserMistake
+
+
+def rerun(name: str | None, from_stage: str | None, force: bool, wait: bool, out: Console, err: Console) -> int:
+    """Goes on with the run ``name`` (None: the last one that can) and returns the exit code, as ``overnight run`` does.
+
+    Without ``from_stage`` it finishes what the run was asked to do. With one it does that instead, with a finished run
+    too. Raises :class:`UserMistake` when there is nothing to do, :class:`flows.lock.Held` when a run is at work.
+    """
+    root = project.find()
+    chosen = choose(runs.read(root), from_stage is not None) if name is None else runs.find(root, name)
+    if chosen.alive:
+        raise lock.Held(
+            f"run {chosen.run} is at work (process {chosen.pid}); there is nothing to go on with. `overnight status` "
+            "shows how far it is."
+        )
+    if not chosen.can_go_on and from_stage is None:
+        raise UserMistake(
+            f"run {chosen.run} is {chosen.condition}; there is nothing to go on with. `--from STAGE --force` repeats "
+            "stages, `overnight run` starts a new run."
+        )
+    if from_stage is None:
+        from_stage, force = chosen.from_stage, chosen.force or force
+    if chosen.night:
+        return _night(root, chosen, from_stage, force, wait, err)
+    return run.run(run.Request(from_stage, force, wait, chosen), out, err)
+
+
+def choose(known: tuple[runs.Run, ...], finished_too: bool = False) -> runs.Run:
+    """Returns the newest run, which must be one that did not come to its end. Raises :class:`UserMistake`."""
+    for one in reversed(known):
+        if one.state == "skipped":
+            continue
+        if not one.can_go_on and not one.alive and not finished_too:
+            raise UserMistake(
+                f"the last run, {one.run}, is {one.condition}; there is nothing to go on with. Name an older one "
+                "(`overnight runs`) to go on with that, or repeat stages of this one with `--from STAGE --force`."
+            )
+        return one
+    raise UserMistake("there is no run yet. `overnight run` starts one.")
+
+
+def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wait: bool, err: Console) -> int:
+    # The night takes it again, and would wait for whoever came between.
+    with lock.hold(root, chosen.run, wait, tell=speaker(err)):
+        pass
+    if from_stage is not None:
+        dvc.graph(root).check(from_stage, "--from")
+    # The night itself takes the lock; the server's supervisor needs no part in it.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    with sigterm_raises(), server.serve(root, nothing) as serving:
+        # Importing Prefect takes a second, in which the server starts.
+        from flows import flow_runs
+        from flows.nightly import nightly
+
+        serving.wait()
+        if chosen.flow_run is None or not flow_runs.is_known(chosen.flow_run):
+            raise UserMistake(
+                f"the Prefect server at {os.environ['PREFECT_API_URL']} does not know run {chosen.run}. Set "
+                "PREFECT_API_URL to the server that it was started on."
+            )
+        _tell_commit(root, chosen, err)
+        try:
+            state = flow_runs.start(
+                nightly, chosen.flow_run, from_stage=from_stage, force=force, scratch=False, project=str(root)
+            )
+        finally:
+            run.flush()
+    if state.is_completed():
+        return 0
+    failed = runs.find(root, chosen.run)
+    stage = failed.last_stage
+    err.print(f"error: {state.message}", markup=False, highlight=False, soft_wrap=True)
+    if stage is not None and (log := root / LOGS / failed.run / f"{failures.file_name(stage.stage)}.log").is_file():
+        err.print(f"The whole log: {log.relative_to(root)}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"Go on with: overnight rerun {failed.run}", markup=False, highlight=False, soft_wrap=True)
+    return run.EXIT_FAILED
+
+
+def _tell_commit(root: Path, chosen: runs.Run, err: Console) -> None:
+    """Says what the night works on: edits since then, made to mend it perhaps, are no part of it."""
+    if chosen.commit is not None and not is_ancestor(root, commit_of(root, "HEAD"), chosen.commit):
+        speaker(err)(
+            f"run {chosen.run} goes on with what was committed when it began ({chosen.commit[:12]}); later commits are "
+            "for the next night."
+        )

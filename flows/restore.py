@@ -1,0 +1,248 @@
+"""``overnight restore``: a version's files in a folder, each verified against its recorded hash.
+
+What is verified is the file that was written, read again. DVC itself trusts every file of its cache that is marked
+read-only, so a damaged one would pass through `dvc checkout` unseen.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import enum
+import io
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from flows import contents, dvc, project, registry
+from flows.contents import Output
+from flows.git import archive
+from tasks import atomic, paths
+from tasks.errors import UserMistake
+from tasks.progress import Event, sink_for
+
+FOLDER = paths.SCRATCH / "versions"
+EXIT_LOST = 1
+_COPIES_AT_A_TIME = 8
+# In the restored folder: which commit it holds, so that the next attempt may go on in it.
+_MARK = paths.SCRATCH / "restored"
+
+
+class Source(enum.StrEnum):
+    """Where a good copy of a file was found."""
+
+    PLACE = "already there"
+    CACHE = "the cache"
+    REMOTE = "the remote"
+    PROJECT = "the project's own folder"
+    NOWHERE = "nowhere"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """How one file was had. ``damaged``: the cache held other bytes under its hash. ``path`` is relative."""
+
+    path: Path
+    source: Source
+    damaged: bool = False
+    where: str = ""
+
+    def __str__(self) -> str:
+        if self.source is not Source.NOWHERE:
+            return f"{self.path}: was damaged in DVC's cache; mended from {self.source}"
+        cache = "damaged in DVC's cache (removed)" if self.damaged else "missing in DVC's cache"
+        remote = f"no good copy in the remote '{self.where}'" if self.where else "there is no remote to fetch it from"
+        return f"{self.path}: {cache}, and {remote}"
+
+
+Report = Callable[[int, int], object]
+
+
+def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
+    """Restores the version ``name`` into ``to`` and returns the exit code: 0, or 1 when a file is lost.
+
+    Raises :class:`UserMistake` when there is no such version, or ``to`` is no place for it.
+    """
+    root = project.find()
+    version = registry.resolve(root, name)
+    outputs = contents.recorded(root, version.commit)
+    target = (to or root / FOLDER / version.name).absolute()
+    _claim(target, version.commit)
+    _unpack(archive(root, version.commit), target)
+    with progress("restore", err) as report, dvc.store(root, remote(root)) as store:
+        fetched = place(store, outputs, target, root, report)
+    lost = tell(fetched, err)
+    from_remote = sum(one.source is Source.REMOTE for one in fetched)
+    said = f"{len(fetched) - lost} of {len(fetched)} files verified, {from_remote} of them fetched from the remote"
+    where = target.relative_to(root) if target.is_relative_to(root) else target
+    out.print(f"{version.name} is in {where}: {said}", soft_wrap=True, highlight=False, markup=False)
+    return EXIT_LOST if lost else 0
+
+
+def tell(fetched: Sequence[Fetched], err: Console) -> int:
+    """Says a line for each file that was damaged or is lost; returns how many are lost."""
+    for one in fetched:
+        if one.source is Source.NOWHERE:
+            err.print(f"[bold red]error:[/] {escape(str(one))}", soft_wrap=True, highlight=False)
+        elif one.damaged:
+            err.print(escape(str(one)), soft_wrap=True, highlight=False)
+    return sum(one.source is Source.NOWHERE for one in fetched)
+
+
+def remote(root: Path) -> str | None:
+    """Returns the DVC remote that versions are kept in, None for DVC's default one."""
+    return project.parameters(root).publish.data_remote
+
+
+def place(store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path, report: Report) -> tuple[Fetched, ...]:
+    """Writes each file of ``outputs`` below ``target`` and returns how each was had; ``report`` gets bytes and total.
+
+    A file is looked for in ``target``, the cache, the project at ``root``, and the remote; only bytes of the recorded
+    MD5 are taken. A damaged object of the cache is replaced by a good one, or removed where there is none.
+    """
+    wanted: list[tuple[Path, str]] = []
+    found: list[Fetched] = []
+    for output in outputs:
+        if not output.is_folder:
+            wanted.append((output.path, output.md5))
+            continue
+        listing, fetched = read(store, output.path / "(the list of its files)", output.md5, root)
+        if listing is None or fetched.damaged:
+            found.append(fetched)
+        if listing is not None:
+            (target / output.path).mkdir(parents=True, exist_ok=True)
+            wanted.extend((output.path / path, md5) for path, md5 in contents.parse_listing(listing).items())
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(_COPIES_AT_A_TIME) as pool:
+        copies = [pool.submit(_fetch, store, path, md5, target / path, root) for path, md5 in wanted]
+        try:
+            for copy in concurrent.futures.as_completed(copies):
+                done += 1
+                report(done, len(copies))
+                copy.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return (*found, *(copy.result() for copy in copies))
+
+
+def read(store: dvc.Store, path: Path, md5: str, root: Path) -> tuple[bytes | None, Fetched]:
+    """Returns the verified bytes of one object, None where it is lost, and how it was had, named ``path``."""
+    scratch = store.path(md5).parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    copy = _beside(scratch / "read")
+    try:
+        fetched = _fetch(store, path, md5, copy, root)
+        return (None if fetched.source is Source.NOWHERE else copy.read_bytes()), fetched
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _fetch(store: dvc.Store, path: Path, md5: str, target: Path, root: Path) -> Fetched:
+    digest = md5.removesuffix(contents.FOLDER_SUFFIX)
+    if target.is_file() and contents.md5_of(target) == digest:
+        return Fetched(path, Source.PLACE)
+    cached = store.path(md5)
+    damaged = cached.exists() and not _copy(cached, target, digest)
+    if cached.exists() and not damaged:
+        return Fetched(path, Source.CACHE)
+    for source, fill in (
+        (Source.PROJECT, lambda to: _copy_if_there(root / path, to)),
+        (Source.REMOTE, lambda to: store.download(md5, to)),
+    ):
+        if _heal(cached, digest, fill) and _copy(cached, target, digest):
+            return Fetched(path, source, damaged)
+    # DVC would take it for good, here and in every remote that it is pushed to.
+    cached.unlink(missing_ok=True)
+    return Fetched(path, Source.NOWHERE, damaged, store.remote or "")
+
+
+def _copy(source: Path, target: Path, digest: str) -> bool:
+    """Copies the file; returns False, and leaves no copy, when what was written does not have the ``digest``."""
+    with atomic.disk_full_is_told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _beside(target)
+        try:
+            shutil.copyfile(source, partial)
+            if contents.md5_of(partial) != digest:
+                return False
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return True
+
+
+def _heal(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
+    """Puts what ``fill`` writes into the cache, in place of what is there, when it has the ``digest``."""
+    with atomic.disk_full_is_told(cached):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = _beside(cached)
+        try:
+            if not fill(partial) or contents.md5_of(partial) != digest:
+                return False
+            # As DVC keeps its objects.
+            partial.chmod(0o444)
+            os.replace(partial, cached)
+        finally:
+            partial.unlink(missing_ok=True)
+    return True
+
+
+def _copy_if_there(source: Path, target: Path) -> bool:
+    if not source.is_file():
+        return False
+    shutil.copyfile(source, target)
+    return True
+
+
+def _beside(path: Path) -> Path:
+    # Several may fetch one object at a time: equal files of one version, or two commands.
+    return path.with_name(f".partial-{os.getpid()}-{time.monotonic_ns()}-{path.name[:64]}")
+
+
+def _claim(target: Path, commit: str) -> None:
+    """Makes ``target`` a folder that holds ``commit`` and nothing else. Raises :class:`UserMistake` if it cannot be."""
+    mark = target / _MARK
+    if target.exists():
+        held = mark.read_text().strip() if mark.is_file() else None
+        if not target.is_dir():
+            raise UserMistake(f"--to: {target} is a file. Name a folder that is empty or not there yet.")
+        if (target / ".git").exists():
+            raise UserMistake(f"--to: {target} is a Git checkout, whose files would be lost. Name another folder.")
+        if held not in (None, commit):
+            raise UserMistake(f"--to: {target} holds another version (commit {held[:12]}). Name another folder.")
+        if held is None and any(target.iterdir()):
+            raise UserMistake(f"--to: {target} is not empty. Name a folder that is empty or not there yet.")
+    try:
+        atomic.write_text(mark, commit + "\n")
+    except OSError as error:
+        raise UserMistake(f"--to: {target} cannot be written to ({error.strerror}). Name another folder.") from None
+
+
+def _unpack(files: bytes, target: Path) -> None:
+    try:
+        with atomic.disk_full_is_told(target), tarfile.open(fileobj=io.BytesIO(files)) as tar:
+            tar.extractall(target, filter="data")
+    except tarfile.FilterError as error:
+        raise UserMistake(f"{target}: the commit holds a file that would lie outside ({error}).") from None
+
+
+@contextlib.contextmanager
+def progress(name: str, err: Console) -> Iterator[Report]:
+    """Yields what shows on the terminal how many files are verified."""
+    sink = sink_for(err)
+    started = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - started, 1e-6)
+        sink.show(Event(name, "verifying", done, total, "files", rate))
+
+    try:
+        yield report
+    finally:
+        sink.close()

@@ -1,0 +1,233 @@
+"""``overnight schedule``: a Prefect server and a runner of the nightly flow, kept alive in the foreground.
+
+This process holds the schedule's lock and two supervised children: the server (unless PREFECT_API_URL names one) and
+:mod:`flows.serve`, which runs what is due. When it ends, by SIGKILL too, both end with all that descends from them, and
+the lock is free only then: whoever gets it knows that no night of an earlier schedule is still at work.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+
+from flows import project, server, supervise, timetable
+from flows.lock import Holder
+from flows.process import Child
+from flows.timetable import Timetable
+from tasks import paths
+from tasks.errors import TryAgain
+
+LOCK = paths.SCRATCH / "schedule.lock"
+LOG = paths.SCRATCH / "logs" / "schedule.log"
+STARTED = paths.SCRATCH / "schedule.json"
+PORT = 4200
+EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_INTERRUPTED = 130
+_SECONDS_TO_DIE = supervise.GRACE_SECONDS + 7.0
+# A child that ends sooner than this after its start would only end again.
+_SECONDS_TO_PROVE = 30.0
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for. ``port`` is where the project's own server listens, if it is free."""
+
+    at: str | None = None
+    timezone: str | None = None
+    cron: str | None = None
+    port: int = PORT
+
+
+class Started(BaseModel):
+    """What :mod:`flows.serve` tells once its deployment is on the server."""
+
+    model_config = ConfigDict(frozen=True)
+
+    paused: bool
+    # The names of flow runs that had died without a word.
+    crashed: list[str]
+
+
+def schedule(request: Request, out: Console) -> int:
+    """Serves the project in the current folder until it is stopped: returns 143 after SIGTERM, 130 after Ctrl-C.
+
+    Raises :class:`tasks.errors.UserMistake` before anything starts, :class:`tasks.errors.TryAgain` when another
+    ``overnight schedule`` serves the project, or when the server or the runner cannot be kept alive.
+    """
+    root = project.find()
+    project.committed(root)
+    times = timetable.parse(request.at, request.timezone, request.cron)
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        with _sole(root) as descriptor:
+            _keep(root, times, request.port, descriptor, out)
+    except (SystemExit, KeyboardInterrupt) as error:
+        out.print("Stopped. Nothing starts until the next `overnight schedule`.")
+        return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_TERMINATED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def deployment_name(root: Path, shared: bool) -> str:
+    """Returns the name of the deployment; on a server that others share, one that names the machine and the project."""
+    if not shared:
+        return "nightly"
+    return f"nightly-{socket.gethostname()}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
+
+
+def _leave(*_: object) -> None:
+    # Every `with` block on the way ends what it started.
+    sys.exit(EXIT_TERMINATED)
+
+
+@contextlib.contextmanager
+def _sole(root: Path) -> Iterator[int]:
+    """Holds the schedule's lock and yields its descriptor; waits for the processes of one that was killed."""
+    path = root / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _acquire(descriptor, root)
+        os.ftruncate(descriptor, 0)
+        holder = Holder(pid=os.getpid(), run="schedule", since=datetime.now().astimezone())
+        os.pwrite(descriptor, holder.model_dump_json().encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, root: Path) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_DIE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = None
+            with contextlib.suppress(ValidationError):
+                holder = Holder.model_validate_json(os.pread(descriptor, 4096, 0))
+        if (holder is not None and holder.alive) or time.monotonic() > deadline:
+            who = f" (process {holder.pid}, since {holder.since:%Y-%m-%d %H:%M})" if holder else ""
+            raise TryAgain(f"{root}: another `overnight schedule`{who} serves this project. Stop that one first.")
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console) -> NoReturn:
+    shared = bool(os.environ.get("PREFECT_API_URL"))
+    name = deployment_name(root, shared)
+    kept: list[_Kept] = []
+    with contextlib.ExitStack() as stack:
+        if shared:
+            stack.enter_context(server.serve(root, descriptor))
+            address = os.environ["PREFECT_API_URL"]
+        else:
+            # Held open here over the server's restarts: who asks meanwhile waits and is not refused.
+            listening = stack.enter_context(_listen(port))
+            stood = _Kept("Prefect's server", root / server.LOG, lambda: _stand(root, listening, descriptor))
+            kept.append(stack.enter_context(stood))
+            address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        (root / STARTED).unlink(missing_ok=True)
+        command = [sys.executable, "-m", "flows.serve", name, times.cron, times.timezone]
+        environment = _environment(shared)
+        runner = _Kept("the runner", root / LOG, lambda: Child(command, root / LOG, environment, kept=[descriptor]))
+        kept.append(stack.enter_context(runner))
+        told = False
+        while True:
+            for one in kept:
+                one.look(out)
+            if not told and (root / STARTED).exists():
+                _tell(out, Started.model_validate_json((root / STARTED).read_bytes()), times, address)
+                told = True
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _environment(shared: bool) -> dict[str, str]:
+    # On a server that others share an automation marks as crashed what sends none, with its machine gone. On our own
+    # the runner sees to that.
+    heartbeats = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"} if shared else {}
+    return {**heartbeats, **os.environ, **_LOGGED}
+
+
+# The runner has a log of its own, which is where to look when a night did not start.
+_LOGGED = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+    "PREFECT_LOGGING_ROOT_LEVEL": "WARNING",
+    "PREFECT_LOGGING_COLORS": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class _Kept:
+    """A child that is started again when it ends by itself. Leaving the ``with`` block ends it."""
+
+    def __init__(self, name: str, log: Path, start: Callable[[], Child]) -> None:
+        self._name, self._log, self._start = name, log, start
+
+    def __enter__(self) -> Self:
+        self._since = time.monotonic()
+        self._child = self._start()
+        return self
+
+    def look(self, out: Console) -> None:
+        """Starts the child again when it has ended. Raises :class:`TryAgain` when it ended right after its start."""
+        code = self._child.wait(0)
+        if code is None:
+            return
+        self._child.stop()
+        if time.monotonic() - self._since < _SECONDS_TO_PROVE:
+            raise TryAgain(f"{self._name} ended soon after its start (exit code {code}); its log is {self._log}.")
+        out.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._name} ended (exit code {code}); it is started again.")
+        self.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.stop()
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return server.listen(port)
+    except OSError:
+        # Somebody else has it, such as the schedule of another project.
+        return server.listen(0)
+
+
+def _stand(root: Path, listening: socket.socket, descriptor: int) -> Child:
+    standing, child = server.stand(root, listening, descriptor)
+    try:
+        standing.wait()
+    except BaseException:
+        child.stop()
+        raise
+    server.announce(root, listening.getsockname()[1])
+    return child
+
+
+def _tell(out: Console, started: Started, times: Timetable, address: str) -> None:
+    for run in started.crashed:
+        out.print(f"Run {run} had died without a word. It is marked as crashed; `overnight rerun` goes on with it.")
+    now = datetime.now().astimezone()
+    start = times.next(now)
+    minutes = (start - now + timedelta(seconds=59)) // timedelta(minutes=1)
+    out.print(f"Next run: {start:%A %Y-%m-%d %H:%M} {times.timezone}, in {minutes // 60} h {minutes % 60} min.")
+    if started.paused:
+        out.print("The deployment is paused: nothing starts until you resume it in Prefect's UI.")
+    out.print(f"Runs and their logs: {address}", soft_wrap=True)
+    out.print(
+        "Stop with Ctrl-C; a run at work ends with it, and `overnight rerun` goes on where it was.", soft_wrap=True
+    )

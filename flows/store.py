@@ -1,0 +1,133 @@
+"""The objects that DVC keeps, by their MD5: a project's cache and a remote. :func:`flows.dvc.store` yields them."""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import TryAgain
+
+
+class Store:
+    """The objects of a project by their MD5: its cache and, behind it, a remote."""
+
+    def __init__(self, cache: Any, remote: Any | None, name: str | None) -> None:
+        self._cache, self._remote, self.remote = cache, remote, name
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache lies."""
+        return Path(self._cache.path)
+
+    def path(self, md5: str) -> Path:
+        """Returns where the object lies in the cache, whether or not it is there."""
+        return Path(self._cache.oid_to_path(md5))
+
+    def download(self, md5: str, target: Path) -> bool:
+        """Copies the object from the remote to ``target``; returns False where the remote has none.
+
+        Raises :class:`TryAgain` when the remote cannot be asked.
+        """
+        if self._remote is None:
+            return False
+        with self._remote_is_told():
+            try:
+                # Asking first whether it exists would be a no when an HTTP remote does not answer.
+                self._remote.fs.get_file(self._remote.oid_to_path(md5), os.fspath(target))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def lacking(self, md5s: Iterable[str]) -> set[str]:
+        """Returns those objects that the remote does not hold. Raises :class:`TryAgain` when it cannot be asked."""
+        assert self._remote is not None
+        wanted = sorted(md5s)
+        with self._remote_is_told():
+            return set(wanted) - set(self._remote.list_oids_exists(wanted))
+
+    def upload(self, md5s: Iterable[str]) -> None:
+        """Copies those objects that the cache holds to the remote. Raises as :func:`lacking` does."""
+        assert self._remote is not None
+        with self._remote_is_told():
+            # Files before the listings that name them.
+            for md5 in sorted(md5s, key=lambda md5: md5.endswith(".dir")):
+                if self.path(md5).is_file():
+                    self._remote.add(os.fspath(self.path(md5)), self._cache.fs, md5, check_exists=False)
+
+    def cached(self) -> dict[str, int]:
+        """Returns every object of the cache, with its size in bytes."""
+        files = self.folder.glob("??/*")
+        return {
+            md5: file.stat().st_size
+            for file in files
+            if _OBJECT.fullmatch(md5 := file.parent.name + file.name) and file.is_file()
+        }
+
+    def stored(self) -> dict[str, "Stored"]:
+        """Returns every object of the remote. Raises as :func:`lacking` does."""
+        assert self._remote is not None
+        with self._remote_is_told():
+            # The file system below DVC's own, which would give names alone; that of folders gives names all the same.
+            system = self._remote.fs.fs
+            entries = system.find(self._remote.path, detail=True)
+            if not isinstance(entries, Mapping):
+                entries = {place: system.info(place) for place in entries}
+        found = {}
+        for place, entry in entries.items():
+            md5 = "".join(str(place).split("/")[-2:])
+            if _OBJECT.fullmatch(md5):
+                found[md5] = Stored(int(entry.get("size") or 0), _modified(entry))
+        return found
+
+    def discard(self, md5s: Iterable[str], remote: bool = False) -> None:
+        """Removes objects from the cache, or from the remote; listings go before the files that they name."""
+        ordered = sorted(md5s, key=lambda md5: not md5.endswith(".dir"))
+        if not remote:
+            for md5 in ordered:
+                self.path(md5).unlink(missing_ok=True)
+            return
+        assert self._remote is not None
+        with self._remote_is_told():
+            from dvc_data.hashfile.db import get_index
+
+            self._remote.fs.remove([self._remote.oid_to_path(md5) for md5 in ordered])
+            # DVC remembers what it has pushed, and would not push it once more.
+            get_index(self._remote).clear()
+
+    @contextlib.contextmanager
+    def _remote_is_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Each kind of remote has exceptions of its own.
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise TryAgain(f"DVC's remote '{self.remote}' does not answer: {told}. Run this again later.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An object of a remote: its size in bytes, and when it was written, in seconds since 1970, where that is known."""
+
+    size: int
+    modified: float | None
+
+
+_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
+
+
+def _modified(entry: Mapping[str, Any]) -> float | None:
+    # A folder says mtime, S3 LastModified, Azure last_modified, Google updated.
+    for name in ("mtime", "LastModified", "last_modified", "updated", "modified"):
+        value = entry.get(name)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

@@ -1,0 +1,79 @@
+"""SIGTERM: leaves every ``with`` block in order, and is gone in any case before whoever sent it loses patience.
+
+A machine that shuts down ends everything at the same moment, Prefect's server too. Prefect then tries for minutes to
+tell it how the run ended, and complains about that at length.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+# The supervisors of what still lives take up to three more; ten is what a service manager's patience may be.
+_SECONDS_TO_END = 6.5
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. No :class:`Exception`, so that nothing on the way takes it for a fault of its own."""
+
+
+def _tell() -> None:
+    print("terminated; `overnight rerun` goes on where this run stopped.", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
+    """Makes SIGTERM raise :class:`Terminated` in the block; the block then ends the process, with exit code 143.
+
+    ``tell`` prints the last line; nothing else is printed after the signal. Prefect has a handler of its own while a
+    flow runs, and calls the one that is set here only when it has finished: so a thread watches too.
+    """
+    stderr = sys.stderr
+    arrived = threading.Event()
+    said = threading.Lock()
+    awake, wake = os.pipe()
+    os.set_blocking(wake, False)
+
+    def say() -> None:
+        if said.acquire(blocking=False):
+            with contextlib.redirect_stderr(stderr):
+                tell()
+
+    def watch() -> None:
+        while numbers := os.read(awake, 64):
+            if signal.SIGTERM in numbers:
+                arrived.set()
+                logging.disable(logging.CRITICAL)
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+                time.sleep(_SECONDS_TO_END)
+                say()
+                # What still lives is tied to this process by a pipe and ends with it.
+                os._exit(EXIT_TERMINATED)
+        os.close(awake)
+
+    def terminate(*_: object) -> None:
+        arrived.set()
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    other = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True, name="sigterm").start()
+    try:
+        yield
+    except BaseException:
+        # Whatever the signal has become on its way through Prefect.
+        if not arrived.is_set():
+            raise
+    finally:
+        if not arrived.is_set():
+            signal.signal(signal.SIGTERM, before)
+            signal.set_wakeup_fd(other)
+            os.close(wake)
+    if arrived.is_set():
+        say()
+        sys.exit(EXIT_TERMINATED)

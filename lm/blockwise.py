@@ -1,0 +1,133 @@
+"""Products of weights and activations that share a scale in blocks of 32: as close as 8 bits come, or in 4 bits.
+
+Weights: 8 or 4 bits, symmetric, a scale a block of 32 inputs. Activations: signed 8 bits, symmetric, a scale a block,
+rounded when they are multiplied. This is what onnxruntime's ``MatMulNBits`` computes at ``accuracy_level`` 4, and
+llama.cpp with its Q8_0 and Q4_0 weights (ggml-quants.c). Gradients pass straight through (arXiv 1308.3432).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from lm.graph import FLOAT, Graph
+from lm.scheme import Operand
+
+BLOCK = 32
+# Of MatMulNBits: activations are rounded to 8 bits.
+_ACCURACY_LEVEL = 4
+# A block of zeros has this scale, and stays a block of zeros.
+_SMALLEST_SCALE = 1e-12
+
+
+def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``weight`` [out, in] as integers [out, blocks, 32] and their scales [out, blocks, 1], both fp32.
+
+    The last block is filled up with zeros. 8 bits hold -127 ... 127, 4 bits -7 ... 7.
+    """
+    blocks = _blocks(weight.float())
+    scales = (blocks.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=_SMALLEST_SCALE)
+    return (blocks / scales).round(), scales
+
+
+class _FakeQuantWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, bits: int) -> torch.Tensor:
+        integers, scales = quantize_weight(weight, bits)
+        return (integers * scales).flatten(-2)[..., : weight.shape[-1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _FakeQuantActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        blocks = _blocks(x.float())
+        scales = blocks.abs().amax(dim=-1, keepdim=True) / 127
+        # By the reciprocal, as the kernel does it: a quotient may round to the other side.
+        inverse = torch.where(scales > 0, 1 / scales, 0)
+        return ((blocks * inverse).round() * scales).flatten(-2)[..., : x.shape[-1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+def _blocks(x: torch.Tensor) -> torch.Tensor:
+    return F.pad(x, [0, -x.shape[-1] % BLOCK]).unflatten(-1, (-1, BLOCK))
+
+
+def fake_quant_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns ``weight`` [out, in] rounded block by block, in fp32. Twin of what :meth:`Blockwise.lower` stores."""
+    result: torch.Tensor = _FakeQuantWeight.apply(weight, bits)
+    return result
+
+
+def fake_quant_activations(x: torch.Tensor) -> torch.Tensor:
+    """Returns ``x`` [..., K] rounded block by block to 8 bits, in fp32. Twin of what ``MatMulNBits`` does with it."""
+    result: torch.Tensor = _FakeQuantActivations.apply(x)
+    return result
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """onnxruntime's ``MatMulNBits`` with weights of ``bits`` bits."""
+
+    bits: Literal[4, 8]
+    operator: str = "MatMulNBits"
+
+    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(fake_quant_activations(x), fake_quant_weight(weight, self.bits))
+
+    def operand(self, graph: Graph, x: str) -> Operand:
+        return (x,)
+
+    def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
+        integers, scales = quantize_weight(weight.detach(), self.bits)
+        outputs, inputs = weight.shape
+        return graph.op(
+            "MatMulNBits",
+            *x,
+            graph.weight(self.stored(name), self._pack(integers)),
+            graph.weight(f"{name}.scales", scales.squeeze(-1).numpy()),
+            domain="com.microsoft",
+            N=outputs,
+            K=inputs,
+            bits=self.bits,
+            block_size=BLOCK,
+            accuracy_level=_ACCURACY_LEVEL,
+        )
+
+    def rounded(self, graph: Graph, x: str) -> str:
+        width = graph.op("Shape", x, start=1, end=2)
+        # Filled up to whole blocks, as the kernel does it.
+        missing = graph.op("Mod", graph.op("Neg", width), graph.ints(BLOCK))
+        padded = graph.op("Pad", x, graph.op("Concat", graph.ints(0, 0, 0), missing, axis=0))
+        blocks = graph.op("Reshape", padded, graph.ints(0, -1, BLOCK))
+        scales = graph.op("ReduceMax", graph.op("Abs", blocks), graph.ints(-1), keepdims=1)
+        scales = graph.op("Div", scales, graph.number(127.0))
+        inverse = graph.op("Div", graph.number(1.0), graph.op("Max", scales, graph.number(_SMALLEST_SCALE)))
+        rounded = graph.op("Mul", graph.op("Round", graph.op("Mul", blocks, inverse)), scales)
+        return graph.op("Slice", graph.op("Flatten", rounded), graph.ints(0), width, graph.ints(1))
+
+    def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:
+        # A byte a number whatever the weight has: the graph knows no product of blocks that could be sliced into heads.
+        integers, scales = quantize_weight(weight.detach(), self.bits)
+        values = graph.op("Cast", graph.weight(self.stored(name), integers.to(torch.int8).numpy()), to=FLOAT)
+        rounded = graph.op("Mul", values, graph.weight(f"{name}.scales", scales.numpy()))
+        return graph.op(
+            "Slice", graph.op("Flatten", rounded), graph.ints(0), graph.ints(weight.shape[1]), graph.ints(1)
+        )
+
+    def stored(self, name: str) -> str:
+        return f"{name}.int{self.bits}"
+
+    def _pack(self, integers: torch.Tensor) -> npt.NDArray[np.uint8]:
+        # Unsigned around half the range; of two 4-bit numbers the first lies in the low half of its byte.
+        shifted = (integers.numpy() + 2 ** (self.bits - 1)).astype(np.uint8)
+        return shifted if self.bits == 8 else shifted[..., 0::2] | (shifted[..., 1::2] << 4)

@@ -1,0 +1,146 @@
+"""The graph of a model, written node by node: what a :class:`lm.quantization.Plan` makes of it in floating point is
+what onnxruntime computes.
+
+Inputs: ``input_ids`` [batch, length] and for each layer ``past_I`` [batch, past, width], what it keeps of the tokens
+before (a past of 0 tokens is fine; :mod:`lm.onnx_attention` says what it holds). Outputs: ``logits`` [batch, length,
+vocabulary] and ``present_I``, the past with the new tokens appended.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
+from lm.graph import FLOAT, INT64
+from lm.grouped import GroupedAttention
+from lm.latent import LatentAttention
+from lm.model import Block, LanguageModel
+from lm.onnx_attention import grouped, latent
+from lm.per_token import quantize_weight
+from lm.planned_graph import PlannedGraph, array
+from lm.quantization import Plan
+from lm.scheme import Rows
+
+
+def export(model: LanguageModel, plan: Plan, path: Path) -> None:
+    """Writes the graph of ``model`` to ``path`` and its weights beside it; equal models give equal bytes."""
+    config = model.config
+    graph = PlannedGraph(plan)
+    width = config.cache_width
+    ids = graph.input("input_ids", INT64, ["batch", "length"])
+    pasts = [graph.input(f"past_{index}", FLOAT, ["batch", "past", width]) for index in range(config.num_hidden_layers)]
+    cos, sin = _rotations(graph, model, ids, pasts[0])
+    x = _embed(graph, model, ids)
+    for index, layer in enumerate(model.model.layers):
+        assert isinstance(layer, Block)
+        with graph.scope(f"layer_{index}"):
+            x, present = _block(graph, f"model.layers.{index}", layer, x, pasts[index], cos, sin)
+        graph.output(present, f"present_{index}", FLOAT, ["batch", "total", width])
+    with graph.scope("head"):
+        normed = graph.norm("model.norm", model.model.norm, x)
+        logits = graph.like(graph.linear("lm_head", model.lm_head, graph.rows(normed)), ids, config.vocab_size)
+    graph.output(logits, "logits", FLOAT, ["batch", "length", config.vocab_size])
+    graph.save(path)
+
+
+def _embed(graph: PlannedGraph, model: LanguageModel, ids: str) -> str:
+    integers, scales = quantize_weight(model.model.embed_tokens.weight.detach())
+    name = "model.embed_tokens"
+    rows = graph.op("Gather", graph.weight(f"{name}.int8", integers.numpy()), ids)
+    return graph.op(
+        "Mul",
+        graph.op("Cast", rows, to=FLOAT),
+        graph.op("Gather", graph.weight(f"{name}.scales", array(scales)), ids),
+    )
+
+
+def _rotations(graph: PlannedGraph, model: LanguageModel, ids: str, past: str) -> tuple[str, str]:
+    first = graph.op("Squeeze", graph.op("Shape", past, start=1, end=2), graph.ints(0))
+    length = graph.op("Squeeze", graph.op("Shape", ids, start=1, end=2), graph.ints(0))
+    one = graph.weight("one", np.array(1, dtype=np.int64))
+    positions = graph.op("Range", first, graph.op("Add", first, length), one)
+    cos, sin = model.model.rotations
+    return (
+        graph.op("Gather", graph.weight("rotations.cos", array(cos)), positions),
+        graph.op("Gather", graph.weight("rotations.sin", array(sin)), positions),
+    )
+
+
+def _block(graph: PlannedGraph, name: str, block: Block, x: str, past: str, cos: str, sin: str) -> tuple[str, str]:
+    normed = graph.norm(f"{name}.input_layernorm", block.input_layernorm, x)
+    attention = block.self_attn
+    if isinstance(attention, LatentAttention):
+        attended, present = latent(graph, f"{name}.self_attn", attention, normed, past, cos, sin)
+    else:
+        assert isinstance(attention, GroupedAttention)
+        attended, present = grouped(graph, f"{name}.self_attn", attention, normed, past, cos, sin)
+    x = graph.op("Add", x, attended)
+    normed = graph.norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm, x)
+    if isinstance(block.mlp, MixtureOfExperts):
+        y = _mixture(graph, f"{name}.mlp", block.mlp, normed)
+    else:
+        assert isinstance(block.mlp, SwiGLU)
+        y = _swiglu(graph, f"{name}.mlp", block.mlp, graph.rows(normed))
+    return graph.op("Add", x, graph.op("Reshape", y, graph.op("Shape", x))), present
+
+
+def _swiglu(graph: PlannedGraph, name: str, layer: SwiGLU, x: Rows) -> str:
+    gate = graph.linear(f"{name}.gate_proj", layer.gate_proj, x)
+    up = graph.linear(f"{name}.up_proj", layer.up_proj, x)
+    return graph.linear(f"{name}.down_proj", layer.down_proj, Rows(graph, _silu_mul(graph, gate, up)))
+
+
+def _silu_mul(graph: PlannedGraph, gate: str, up: str) -> str:
+    return graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
+
+
+def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
+    flat = graph.op("Flatten", x, axis=2)
+    gates = _gates(graph, f"{name}.gate", layer.gate, flat)
+    rows = Rows(graph, flat)
+    y = _swiglu(graph, f"{name}.shared_experts", layer.shared_experts, rows)
+    for index in range(len(layer.experts.gate_up_proj)):
+        with graph.scope(f"expert_{index}"):
+            y = _add_expert(graph, f"{name}.experts", layer.experts, index, rows, gates, y)
+    return y
+
+
+def _add_expert(graph: PlannedGraph, name: str, experts: Experts, index: int, x: Rows, gates: str, y: str) -> str:
+    # Only the tokens that chose this expert go through it; with none of them every tensor here has no rows.
+    gate = graph.op("Gather", gates, graph.weight(f"index_{index}", np.array(index, np.int64)), axis=1)
+    chosen = graph.op("Squeeze", graph.op("NonZero", gate), graph.ints(0))
+    both = graph.product(f"{name}.{index}.gate_up_proj", experts.gate_up_proj[index], x.take(chosen), layer=name)
+    left, right = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
+    hidden = Rows(graph, _silu_mul(graph, left, right))
+    out = graph.product(f"{name}.{index}.down_proj", experts.down_proj[index], hidden, layer=name)
+    weighted = graph.op("Mul", out, graph.op("Unsqueeze", graph.op("Gather", gate, chosen), graph.ints(1)))
+    return graph.op("ScatterND", y, graph.op("Unsqueeze", chosen, graph.ints(1)), weighted, reduction="add")
+
+
+def _gates(graph: PlannedGraph, name: str, router: Router, x: str) -> str:
+    # [N, E]: the weight of each expert's output for each token, 0 where it was not chosen. Twin of `Router.forward`.
+    config = router.config
+    scores = graph.op("Sigmoid", graph.op("MatMul", x, graph.weight(f"{name}.weight", array(router.weight).T)))
+    biased = graph.op("Add", scores, graph.weight(f"{name}.bias", array(router.e_score_correction_bias)))
+    if config.topk_group < config.n_group:
+        biased = _mask_groups(graph, biased, config.n_group, config.topk_group)
+    _, chosen = graph.ops("TopK", biased, graph.ints(config.num_experts_per_tok), outputs=2, axis=-1)
+    weights = graph.op("GatherElements", scores, chosen, axis=1)
+    if config.norm_topk_prob:
+        total = graph.op("ReduceSum", weights, graph.ints(-1), keepdims=1)
+        weights = graph.op("Div", weights, graph.op("Add", total, graph.number(1e-20)))
+    weights = graph.op("Mul", weights, graph.number(config.routed_scaling_factor))
+    nothing = graph.op("Mul", scores, graph.number(0.0))
+    return graph.op("ScatterElements", nothing, chosen, weights, axis=1)
+
+
+def _mask_groups(graph: PlannedGraph, biased: str, groups: int, kept: int) -> str:
+    grouped = graph.op("Reshape", biased, graph.ints(0, groups, -1))
+    best_two, _ = graph.ops("TopK", grouped, graph.ints(2), outputs=2, axis=-1)
+    strength = graph.op("ReduceSum", best_two, graph.ints(-1), keepdims=0)
+    _, best = graph.ops("TopK", strength, graph.ints(kept), outputs=2, axis=-1)
+    minus = graph.op("Expand", graph.number(float("-inf")), graph.op("Shape", strength))
+    open_ = graph.op("Expand", graph.number(0.0), graph.op("Shape", best))
+    mask = graph.op("ScatterElements", minus, best, open_, axis=1)
+    masked = graph.op("Add", grouped, graph.op("Unsqueeze", mask, graph.ints(2)))
+    return graph.op("Reshape", masked, graph.op("Shape", biased))

@@ -1,0 +1,112 @@
+"""INT8 products with one activation scale a token and one weight scale an output channel.
+
+Activations: unsigned 8 bits, asymmetric, one scale and zero point a token. Weights: signed 8 bits, symmetric, one scale
+an output channel. Ranges are taken in fp32. Gradients pass straight through the rounding (arXiv 1308.3432): nothing is
+clipped, because each range is that of the very values it scales. Not one scale a tensor, as ``quantize_dynamic`` has
+it: a token's result would depend on its batch, and what quantization-aware training learned would be lost.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lm.graph import FLOAT, INT32, UINT8, Graph
+from lm.scheme import Operand
+
+# Keeps the scale of an all-zero token or channel from dividing by zero; far below any scale that matters.
+SMALLEST_SCALE = 1e-12
+
+
+def weight_scales(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the scales [..., 1] that map each last axis of ``weight`` onto -127 ... 127."""
+    return (weight.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=SMALLEST_SCALE)
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``weight`` [..., in] as int8 and its scales [..., 1] in fp32: weight ~ int8 x scale."""
+    scales = weight_scales(weight.float())
+    return (weight.float() / scales).round().to(torch.int8), scales
+
+
+class _FakeQuantTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        low = x32.amin(dim=-1, keepdim=True).clamp(max=0)
+        high = x32.amax(dim=-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=SMALLEST_SCALE)
+        zero = (-low / scale).round()
+        return (((x32 / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+class _FakeQuantRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        integers, scales = quantize_weight(weight)
+        return integers.float() * scales
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+def fake_quant_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Returns ``x`` [..., K] rounded to 256 levels a token, in fp32. Twin of :meth:`PerToken.operand`."""
+    result: torch.Tensor = _FakeQuantTokens.apply(x)
+    return result
+
+
+def fake_quant_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Returns ``weight`` [..., in] rounded to 255 levels a row, in fp32. Twin of the int8 initializers of the graph."""
+    result: torch.Tensor = _FakeQuantRows.apply(weight)
+    return result
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """u8 activations a token, s8 weights a channel: onnxruntime's ``MatMulInteger``."""
+
+    operator: str = "MatMulInteger"
+
+    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(fake_quant_tokens(x), fake_quant_rows(weight))
+
+    def operand(self, graph: Graph, x: str) -> Operand:
+        """Returns uint8 values [N, K], their fp32 scales [N] and uint8 zero points [N]."""
+        zero = graph.number(0.0)
+        low = graph.op("Min", graph.op("ReduceMin", x, graph.ints(-1), keepdims=0), zero)
+        high = graph.op("Max", graph.op("ReduceMax", x, graph.ints(-1), keepdims=0), zero)
+        span = graph.op("Div", graph.op("Sub", high, low), graph.number(255.0))
+        scale = graph.op("Max", span, graph.number(SMALLEST_SCALE))
+        point = graph.op("Cast", graph.op("Round", graph.op("Div", graph.op("Neg", low), scale)), to=UINT8)
+        return graph.op("QuantizeLinear", x, scale, point, axis=0), scale, point
+
+    def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
+        """The zero points are taken out in exact integers: (x - zero) @ w = x @ w - zero * (column sums of w)."""
+        values, scale, point = x
+        integers, scales = quantize_weight(weight.detach())
+        columns = integers.numpy().T
+        product = graph.op("MatMulInteger", values, graph.weight(self.stored(name), columns))
+        sums = graph.weight(f"{name}.sums", columns.sum(axis=0, dtype=np.int32))
+        zeros = graph.op("Unsqueeze", graph.op("Cast", point, to=INT32), graph.ints(1))
+        exact = graph.op("Sub", product, graph.op("Mul", zeros, sums))
+        scaled = graph.op("Mul", graph.op("Cast", exact, to=FLOAT), graph.op("Unsqueeze", scale, graph.ints(1)))
+        return graph.op("Mul", scaled, graph.weight(f"{name}.scales", scales.squeeze(-1).numpy()))
+
+    def rounded(self, graph: Graph, x: str) -> str:
+        return graph.op("DequantizeLinear", *self.operand(graph, x), axis=0)
+
+    def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:
+        integers, scales = quantize_weight(weight.detach())
+        values = graph.op("Cast", graph.weight(self.stored(name), integers.numpy()), to=FLOAT)
+        return graph.op("Mul", values, graph.weight(f"{name}.scales", scales.numpy()))
+
+    def stored(self, name: str) -> str:
+        return f"{name}.int8"

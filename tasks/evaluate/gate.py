@@ -1,0 +1,70 @@
+"""The gate: three checks, each by the upper end of a 95% interval over documents, each with its reason in one line."""
+
+from tasks.bootstrap import Estimate
+from tasks.evaluate.params import EvaluateParams
+from tasks.evaluate.report import ChampionResult, Check, CheckName, Gate
+
+_NO_INTERVAL = "one document gives no interval; bring more groups of text, or raise ingest.split.test in params.yaml"
+
+
+def decide(
+    relative_loss: Estimate, champion: ChampionResult | None, bits_per_byte: Estimate, limits: EvaluateParams
+) -> Gate:
+    """Returns the verdict. ``relative_loss`` is INT8's against float's, ``bits_per_byte`` INT8's own."""
+    checks = (
+        _against_float(relative_loss, limits.max_relative_loss),
+        _against_champion(champion, limits.max_regression),
+        _absolute(bits_per_byte, limits.max_bits_per_byte),
+    )
+    passed = all(check.passed for check in checks)
+    return Gate(passed=passed, relative_loss=relative_loss, limit=limits.max_relative_loss, checks=checks)
+
+
+def _against_float(loss: Estimate, limit: float) -> Check:
+    told = f"INT8's loss is {_change(loss)} of float's; the limit is {limit:+.2%}"
+    return _check("int8_against_float", loss, limit, told, "raise quantize.steps, or evaluate.max_relative_loss")
+
+
+def _against_champion(champion: ChampionResult | None, limit: float) -> Check:
+    if champion is None:
+        return Check(name="against_champion", passed=True, limit=limit, reason="no champion yet")
+    told = f"INT8's loss is {_change(champion.relative_loss)} of {champion.version}'s; the limit is {limit:+.2%}"
+    if not champion.same_split:
+        told += f" (text was split otherwise then: {champion.version} may have been trained on this text)"
+    return _check("against_champion", champion.relative_loss, limit, told, f"{champion.version} stays the champion")
+
+
+def _absolute(bits: Estimate, limit: float | None) -> Check:
+    if limit is None:
+        return Check(
+            name="bits_per_byte",
+            passed=True,
+            value=bits.value,
+            low=bits.low,
+            high=bits.high,
+            reason="no limit on bits per byte is set",
+        )
+    high = "" if bits.high is None else f", at most {bits.high:.3f}"
+    told = f"INT8 needs {bits.value:.3f} bits a byte{high}; the limit is {limit:.3f}"
+    return _check("bits_per_byte", bits, limit, told, "train longer, or raise evaluate.max_bits_per_byte")
+
+
+def _check(name: CheckName, estimate: Estimate, limit: float, told: str, advice: str) -> Check:
+    passed = estimate.high is not None and estimate.high < limit
+    if estimate.high is None:
+        told = f"{told}; {_NO_INTERVAL}"
+    elif not passed:
+        told = f"{told}; {advice}"
+    return Check(
+        name=name,
+        passed=passed,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        limit=limit,
+        reason=told,
+    )
+
+
+def _change(loss: Estimate) -> str:
+    return f"{loss.value:+.2%}" + ("" if loss.high is None else f" (at most {loss.high:+.2%})")

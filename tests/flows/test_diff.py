@@ -1,0 +1,116 @@
+"""What differs between two versions, found without a checkout."""
+
+import io
+import json
+import shutil
+from pathlib import PurePosixPath
+
+import pytest
+from publishing import Clone
+from rich.console import Console
+
+from flows import diff, registry
+from flows.diff import Change, Files
+from flows.git import commit_of, git
+from tasks.errors import UserMistake
+
+
+def shown(first: str, second: str) -> dict[str, list[str]]:
+    """The lines of each section."""
+    out = io.StringIO()
+    assert diff.diff(first, second, Console(file=out, width=80)) == 0
+    sections: dict[str, list[str]] = {}
+    heading = ""
+    for line in out.getvalue().splitlines():
+        if line.startswith("  "):
+            sections[heading].append(line[2:])
+        else:
+            heading = line
+            sections[heading] = []
+    return sections
+
+
+def test_two_versions(published: Clone) -> None:
+    # A third version, made by other code on another machine.
+    (published.root / "data/raw/a.txt").write_text("Changed.\n")
+    (published.root / "data/raw/b.txt").unlink()
+    with (published.root / "stage.py").open("a") as file:
+        file.write("# one line\n")
+    published.run()
+    facts = json.loads((published.root / "environment.json").read_text())
+    (published.root / "environment.json").write_text(json.dumps({**facts, "python": "3.11.0"}))
+    third = published.commit()
+
+    sections = shown("v1.1.0", "HEAD")
+    assert sections["parameters"] == ["none"]
+    assert sections["data"] == ["data/raw: 1 removed, 1 changed", "- b.txt", "~ a.txt"]
+    assert sections["code"] == ["stage.py | 1 +", "1 file changed, 1 insertion(+)"]
+    assert sections["environment"] == [f"python: {facts['python']} -> 3.11.0"]
+    assert sections["metrics"] == ["none"]
+
+    sections = shown("v1.0.0", "lm@v1.1.0")
+    assert sections["parameters"] == ["train.learning_rate: 0.25 -> 0.75"]
+    assert sections["data"] == ["data/raw: 1 added", "+ b.txt"]
+    assert sections["code"] == ["none"]
+    assert sections["environment"] == ["none"]
+    assert "evaluation.gate.passed: True -> False" in sections["metrics"]
+    assert "evaluation.models.int8.bits_per_byte.value: 0.25 -> 0.75" in sections["metrics"]
+    assert "evaluation.against: null -> lm@v1.0.0" in sections["metrics"]
+    # Nothing was checked out.
+    assert commit_of(published.root, "HEAD") == third
+    assert git(published.root, "status", "--porcelain") == ""
+
+
+def test_any_revision_will_do(published: Clone) -> None:
+    first = git(published.root, "rev-list", "--max-parents=0", "HEAD")
+    sections = shown(first, "prod")
+    assert sections["data"] == ["data/raw: 1 added", "+ a.txt"]
+    assert "evaluation.gate.passed: - -> True" in sections["metrics"]
+
+
+def test_an_unknown_name_is_told(published: Clone) -> None:
+    with pytest.raises(UserMistake, match=r"no version 'v9'; there are .* Git knows no revision of that name"):
+        diff.diff("v9", "v1.0.0", Console())
+
+
+def test_a_list_of_files_that_is_lost_everywhere(published: Clone) -> None:
+    shutil.rmtree(published.root / ".dvc/cache")
+    sections = shown("v1.0.0", "v1.1.0")
+    assert sections["data"] == ["data/raw: 1 added", "+ b.txt"]
+    shutil.rmtree(published.shelf)
+    sections = shown("v1.0.0", "v1.1.0")
+    assert sections["data"][0].startswith("not known: a list of files is neither in DVC's cache nor at its remote")
+    assert sections["parameters"] == ["train.learning_rate: 0.25 -> 0.75"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({}, {}, ()),
+        ({"a": 1}, {"a": 1}, ()),
+        ({"a": 1, "b": None}, {"b": 0.5, "c": "x"}, (("a", "1", "-"), ("b", "null", "0.5"), ("c", "-", "x"))),
+        ({"a": [1]}, {"a": [1, 2]}, (("a", "[1]", "[1, 2]"),)),
+    ],
+)
+def test_differing_values(
+    before: dict[str, object], after: dict[str, object], expected: tuple[tuple[str, str, str], ...]
+) -> None:
+    assert diff.differing(before, after) == tuple(Change(*change) for change in expected)
+
+
+def test_nested_values_get_dotted_names() -> None:
+    assert diff.flat({"a": {"b": {"c": 1}}, "d": [1]}) == {"a.b.c": 1, "d": [1]}
+
+
+def test_differing_files() -> None:
+    before = {PurePosixPath("a"): "1", PurePosixPath("b"): "2", PurePosixPath("c"): "3"}
+    after = {PurePosixPath("b"): "2", PurePosixPath("c"): "4", PurePosixPath("d/e"): "1"}
+    found = diff.differing_files(before, after)
+    assert found == Files(("d/e",), ("a",), ("c",))
+    assert str(found) == "1 added, 1 removed, 1 changed"
+    assert str(Files()) == "the same files"
+
+
+def test_a_champion_is_a_name_too(published: Clone) -> None:
+    version = registry.resolve(published.root, "prod")
+    assert diff.resolve(published.root, "prod") == diff.resolve(published.root, version.commit[:9]) == version.commit

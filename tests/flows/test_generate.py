@@ -1,0 +1,95 @@
+"""Generating: what is written, what is told beside it, and what is refused."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from odd import make_model
+
+from flows.generate import write
+from lm import hugging_face, onnx_model
+from lm.quantization import PLANS
+from lm.sampling import Sampling
+from tasks.errors import BadInput, UserMistake
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose INT8 model is an untrained one over bytes, with a context of 64."""
+    root = tmp_path_factory.mktemp("project")
+    folder = root / "models/int8"
+    folder.mkdir(parents=True)
+    tiny.write_tokenizer(folder / "tokenizer.json")
+    model = make_model(vocab_size=tiny.VOCAB, bos_token_id=256, eos_token_id=256)
+    onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
+    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    return root
+
+
+def said(root: Path, prompt: str, max_new_tokens: int = 4, **sampling: float) -> tuple[str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    write(root, prompt, max_new_tokens, Sampling(**sampling), (), out, err)  # type: ignore[arg-type]
+    return out.getvalue(), err.getvalue()
+
+
+def test_a_text_that_fills_the_context_says_so_beside_it(root: Path) -> None:
+    out, err = said(root, "a" * 60, 200, temperature=0)
+    assert out.startswith("a" * 60)
+    assert out.endswith("\n")
+    assert err == (
+        "The model's context of 64 tokens (train.seq_len) is full: the text ends before --max-new-tokens 200.\n"
+    )
+
+
+def test_a_text_of_the_length_that_was_asked_for_says_nothing_more(root: Path) -> None:
+    out, err = said(root, "light", 20)
+    assert out.startswith("light")
+    assert len(out) > len("light\n")
+    assert err == ""
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can(root: Path) -> None:
+    shown = io.BytesIO()
+    terminal = io.TextIOWrapper(shown, "ascii")
+    write(root, "café", 1, Sampling(0), (), terminal, io.StringIO())
+    assert shown.getvalue().startswith(b"caf?")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ("caf\udce9 noir", {}, "TEXT is not UTF-8: byte 0xe9 after 3 characters. Write it in UTF-8."),
+        (
+            "a" * 64,
+            {},
+            "the prompt has 65 tokens, and the model reads at most 64, its answer included; shorten the prompt.",
+        ),
+        ("a", {"top_p": 0.0}, "--top-p: a share above 0 and up to 1 is needed. 1 leaves nothing out."),
+        (
+            *("a", {"repetition_penalty": 0.0}),
+            "--repetition-penalty: a number above 0 is needed. 1 changes nothing, 1.1 repeats less.",
+        ),
+        (
+            "a",
+            {"temperature": float("nan")},
+            "--temperature: nan is no number. 0 takes the likeliest token, higher values vary more.",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_and_nothing_written(
+    root: Path, prompt: str, sampling: dict[str, float], message: str
+) -> None:
+    out = io.StringIO()
+    with pytest.raises(UserMistake) as refused:
+        write(root, prompt, 4, Sampling(**sampling), (), out, io.StringIO())
+    assert (str(refused.value), out.getvalue()) == (message, "")
+
+
+def test_a_damaged_model_is_named_with_its_cure(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "models/int8").mkdir(parents=True)
+    for file in (root / "models/int8").iterdir():
+        (tmp_path / "models/int8" / file.name).write_bytes(b"damaged")
+    with pytest.raises(BadInput, match=r"model\.onnx: damaged, .*\. `overnight run` makes the model anew\.$"):
+        said(tmp_path, "a")

@@ -1,0 +1,57 @@
+"""No Git command waits for ever: neither for a remote nor for somebody who would answer a question."""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import git as module
+from flows import registry
+from flows.git import GitFailed, commit_of, git
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    root = tmp_path / "here"
+    root.mkdir()
+    git(root, "init", "-q")
+    return root
+
+
+def test_a_remote_that_never_answers_is_given_up(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "ext")
+    monkeypatch.setattr(module, "_SECONDS_FOR_A_REMOTE", 0.5)
+    waiting = ["sleep", str(1000 + os.getpid())]
+    (repository / "connect").write_text(f"{' '.join(waiting)} & wait\n")
+    git(repository, "remote", "add", "origin", f"ext::sh {repository / 'connect'}")
+    with pytest.raises(GitFailed, match=r"^git ls-remote origin in .* has not ended within") as caught:
+        git(repository, "ls-remote", "origin")
+    assert "\n" not in str(caught.value)
+    assert not [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == waiting]
+
+
+def test_ssh_asks_nobody_unless_the_user_has_a_command_of_their_own(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ssh", "theirs"):
+        (repository / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {repository}/said\nexit 1\n')
+        (repository / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{repository}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("GIT_SSH_COMMAND", raising=False)
+    git(repository, "ls-remote", "ssh://host/place", check=False)
+    git(repository, "config", "core.sshCommand", str(repository / "theirs"))
+    git(repository, "ls-remote", "ssh://host/place", check=False)
+    ours, *others = (repository / "said").read_text().splitlines()
+    assert "BatchMode=yes" in ours
+    assert others
+    assert not [line for line in others if "BatchMode" in line]
+
+
+def test_commits_and_tags_are_not_signed(repository: Path) -> None:
+    for name, value in (("commit.gpgSign", "true"), ("tag.gpgSign", "true"), ("gpg.program", "false")):
+        git(repository, "config", name, value)
+    git(repository, "commit", "-q", "--allow-empty", "-m", "-", environment=registry.author(repository))
+    assert registry.register(repository, commit_of(repository, "HEAD"), "-").name == "v1.0.0"

@@ -1,0 +1,379 @@
+"""A version is made whole, once, and in an order in which no tag names bytes that are nowhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import publishing
+import pytest
+from publishing import Clone
+
+from flows import dvc, land, publish, registry, worktree
+from flows.git import GitFailed, commit_of, git, show
+from flows.publish import ChampionMoved
+from tasks.errors import TryAgain, UserMistake
+
+
+def test_a_version_is_pushed_committed_registered_and_promoted(publisher: Clone) -> None:
+    done = publish.publish(publisher.root)
+    assert (done.version.name, done.new, done.promoted, done.reasons) == ("v1.0.0", True, True, ())
+    assert publisher.tags() == ["lm#prod#1", "lm@v1.0.0"]
+    publisher.check_remote()
+    # On the branch that is checked out, and nothing is left uncommitted.
+    assert commit_of(publisher.root, "main") == commit_of(publisher.shared, "main") == done.commit
+    assert git(publisher.root, "status", "--porcelain") == ""
+    names = git(publisher.root, "ls-tree", "-r", "--name-only", done.commit).split()
+    assert {"data/raw.dvc", "models/champion.dvc", "dvc.lock", "environment.json", "data/.gitignore"} <= set(names)
+    assert json.loads(show(publisher.root, done.commit, "environment.json") or b"")["python"]
+    assert done.version.message == "The gate passed.\n\nagainst_champion: a loss of 0.25"
+    assert git(publisher.root, "log", "-1", "--format=%an <%ae>") == "overnight <overnight@localhost>"
+
+    again = publish.publish(publisher.root)
+    assert (again.version.name, again.new, again.promoted) == ("v1.0.0", False, False)
+    assert again.reasons == ("nothing new since v1.0.0",)
+    assert len(publisher.tags()) == 2
+    assert commit_of(publisher.root, "main") == done.commit
+
+
+def test_what_the_gate_refuses_is_a_version_but_no_champion(publisher: Clone) -> None:
+    first = publish.publish(publisher.root)
+    publisher.set("train", "learning_rate", 0.75)
+    publisher.commit()
+    publisher.run()
+    done = publish.publish(publisher.root)
+    assert (done.version.name, done.new, done.promoted, done.reasons) == ("v1.1.0", True, False, ("a loss of 0.75",))
+    assert done.version.message.startswith("Refused by the gate: a loss of 0.75\n")
+    assert registry.champion(publisher.root) == registry.resolve(publisher.root, first.version.name)
+    again = publish.publish(publisher.root)
+    assert (again.promoted, again.reasons) == (False, ("nothing new since v1.1.0", "a loss of 0.75"))
+    publisher.check_remote()
+
+
+def test_what_was_rolled_back_is_not_promoted_again(publisher: Clone) -> None:
+    first = publish.publish(publisher.root)
+    publisher.write("b.txt", "And the second.\n")
+    publisher.run()
+    assert publish.publish(publisher.root).promoted
+    registry.promote(publisher.root, first.version, "Rolled back.", "origin")
+    assert publish.publish(publisher.root).reasons == ("nothing new since v1.1.0",)
+    champion = registry.champion(publisher.root)
+    assert champion is not None
+    assert champion.name == "v1.0.0"
+
+
+def test_promotion_can_be_left_to_people(publisher: Clone) -> None:
+    publisher.set("publish", "promote", False)
+    publisher.commit()
+    done = publish.publish(publisher.root)
+    assert (done.new, done.promoted) == (True, False)
+    assert "publish.promote is false" in done.reasons[0]
+    publisher.set("publish", "promote", True)
+    publisher.commit()
+    assert publish.publish(publisher.root).promoted
+
+
+def test_without_remotes_versions_stay_here(publisher: Clone) -> None:
+    publisher.set("publish", "git_remote", None)
+    settings = (publisher.root / ".dvc/config").read_text()
+    (publisher.root / ".dvc/config").write_text("")
+    publisher.commit()
+    told: list[str] = []
+    done = publish.publish(publisher.root, told.append)
+    assert (done.version.name, done.promoted) == ("v1.0.0", True)
+    assert publisher.tags() == []
+    assert "no DVC remote" in told[0]
+
+    # A team from now on: what was made before goes there whole, before its tag does.
+    publisher.set("publish", "git_remote", "origin")
+    (publisher.root / ".dvc/config").write_text(settings)
+    head = publisher.commit("Where versions go")
+    done = publish.publish(publisher.root)
+    assert (done.new, done.reasons) == (False, ("nothing new since v1.0.0",))
+    assert publisher.tags() == ["lm#prod#1", "lm@v1.0.0"]
+    assert commit_of(publisher.shared, "main") == head
+    publisher.check_remote()
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+def test_killed_after_each_step_in_turn_it_ends_as_one_version(
+    publisher: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[object, str]] = [
+        (publish, "_push_data"),
+        (publish, "_commit"),
+        (publish, "_verify_data"),
+        (land, "_move"),
+        (publish, "land"),
+        (registry, "_tag"),
+        (publish.registry, "register"),
+        (publish.registry, "promote"),
+    ]
+    for where, name in steps:
+        real: Callable[..., object] = getattr(where, name)
+
+        def die(*arguments: object, real: Callable[..., object] = real, **more: object) -> None:
+            real(*arguments, **more)
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, die)
+            with pytest.raises(Killed):
+                publish.publish(publisher.root)
+        publisher.check_remote()
+    done = publish.publish(publisher.root)
+    assert (done.version.name, done.reasons) == ("v1.0.0", ("nothing new since v1.0.0",))
+    assert publisher.tags() == ["lm#prod#1", "lm@v1.0.0"]
+    assert git(publisher.root, "log", "--format=%s", "main").split("\n") == [
+        "The data and models of a run",
+        "The project",
+    ]
+    publisher.check_remote()
+
+
+def test_killed_before_a_promotion_is_pushed_it_is_pushed_next_time(
+    publisher: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = registry._push
+
+    def die_at_promotion(root: Path, remote: str | None, tag: str) -> None:
+        if "#" in tag:
+            raise Killed
+        real(root, remote, tag)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_push", die_at_promotion)
+        with pytest.raises(Killed):
+            publish.publish(publisher.root)
+    assert publisher.tags() == ["lm@v1.0.0"]
+    publish.publish(publisher.root)
+    assert publisher.tags() == ["lm#prod#1", "lm@v1.0.0"]
+
+
+def nightly(publisher: Clone, name: str, text: str) -> Clone:
+    """A night's worktree in which a run has been done."""
+    place = worktree.add(publisher.root, name, "HEAD")
+    night = Clone(place, publisher.shared, publisher.shelf)
+    night.write(f"{name}.txt", text)
+    night.run()
+    return night
+
+
+def test_a_night_in_its_worktree_publishes_onto_the_branch_of_nights(publisher: Clone) -> None:
+    main = commit_of(publisher.root, "main")
+    first = publish.publish(nightly(publisher, "one", "The first night.\n").root)
+    assert first.promoted
+    assert commit_of(publisher.root, "nightly") == commit_of(publisher.shared, "nightly") == first.commit
+    # The second started from the same commit, and knew nothing of the first.
+    second = publish.publish(nightly(publisher, "two", "The second night.\n").root)
+    tip = commit_of(publisher.shared, "nightly")
+    assert commit_of(publisher.root, "nightly") == tip
+    for version in (first, second):
+        assert git(publisher.root, "merge-base", tip, version.commit) == version.commit
+    # What the tip records is what the second version records.
+    assert show(publisher.root, tip, "dvc.lock") == show(publisher.root, second.commit, "dvc.lock")
+    assert commit_of(publisher.root, "main") == commit_of(publisher.shared, "main") == main
+    assert [version.name for version in registry.versions(publisher.shared)] == ["v1.0.0", "v1.1.0"]
+
+
+@pytest.mark.parametrize(("rate", "promoted", "reasons"), [(0.25, True, ()), (0.75, False, ("a loss of 0.75",))])
+def test_a_night_that_was_killed_late_is_not_told_as_one_without_news(
+    publisher: Clone, monkeypatch: pytest.MonkeyPatch, rate: float, promoted: bool, reasons: tuple[str, ...]
+) -> None:
+    publisher.set("train", "learning_rate", rate)
+    publisher.commit()
+    night = nightly(publisher, "one", "The first night.\n")
+    since = commit_of(night.root, "HEAD")
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "Published", _die)
+        with pytest.raises(Killed):
+            publish.publish(night.root, since=since)
+    done = publish.publish(night.root, since=since)
+    assert (done.version.name, done.new, done.promoted, done.reasons) == ("v1.0.0", True, promoted, reasons)
+    # The night after begins with that commit.
+    done = publish.publish(night.root, since=done.commit)
+    assert (done.new, done.promoted, done.reasons[0]) == (False, False, "nothing new since v1.0.0")
+
+
+def _die(*_: object) -> None:
+    raise Killed
+
+
+def test_code_that_changed_on_both_sides_is_left_to_people(publisher: Clone) -> None:
+    night = nightly(publisher, "one", "The first night.\n")
+    git(publisher.root, "switch", "-q", "-c", "nightly")
+    (publisher.root / "stage.py").write_text("raise SystemExit\n")
+    theirs = publisher.commit("Theirs")
+    git(publisher.root, "push", "-q", "origin", "nightly")
+    git(publisher.root, "switch", "-q", "main")
+    (night.root / "stage.py").write_text(publishing.STAGE + "# ours\n")
+    git(night.root, "commit", "-q", "-a", "-m", "Ours", environment=registry.author(night.root))
+    night.run()
+    done = publish.publish(night.root)
+    assert done.new
+    assert "not on the branch nightly, where stage.py changed too" in done.reasons[0]
+    assert commit_of(publisher.shared, "nightly") == commit_of(publisher.root, "nightly") == theirs
+    # Its tag keeps it.
+    assert "lm@v1.0.0" in publisher.tags()
+    publisher.check_remote()
+
+
+def test_a_branch_that_somebody_works_on_stays_where_it_is(publisher: Clone) -> None:
+    night = nightly(publisher, "one", "The first night.\n")
+    git(publisher.root, "stash", "-q", "--include-untracked")
+    git(publisher.root, "switch", "-q", "-c", "nightly")
+    before = commit_of(publisher.root, "nightly")
+    done = publish.publish(night.root)
+    assert f"checked out in {publisher.root} and stays where it is" in done.reasons[0]
+    assert commit_of(publisher.root, "nightly") == before
+    assert commit_of(publisher.shared, "nightly") == done.commit
+
+
+def publish_elsewhere(publisher: Clone) -> "subprocess.Popen[str]":
+    code = (
+        "from pathlib import Path\nfrom flows.publish import publish\n"
+        "done = publish(Path.cwd())\nprint(done.version.name, done.new)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=publisher.root, env={**os.environ, "PYTHONPATH": str(publishing.REPOSITORY)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_two_machines_that_publish_at_once_lose_nothing(publisher: Clone) -> None:
+    # Nothing is promoted, so that neither has to measure again.
+    publisher.set("publish", "promote", False)
+    publisher.commit()
+    git(publisher.root, "push", "-q", "origin", "main")
+    machines = [publisher.clone(name) for name in ("left", "right")]
+    for machine in machines:
+        machine.write(f"{machine.root.name}.txt", f"What {machine.root.name} has found.\n")
+        machine.run()
+    started = [publish_elsewhere(machine) for machine in machines]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert sorted(out for out, _ in ended) == ["v1.0.0 True\n", "v1.1.0 True\n"]
+    tip = commit_of(publisher.shared, "main")
+    shared = registry.versions(publisher.shared)
+    assert {version.name for version in shared} == {"v1.0.0", "v1.1.0"}
+    for version in shared:
+        assert git(publisher.shared, "merge-base", tip, version.commit) == version.commit
+    publisher.check_remote()
+
+
+def test_a_champion_that_moved_meanwhile_has_the_model_measured_again(publisher: Clone) -> None:
+    publish.publish(publisher.root)
+    other = publisher.clone("other")
+    git(other.root, "fetch", "-q", "--tags", "origin")
+    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True, capture_output=True)
+    other.write("b.txt", "Of the other.\n")
+    other.run()
+    publisher.write("c.txt", "Of ours.\n")
+    publisher.run()
+    assert publisher.evaluation()["against"] == "lm@v1.0.0"
+    os.chdir(other.root)
+    assert publish.publish(other.root).promoted
+
+    os.chdir(publisher.root)
+    with pytest.raises(ChampionMoved, match=r"from lm@v1.0.0 to lm@v1.1.0 since") as caught:
+        publish.publish(publisher.root)
+    assert caught.value.exit_code == 75
+    assert [version.name for version in registry.versions(publisher.shared)] == ["v1.0.0", "v1.1.0"]
+    # The new champion lies there, and what reads it is stale, nothing else.
+    assert list(dvc.changes(publisher.root).stages) == ["evaluate"]
+    publisher.run()
+    assert publisher.evaluation()["against"] == "lm@v1.1.0"
+    done = publish.publish(publisher.root)
+    assert (done.version.name, done.promoted) == ("v1.2.0", True)
+
+
+def test_stale_outputs_are_not_published(publisher: Clone) -> None:
+    publisher.write("b.txt", "New.\n")
+    with pytest.raises(UserMistake, match=r"not up to date. `overnight run`, then publish"):
+        publish.publish(publisher.root)
+    assert publisher.tags() == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "params.yaml", "tasks/new.py"])
+def test_what_is_not_committed_would_be_missing(publisher: Clone, name: str) -> None:
+    (publisher.root / "README.md").write_text("Words.\n")
+    (publisher.root / "tasks").mkdir()
+    (publisher.root / "tasks/old.py").write_text("")
+    dag = (publisher.root / "dvc.yaml").read_text()
+    (publisher.root / "dvc.yaml").write_text(
+        dag.replace("deps: [data/raw, stage.py]", "deps: [data/raw, stage.py, tasks]")
+    )
+    publisher.commit()
+    with (publisher.root / name).open("a") as file:
+        file.write("# an edit\n")
+    # Untracked and read by no stage.
+    (publisher.root / "notes.txt").write_text("mine")
+    publisher.run()
+    with pytest.raises(UserMistake, match=f"^{name}: not committed, so the version would lack it"):
+        publish.publish(publisher.root)
+    assert publisher.tags() == []
+
+
+def test_a_data_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> None:
+    # A file where the folder should be.
+    shutil.rmtree(publisher.shelf, ignore_errors=True)
+    publisher.shelf.write_text("")
+    told: list[str] = []
+    log = publisher.root / ".overnight/logs/a-run/publish.log"
+    with pytest.raises(TryAgain, match="What was done until here is kept; `overnight publish` goes on") as caught:
+        publish.publish(publisher.root, told.append, log)
+    assert "\n" not in str(caught.value)
+    assert len(told) == 1
+    assert "ERROR" in log.read_text()
+    assert publisher.tags() == []
+    assert registry.versions(publisher.root) == ()
+    publisher.shelf.unlink()
+    assert publish.publish(publisher.root).promoted
+    publisher.check_remote()
+
+
+def test_a_git_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> None:
+    away = publisher.shared.with_name("away.git")
+    publisher.shared.rename(away)
+    with pytest.raises(TryAgain, match="does not appear to be a git repository"):
+        publish.publish(publisher.root)
+    away.rename(publisher.shared)
+    assert publish.publish(publisher.root).promoted
+
+
+def test_an_unknown_remote_is_named(publisher: Clone) -> None:
+    publisher.set("publish", "git_remote", "upstream")
+    with pytest.raises(UserMistake, match="Git has no remote 'upstream'; there are origin"):
+        publish.publish(publisher.root)
+
+
+def test_what_did_not_reach_the_data_remote_is_brought_there_or_gets_no_tag(
+    publisher: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # DVC's push passes over what it believes to be there, and ends well.
+    monkeypatch.setattr(publish, "_dvc", lambda to, command: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(dvc.Store, "upload", lambda store, md5s: None)
+        with pytest.raises(UserMistake, match=r"DVC's remote 'shelf' lacks \d+ of the version's objects \([0-9a-f]+"):
+            publish.publish(publisher.root)
+    assert publisher.tags() == []
+    assert registry.versions(publisher.root) == ()
+    assert publish.publish(publisher.root).promoted
+    publisher.check_remote()
+
+
+def test_a_push_that_the_remote_refuses_for_good_is_told(publisher: Clone) -> None:
+    hook = publisher.shared / "hooks/update"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    with pytest.raises(TryAgain, match="git push --quiet failed"):
+        publish.publish(publisher.root)
+    assert publisher.tags() == []
+    with pytest.raises(GitFailed):
+        commit_of(publisher.shared, "nightly")

@@ -1,0 +1,231 @@
+"""A rebuilt version: computed by its own code, without a cache, compared byte for byte, with a certificate."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import tiny
+from ruamel.yaml import YAML
+
+from flows import virtual_environment
+from flows.certificate import Certificate, Verdict
+from flows.rebuild import rebuild
+from tasks.errors import TryAgain, UserMistake
+
+if TYPE_CHECKING:
+    from versioned import Said, Versioned
+
+WORKTREE = Path(".overnight/worktrees/rebuild-v1.0.0")
+
+
+def rebuilt(versioned: "Versioned", name: str = "v1.0.0", own_environment: bool = False) -> "Said":
+    return versioned.call(lambda out, err: rebuild(name, own_environment, out, err))
+
+
+def certificate(versioned: "Versioned", name: str = "v1.0.0") -> Certificate:
+    return Certificate.model_validate_json((versioned.root / f".overnight/certificates/{name}.json").read_bytes())
+
+
+def checkout(versioned: "Versioned") -> dict[str, bytes]:
+    """Every file of the project that is not Overnight's, DVC's or Git's own."""
+    files = tiny.files_of(versioned.root)
+    return {name: content for name, content in files.items() if not name.startswith((".overnight/", ".dvc/", ".git/"))}
+
+
+def processes(root: Path) -> list[psutil.Process]:
+    """Every living process but this one whose current directory is at or below ``root``."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(root):
+                found.append(process)
+    return found
+
+
+def cache(versioned: "Versioned") -> dict[str, bytes]:
+    return tiny.files_of(versioned.root / ".dvc/cache")
+
+
+def test_it_is_identical_whatever_the_checkout_holds_by_now(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other code, other data, other parameters, and a path to modules that the stages must not see.
+    (versioned.root / "stage.py").write_text("raise SystemExit('the code of now')")
+    (versioned.root / "data/raw/a.txt").unlink()
+    (versioned.root / "out/measure.json").write_text("{}")
+    (versioned.root.parent / "json.py").write_text("raise SystemExit('a module from elsewhere')")
+    report = versioned.root.parent / "report"
+    monkeypatch.setenv("PYTHONPATH", str(versioned.root.parent))
+    monkeypatch.setenv("REPORT", str(report))
+    before = checkout(versioned), cache(versioned)
+    said = rebuilt(versioned)
+    assert said.code == 0, said.err
+    # Both stages ran, though DVC knows their results, and neither its cache nor its table of runs was touched.
+    assert report.read_text().split() == ["work", sys.executable, "measure", sys.executable]
+    assert (checkout(versioned), cache(versioned)) == before
+    made = certificate(versioned)
+    assert (made.verdict, made.attempts, made.environment) == (Verdict.IDENTICAL, 1, ())
+    assert [(one.path, one.files, one.identical) for one in made.outputs] == [
+        ("out/work", 2, True), ("out/measure.json", 1, True),
+    ]  # fmt: skip
+    assert [one.path for one in made.inputs] == ["data/raw"]
+    assert (made.equal_metrics, made.metrics) == (2, ())
+    assert "lm@v1.0.0: identical: all 2 outputs have the recorded bytes." in said.out
+    assert (versioned.root / ".overnight/certificates/v1.0.0.md").read_text().startswith("# Rebuild of lm@v1.0.0: id")
+    assert not (versioned.root / WORKTREE).exists()
+    assert versioned.run("git", "worktree", "list").count("\n") == 1
+
+
+def test_other_bytes_on_the_same_machine_are_no_tolerance(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MACHINE", "1.001")
+    said = rebuilt(versioned)
+    assert said.code == 1
+    made = certificate(versioned)
+    assert made.verdict is Verdict.DIFFERS
+    assert "every recorded fact of the environment is the same" in made.reason
+    assert [one.path for one in made.outputs if not one.identical] == ["out/work", "out/measure.json"]
+    assert [one.path for one in made.outputs[0].differing] == ["machine.txt"]
+    assert [(one.name, one.recorded, one.rebuilt) for one in made.metrics] == [("loss", 2.0, 2.002)]
+    # What was rebuilt stays to be looked at, and the next attempt begins anew.
+    assert (versioned.root / WORKTREE / "out/work/machine.txt").read_text() == "1.001"
+    monkeypatch.delenv("MACHINE")
+    assert rebuilt(versioned).code == 0
+
+
+@pytest.mark.parametrize(("machine", "code"), [("1.001", 3), ("1.1", 1)])
+def test_on_another_machine_the_metrics_decide(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch, machine: str, code: int
+) -> None:
+    file = versioned.root / "environment.json"
+    facts = json.loads(file.read_text())
+    facts["cpu"]["model"] = "another CPU"
+    file.write_text(json.dumps(facts))
+    versioned.commit("lm@v1.1.0")
+    monkeypatch.setenv("MACHINE", machine)
+    said = rebuilt(versioned, "v1.1.0")
+    assert said.code == code
+    assert "environment: cpu.model: another CPU recorded" in said.err
+    made = certificate(versioned, "v1.1.0")
+    assert made.verdict is (Verdict.TOLERANCE if code == 3 else Verdict.DIFFERS)
+    assert [one.fact for one in made.environment] == ["cpu.model"]
+
+
+def test_a_tampered_record_is_found(versioned: "Versioned") -> None:
+    yaml = YAML()
+    content = yaml.load(versioned.root / "dvc.lock")
+    content["stages"]["measure"]["outs"][0]["md5"] = "0" * 32
+    yaml.dump(content, versioned.root / "dvc.lock")
+    versioned.commit("lm@v1.1.0")
+    assert rebuilt(versioned, "v1.1.0").code == 1
+    made = certificate(versioned, "v1.1.0")
+    assert [(one.path, one.recorded) for one in made.outputs if not one.identical] == [("out/measure.json", "0" * 32)]
+    assert "the recorded metrics are lost" in made.reason
+
+
+def test_raw_data_that_is_lost_is_named_and_nothing_is_computed(versioned: "Versioned") -> None:
+    listing = json.loads(versioned.cached(versioned.output("data/raw").md5).read_bytes())
+    versioned.cached(listing[0]["md5"]).unlink()
+    (versioned.root / "data/raw/a.txt").unlink()
+    said = rebuilt(versioned)
+    assert said.code == 1
+    assert "error: data/raw/a.txt: missing in DVC's cache" in said.err
+    assert not (versioned.root / ".overnight/certificates").exists()
+    assert not (versioned.root / WORKTREE / "out/work").exists()
+
+
+def test_a_killed_rebuild_leaves_no_process_and_goes_on(
+    versioned: "Versioned", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, report = tmp_path / "wait", tmp_path / "report"
+    wait.touch()
+    environment = versioned.environment(WAIT=str(wait), REPORT=str(report))
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flows", "rebuild", "v1.0.0"], cwd=versioned.root, env=environment
+    )
+    deadline = time.monotonic() + 60
+    while not report.exists() or "measure" not in report.read_text():
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(TryAgain, match=r"v1\.0\.0 is being rebuilt by another process"):
+        rebuilt(versioned)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    wait.unlink()
+    report.unlink()
+    monkeypatch.setenv("REPORT", str(report))
+    # The processes of the killed one end within seconds, and this one waits for them.
+    said = rebuilt(versioned)
+    assert said.code == 0, said.err
+    assert report.read_text().split()[::2] == ["measure"]
+    assert certificate(versioned).attempts == 2
+    assert not processes(versioned.root)
+
+
+def test_a_failing_stage_says_why(versioned: "Versioned") -> None:
+    code = (versioned.root / "stage.py").read_text()
+    (versioned.root / "stage.py").write_text(code.replace("if stage ==", "sys.exit('error: no luck')\nif stage =="))
+    versioned.commit("lm@v1.1.0")
+    said = rebuilt(versioned, "v1.1.0")
+    assert said.code == 1
+    assert "error: work: no luck" in said.err
+    assert "The whole log: " in said.err
+    assert not (versioned.root / ".overnight/certificates").exists()
+
+
+def make_wheel(shelf: Path, version: str) -> None:
+    """Writes a wheel of the package `tiny`, which lets an environment see what this one has installed, such as DVC."""
+    shelf.mkdir(exist_ok=True)
+    info = f"tiny-{version}.dist-info"
+    with zipfile.ZipFile(shelf / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny.pth", "\n".join(path for path in sys.path if path.endswith("site-packages")))
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_its_own_environment_is_made_from_its_lock_file(
+    versioned: "Versioned", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("1.0", "2.0"):
+        make_wheel(tmp_path / "shelf", version)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
+    report = tmp_path / "report"
+    monkeypatch.setenv("REPORT", str(report))
+    (versioned.root / "requirements.lock").write_text("tiny==3.0\n")
+    versioned.commit("lm@v1.1.0")
+    with pytest.raises(TryAgain, match=r"cannot be installed: .*tiny"):
+        rebuilt(versioned, "v1.1.0", own_environment=True)
+
+    (versioned.root / "requirements.lock").write_text("tiny==1.0\n")
+    versioned.commit("lm@v1.2.0")
+    said = rebuilt(versioned, "v1.2.0", own_environment=True)
+    assert said.code == 0, said.err
+    python = Path(report.read_text().split()[1])
+    assert python.is_relative_to(versioned.root / virtual_environment.FOLDER)
+    assert (python.parent.parent / "lib/python3.11/site-packages/tiny-1.0.dist-info").is_dir()
+    # Made once: the next rebuild finds it.
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    kept, told = os.open(os.devnull, os.O_RDONLY), list[str]()
+    assert virtual_environment.build(versioned.root, "lm@v1.2.0", "3.11", kept, told.append) == python
+    assert told == []
+    os.close(kept)
+
+
+def test_a_python_that_is_not_installed_is_told() -> None:
+    with pytest.raises(UserMistake, match=r"Python 2\.3\.1, and no python2\.3 is in PATH"):
+        virtual_environment.find("2.3.1")

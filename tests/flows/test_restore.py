@@ -1,0 +1,204 @@
+"""A restored version has the recorded bytes, or says which of its files has not."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import tiny
+
+from flows import contents
+from flows.registry import NoSuchVersion
+from flows.restore import restore
+from tasks.errors import TryAgain, UserMistake
+
+if TYPE_CHECKING:
+    from versioned import Said, Versioned
+
+PATH = Path("out/work/text.txt")
+
+
+def restored(versioned: "Versioned", to: Path | None = None, name: str = "v1.0.0") -> "Said":
+    return versioned.call(lambda out, err: restore(name, to, out, err))
+
+
+def digest(versioned: "Versioned", path: Path = PATH) -> str:
+    """The MD5 of a file of version 1."""
+    listing = versioned.cached(versioned.output(str(path.parent)).md5).read_bytes()
+    return contents.parse_listing(listing)[contents.PurePosixPath(path.name)]
+
+
+def flip(path: Path) -> None:
+    """Changes one bit of a file of the cache, and leaves it as DVC marks what it trusts."""
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    path.chmod(0o444)
+
+
+def forget_workspace(versioned: "Versioned") -> None:
+    """Changes the project's own copy, which would do as well."""
+    (versioned.root / PATH).unlink()
+
+
+def with_remote(versioned: "Versioned") -> Path:
+    shelf = versioned.root.parent / "shelf"
+    versioned.dvc("remote", "add", "-q", "-d", "shelf", str(shelf))
+    versioned.dvc("push", "-q")
+    return shelf
+
+
+def in_remote(shelf: Path, md5: str) -> Path:
+    return shelf / "files/md5" / md5[:2] / md5[2:]
+
+
+def test_every_file_of_the_version_comes_back(versioned: "Versioned", tmp_path: Path) -> None:
+    before = tiny.files_of(versioned.root / "out") | tiny.files_of(versioned.root / "data/raw")
+    code = (versioned.root / "stage.py").read_bytes()
+    (versioned.root / "stage.py").write_text("another")
+    (versioned.root / PATH).write_text("another")
+    (versioned.root / "data/raw/new.txt").write_text("new")
+    said = restored(versioned)
+    place = versioned.root / ".overnight/versions/v1.0.0"
+    assert said.code == 0, said.err
+    assert tiny.files_of(place / "out") | tiny.files_of(place / "data/raw") == before
+    assert (place / "stage.py").read_bytes() == code
+    assert ".overnight/versions/v1.0.0: 5 of 5 files verified" in said.out
+    # Nothing of the checkout was touched.
+    assert (versioned.root / "stage.py").read_text() == (versioned.root / PATH).read_text() == "another"
+
+    assert restored(versioned, tmp_path / "elsewhere", "latest").code == 0
+    assert (tmp_path / "elsewhere/data/raw/deep/b.txt").read_text() == "And there was light.\n"
+
+
+def test_the_recorded_hash_of_a_folder_is_that_of_its_files(versioned: "Versioned") -> None:
+    for path in ("data/raw", "out/work"):
+        assert contents.listing_md5(contents.files_of(versioned.root / path)) == versioned.output(path).md5
+
+
+def test_a_damaged_file_without_another_copy_is_named(versioned: "Versioned") -> None:
+    damaged = versioned.cached(digest(versioned))
+    flip(damaged)
+    forget_workspace(versioned)
+    said = restored(versioned)
+    assert said.code == 1
+    assert said.err.count("error:") == 1
+    assert f"{PATH}: damaged in DVC's cache (removed), and there is no remote to fetch it from" in said.err
+    assert "4 of 5 files verified" in said.out
+    place = versioned.root / ".overnight/versions/v1.0.0"
+    assert not (place / PATH).exists()
+    assert (place / "out/work/machine.txt").exists()
+    # DVC, which does not look, would take it for good.
+    assert not damaged.exists()
+
+
+def test_a_damaged_cache_entry_is_fetched_again(versioned: "Versioned") -> None:
+    with_remote(versioned)
+    damaged = versioned.cached(digest(versioned))
+    good = damaged.read_bytes()
+    flip(damaged)
+    forget_workspace(versioned)
+    said = restored(versioned)
+    assert said.code == 0
+    assert f"{PATH}: was damaged in DVC's cache; mended from the remote" in said.err
+    assert (versioned.root / ".overnight/versions/v1.0.0" / PATH).read_bytes() == damaged.read_bytes() == good
+    assert damaged.stat().st_mode & 0o777 == 0o444
+
+
+def test_an_empty_cache_is_filled_from_the_remote(versioned: "Versioned") -> None:
+    with_remote(versioned)
+    before = tiny.files_of(versioned.root / "out")
+    for folder in (".dvc/cache", "out", "data/raw"):
+        shutil.rmtree(versioned.root / folder)
+    said = restored(versioned)
+    assert said.code == 0
+    assert "5 of 5 files verified, 5 of them fetched from the remote" in said.out
+    assert tiny.files_of(versioned.root / ".overnight/versions/v1.0.0/out") == before
+
+
+def test_a_file_damaged_everywhere_is_named_with_the_remote(versioned: "Versioned") -> None:
+    shelf = with_remote(versioned)
+    md5 = digest(versioned)
+    for path in (versioned.cached(md5), in_remote(shelf, md5)):
+        flip(path)
+    forget_workspace(versioned)
+    said = restored(versioned)
+    assert said.code == 1
+    assert f"{PATH}: damaged in DVC's cache (removed), and no good copy in the remote 'shelf'" in said.err
+
+
+def test_a_lost_listing_costs_its_folder_alone(versioned: "Versioned") -> None:
+    versioned.cached(versioned.output("out/work").md5).unlink()
+    said = restored(versioned)
+    assert said.code == 1
+    assert "out/work/(the list of its files): missing in DVC's cache" in said.err
+    assert "3 of 4 files verified" in said.out
+
+
+def test_the_project_s_own_copy_mends_the_cache(versioned: "Versioned") -> None:
+    damaged = versioned.cached(digest(versioned))
+    flip(damaged)
+    said = restored(versioned)
+    assert said.code == 0
+    assert "mended from the project's own folder" in said.err
+    assert contents.md5_of(damaged) == digest(versioned)
+
+
+def test_a_remote_that_does_not_answer_is_no_lost_file(versioned: "Versioned") -> None:
+    versioned.cached(digest(versioned)).unlink()
+    forget_workspace(versioned)
+    versioned.dvc("remote", "add", "-q", "-d", "shelf", "http://127.0.0.1:9/")
+    with pytest.raises(TryAgain, match="remote 'shelf' does not answer"):
+        restored(versioned)
+
+
+def test_restoring_again_mends_what_was_changed(versioned: "Versioned") -> None:
+    assert restored(versioned).code == 0
+    place = versioned.root / ".overnight/versions/v1.0.0"
+    (place / PATH).write_text("changed")
+    (place / "out/measure.json").unlink()
+    assert restored(versioned).code == 0
+    assert tiny.files_of(place / "out") == tiny.files_of(versioned.root / "out")
+
+
+def test_no_folder_with_other_content_is_written_to(versioned: "Versioned", tmp_path: Path) -> None:
+    full, file, other = tmp_path / "full", tmp_path / "file", tmp_path / "other"
+    full.mkdir()
+    (full / "mine").write_text("mine")
+    file.write_text("")
+    (other / ".overnight").mkdir(parents=True)
+    (other / ".overnight/restored").write_text("0" * 40)
+    for place, complaint in (
+        (full, "is not empty"),
+        (file, "is a file"),
+        (other, "another version"),
+        (versioned.root, "is a Git checkout"),
+    ):
+        with pytest.raises(UserMistake, match=complaint):
+            restored(versioned, place)
+    assert tiny.files_of(full) == {"mine": b"mine"}
+
+
+def test_a_link_that_leaves_the_folder_is_not_followed(versioned: "Versioned") -> None:
+    (versioned.root / "link").symlink_to("/etc")
+    versioned.commit("lm@v1.1.0")
+    with pytest.raises(UserMistake, match="would lie outside"):
+        restored(versioned, name="v1.1.0")
+
+
+def test_a_folder_that_cannot_be_made_is_told(versioned: "Versioned") -> None:
+    with pytest.raises(UserMistake, match=r"--to: .*cannot be written to"):
+        restored(versioned, Path("/proc/nowhere"))
+
+
+def test_an_unknown_version_is_told_with_those_there_are(versioned: "Versioned") -> None:
+    with pytest.raises(NoSuchVersion, match=r"v2\.0\.0.*v1\.0\.0"):
+        restored(versioned, name="v2.0.0")
+
+
+def test_a_commit_without_a_pipeline_is_no_version(versioned: "Versioned") -> None:
+    (versioned.root / "dvc.lock").unlink()
+    versioned.commit("lm@v1.1.0")
+    with pytest.raises(UserMistake, match=r"no dvc\.lock"):
+        restored(versioned, name="v1.1.0")

@@ -1,0 +1,79 @@
+"""What `overnight schedule` does before anything starts, and with a child that ends by itself."""
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flows import schedule
+from flows.process import Child
+from tasks.errors import TryAgain, UserMistake
+
+
+def _kept(log: Path) -> schedule._Kept:
+    return schedule._Kept("the runner", log, lambda: Child([sys.executable, "-c", "raise SystemExit(3)"], log, {}))
+
+
+def _until_ended(kept: schedule._Kept) -> None:
+    while kept._child.wait(0.01) is None:
+        pass
+
+
+def test_a_child_that_ends_after_a_while_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_SECONDS_TO_PROVE", 0.0)
+    out = io.StringIO()
+    with _kept(tmp_path / "log") as kept:
+        first = kept._child
+        _until_ended(kept)
+        kept.look(Console(file=out, width=200))
+        assert kept._child is not first
+    assert "the runner ended (exit code 3); it is started again" in out.getvalue()
+
+
+def test_a_child_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
+    with _kept(tmp_path / "log") as kept:
+        _until_ended(kept)
+        with pytest.raises(TryAgain, match=r"ended soon .* \(exit code 3\); its log is .*/log"):
+            kept.look(Console(file=io.StringIO()))
+
+
+def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with schedule._Kept("the runner", tmp_path / "log", lambda: Child(sleeping, tmp_path / "log", {})) as kept:
+        first = kept._child
+        kept.look(Console(file=io.StringIO()))
+        assert kept._child is first
+        started = time.monotonic()
+    assert time.monotonic() - started < 3
+
+
+def test_a_deployment_on_a_shared_server_names_machine_and_project() -> None:
+    one, other = (schedule.deployment_name(Path(place), shared=True) for place in ("/srv/one", "/srv/other"))
+    assert one != other
+    assert schedule.deployment_name(Path("/srv/one"), shared=False) == "nightly"
+
+
+def test_nights_on_a_shared_server_send_heartbeats_by_which_a_dead_machine_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", raising=False)
+    assert schedule._environment(shared=True)["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+    assert "PREFECT_FLOWS_HEARTBEAT_FREQUENCY" not in schedule._environment(shared=False)
+    monkeypatch.setenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "60")
+    assert schedule._environment(shared=True)["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "60"
+
+
+def test_outside_a_project_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserMistake, match=r"no dvc\.yaml here"):
+        schedule.schedule(schedule.Request(), Console(file=io.StringIO()))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_port_that_is_taken_is_left_to_whom_it_belongs() -> None:
+    with schedule._listen(0) as first, schedule._listen(first.getsockname()[1]) as second:
+        assert second.getsockname()[0] == "127.0.0.1"
+        assert second.getsockname()[1] != first.getsockname()[1]

@@ -1,0 +1,193 @@
+"""The graph against its twin in floating point, for each scheme."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from odd import make_model
+
+from lm import blockwise, onnx_model, per_token
+from lm.blockwise import Blockwise
+from lm.graph import FLOAT, Graph
+from lm.model import LanguageModel
+from lm.per_token import PerToken
+from lm.quantization import PLANS, Plan, prepare
+from lm.scheme import Float, Rows, Scheme
+
+EIGHT = PLANS["per-token-8"]
+SCHEMES = {
+    "per token": PerToken(),
+    "blocks of 8 bits": Blockwise(8),
+    "blocks of 4 bits": Blockwise(4),
+    "float": Float(),
+}
+
+
+@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+def plan(request: pytest.FixtureRequest) -> Plan:
+    found: Plan = request.param
+    return found
+
+
+def _open(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _session(model: LanguageModel, folder: Path, plan: Plan = EIGHT) -> onnxruntime.InferenceSession:
+    onnx_model.export(model, plan, folder / "model.onnx")
+    return _open(folder / "model.onnx")
+
+
+def _run(
+    session: onnxruntime.InferenceSession, ids: torch.Tensor, past: list[np.ndarray] | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    names = [value.name for value in session.get_inputs() if value.name != "input_ids"]
+    width = session.get_inputs()[1].shape[2]
+    past = past or [np.zeros((len(ids), 0, width), np.float32) for _ in names]
+    logits, *present = session.run(None, {"input_ids": ids.numpy(), **dict(zip(names, past, strict=True))})
+    outputs = [value.name for value in session.get_outputs()]
+    ordered = dict(zip(outputs, [logits, *present], strict=True))
+    return ordered.pop("logits"), [ordered[name.replace("past", "present")] for name in names]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize("shape", [(1, 16), (7, 48), (33, 129)])
+def test_a_product_is_that_of_fake_quantization(scheme: Scheme, shape: tuple[int, int], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Tokens of very different sizes, one all zero, one all positive: each has its own scale and zero point.
+    x = torch.randn(shape, generator=generator) * torch.logspace(-4, 4, shape[0]).unsqueeze(1)
+    x[0] = 0.0
+    x[-1] = x[-1].abs() + 1
+    weight = torch.randn(24, shape[1], generator=generator)
+    graph = Graph("product")
+    rows = Rows(graph, graph.input("x", FLOAT, ["tokens", shape[1]]))
+    graph.output(scheme.lower(graph, "w", weight, rows.operand(scheme)), "y", FLOAT, ["tokens", 24])
+    graph.save(tmp_path / "product.onnx")
+    computed = torch.from_numpy(_open(tmp_path / "product.onnx").run(None, {"x": x.numpy()})[0])
+    expected = scheme.project(x, weight)
+    size = expected.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    assert ((computed - expected) / size).abs().max() < 1e-5
+
+
+def test_the_graph_computes_what_fake_quantization_learned(
+    model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
+) -> None:
+    session = _session(model, tmp_path, plan)
+    with torch.no_grad():
+        expected_float = model(ids).numpy()
+        expected = prepare(model, plan)(ids).numpy()
+    computed, _ = _run(session, ids)
+    error = np.abs(computed - expected).max(axis=-1).flatten()
+    # Two orders of summation differ in the seventh digit; where that tips a value over a rounding boundary, all later
+    # tokens differ by one level of one value. The tokens before are equal to the last digits.
+    assert np.quantile(error, 0.25) < 2e-5
+    assert np.abs(computed - expected).mean() < 0.5 * np.abs(expected_float - expected).mean()
+
+
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 6, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2, "v_head_dim": 5, "intermediate_size": 12, "moe_intermediate_size": 6,
+}  # fmt: skip
+
+
+def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(plan: Plan, tmp_path: Path) -> None:
+    model = make_model(**SMALL)
+    # So few values that none of them lies on a boundary.
+    ids = torch.tensor([[3, 77, 12]])
+    computed, _ = _run(_session(model, tmp_path, plan), ids)
+    with torch.no_grad():
+        floating = model(ids).numpy()
+        expected = prepare(model, plan)(ids).numpy()
+    assert np.abs(computed - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(floating - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_a_layer_that_is_named_stays_float(model: LanguageModel, ids: torch.Tensor, tmp_path: Path) -> None:
+    plan = Plan(PerToken(), PerToken(), ("*.down_proj", "*.q_proj", "*.experts"))
+    computed, _ = _run(_session(model, tmp_path, plan), ids)
+    with torch.no_grad():
+        all_quantized = prepare(model, EIGHT)(ids).numpy()
+        expected = prepare(model, plan)(ids).numpy()
+    error = np.abs(computed - expected).max(axis=-1).flatten()
+    assert np.quantile(error, 0.25) < 2e-5
+    assert np.abs(all_quantized - expected).mean() > 10 * np.quantile(error, 0.25)
+
+
+def test_a_tokens_logits_do_not_depend_on_its_batch(
+    model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
+) -> None:
+    session = _session(model, tmp_path, plan)
+    together, _ = _run(session, torch.cat([ids, 100 * torch.ones_like(ids[:1])]))
+    alone, _ = _run(session, ids[:1, :9])
+    np.testing.assert_allclose(alone[0], together[0, :9], atol=1e-5)
+
+
+def test_decoding_token_by_token_continues_the_prefill(
+    model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
+) -> None:
+    session = _session(model, tmp_path, plan)
+    whole, cache = _run(session, ids)
+    steps, past = [], None
+    for position in range(ids.shape[1]):
+        logits, past = _run(session, ids[:, position : position + 1], past)
+        steps.append(logits)
+    error = np.abs(np.concatenate(steps, axis=1) - whole).max(axis=-1)
+    assert np.median(error) < 1e-5
+    for one, other in zip(past, cache, strict=True):
+        assert one.shape == other.shape == (2, 33, model.config.cache_width)
+
+
+def test_exporting_twice_gives_the_same_bytes(model: LanguageModel, plan: Plan, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        onnx_model.export(model, plan, tmp_path / name / "model.onnx")
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_an_expert_without_tokens_does_no_harm(ids: torch.Tensor, tmp_path: Path, model: LanguageModel) -> None:
+    for router in model.routers():
+        router.e_score_correction_bias[:] = torch.tensor([-9.0, *[0.0] * 7])
+    logits, _ = _run(_session(model, tmp_path), ids)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_gradient_passes_straight_through_the_rounding_of_blocks(bits: int) -> None:
+    x, weight = torch.randn(5, 40, requires_grad=True), torch.randn(3, 40, requires_grad=True)
+    Blockwise(bits).project(x, weight).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(x.grad, blockwise.fake_quant_weight(weight, bits).sum(dim=0).expand(5, 40))
+    torch.testing.assert_close(weight.grad, blockwise.fake_quant_activations(x).sum(dim=0).expand(3, 40))
+
+
+def test_the_gradient_passes_straight_through_the_rounding() -> None:
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    PerToken().project(x, weight).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(x.grad, per_token.fake_quant_rows(weight).sum(dim=0).expand(5, 8))
+    torch.testing.assert_close(weight.grad, per_token.fake_quant_tokens(x).sum(dim=0).expand(3, 8))
+
+
+def test_rounding_to_int8_is_within_half_a_level() -> None:
+    weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6).unsqueeze(1)
+    integers, scales = per_token.quantize_weight(weight)
+    assert integers.abs().max() == 127
+    assert ((integers * scales - weight).abs() <= scales / 2 * 1.0001).all()
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(4, 7), (8, 127)])
+def test_rounding_blocks_is_within_half_a_level_of_each(bits: int, levels: int) -> None:
+    weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6).unsqueeze(1)
+    weight[2, :32] = 0
+    integers, scales = blockwise.quantize_weight(weight, bits)
+    assert integers.shape == (6, 2, 32)
+    assert integers.abs().max() == levels
+    assert ((integers * scales).flatten(1)[:, :40] - weight).abs().max() <= scales.max() / 2 * 1.0001
+    assert (integers[2, 0] == 0).all()

@@ -1,0 +1,102 @@
+"""``deployments/prefect.yaml`` on a real server: deployed whole, run by a worker when data has arrived, read back.
+
+The commands are those of docs/schedule.md.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import page
+import pytest
+from chain import Chain
+
+from flows.process import Child
+
+_SECONDS_A_NIGHT = 180
+
+
+@pytest.fixture
+def clone(finished: Chain, server: str) -> Chain:
+    """The clone on a worker's machine, in which everything has been computed once."""
+    return finished.at(server)
+
+
+def test_what_is_deployed_runs_on_a_worker_when_data_has_arrived(clone: Chain) -> None:
+    _, deploy, emit = page.blocks("schedule")
+    for command in deploy:
+        _run(clone, command)
+
+    nightly, scratch, arrived = (
+        _ask(clone, f"deployments/name/nightly/{name}") for name in ("nightly-full", "weekly-scratch", "on-new-data")
+    )
+    for deployment in (nightly, scratch, arrived):
+        assert deployment["work_pool_name"] == "overnight"
+        assert deployment["global_concurrency_limit"]["limit"] == 1
+        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        # Nothing of the machine that deployed.
+        assert str(clone.root) not in json.dumps(deployment)
+        [step] = deployment["pull_steps"]
+        assert step == {"prefect.deployments.steps.set_working_directory": {"directory": "{{ $OVERNIGHT_PROJECT }}"}}
+    assert scratch["parameters"] == {"scratch": True}
+    crons = [[(one["schedule"]["cron"], one["active"]) for one in each["schedules"]] for each in (nightly, arrived)]
+    assert crons == [[("0 2 * * *", True)], [("17 * * * *", False)]]
+
+    with _worker(clone):
+        for command in emit:
+            _run(clone, command)
+        run = _ended(clone, arrived["id"])
+    assert run["state_type"] == "COMPLETED", run["state"]
+    # Nobody told this run where the project is but the worker's environment.
+    assert run["parameters"] == {}
+    assert (clone.root / ".overnight" / "runs" / f"{run['name']}.json").is_file()
+
+
+def _run(chain: Chain, command: list[str]) -> None:
+    program, *arguments = command
+    module = [] if program == "python" else ["-m", program]
+    done = subprocess.run(
+        [sys.executable, *module, *arguments],
+        cwd=chain.root,
+        env=chain.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def _worker(chain: Chain) -> Iterator[None]:
+    environment = chain.environment(
+        OVERNIGHT_PROJECT=str(chain.root),
+        # Stands in for the installed package.
+        PYTHONPATH=str(chain.root),
+        PREFECT_WORKER_QUERY_SECONDS="1",
+    )
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "overnight", "--type", "process"]
+    with Child(command, chain.root.parent / "worker.log", environment):
+        yield
+
+
+def _ask(chain: Chain, path: str, body: object = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{chain.api}/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def _ended(chain: Chain, deployment: str) -> Any:
+    deadline = time.monotonic() + _SECONDS_A_NIGHT
+    wanted = {"deployments": {"id": {"any_": [deployment]}}}
+    while True:
+        runs = _ask(chain, "flow_runs/filter", wanted)
+        if runs and runs[0]["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return runs[0]
+        assert time.monotonic() < deadline, (runs, (chain.root.parent / "worker.log").read_text())
+        time.sleep(0.2)

@@ -1,0 +1,271 @@
+"""What the world does to a run, but for kills: after each, one `overnight rerun`, or the UI's Retry, ends it well."""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import publishing
+import pytest
+from chain import Chain, Running
+from prefect_server import PrefectServer
+from publishing import Clone
+from receiver import Receiver, receiving
+from ruamel.yaml import YAML
+
+from flows import lock
+from flows.git import git
+
+if TYPE_CHECKING:
+    from conftest import Reference
+
+_SECONDS_A_NIGHT = 120
+# As the button has it: not forced.
+_RETRY = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}, "force": False}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 MiB; the test is skipped where one may not mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Takes all the room there is; returns the file that has it."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+    return ballast
+
+
+def test_a_disk_that_fills_up_is_told_and_with_room_the_run_is_finished(
+    finished: Chain, server: str, reference: "Reference", small_disk: Path
+) -> None:
+    chain = finished.at(server).copy(small_disk / "project")
+    running = chain.start("run", "--from", "card", "--force")
+    assert running.stage_process("card") is not None
+    ballast = fill(small_disk)
+    ended = running.end()
+    assert ended.code == 1, ended.err
+    assert "the disk is full" in ended.complaint()
+    assert ended.complaint().endswith("Free some space and run again.")
+    # No room even for the lock of the next run: one line as well.
+    assert "the disk is full" in chain.overnight("rerun").complaint()
+    ballast.unlink()
+    ended = chain.overnight("rerun")
+    assert ended.code == 0, ended.err
+    assert ended.outcomes()["card"] == "ran"
+    assert chain.version() == reference.version
+
+
+def test_a_dvc_command_that_holds_the_lock_is_waited_for_and_changed_parameters_are_told(
+    finished: Chain, server: str
+) -> None:
+    chain = finished.at(server)
+    chain.set("card.contact", "somebody")
+    running = chain.start("run")
+    assert running.kill_stage("card", 0.1)
+    assert running.end().code == 1
+
+    chain.set("card.contact", "somebody else")
+    with repository_locked(chain) as holder:
+        assert f"process {holder}: " in chain.overnight("rerun").complaint()
+        rerun = chain.start("rerun", "--wait")
+        rerun.wait_until(lambda: "Waiting for it to end" in rerun.said("err"))
+    ended = rerun.end()
+    assert ended.code == 0, ended.err
+    assert "params.yaml was changed since this run stopped" in ended.err
+    assert "somebody else" in (chain.root / "models/card/README.md").read_text()
+
+
+@contextlib.contextmanager
+def repository_locked(chain: Chain) -> Iterator[int]:
+    """Holds DVC's lock as a hand-typed `dvc gc` does, in this process; yields its number."""
+    with (chain.root / ".dvc/tmp/lock").open("w") as file:
+        file.write(f" {os.getpid()}\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield os.getpid()
+
+
+class Nights:
+    """A small project that `overnight schedule` serves."""
+
+    def __init__(
+        self, clone: Clone, chain: Chain, prefect: PrefectServer, schedule: Running, receiver: Receiver
+    ) -> None:
+        self.clone, self.chain, self._prefect, self._schedule = clone, chain, prefect, schedule
+        self._receiver = receiver
+
+    def start(self) -> str:
+        """Starts a night as the timetable does; returns the flow run's id."""
+        found = self._prefect.ask("deployments/filter", {})
+        (deployment,) = [one["id"] for one in found if one["parameters"] == {"project": str(self.clone.root)}]
+        return str(self._prefect.ask(f"deployments/{deployment}/create_flow_run", {})["id"])
+
+    def retry(self, flow_run: str) -> None:
+        """Presses Retry in Prefect's UI."""
+        self._prefect.ask(f"flow_runs/{flow_run}/set_state", _RETRY)
+
+    def read(self, flow_run: str) -> Any:
+        return self._prefect.ask(f"flow_runs/{flow_run}")
+
+    def wait(self, flow_run: str, state: str) -> Any:
+        """Returns the flow run as soon as it is in the state."""
+        self._until(lambda: self.read(flow_run)["state_type"] == state)
+        return self.read(flow_run)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _SECONDS_A_NIGHT
+        while not condition():
+            assert time.monotonic() < deadline, (self.chain.root / ".overnight/logs/schedule.log").read_text()
+            time.sleep(0.2)
+
+    def notices(self) -> list[tuple[str, str]]:
+        """Kind and message of what the webhook was told."""
+        told = [json.loads(body)["overnight"] for _, body in self._receiver.received]
+        return [(one["kind"], one["message"]) for one in told]
+
+    def commit_params(self, **changed: Any) -> None:
+        """Commits a change of ``params.yaml``; ``flow__retries`` is ``flow.retries``."""
+        yaml = YAML()
+        content = yaml.load(git(self.clone.root, "show", "HEAD:params.yaml"))
+        for name, value in changed.items():
+            section, key = name.split("__")
+            content[section][key] = value
+        yaml.dump(content, self.clone.root / "params.yaml")
+        git(self.clone.root, "commit", "-q", "-m", "Parameters", "--", "params.yaml", environment=author())
+
+    def overnight(self, *arguments: str) -> Any:
+        return self.chain.overnight(*arguments, PYTHONPATH=str(publishing.REPOSITORY))
+
+    def runs(self) -> list[list[str]]:
+        """The fields of each line of `overnight runs`."""
+        return [line.split("\t") for line in self.overnight("runs").out.splitlines()]
+
+
+@pytest.fixture
+def nights(tmp_path: Path, home: Path, prefect: PrefectServer) -> Iterator[Nights]:
+    before = Path.cwd()
+    clone = publishing.make(tmp_path / "place")
+    os.chdir(before)
+    yaml = YAML()
+    content = yaml.load(clone.root / "params.yaml")
+    content["collect"]["sources"] = [{"name": "small", "uri": "texts", "format": "txt", "licence": "none"}]
+    yaml.dump(content, clone.root / "params.yaml")
+    (clone.root / "texts").mkdir()
+    (clone.root / "texts/a.txt").write_text("In the beginning.\n")
+    # Nights of their own: nothing but what is committed.
+    git(clone.root, "commit", "-q", "-m", "Sources", "--", "params.yaml", environment=author())
+    git(clone.root, "push", "-q", "origin", "main")
+    chain = Chain(clone.root, home, prefect.api)
+    with receiving() as receiver:
+        schedule = chain.start(
+            *("schedule", "--at", "03:00"),
+            PREFECT_RUNNER_POLL_FREQUENCY="1",
+            PYTHONPATH=str(publishing.REPOSITORY),
+            OVERNIGHT_WEBHOOK=receiver.url,
+        )
+        schedule.wait_until(lambda: "Next run" in schedule.said() or schedule.process.poll() is not None)
+        assert schedule.process.poll() is None, schedule.end()
+        yield Nights(clone, chain, prefect, schedule, receiver)
+        schedule.process.terminate()
+        schedule.end()
+
+
+def author() -> dict[str, str]:
+    return {f"GIT_{role}_{what}": "a@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+@pytest.mark.timeout(600)
+def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_makes_one_version(
+    nights: Nights,
+) -> None:
+    clone = nights.clone
+    night = nights.start()
+    # A file where the remote's folder should be.
+    clone.shelf.write_text("")
+    failed = nights.wait(night, "FAILED")
+    assert failed["state"]["message"].startswith("publish: DVC: ")
+    assert clone.tags() == []
+    (run,) = nights.runs()
+    assert (run[2], run[3]) == ("failed", "publish")
+
+    clone.shelf.unlink()
+    nights.retry(night)
+    retried = nights.wait(night, "COMPLETED")
+    assert retried["state"]["message"] == "v1.0.0 is in production"
+    assert retried["run_count"] == 2
+    assert clone.tags() == ["lm#prod#1", "lm@v1.0.0"]
+    clone.check_remote()
+
+    (clone.root / "texts/b.txt").write_text("And there was light.\n")
+    clone.shelf.rename(clone.shelf.with_name("away"))
+    clone.shelf.write_text("")
+    second = nights.start()
+    nights.wait(second, "FAILED")
+    failed_again = nights.overnight("rerun")
+    assert failed_again.code == 1, failed_again
+    assert failed_again.complaint().startswith("publish: DVC: ")
+    assert "Go on with: overnight rerun " in failed_again.err.splitlines()[-1]
+    clone.shelf.unlink()
+    clone.shelf.with_name("away").rename(clone.shelf)
+    # As a machine leaves it that goes down while Git works in the night's worktree.
+    (worktree,) = (clone.root / ".git/worktrees").iterdir()
+    (worktree / "index.lock").touch()
+    ended = nights.overnight("rerun")
+    assert ended.code == 0, ended.err
+    assert "quantize  cached" in ended.err, ended.err
+    ended_night = nights.read(second)
+    assert (ended_night["state_name"], ended_night["run_count"]) == ("Completed", 3)
+    assert ended_night["state"]["message"] == "v1.1.0 is in production"
+    assert clone.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
+    clone.check_remote()
+    assert [one[2] for one in nights.runs()] == ["completed", "completed"]
+    assert not list((clone.root / ".overnight/worktrees").iterdir())
+
+
+@pytest.mark.timeout(600)
+def test_a_night_goes_by_what_is_committed_waits_its_turn_and_tells_how_it_ended(nights: Nights) -> None:
+    clone = nights.clone
+    # Half typed, and not committed.
+    (clone.root / "params.yaml").write_text("publish: {branch: elsewhere")
+    first = nights.wait(nights.start(), "COMPLETED")
+    assert first["state"]["message"] == "v1.0.0 is in production", first["state"]
+    assert nights.notices() == [("success", "v1.0.0 is in production")]
+
+    nights.commit_params(flow__skip_when_late_minutes=-1)
+    wrong = nights.wait(nights.start(), "FAILED")
+    assert "flow.skip_when_late_minutes: " in wrong["state"]["message"]
+    assert nights.notices()[1:] == [("failure", wrong["state"]["message"])]
+    assert nights.runs()[-1][2] == "failed"
+
+    nights.commit_params(flow__skip_when_late_minutes=0.001)
+    with lock.hold(clone.root, "another"):
+        late = nights.start()
+        # With no minute to lose it is late before it can begin, or else after it has waited.
+        skipped = nights.wait(late, "COMPLETED")
+    assert skipped["state_name"] == "Skipped"
+    assert nights.notices()[2][0] == "skipped"
+    assert nights.runs()[-1][2] == "skipped"
+
+    nights.commit_params(flow__skip_when_late_minutes=120)
+    with lock.hold(clone.root, "another"):
+        waiting = nights.start()
+        nights._until(lambda: nights.runs()[-1][-1].startswith("run another (process "))
+        # Whoever starts the schedule anew, or asks for the last run, leaves it alone.
+        assert f"run {nights.runs()[-1][0]} is at work" in nights.overnight("rerun").complaint()
+    assert nights.wait(waiting, "COMPLETED")["state_name"] == "Nothing new"
+    assert [kind for kind, _ in nights.notices()] == ["success", "failure", "skipped"]
+    assert len(nights.runs()) == 4

@@ -1,0 +1,78 @@
+"""A Prefect server as users start one, which a scenario can kill and start again on the same port and database."""
+
+import json
+import os
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.process import Child
+
+_ATTEMPTS = 10
+
+
+class PrefectServer:
+    """The server whose files lie in ``home``. Leaving the ``with`` block stops it."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self._home = home
+        self.api = f"http://127.0.0.1:{self._port}/api"
+
+    def __enter__(self) -> "PrefectServer":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.stop()
+
+    def start(self) -> None:
+        """Returns when the server answers."""
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+            "HOME": str(self._home),
+            "PREFECT_HOME": str(self._home / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        }
+        log = self._home / "server.log"
+        command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(self._port)]
+        self._child = Child(command, log, environment)
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{self.api}/health", timeout=60).close()
+                return
+            except OSError:
+                assert self._child.wait(0.5) is None, log.read_text()
+
+    def kill(self) -> None:
+        """SIGKILLs it, as a machine that goes down would."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if words[-2:] == ["--port", str(self._port)] and "prefect" in words:
+                process.kill()
+        self._child.stop()
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Returns what the API answers: to a GET, or with a ``body`` to a POST.
+
+        Asks again, as Prefect's own client does, while another holds the database and the server says 503.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.api}/{path}", data, {"Content-Type": "application/json"})
+        for attempt in range(_ATTEMPTS):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(1)
+        raise AssertionError(path)
