@@ -21,7 +21,7 @@ import torch
 from pairs import compare
 
 from lm import hugging_face
-from lm.config import ModelConfig
+from lm.config import LatentConfig
 from lm.model import LanguageModel
 from tasks.launch import worker_environment
 from tasks.progress import Progress
@@ -83,7 +83,7 @@ def parameters(device: str, steps: int) -> TrainParams:
 
 def write_model(params: TrainParams, folder: Path) -> None:
     """Writes one random model, in the layout that both sides read."""
-    config = ModelConfig(
+    config = LatentConfig(
         **params.model.model_dump(),
         vocab_size=VOCAB,
         max_position_embeddings=params.seq_len,
