@@ -51,7 +51,9 @@ def lay_out(root: Path, home: Path) -> Chain:
         text=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if name != "params.yaml" and (tiny.ROOT / name).is_file():
+        # What runs have written here is about text that the copy does not have.
+        written = name in ("params.yaml", "dvc.lock", "environment.json") or name.endswith(".dvc")
+        if not written and (tiny.ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tiny.ROOT / name, root / name)
     write_texts(root / "texts")
