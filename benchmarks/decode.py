@@ -152,12 +152,13 @@ def _graph(folder: Path) -> Step:
     from lm.runtime import Generator
 
     generator = Generator(folder, THREADS)
-    cache = generator.empty_cache()
+    cache = generator.new_cache()
 
     def step(ids: np.ndarray, anew: bool) -> int:
         nonlocal cache
-        logits, cache = generator.run(ids[None].astype(np.int64), generator.empty_cache() if anew else cache)
-        return int(logits[0, -1].argmax())
+        if anew:
+            cache = generator.new_cache()
+        return int(generator.run(ids[None].astype(np.int64), cache, last=True)[0, 0].argmax())
 
     return step
 

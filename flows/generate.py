@@ -70,14 +70,14 @@ def continue_text(
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: no such file. Run `overnight run` first; it makes the INT8 model.")
     # onnxruntime takes most of a second to import.
-    from lm.runtime import Generator, PromptTooLong, Unloadable
+    from lm.runtime import Generator, OtherInterface, PromptTooLong, Request, Unloadable
 
     try:
         model = Generator(folder)
-        ending = yield from model.generate(prompt, max_new_tokens, sampling, stop)
+        ending = yield from model.generate(Request(prompt, max_new_tokens, sampling, stop))
     except PromptTooLong as error:
         raise BadInput(f"{error}.") from None
-    except Unloadable as error:
+    except (Unloadable, OtherInterface) as error:
         raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
     if ending != "context":
         return ""

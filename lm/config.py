@@ -117,8 +117,8 @@ class GroupedArchitecture(_Shape):
 
     @model_validator(mode="after")
     def _the_numbers_fit(self) -> Self:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so make it even")
+        if self.head_dim % 16:
+            raise ValueError(f"head_dim is {self.head_dim}; the exported graph's attention takes multiples of 16")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide into num_key_value_heads "
@@ -138,11 +138,6 @@ class GroupedArchitecture(_Shape):
     def rotary_dim(self) -> int:
         """How many numbers of a head turn with the position."""
         return self.head_dim
-
-    @property
-    def cache_width(self) -> int:
-        """How many numbers a layer keeps for each token: its keys and its values."""
-        return 2 * self.num_key_value_heads * self.head_dim
 
 
 class _Tokens(_Shape):

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 21
-IR_VERSION = 10
+OPSET = 23
+IR_VERSION = 11
 
 
 class Graph:

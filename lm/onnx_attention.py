@@ -1,120 +1,135 @@
-"""Attention in the graph: twins of :mod:`lm.latent` and :mod:`lm.grouped`, each with its cache.
+"""Attention in the graph: twins of :mod:`lm.latent` and :mod:`lm.grouped`, each with its caches.
 
-``past`` holds what a layer keeps of the tokens before; the result has that of the new ones appended. Shape suffixes as
-in those modules, and P tokens before.
+A cache has room for ``capacity`` tokens; those of a call are written at their positions, and a token attends to what
+stands at its own position and before. Shape suffixes as in those modules, and S for the capacity.
 """
 
 import numpy as np
+import torch
 
+from lm.graph import INT32
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
-from lm.planned_graph import PlannedGraph
+from lm.planned_graph import PlannedGraph, array
 from lm.scheme import Rows
 
 
+class LatentPlaces:
+    """What all layers with latent attention read of the tokens' positions [B, T]."""
+
+    def __init__(self, graph: PlannedGraph, positions: str, rotations: torch.Tensor) -> None:
+        cos, sin = (
+            graph.weight(f"rotations.{name}", array(table))
+            for name, table in zip(("cos", "sin"), rotations, strict=True)
+        )
+        self.positions = positions
+        flat = graph.op("Reshape", positions, graph.ints(-1))
+        # [N, R / 2] for the one key of a token, [B, 1, T, R / 2] for the queries of all heads.
+        self.of_keys = graph.op("Gather", cos, flat), graph.op("Gather", sin, flat)
+        by_row = graph.op("Unsqueeze", positions, graph.ints(1))
+        self.of_queries = graph.op("Gather", cos, by_row), graph.op("Gather", sin, by_row)
+        zero, one = graph.weight("zero", np.array(0, np.int64)), graph.weight("one", np.array(1, np.int64))
+        batch = graph.op("Squeeze", graph.op("Shape", positions, start=0, end=1), graph.ints(0))
+        rows = graph.op("Unsqueeze", graph.op("Range", zero, batch, one), graph.ints(1))
+        rows = graph.op("Reshape", graph.op("Expand", rows, graph.op("Shape", positions)), graph.ints(-1, 1))
+        # [N, 2]: the row and the place of each token in a cache.
+        self.in_cache = graph.op("Concat", rows, graph.op("Unsqueeze", flat, graph.ints(1)), axis=1)
+        self.capacity = graph.op("Shape", "past_0", start=1, end=2)
+        keys = graph.op("Range", zero, graph.op("Squeeze", self.capacity, graph.ints(0)), one)
+        seen = graph.op("LessOrEqual", keys, graph.op("Unsqueeze", positions, graph.ints(1, 3)))
+        # [B, 1, T, S]: 0 where the key is not later than the query, else -inf.
+        self.mask = graph.op("Where", seen, graph.number(0.0), graph.number(float("-inf")))
+
+
 def latent(
-    graph: PlannedGraph, name: str, attention: LatentAttention, x: str, past: str, cos: str, sin: str
-) -> tuple[str, str]:
-    """Returns the output [B, T, D] and the cache [B, P + T, C + R] with the new tokens in it.
+    graph: PlannedGraph, name: str, attention: LatentAttention, x: str, pasts: list[str], places: LatentPlaces
+) -> tuple[str, list[str]]:
+    """Returns the output [N, D] and the cache [B, S, C + R] with the new tokens in it; ``x`` [N, D].
 
     Keys and values are never expanded: queries are brought into the latent's space, and what is read from there back
-    out of it (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So a new token costs P (C + R) products a
-    head, and not the expansion of P tokens. That is the product of `kv_b_proj` in another order, so its operands are
+    out of it (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So a new token costs S (C + R) products a
+    head, and not the expansion of S tokens. That is the product of `kv_b_proj` in another order, so its operands are
     rounded as that product rounds them; the cache holds rounded latents.
     """
     config = attention.config
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     rank, width = config.kv_lora_rank, config.cache_width
-    rows = graph.rows(x)
+    rows = Rows(graph, x)
     if config.q_lora_rank is None:
         q = graph.linear(f"{name}.q_proj", attention.q_proj, rows)
     else:
         q = graph.linear(f"{name}.q_a_proj", attention.q_a_proj, rows)
         q = graph.norm(f"{name}.q_a_layernorm", attention.q_a_layernorm, q)
         q = graph.linear(f"{name}.q_b_proj", attention.q_b_proj, Rows(graph, q))
-    q = graph.op("Transpose", graph.like(q, x, heads, config.qk_head_dim), perm=[0, 2, 1, 3])
+    q = graph.op("Transpose", graph.unflat(q, places.positions, heads, config.qk_head_dim), perm=[0, 2, 1, 3])
     q_nope, q_rope = graph.ops("Split", q, graph.ints(nope, rope), outputs=2, axis=-1)
 
     compressed = graph.linear(f"{name}.kv_a_proj_with_mqa", attention.kv_a_proj_with_mqa, rows)
-    new, k_rope = graph.ops("Split", graph.like(compressed, x, width), graph.ints(rank, rope), outputs=2, axis=-1)
+    new, k_rope = graph.ops("Split", compressed, graph.ints(rank, rope), outputs=2, axis=-1)
     new = graph.rounded(f"{name}.kv_b_proj", graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new))
-    new = graph.op("Concat", new, _rotate(graph, k_rope, cos, sin), axis=-1)
-    present = graph.op("Concat", past, new, axis=1)
+    new = graph.op("Concat", new, _rotate(graph, k_rope, *places.of_keys), axis=-1)
+    present = graph.op("ScatterND", *pasts, places.in_cache, new)
 
     weight = graph.constant(f"{name}.kv_b_proj", attention.kv_b_proj)
     by_head = graph.op("Reshape", weight, graph.ints(heads, nope + config.v_head_dim, rank))
     to_keys, to_values = graph.ops("Split", by_head, graph.ints(nope, config.v_head_dim), outputs=2, axis=1)
-    q = graph.op("Concat", graph.op("MatMul", q_nope, to_keys), _rotate(graph, q_rope, cos, sin), axis=-1)
+    q = graph.op("Concat", graph.op("MatMul", q_nope, to_keys), _rotate(graph, q_rope, *places.of_queries), axis=-1)
     # The heads lie side by side as more queries to the one cache.
-    batch, total = graph.op("Shape", x, start=0, end=1), graph.op("Shape", present, start=1, end=2)
-    q = graph.op("Reshape", q, graph.op("Concat", batch, graph.ints(-1, width), axis=0))
+    q = graph.op("Reshape", q, graph.ints(0, -1, width))
     scores = graph.op("MatMul", q, graph.op("Transpose", present, perm=[0, 2, 1]))
-    scores = graph.op("Reshape", scores, graph.op("Concat", batch, graph.ints(heads, -1), total, axis=0))
-    weights = _softmax(graph, scores, config.qk_head_dim, x, present)
-    weights = graph.op("Reshape", weights, graph.op("Concat", batch, graph.ints(-1), total, axis=0))
-    read = graph.op("MatMul", weights, present)
+    by_head = graph.op("Concat", graph.ints(0, heads, -1), places.capacity, axis=0)
+    scaled = graph.op("Mul", graph.op("Reshape", scores, by_head), graph.number(float(config.qk_head_dim**-0.5)))
+    weights = graph.op("Softmax", graph.op("Add", scaled, places.mask), axis=-1)
+    side_by_side = graph.op("Concat", graph.ints(0, -1), places.capacity, axis=0)
+    read = graph.op("MatMul", graph.op("Reshape", weights, side_by_side), present)
     read = graph.op("Slice", read, graph.ints(0), graph.ints(rank), graph.ints(-1))
-    read = graph.op("Reshape", read, graph.op("Concat", batch, graph.ints(heads, -1, rank), axis=0))
+    read = graph.op("Reshape", read, graph.ints(0, heads, -1, rank))
     out = graph.op("MatMul", read, graph.op("Transpose", to_values, perm=[0, 2, 1]))
     out = graph.op("Transpose", out, perm=[0, 2, 1, 3])
     out = graph.op("Reshape", out, graph.ints(-1, heads * config.v_head_dim))
-    y = graph.linear(f"{name}.o_proj", attention.o_proj, Rows(graph, out))
-    return graph.like(y, x, config.hidden_size), present
+    return graph.linear(f"{name}.o_proj", attention.o_proj, Rows(graph, out)), [present]
+
+
+class GroupedPlaces:
+    """What all layers with grouped-query attention read of the tokens' positions [B, T]."""
+
+    def __init__(self, graph: PlannedGraph, positions: str, rotations: torch.Tensor) -> None:
+        cos, sin = rotations
+        self.positions = positions
+        self.cos, self.sin = graph.weight("rotations.cos", array(cos)), graph.weight("rotations.sin", array(sin))
+        # [B]: the last position of each row, which the operator calls the length of its keys less one.
+        last = graph.op("Gather", positions, graph.weight("minus_one", np.array(-1, np.int64)), axis=1)
+        self.last = graph.op("Cast", last, to=INT32)
+        longest = graph.op("ReduceMax", self.last, keepdims=0)
+        self.total = graph.op("Add", longest, graph.weight("one_int32", np.array(1, np.int32)))
 
 
 def grouped(
-    graph: PlannedGraph, name: str, attention: GroupedAttention, x: str, past: str, cos: str, sin: str
-) -> tuple[str, str]:
-    """Returns the output [B, T, D] and the cache [B, P + T, 2 G W], rotated keys before values."""
+    graph: PlannedGraph, name: str, attention: GroupedAttention, x: str, pasts: list[str], places: GroupedPlaces
+) -> tuple[str, list[str]]:
+    """Returns the output [N, D] and the caches of rotated keys and of values [B, G, S, W] with the new tokens.
+
+    By onnxruntime's ``GroupQueryAttention``, which rotates, masks and writes in place. It takes several tokens after a
+    past for a single row only.
+    """
     config = attention.config
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rows = graph.rows(x)
-    q = graph.like(graph.linear(f"{name}.q_proj", attention.q_proj, rows), x, heads, width)
-    k = graph.like(graph.linear(f"{name}.k_proj", attention.k_proj, rows), x, groups, width)
-    v = graph.like(graph.linear(f"{name}.v_proj", attention.v_proj, rows), x, groups * width)
+    rows = Rows(graph, x)
+    q = graph.linear(f"{name}.q_proj", attention.q_proj, rows)
+    k = graph.linear(f"{name}.k_proj", attention.k_proj, rows)
+    v = graph.linear(f"{name}.v_proj", attention.v_proj, rows)
     if config.norms_heads:
-        q = graph.norm(f"{name}.q_norm", attention.q_norm, q)
-        k = graph.norm(f"{name}.k_norm", attention.k_norm, k)
-    q = _rotate_halves(graph, graph.op("Transpose", q, perm=[0, 2, 1, 3]), cos, sin)
-    k = _rotate_halves(graph, graph.op("Transpose", k, perm=[0, 2, 1, 3]), cos, sin)
-    k = graph.like(graph.op("Transpose", k, perm=[0, 2, 1, 3]), x, groups * width)
-    present = graph.op("Concat", past, graph.op("Concat", k, v, axis=-1), axis=1)
-
-    keys, values = graph.ops("Split", present, graph.ints(groups * width, groups * width), outputs=2, axis=-1)
-    # The heads of a group lie side by side as more queries to one head of keys.
-    batch = graph.op("Shape", x, start=0, end=1)
-    q = graph.op("Reshape", q, graph.op("Concat", batch, graph.ints(groups, -1, width), axis=0))
-    keys = graph.op("Transpose", graph.like(keys, present, groups, width), perm=[0, 2, 3, 1])
-    values = graph.op("Transpose", graph.like(values, present, groups, width), perm=[0, 2, 1, 3])
-    total = graph.op("Shape", present, start=1, end=2)
-    scores = graph.op("MatMul", q, keys)
-    scores = graph.op("Reshape", scores, graph.op("Concat", batch, graph.ints(heads, -1), total, axis=0))
-    weights = _softmax(graph, scores, width, x, present)
-    weights = graph.op("Reshape", weights, graph.op("Concat", batch, graph.ints(groups, -1), total, axis=0))
-    out = graph.op("MatMul", weights, values)
-    out = graph.op("Reshape", out, graph.op("Concat", batch, graph.ints(heads, -1, width), axis=0))
-    out = graph.op("Reshape", graph.op("Transpose", out, perm=[0, 2, 1, 3]), graph.ints(-1, heads * width))
-    return graph.like(
-        graph.linear(f"{name}.o_proj", attention.o_proj, Rows(graph, out)), x, config.hidden_size
-    ), present
-
-
-def _softmax(graph: PlannedGraph, scores: str, width: int, x: str, present: str) -> str:
-    scaled = graph.op("Mul", scores, graph.number(float(width**-0.5)))
-    return graph.op("Softmax", graph.op("Add", scaled, _causal_mask(graph, x, present)), axis=-1)
-
-
-def _causal_mask(graph: PlannedGraph, x: str, present: str) -> str:
-    # [length, total]: 0 where the key is not later than the query, else -inf.
-    zero, one = graph.weight("zero", np.array(0, np.int64)), graph.weight("one", np.array(1, np.int64))
-    length = graph.op("Squeeze", graph.op("Shape", x, start=1, end=2), graph.ints(0))
-    total = graph.op("Squeeze", graph.op("Shape", present, start=1, end=2), graph.ints(0))
-    keys = graph.op("Range", zero, total, one)
-    queries = graph.op("Range", graph.op("Sub", total, length), total, one)
-    later = graph.op(
-        "Greater", graph.op("Unsqueeze", keys, graph.ints(0)), graph.op("Unsqueeze", queries, graph.ints(1))
+        q = graph.norm(f"{name}.q_norm", attention.q_norm, graph.unflat(q, places.positions, heads, width))
+        k = graph.norm(f"{name}.k_norm", attention.k_norm, graph.unflat(k, places.positions, groups, width))
+    q, k, v = (
+        graph.unflat(part, places.positions, count * width) for part, count in ((q, heads), (k, groups), (v, groups))
     )
-    return graph.op("Where", later, graph.number(float("-inf")), graph.number(0.0))
+    out, *presents = graph.ops(
+        "GroupQueryAttention", q, k, v, *pasts, places.last, places.total, places.cos, places.sin, outputs=3,
+        domain="com.microsoft", num_heads=heads, kv_num_heads=groups, do_rotary=1,
+    )  # fmt: skip
+    out = graph.op("Reshape", out, graph.ints(-1, heads * width))
+    return graph.linear(f"{name}.o_proj", attention.o_proj, Rows(graph, out)), presents
 
 
 def _rotate(graph: PlannedGraph, x: str, cos: str, sin: str) -> str:
@@ -122,17 +137,6 @@ def _rotate(graph: PlannedGraph, x: str, cos: str, sin: str) -> str:
     end = graph.ints(np.iinfo(np.int64).max)
     first = graph.op("Slice", x, graph.ints(0), end, graph.ints(-1), graph.ints(2))
     second = graph.op("Slice", x, graph.ints(1), end, graph.ints(-1), graph.ints(2))
-    return graph.op(
-        "Concat",
-        graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin)),
-        graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin)),
-        axis=-1,
-    )
-
-
-def _rotate_halves(graph: PlannedGraph, x: str, cos: str, sin: str) -> str:
-    # Twin of `rope.rotate_halves`.
-    first, second = graph.ops("Split", x, outputs=2, axis=-1, num_outputs=2)
     return graph.op(
         "Concat",
         graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin)),

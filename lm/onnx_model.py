@@ -1,21 +1,27 @@
 """The graph of a model, written node by node: what a :class:`lm.quantization.Plan` makes of it in floating point is
 what onnxruntime computes.
 
-Inputs: ``input_ids`` [batch, length] and for each layer ``past_I`` [batch, past, width], what it keeps of the tokens
-before (a past of 0 tokens is fine; :mod:`lm.onnx_attention` says what it holds). Outputs: ``logits`` [batch, length,
-vocabulary] and ``present_I``, the past with the new tokens appended.
+Inputs: ``input_ids`` [batch, length]; ``positions`` [batch, length], where in its text each of them stands, one after
+the other from any place on; ``logits_to_keep`` [batch, kept], for which of the ``length`` tokens logits are wanted; and
+each layer's caches, named ``past_...``, with room for ``capacity`` tokens (:mod:`lm.onnx_attention` says what they
+hold). Outputs: ``logits`` [batch, kept, vocabulary], and ``present_...``, the caches with the new tokens at their
+positions. Bound to the memory of the ``past_...`` they are written in place, and nothing is copied.
+
+Rows of unequal length are filled up at their ends. What a filler leaves in a cache lies behind its row's last token,
+where nothing reads it, and the next token takes its place.
 """
 
 from pathlib import Path
 
 import numpy as np
 
+from lm.config import LatentConfig
 from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.graph import FLOAT, INT64
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.model import Block, LanguageModel
-from lm.onnx_attention import grouped, latent
+from lm.onnx_attention import GroupedPlaces, LatentPlaces, grouped, latent
 from lm.per_token import quantize_weight
 from lm.planned_graph import PlannedGraph, array
 from lm.quantization import Plan
@@ -26,62 +32,77 @@ def export(model: LanguageModel, plan: Plan, path: Path) -> None:
     """Writes the graph of ``model`` to ``path`` and its weights beside it; equal models give equal bytes."""
     config = model.config
     graph = PlannedGraph(plan)
-    width = config.cache_width
     ids = graph.input("input_ids", INT64, ["batch", "length"])
-    pasts = [graph.input(f"past_{index}", FLOAT, ["batch", "past", width]) for index in range(config.num_hidden_layers)]
-    cos, sin = _rotations(graph, model, ids, pasts[0])
+    positions = graph.input("positions", INT64, ["batch", "length"])
+    kept = graph.input("logits_to_keep", INT64, ["batch", "kept"])
+    rotations = model.model.rotations
+    if isinstance(config, LatentConfig):
+        shapes: dict[str, list[int | str]] = {"": ["batch", "capacity", config.cache_width]}
+    else:
+        heads: list[int | str] = ["batch", config.num_key_value_heads, "capacity", config.head_dim]
+        shapes = {".key": heads, ".value": heads}
+    pasts = [
+        [graph.input(f"past_{index}{part}", FLOAT, shape) for part, shape in shapes.items()]
+        for index in range(config.num_hidden_layers)
+    ]
+    with graph.scope("places"):
+        places = (LatentPlaces if isinstance(config, LatentConfig) else GroupedPlaces)(graph, positions, rotations)
     x = _embed(graph, model, ids)
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, Block)
         with graph.scope(f"layer_{index}"):
-            x, present = _block(graph, f"model.layers.{index}", layer, x, pasts[index], cos, sin)
-        graph.output(present, f"present_{index}", FLOAT, ["batch", "total", width])
+            x, presents = _block(graph, f"model.layers.{index}", layer, x, pasts[index], places)
+        for (part, shape), present in zip(shapes.items(), presents, strict=True):
+            graph.output(present, f"present_{index}{part}", FLOAT, shape)
     with graph.scope("head"):
-        normed = graph.norm("model.norm", model.model.norm, x)
-        logits = graph.like(graph.linear("lm_head", model.lm_head, graph.rows(normed)), ids, config.vocab_size)
-    graph.output(logits, "logits", FLOAT, ["batch", "length", config.vocab_size])
+        # Before the norm: the head is a fifth of a small model, and a prompt needs its last token's logits alone.
+        normed = graph.norm("model.norm", model.model.norm, graph.op("Gather", x, _kept(graph, kept, ids)))
+        logits = graph.linear("lm_head", model.lm_head, Rows(graph, normed))
+    graph.output(graph.unflat(logits, kept, config.vocab_size), "logits", FLOAT, ["batch", "kept", config.vocab_size])
     graph.save(path)
+
+
+def _kept(graph: PlannedGraph, kept: str, ids: str) -> str:
+    # [batch * kept]: where the wanted tokens stand among all.
+    zero, one = graph.weight("zero", np.array(0, np.int64)), graph.weight("one", np.array(1, np.int64))
+    batch, length = graph.ops("Split", graph.op("Shape", ids), outputs=2, num_outputs=2)
+    numbers = graph.op("Range", zero, graph.op("Squeeze", batch, graph.ints(0)), one)
+    firsts = graph.op("Unsqueeze", graph.op("Mul", numbers, length), graph.ints(1))
+    return graph.op("Reshape", graph.op("Add", firsts, kept), graph.ints(-1))
 
 
 def _embed(graph: PlannedGraph, model: LanguageModel, ids: str) -> str:
     integers, scales = quantize_weight(model.model.embed_tokens.weight.detach())
     name = "model.embed_tokens"
-    rows = graph.op("Gather", graph.weight(f"{name}.int8", integers.numpy()), ids)
+    flat = graph.op("Reshape", ids, graph.ints(-1))
+    rows = graph.op("Gather", graph.weight(f"{name}.int8", integers.numpy()), flat)
     return graph.op(
         "Mul",
         graph.op("Cast", rows, to=FLOAT),
-        graph.op("Gather", graph.weight(f"{name}.scales", array(scales)), ids),
+        graph.op("Gather", graph.weight(f"{name}.scales", array(scales)), flat),
     )
 
 
-def _rotations(graph: PlannedGraph, model: LanguageModel, ids: str, past: str) -> tuple[str, str]:
-    first = graph.op("Squeeze", graph.op("Shape", past, start=1, end=2), graph.ints(0))
-    length = graph.op("Squeeze", graph.op("Shape", ids, start=1, end=2), graph.ints(0))
-    one = graph.weight("one", np.array(1, dtype=np.int64))
-    positions = graph.op("Range", first, graph.op("Add", first, length), one)
-    cos, sin = model.model.rotations
-    return (
-        graph.op("Gather", graph.weight("rotations.cos", array(cos)), positions),
-        graph.op("Gather", graph.weight("rotations.sin", array(sin)), positions),
-    )
-
-
-def _block(graph: PlannedGraph, name: str, block: Block, x: str, past: str, cos: str, sin: str) -> tuple[str, str]:
+def _block(
+    graph: PlannedGraph, name: str, block: Block, x: str, pasts: list[str], places: LatentPlaces | GroupedPlaces
+) -> tuple[str, list[str]]:
     normed = graph.norm(f"{name}.input_layernorm", block.input_layernorm, x)
     attention = block.self_attn
     if isinstance(attention, LatentAttention):
-        attended, present = latent(graph, f"{name}.self_attn", attention, normed, past, cos, sin)
+        assert isinstance(places, LatentPlaces)
+        attended, presents = latent(graph, f"{name}.self_attn", attention, normed, pasts, places)
     else:
         assert isinstance(attention, GroupedAttention)
-        attended, present = grouped(graph, f"{name}.self_attn", attention, normed, past, cos, sin)
+        assert isinstance(places, GroupedPlaces)
+        attended, presents = grouped(graph, f"{name}.self_attn", attention, normed, pasts, places)
     x = graph.op("Add", x, attended)
     normed = graph.norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm, x)
     if isinstance(block.mlp, MixtureOfExperts):
         y = _mixture(graph, f"{name}.mlp", block.mlp, normed)
     else:
         assert isinstance(block.mlp, SwiGLU)
-        y = _swiglu(graph, f"{name}.mlp", block.mlp, graph.rows(normed))
-    return graph.op("Add", x, graph.op("Reshape", y, graph.op("Shape", x))), present
+        y = _swiglu(graph, f"{name}.mlp", block.mlp, Rows(graph, normed))
+    return graph.op("Add", x, y), presents
 
 
 def _swiglu(graph: PlannedGraph, name: str, layer: SwiGLU, x: Rows) -> str:
@@ -95,9 +116,8 @@ def _silu_mul(graph: PlannedGraph, gate: str, up: str) -> str:
 
 
 def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
-    flat = graph.op("Flatten", x, axis=2)
-    gates = _gates(graph, f"{name}.gate", layer.gate, flat)
-    rows = Rows(graph, flat)
+    gates = _gates(graph, f"{name}.gate", layer.gate, x)
+    rows = Rows(graph, x)
     y = _swiglu(graph, f"{name}.shared_experts", layer.shared_experts, rows)
     for index in range(len(layer.experts.gate_up_proj)):
         with graph.scope(f"expert_{index}"):

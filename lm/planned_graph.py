@@ -12,11 +12,15 @@ from lm.scheme import Rows
 
 
 class PlannedGraph(Graph):
-    """Adds whole layers as :class:`Graph` adds nodes: each method returns the name of its result."""
+    """Adds whole layers as :class:`Graph` adds nodes: each method returns the name of its result.
+
+    Between layers the tokens of all rows lie one after the other: [N, hidden size], N = batch x length.
+    """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__("overnight")
         self._plan = plan
+        self._shapes: dict[tuple[str | int, ...], str] = {}
 
     def product(self, name: str, weight: torch.Tensor, x: Rows, layer: str | None = None) -> str:
         """Multiplies ``x`` [N, in] by ``weight`` [out, in] as the plan has it for ``layer``, ``name`` if None."""
@@ -29,8 +33,8 @@ class PlannedGraph(Graph):
         return y if layer.bias is None else self.op("Add", y, self.weight(f"{name}.bias", array(layer.bias)))
 
     def rounded(self, name: str, x: str) -> str:
-        """[batch, length, in] as the product of the layer ``name`` sees it."""
-        return self.like(self._plan.of(name).rounded(self, self.op("Flatten", x, axis=2)), x, -1)
+        """[N, in] as the product of the layer ``name`` sees it."""
+        return self._plan.of(name).rounded(self, x)
 
     def constant(self, name: str, layer: Linear) -> str:
         """The weight [out, in] as the product of the layer ``name`` sees it."""
@@ -38,18 +42,15 @@ class PlannedGraph(Graph):
 
     def norm(self, name: str, norm: RMSNorm, x: str) -> str:
         """[..., K] to [..., K]. Twin of :class:`lm.norm.RMSNorm`."""
-        square = self.op("ReduceMean", self.op("Mul", x, x), self.ints(-1), keepdims=1)
-        rms = self.op("Sqrt", self.op("Add", square, self.number(float(norm.eps or 0.0))))
-        return self.op("Mul", self.op("Div", x, rms), self.weight(f"{name}.weight", array(norm.weight)))
+        weight = self.weight(f"{name}.weight", array(norm.weight))
+        return self.op("RMSNormalization", x, weight, axis=-1, epsilon=float(norm.eps or 0.0))
 
-    def rows(self, x: str) -> Rows:
-        """[batch, length, K] as [batch * length, K]."""
-        return Rows(self, self.op("Flatten", x, axis=2))
-
-    def like(self, rows: str, x: str, *inner: int) -> str:
-        """[batch * length, ...] to [batch, length, *inner], batch and length those of ``x``."""
-        shape = self.op("Concat", self.op("Shape", x, start=0, end=2), self.ints(*inner), axis=0)
-        return self.op("Reshape", rows, shape)
+    def unflat(self, rows: str, ids: str, *inner: int) -> str:
+        """[batch * length, ...] to [batch, length, *inner], batch and length those of ``ids``."""
+        key: tuple[str | int, ...] = (ids, *inner)
+        if key not in self._shapes:
+            self._shapes[key] = self.op("Concat", self.op("Shape", ids, start=0, end=2), self.ints(*inner), axis=0)
+        return self.op("Reshape", rows, self._shapes[key])
 
 
 def array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
-from collections import abc
+from collections.abc import Generator as Pieces
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +17,12 @@ from tokenizers import Tokenizer
 from lm.sampling import Logits, Sampling, held_back
 
 DEFAULT = Sampling()
+Ids = npt.NDArray[np.int64]
 # Why a text ended: the model ended it, a string that was to stop it came, it is as long as was asked for, or it fills
 # the model's context.
 Ending = Literal["end of text", "stop", "length", "context"]
+# Room for this many more tokens is made at a time: rarely enough to copy little, often enough to attend to little room.
+_GROWTH = 64
 _LONGEST_REASON = 200
 
 
@@ -29,13 +34,68 @@ class Unloadable(ValueError):
     """A folder's files are no model, or a damaged one."""
 
 
+class OtherInterface(ValueError):
+    """A graph was exported by another version of Overnight: it is sound, but its inputs are not those of this one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to continue: at most ``max_new_tokens``, ending before the first of the strings ``stop``."""
+
+    prompt: str
+    max_new_tokens: int
+    sampling: Sampling = DEFAULT
+    stop: tuple[str, ...] = ()
+
+
+class Cache:
+    """What the layers keep of the tokens of a batch so far; graph runs write it in place.
+
+    ``lengths`` [batch] counts each row's tokens. Making one smaller forgets the tokens at its end.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, batch: int) -> None:
+        self.lengths: Ids = np.zeros(batch, np.int64)
+        self.capacity = 0
+        self._batch = batch
+        self._shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_")}
+        self._buffers: dict[str, npt.NDArray[np.float32]] = {}
+        self.binding = session.io_binding()
+
+    def reserve(self, tokens: int, limit: int) -> None:
+        """Makes room for ``tokens`` tokens a row, and for some more, but not for more than ``limit``."""
+        if tokens <= self.capacity:
+            return
+        capacity = max(tokens, min(-(-tokens // _GROWTH) * _GROWTH, limit))
+        sizes = {"batch": self._batch, "capacity": capacity}
+        for name, shape in self._shapes.items():
+            # Zeros and not just memory: a weight of zero times what is no number would be no number.
+            buffer = np.zeros([sizes.get(axis, axis) for axis in shape], np.float32)
+            if (old := self._buffers.get(name)) is not None:
+                axis = shape.index("capacity")
+                buffer[(slice(None),) * axis + (slice(self.capacity),)] = old
+            self._buffers[name] = buffer
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_ortvalue_output(name.replace("past_", "present_"), value)
+        self.capacity = capacity
+
+
+class Held:
+    """The tokens that a cache of one row holds: a text that begins as the last one did is not read again."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.cache: Cache | None = None
+
+
 class Generator:
-    """Continues text. One graph run over the prompt, then one a token, the latent cache going from run to run."""
+    """Continues texts: one graph run over the prompts, then one a token, all rows of a batch in each."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         """Loads ``model.onnx`` with its ``tokenizer.json`` and ``config.json``; ``threads`` None takes all cores.
 
-        Raises :class:`Unloadable` that names the file in ``folder`` that is at fault.
+        Raises :class:`Unloadable` that names the file in ``folder`` that is at fault, and :class:`OtherInterface`.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
@@ -47,72 +107,154 @@ class Generator:
         options.log_severity_level = 3
         with _named(folder / "model.onnx") as model:
             self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        if "positions" not in {value.name for value in self.session.get_inputs()}:
+            raise OtherInterface(f"{model}: exported by another version of Overnight; it runs with that one's code")
         with _named(folder / "tokenizer.json") as tokenizer:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
             # The longest text, in tokens, that the model was trained on and has positions for.
             self.context: int = json.loads(config.read_text())["max_position_embeddings"]
-        self.cache_shapes = {
-            value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_")
-        }
-        self._outputs = ["logits", *(name.replace("past_", "present_") for name in self.cache_shapes)]
 
-    def empty_cache(self, batch: int = 1) -> dict[str, npt.NDArray[np.float32]]:
-        """Returns the cache before the first token: ``past_I`` [batch, 0, width] for each layer."""
-        return {name: np.zeros((batch, 0, shape[2]), np.float32) for name, shape in self.cache_shapes.items()}
+    def new_cache(self, batch: int = 1) -> Cache:
+        """Returns the cache before the first token of ``batch`` texts."""
+        return Cache(self.session, batch)
 
-    def run(
-        self, ids: npt.NDArray[np.int64], cache: dict[str, npt.NDArray[np.float32]]
-    ) -> tuple[Logits, dict[str, npt.NDArray[np.float32]]]:
-        """Returns logits [batch, length, vocabulary] of ``ids`` [batch, length] after ``cache``, and the new cache."""
-        logits, *presents = self.session.run(self._outputs, {"input_ids": ids, **cache})
-        return logits, dict(zip(cache, presents, strict=True))
+    def run(self, ids: Ids, cache: Cache, counts: Ids | None = None, last: bool = False) -> Logits:
+        """Returns logits [batch, length, vocabulary] of ``ids`` [batch, length], which come after ``cache``.
 
-    def generate(
-        self, prompt: str, max_new_tokens: int, sampling: Sampling = DEFAULT, stop: tuple[str, ...] = ()
-    ) -> abc.Generator[str, None, Ending]:
-        """Yields the continuation of ``prompt`` piece by piece and returns why it ended; equal arguments, equal text.
-
-        Stops at the end-of-text token, before the first of the strings ``stop``, after ``max_new_tokens``, or when the
-        text is as long as the model's context: it was trained on nothing longer, and text that drops its beginning
-        would be another text. Raises :class:`PromptTooLong`.
+        ``counts`` [batch] says how many of a row's ids are its own, the others after them being fillers; None: all.
+        ``last``: the logits of each row's last own id alone, [batch, 1, vocabulary].
         """
-        ids = self.tokenizer.encode(prompt).ids
+        batch, length = ids.shape
+        counts = np.full(batch, length) if counts is None else counts
+        kept = np.maximum(counts - 1, 0)[:, None] if last else np.broadcast_to(np.arange(length), ids.shape)
+        cache.reserve(int(cache.lengths.max()) + length, self.context)
+        binding = cache.binding
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
+        binding.bind_cpu_input("positions", cache.lengths[:, None] + np.arange(length))
+        binding.bind_cpu_input("logits_to_keep", np.ascontiguousarray(kept, np.int64))
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        cache.lengths = cache.lengths + counts
+        names = [value.name for value in self.session.get_outputs()]
+        logits: Logits = binding.get_outputs()[names.index("logits")].numpy()
+        return logits
+
+    def generate(self, request: Request, held: Held | None = None) -> Pieces[str, None, Ending]:
+        """Yields the continuation of one prompt piece by piece and returns why it ended; see :meth:`generate_batch`.
+
+        What ``held`` has of an earlier call is not computed again, and it is left with the text of this one.
+        """
+        row = self._row(request)
+        held = held or Held()
+        if held.cache is None:
+            held.cache = self.new_cache()
+        # At least the last token is read: its logits are needed.
+        common = _common(held.ids, row.ids[:-1])
+        held.cache.lengths[:] = common
+        new, held.ids = row.ids[common:], row.ids[:common]
+        while row.ending is None:
+            logits = self.run(np.array([new]), held.cache, last=True)
+            held.ids += new
+            token, piece = row.advance(logits[0, 0])
+            if piece:
+                yield piece
+            new = [token]
+        return row.ending
+
+    def generate_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str, Ending | None]]:
+        """Yields (number of the request, next piece of its text, why that ended or None), all rows side by side.
+
+        A text stops at the end-of-text token, before the first of its ``stop``, after ``max_new_tokens``, or when it
+        is as long as the model's context: it was trained on nothing longer, and a text that drops its beginning would
+        be another text. Equal requests write equal texts, whatever is in the batch. Raises :class:`PromptTooLong`.
+        """
+        rows = [self._row(request) for request in requests]
+        cache = self.new_cache(len(rows))
+        counts = np.array([len(row.ids) for row in rows])
+        ids = np.zeros((len(rows), counts.max()), np.int64)
+        for row, line in zip(rows, ids, strict=True):
+            line[: len(row.ids)] = row.ids
+        while True:
+            logits = self.run(ids, cache, counts, last=True)
+            ids, counts = np.zeros((len(rows), 1), np.int64), np.zeros(len(rows), np.int64)
+            for number, row in enumerate(rows):
+                if row.ending is None:
+                    ids[number], piece = row.advance(logits[number, 0])
+                    counts[number] = row.ending is None
+                    if piece or row.ending:
+                        yield number, piece, row.ending
+            if not counts.any():
+                return
+            # A row that has ended writes its fillers over its own last token, so that they need no room.
+            cache.lengths = np.where(counts == 0, 0, cache.lengths)
+
+    def _row(self, request: Request) -> "_Row":
+        ids = self.tokenizer.encode(request.prompt).ids
         if len(ids) >= self.context:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, and the model reads at most {self.context}, its answer included; "
                 "shorten the prompt"
             )
-        end_of_text = ids[0]  # the one special token begins and ends every document
-        room = min(max_new_tokens, self.context - len(ids))
-        random = np.random.default_rng(sampling.seed)
-        cache, new, told = self.empty_cache(), list(ids), 0
-        written: list[int] = []
-        text = ""
-        for _ in range(room):
-            logits, cache = self.run(np.array([new], np.int64), cache)
-            token = sampling.draw(logits[0, -1], np.array(ids + written, np.int64), random)
-            if token == end_of_text:
-                yield text[told:]
-                return "end of text"
-            written.append(token)
-            new = [token]
-            text = self.tokenizer.decode(written)
-            if found := [place for one in stop if (place := text.find(one)) >= 0]:
-                yield text[told : min(found)]
-                return "stop"
-            # A character of several tokens decodes to U+FFFD until its last one is there.
-            whole = len(text) - held_back(text, stop)
-            if not text.endswith("�") and whole > told:
-                yield text[told:whole]
-                told = whole
-        # What might have become one of `stop`, but no half character.
-        yield text[told:].rstrip("�")
-        return "context" if room < max_new_tokens else "length"
+        return _Row(self.tokenizer, request, ids, self.context)
+
+
+class _Row:
+    """One text as it is written. ``ids`` is its prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, ids: list[int], context: int) -> None:
+        self.ids = ids
+        self.ending: Ending | None = None
+        self._tokenizer, self._request = tokenizer, request
+        self._end_of_text = ids[0]  # the one special token begins and ends every document
+        self._random = np.random.default_rng(request.sampling.seed)
+        self._written: list[int] = []
+        self._room = min(request.max_new_tokens, context - len(ids))
+        self._full: Ending = "length" if self._room == request.max_new_tokens else "context"
+        # The text so far, how much of it is told, and the tokens at its end that are half a character.
+        self._text, self._told = "", 0
+        self._half: list[int] = []
+
+    def advance(self, logits: Logits) -> tuple[int, str]:
+        """Returns the next token for ``logits`` [vocabulary], and what can be told now."""
+        token = self._request.sampling.draw(logits, np.array(self.ids + self._written, np.int64), self._random)
+        if token == self._end_of_text:
+            return token, self._end("end of text", len(self._text))
+        self._written.append(token)
+        self._half.append(token)
+        # A character of several tokens decodes to U+FFFD until its last one is there.
+        if not (piece := self._tokenizer.decode(self._half)).endswith("�"):
+            self._text += piece
+            self._half.clear()
+        stop = self._request.stop
+        if found := [place for one in stop if (place := self._text.find(one, self._told)) >= 0]:
+            return token, self._end("stop", min(found))
+        if len(self._written) == self._room:
+            if self._half:
+                # Whole characters before half a one.
+                self._text += piece.rstrip("�")
+            return token, self._end(self._full, len(self._text))
+        return token, self._tell(len(self._text) - held_back(self._text, stop))
+
+    def _tell(self, end: int) -> str:
+        piece = self._text[self._told : end]
+        self._told = max(self._told, end)
+        return piece
+
+    def _end(self, why: Ending, end: int) -> str:
+        self.ending = why
+        return self._tell(end)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return min(len(one), len(other))
 
 
 @contextlib.contextmanager
-def _named(file: Path) -> abc.Iterator[Path]:
+def _named(file: Path) -> Iterator[Path]:
     try:
         yield file
     except Exception as error:

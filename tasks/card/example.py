@@ -14,18 +14,24 @@ options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file("tokenizer.json")
 
-# One cache a layer, empty at first: [batch, tokens so far, width].
-cache = {x.name: np.zeros((1, 0, x.shape[2]), np.float32) for x in session.get_inputs() if x.name.startswith("past_")}
+context = json.loads(Path("config.json").read_text())["max_position_embeddings"]
+# The caches of all layers, with room for a whole context.
+room = {"batch": 1, "capacity": context}
+cache = {
+    x.name: np.zeros([room.get(axis, axis) for axis in x.shape], np.float32)
+    for x in session.get_inputs()
+    if x.name.startswith("past_")
+}
 outputs = ["logits", *(name.replace("past_", "present_") for name in cache)]
 ids = tokenizer.encode(prompt).ids
 end_of_text, new = ids[0], ids
 random = np.random.default_rng(0)
-context = json.loads(Path("config.json").read_text())["max_position_embeddings"]
 if len(ids) >= context:
     sys.exit(f"The prompt has {len(ids)} tokens; the model reads at most {context}, its answer included.")
 
 for _ in range(min(40, context - len(ids))):
-    logits, *presents = session.run(outputs, {"input_ids": np.array([new], np.int64), **cache})
+    feed = {"input_ids": [new], "positions": [range(len(ids) - len(new), len(ids))], "logits_to_keep": [[len(new) - 1]]}
+    logits, *presents = session.run(outputs, {name: np.array(x, np.int64) for name, x in feed.items()} | cache)
     cache = dict(zip(cache, presents, strict=True))
     best = np.argsort(-logits[0, -1])[:40]
     weights = np.exp((logits[0, -1][best] - logits[0, -1][best[0]]) / 0.8)

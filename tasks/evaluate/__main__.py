@@ -39,6 +39,7 @@ def main() -> None:
         nats = None if opponent is None else opponent.nats(test, params.threads, shown)
     bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)
     models = report.models(scores, bootstrap)
+    unmeasured = opponent.version if opponent is not None and nats is None else None
     beside = None if opponent is None or nats is None else opponent.result(nats, scores, bootstrap)
     evaluation = report.Evaluation(
         documents=len(documents),
@@ -48,7 +49,9 @@ def main() -> None:
         models=models,
         baselines=baselines.measure(train, test, params.ngram_order, bootstrap),
         champion=beside,
-        gate=gate.decide(report.relative_loss(scores, bootstrap), beside, models.int8.bits_per_byte, params),
+        gate=gate.decide(
+            report.relative_loss(scores, bootstrap), beside, models.int8.bits_per_byte, params, unmeasured
+        ),
     )
     atomic.write_json(paths.EVALUATION, evaluation.model_dump())
 

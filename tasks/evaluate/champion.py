@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from lm.runtime import Generator, Unloadable
+from lm.runtime import Generator, OtherInterface, Unloadable
 from tasks import champion, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
@@ -18,14 +18,19 @@ from tasks.section import read_yaml
 
 @dataclass(frozen=True)
 class Opponent:
-    """The champion, loaded: its version's tag, its INT8 model, and whether text is dealt out as it was for it."""
+    """The champion, loaded: its version's tag, its INT8 model, and whether text is dealt out as it was for it.
+
+    ``model`` is None where another version of Overnight exported it, whose graphs this one does not run.
+    """
 
     version: str
-    model: Generator
+    model: Generator | None
     same_split: bool
 
-    def nats(self, texts: list[str], threads: int, progress: Progress) -> Sums:
-        """Returns its loss on each of ``texts``, in nats: [texts]. Raises as :func:`encode` does."""
+    def nats(self, texts: list[str], threads: int, progress: Progress) -> Sums | None:
+        """Returns its loss on each of ``texts``, in nats [texts]; None without a model. Raises as :func:`encode`."""
+        if self.model is None:
+            return None
         return nats_of(self.model, encode(texts), threads, progress)
 
     def result(self, nats: Sums, scores: Scores, bootstrap: Bootstrap) -> report.ChampionResult:
@@ -48,7 +53,9 @@ def load() -> Opponent | None:
                 f"{paths.CHAMPION / name}: no such file, though {paths.CHAMPION_RECORD} names {record.version}. {anew}"
             )
     try:
-        model = Generator(paths.CHAMPION, threads=1)
+        model: Generator | None = Generator(paths.CHAMPION, threads=1)
+    except OtherInterface:
+        model = None
     except Unloadable as error:
         raise BadInput(f"{error}; it is to be the champion's, {record.version}. {anew}") from None
     here = champion.split_of(read_yaml(paths.PARAMS))

@@ -8,12 +8,19 @@ _NO_INTERVAL = "one document gives no interval; bring more groups of text, or ra
 
 
 def decide(
-    relative_loss: Estimate, champion: ChampionResult | None, bits_per_byte: Estimate, limits: EvaluateParams
+    relative_loss: Estimate,
+    champion: ChampionResult | None,
+    bits_per_byte: Estimate,
+    limits: EvaluateParams,
+    unmeasured: str | None = None,
 ) -> Gate:
-    """Returns the verdict. ``relative_loss`` is INT8's against float's, ``bits_per_byte`` INT8's own."""
+    """Returns the verdict. ``relative_loss`` is INT8's against float's, ``bits_per_byte`` INT8's own.
+
+    ``unmeasured`` is the version of a champion that could not be measured.
+    """
     checks = (
         _against_float(relative_loss, limits.max_relative_loss),
-        _against_champion(champion, limits.max_regression),
+        _against_champion(champion, limits.max_regression, unmeasured),
         _absolute(bits_per_byte, limits.max_bits_per_byte),
     )
     passed = all(check.passed for check in checks)
@@ -25,7 +32,13 @@ def _against_float(loss: Estimate, limit: float) -> Check:
     return _check("int8_against_float", loss, limit, told, "raise quantize.steps, or evaluate.max_relative_loss")
 
 
-def _against_champion(champion: ChampionResult | None, limit: float) -> Check:
+def _against_champion(champion: ChampionResult | None, limit: float, unmeasured: str | None) -> Check:
+    if unmeasured is not None:
+        told = (
+            f"{unmeasured} was exported by another version of Overnight, so it could not be measured beside this one; "
+            "compare their bits per byte (`overnight versions`), then `overnight promote` this one by hand"
+        )
+        return Check(name="against_champion", passed=False, limit=limit, reason=told)
     if champion is None:
         return Check(name="against_champion", passed=True, limit=limit, reason="no champion yet")
     told = f"INT8's loss is {_change(champion.relative_loss)} of {champion.version}'s; the limit is {limit:+.2%}"

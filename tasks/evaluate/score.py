@@ -106,7 +106,7 @@ def _sum_windows(
 def _score_batch(model: LanguageModel, int8: Generator, batch: list[Window]) -> list[Sums]:
     ids = _padded(batch, model.config.eos_token_id)
     logits_float = model(torch.from_numpy(ids))
-    logits_int8 = torch.from_numpy(int8.run(ids, int8.empty_cache(len(batch)))[0])
+    logits_int8 = torch.from_numpy(int8.run(ids, int8.new_cache(len(batch))))
     results = []
     for row, window in enumerate(batch):
         kept = slice(window.first, len(window.inputs))
@@ -128,7 +128,7 @@ def _score_batch(model: LanguageModel, int8: Generator, batch: list[Window]) -> 
 
 def _nats_of_batch(int8: Generator, padding: int, batch: list[Window]) -> list[Sums]:
     ids = _padded(batch, padding)
-    logits = torch.from_numpy(int8.run(ids, int8.empty_cache(len(batch)))[0])
+    logits = torch.from_numpy(int8.run(ids, int8.new_cache(len(batch))))
     results = []
     for row, window in enumerate(batch):
         kept = slice(window.first, len(window.inputs))

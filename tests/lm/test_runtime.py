@@ -4,26 +4,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from odd import make_model
+from odd import make_grouped, make_model
 
 from lm import hugging_face, onnx_model
 from lm.quantization import PLANS
-from lm.runtime import Generator, PromptTooLong, Unloadable
+from lm.runtime import Generator, Held, PromptTooLong, Request, Unloadable
 from lm.sampling import Sampling, held_back
 
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[make_model, make_grouped], ids=["latent", "grouped"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model over bytes, exported."""
     folder = tmp_path_factory.mktemp("int8")
     tiny.write_tokenizer(folder / "tokenizer.json")
-    model = make_model(vocab_size=tiny.VOCAB, bos_token_id=256, eos_token_id=256)
+    model = request.param(vocab_size=tiny.VOCAB, bos_token_id=256, eos_token_id=256)
     onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
     (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
     return folder
@@ -31,18 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_equal_seeds_write_equal_text_and_others_other(folder: Path) -> None:
     generator = Generator(folder)
-    texts = ["".join(generator.generate("light", 30, Sampling(seed=seed))) for seed in (1, 1, 2)]
+    texts = [write(generator, "light", 30, Sampling(seed=seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_greedy_text_is_that_of_a_loop_without_a_cache(folder: Path) -> None:
     generator = Generator(folder)
-    ids = generator.tokenizer.encode("light").ids
+    ids = generator.tokenizer.encode("sea").ids
     for _ in range(12):
-        logits, _ = generator.run(np.array([ids], np.int64), generator.empty_cache())
+        logits = generator.run(np.array([ids], np.int64), generator.new_cache())
         ids.append(int(logits[0, -1].argmax()))
-    expected = generator.tokenizer.decode(ids[len("light") + 1 :])
-    written = "".join(generator.generate("light", 12, GREEDY))
+    expected = generator.tokenizer.decode(ids[len("sea") + 1 :])
+    written = write(generator, "sea", 12, GREEDY)
     # What is still an incomplete character at the end is not written.
     assert written
     assert expected.startswith(written)
@@ -54,22 +55,84 @@ def test_it_stops_where_the_models_positions_end(folder: Path) -> None:
     # "a" * 60 and the token that begins it leave room for three.
     assert [ending(generator, "a" * 60, length) for length in (2, 3, 4)] == ["length", "length", "context"]
     with pytest.raises(PromptTooLong, match="the prompt has 65 tokens, and the model reads at most 64"):
-        list(generator.generate("a" * 64, 1))
+        write(generator, "a" * 64, 1)
 
 
-def ending(
-    generator: Generator,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    stop: tuple[str, ...] = (),
-) -> str:
-    pieces = generator.generate(prompt, max_new_tokens, sampling, stop)
+def write(generator: Generator, *request: Any) -> str:
+    return "".join(generator.generate(Request(*request)))
+
+
+def ending(generator: Generator, prompt: str, max_new_tokens: int, *more: Any) -> str:
+    pieces = generator.generate(Request(prompt, max_new_tokens, *(more or (GREEDY,))))
     while True:
         try:
             next(pieces)
         except StopIteration as end:
             return str(end.value)
+
+
+PROMPTS = [
+    Request("light", 30, Sampling(seed=3)),
+    Request("in the beginning was the night; ", 9, GREEDY),
+    Request("a" * 60, 40, Sampling(seed=4, temperature=1.5)),
+    Request("", 25, Sampling(top_p=0.9, repetition_penalty=1.2), ("t",)),
+]
+
+
+def test_texts_side_by_side_are_those_of_each_alone(folder: Path) -> None:
+    generator = Generator(folder)
+    texts, endings = [""] * len(PROMPTS), dict[int, str]()
+    for number, piece, ended in generator.generate_batch(PROMPTS):
+        assert number not in endings
+        texts[number] += piece
+        if ended:
+            endings[number] = ended
+    assert texts == ["".join(generator.generate(request)) for request in PROMPTS]
+    assert (endings[1], endings[2]) == ("length", "context")
+    assert len(endings) == len(PROMPTS)
+
+
+def test_what_a_text_has_in_common_with_the_last_one_is_not_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(folder)
+    fresh = [write(generator, prompt, 8, GREEDY) for prompt in ("light and night", "light and day")]
+    lengths: list[int] = []
+    run = generator.run
+    monkeypatch.setattr(
+        generator, "run", lambda ids, *more, **named: lengths.append(ids.shape[1]) or run(ids, *more, **named)
+    )
+    held = Held()
+    first = "".join(generator.generate(Request("light and night", 8, GREEDY), held))
+    turned = "".join(generator.generate(Request("light and day", 8, GREEDY), held))
+    assert [first, turned] == fresh
+    # One token begins the text, and "light and " is ten.
+    assert lengths[0] == 16
+    assert [length for length in lengths[1:] if length > 1] == [3]
+    again = "".join(generator.generate(Request("light and day", 8, GREEDY), held))
+    assert again == fresh[1]
+
+
+def test_a_cache_grows_without_losing_a_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(folder)
+    whole = write(generator, "light", 40, GREEDY)
+    monkeypatch.setattr("lm.runtime._GROWTH", 7)
+    cache = generator.new_cache()
+    generator.run(np.array([[256, *b"light"]]), cache)
+    assert cache.capacity == 7
+    assert write(generator, "light", 40, GREEDY) == whole
+
+
+def test_no_copy_of_the_cache_is_made_for_a_token(folder: Path) -> None:
+    generator = Generator(folder)
+    cache = generator.new_cache()
+    generator.run(np.array([[256, *b"light"]]), cache)
+    buffers = {name: (buffer, buffer.copy()) for name, buffer in cache._buffers.items()}
+    generator.run(np.array([[65]]), cache)
+    for name, (buffer, before) in buffers.items():
+        assert cache._buffers[name] is buffer
+        rows = (before != buffer).any(axis=(0, 2) if buffer.ndim == 3 else (0, 1, 3))
+        assert rows.nonzero()[0].tolist() == [6]
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
@@ -95,15 +158,15 @@ def test_it_needs_no_torch(folder: Path) -> None:
 
 def test_it_stops_before_the_first_of_several_strings_and_tells_no_half_of_one(folder: Path) -> None:
     generator = Generator(folder)
-    whole = "".join(generator.generate("light", 30, Sampling(seed=3)))
+    whole = write(generator, "light", 30, Sampling(seed=3))
     assert len(whole) > 12
     stops = (whole[9:12], whole[6:9], "never there")
-    pieces = list(generator.generate("light", 30, Sampling(seed=3), stops))
+    pieces = list(generator.generate(Request("light", 30, Sampling(seed=3), stops)))
     told = "".join(pieces)
     assert told == whole[: min(whole.index(stop) for stop in stops[:2])]
     assert ending(generator, "light", 30, Sampling(seed=3), stops) == "stop"
     # The beginning of a string that does not come after all is told at the end.
-    assert "".join(generator.generate("light", 30, Sampling(seed=3), (f"{whole[-2:]}x", "y" * 99))) == whole
+    assert write(generator, "light", 30, Sampling(seed=3), (f"{whole[-2:]}x", "y" * 99)) == whole
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ ODD_GROUPED = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 10,
+    "head_dim": 16,
     "rope_theta": 500.0,
     "rope_scaling": None,
     "intermediate_size": 70,

@@ -31,6 +31,20 @@ TINY_MODEL = {
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
 }
+LLAMA = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "intermediate_size": 48,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+}
 TINY_TRAINING = {
     "steps": 12,
     "global_batch": 8,

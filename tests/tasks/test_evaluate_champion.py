@@ -40,7 +40,12 @@ def texts_of(split: str) -> list[str]:
     return [bytes(tokens[1:].astype(np.uint8)).decode() for tokens, _ in documents]
 
 
-def plant(table: np.ndarray, tokenizer: str, bos: int, version: str = "lm@v1.2.0") -> None:
+INPUTS = ("positions", "logits_to_keep")
+
+
+def plant(
+    table: np.ndarray, tokenizer: str, bos: int, version: str = "lm@v1.2.0", others: tuple[str, ...] = INPUTS
+) -> None:
     """Makes the champion a model that knows only the last token: logits are the rows of ``table`` [V, V]."""
     place = Path("models/champion")
     tiny.write_champion(Path(), version=None)
@@ -48,7 +53,10 @@ def plant(table: np.ndarray, tokenizer: str, bos: int, version: str = "lm@v1.2.0
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Gather", ["table", "input_ids"], ["logits"])],
         "bigrams",
-        [onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", "length"])],
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", "length"])
+            for name in ("input_ids", *others)
+        ],
         [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", "length", len(table)])],
         [onnx.numpy_helper.from_array(table.astype(np.float32), "table")],
     )
@@ -131,6 +139,18 @@ def test_a_worse_champion_with_another_tokenizer_lets_the_candidate_pass(project
     assert check["passed"] is True
     assert result["relative_loss"]["high"] < 0
     assert "text was split otherwise then: lm@v1.2.0 may have been trained on this text" in str(check["reason"])
+
+
+def test_a_champion_of_another_version_of_overnight_leaves_the_choice_to_people(project: Path) -> None:
+    tokenizer = Path("data/shards/tokenizer.json").read_text()
+    plant(np.zeros((tiny.VOCAB, tiny.VOCAB)), tokenizer, bos=tiny.VOCAB - 1, others=())
+    evaluation = evaluate()
+    assert evaluation["champion"] is None
+    check = gate_check(evaluation)
+    assert check["passed"] is False
+    assert str(check["reason"]).startswith("lm@v1.2.0 was exported by another version of Overnight")
+    assert "`overnight promote` this one by hand" in str(check["reason"])
+    assert evaluation["gate"]["passed"] is False  # type: ignore[index]
 
 
 def test_the_candidate_itself_as_champion_is_equal_to_the_last_bit(project: Path) -> None:

@@ -158,24 +158,8 @@ def test_layers_that_cannot_stay_float_are_told_before_anything_is_trained(
     assert "Traceback" not in output
 
 
-LLAMA = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "intermediate_size": 48,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-}
-
-
 def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> None:
-    tiny.write_params(tmp_path, train__model=LLAMA, quantize__scheme="weight-only-8")
+    tiny.write_params(tmp_path, train__model=tiny.LLAMA, quantize__scheme="weight-only-8")
     tiny.write_shards(tmp_path)
     tiny.write_champion(tmp_path)
     for stage in ("train", "quantize", "evaluate", "card"):
@@ -185,7 +169,7 @@ def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> 
     assert abs(evaluation["gate"]["relative_loss"]["value"]) < 0.01
     card = (tmp_path / "models/card/README.md").read_text()
     assert "A Qwen3-style language model of" in card
-    assert "| cache a token and layer (numbers) | 32 |" in card
+    assert "| cache a token and layer (numbers) | 64 |" in card
     assert "| scheme (`quantize.scheme`) | `weight-only-8` (asked: `weight-only-8`) |" in card
 
 
