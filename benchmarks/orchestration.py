@@ -44,7 +44,8 @@ with server.serve(pathlib.Path.cwd(), os.open(os.devnull, os.O_RDONLY)) as servi
     from flows import flow_runs, run
     from flows.nightly import nightly
     serving.wait()
-    state = flow_runs.start(nightly, None, project=str(pathlib.Path.cwd()))
+    with serving.settings():
+        state = flow_runs.start(nightly, None, project=str(pathlib.Path.cwd()))
     run.flush()
 sys.exit(0 if state.is_completed() else state.message)
 """

@@ -68,6 +68,12 @@ def kind(command: Sequence[str]) -> type[Child]:
     return DvcChild if tuple(command[: len(PREFIX)]) == PREFIX else Child
 
 
+def prepare(environment: Mapping[str, str]) -> None:
+    """Starts the process that imports DVC, for a flow that has other things to do until its first DVC command."""
+    global _commands
+    _commands = _commands or _start_process(environment)
+
+
 def _start_process(environment: Mapping[str, str]) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)

@@ -7,6 +7,7 @@ finds its half-done work and goes on there.
 
 import contextlib
 import dataclasses
+import os
 import traceback
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,9 +19,10 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 from rich.console import Console
 
-from flows import dvc, gate, lock, lost, notice, pin, project, publish, running, runs, worktree
+from flows import dvc, dvc_fork, gate, lock, lost, notice, pin, project, publish, running, runs, worktree
 from flows.execute import LOGS, Site
 from flows.git import commit_of
+from flows.graph import Graph
 from flows.overnight import Night
 from flows.terminal import Terminal
 from flows.watch import All
@@ -192,6 +194,8 @@ def _attempt(
     now: running.Record,
 ) -> Outcome:
     name = record.run.run
+    # It takes as long to import DVC as to make the worktree.
+    dvc_fork.prepare(dvc.environment(os.environ))
     root = _worktree(project_root, params, record)
     site = Site(root, name, descriptor, project_root)
     with contextlib.chdir(root):
@@ -215,12 +219,12 @@ def _worktree(root: Path, params: Params, record: runs.Record) -> Path:
     return worktree.add(root, name, record.run.commit)
 
 
-def _work(night: Night, graph: Any, record: runs.Record, terminal: Terminal) -> Outcome:
+def _work(night: Night, graph: Graph, record: runs.Record, terminal: Terminal) -> Outcome:
     for _ in range(_MOST_MEASUREMENTS):
         night.work(graph, record.run.from_stage, record.run.force)
         if night.failed:
             return _failure(night)
-        published = night.publish(terminal.say, record.run.commit)
+        published = night.publish(terminal.say, record.run.commit, graph)
         if night.failed:
             return _failure(night)
         if published is not None:

@@ -23,7 +23,7 @@ from flows.attempts import Attempts, StageFailed
 from flows.execute import Site, drop_old_logs, execute, remember
 from flows.graph import CHAMPION, CHECKOUT, COLLECT, PUBLISH, Graph, Stage
 from flows.plan import Action, Step, collects, plan
-from flows.publish import ChampionMoved, Published, publish
+from flows.publish import ChampionMoved, Look, Published, publish
 from flows.runs import Record, Resumed
 from flows.watch import Outcome, StageRun, Watch
 from tasks import paths
@@ -96,16 +96,20 @@ class Night:
         for step in steps:
             self.step(step)
 
-    def publish(self, tell: Callable[[str], object], since: str | None) -> Published | None:
+    def publish(self, tell: Callable[[str], object], since: str | None, graph: Graph) -> Published | None:
         """Makes a version of the outputs of a run that began with the commit ``since``.
 
         Returns None when it failed, or when the champion has moved meanwhile.
         """
         published: list[Published] = []
+        # Where nothing was stale and nothing ran, all is as it was when `collect` looked.
+        seen = self._changes
+        idle = seen is not None and not seen.stages and all(run.outcome == "cached" for run in self.runs.values())
+        look = Look(graph, seen) if idle and seen is not None else None
 
         def body() -> State[Any]:
             try:
-                published.append(publish(self.site.root, tell, self.site.root / self.site.log(PUBLISH), since))
+                published.append(publish(self.site.root, tell, self.site.root / self.site.log(PUBLISH), since, look))
             except ChampionMoved as error:
                 return Completed(name="Skipped", message=str(error), data="skipped")
             except (UserMistake, TryAgain) as error:

@@ -19,6 +19,7 @@ from flows import champion, contents, dvc, dvc_fork, environment, lock, objects,
 from flows.execute import LOGS
 from flows.gate import Gate, read_gate
 from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
+from flows.graph import Graph
 from flows.identity import version_of
 from flows.land import QUIET, is_pointer, land
 from flows.registry import Version
@@ -102,19 +103,34 @@ def publish_by_hand(out: Console, err: Console) -> int:
     return 0
 
 
-def publish(root: Path, tell: Tell = lambda line: None, log: Path | None = None, since: str | None = None) -> Published:
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """The project's graph and what in it is not up to date, as whoever publishes has just seen them."""
+
+    graph: Graph
+    changes: dvc.Changes
+
+
+def publish(
+    root: Path,
+    tell: Tell = lambda line: None,
+    log: Path | None = None,
+    since: str | None = None,
+    look: Look | None = None,
+) -> Published:
     """Makes a version of the project's outputs, unless they are one, and promotes it when the gate passed.
 
     On a branch the commit goes onto that branch; at a detached HEAD, as in a night's worktree, onto ``publish.branch``.
     ``log`` is for what DVC says, None for a log of its own. ``since`` is the commit that the run began with: a version
-    on the one that it has made since is its own, though an attempt that was killed has registered it.
+    on the one that it has made since is its own, though an attempt that was killed has registered it. ``look`` spares
+    another one.
     Raises :class:`UserMistake` when something is not ready, :class:`TryAgain` when a remote does not answer (all that
     was done is kept), :class:`ChampionMoved` when the gate's verdict is about a champion that is none any more.
     """
     params = project.parameters(root)
     remote = _git_remote(root, params)
     to = _Publication(root, params, remote, tell, log or root / LOGS / _name() / "publish.log")
-    _check_ready(root)
+    _check_ready(root, look or Look(dvc.graph(root), dvc.changes(root)))
     gate = read_gate(root)
     measured = read_champion(root / paths.CHAMPION)
     to.patiently(lambda: registry.fetch(root, remote))
@@ -216,14 +232,13 @@ def _git_remote(root: Path, params: Params) -> str | None:
     return name
 
 
-def _check_ready(root: Path) -> None:
+def _check_ready(root: Path, look: Look) -> None:
     """Raises :class:`UserMistake` when outputs are not up to date, or made by code that is not committed."""
     commit_of(root, "HEAD")
-    changes = dvc.changes(root)
-    if stale := [*changes.stages, *changes.data]:
+    if stale := [*look.changes.stages, *look.changes.data]:
         raise UserMistake(f"{', '.join(stale)}: not up to date. `overnight run`, then publish (`overnight status`).")
     edited = git(root, "diff", "--name-only", "--relative", "-z", "HEAD", "--", ".").split("\0")
-    inputs = {str(path) for stage in dvc.graph(root).stages for path in stage.dependencies}
+    inputs = {str(path) for stage in look.graph.stages for path in stage.dependencies}
     new = git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *sorted(inputs)).split("\0")
     if found := [path for path in (*edited, *new) if path and not is_pointer(path)]:
         more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""

@@ -73,9 +73,10 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
             )
         _tell_commit(root, chosen, err)
         try:
-            state = flow_runs.start(
-                nightly, chosen.flow_run, from_stage=from_stage, force=force, scratch=False, project=str(root)
-            )
+            with serving.settings():
+                state = flow_runs.start(
+                    nightly, chosen.flow_run, from_stage=from_stage, force=force, scratch=False, project=str(root)
+                )
         finally:
             run.flush()
     if state.is_completed():
