@@ -25,6 +25,7 @@ from flows.process import Child, Supervisor
 PREFIX = (sys.executable, "-m", "dvc")
 _MOST_BYTES = 2**20
 _MOST_DESCRIPTORS = 16
+_DIGITS = 16
 _SERVE = "import sys; sys.path.append(sys.argv[1]); from flows import dvc_fork; dvc_fork.serve(int(sys.argv[2]))"
 
 # What DVC's commands import when they start.
@@ -104,7 +105,7 @@ class _Fork:
             socket.send_fds(commands, [json.dumps(request).encode()], [alive, tell, output.fileno(), *kept])
             os.close(tell)
             tell = -1
-            self._process = int(os.read(self._told, 16) or b"0")
+            self._process = int(os.read(self._told, _DIGITS) or b"0")
             if not self._process:
                 raise BrokenPipeError("the process that forks has ended")
         except OSError:
@@ -169,7 +170,8 @@ def _supervise(request: Mapping[str, Any], alive: int, tell: int, output: int, *
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    os.write(tell, str(os.getpid()).encode())
+    # As wide as it is read: what follows, the exit code of a short command, may be in the pipe by then.
+    os.write(tell, f"{os.getpid():{_DIGITS}d}".encode())
 
     def start() -> int:
         return os.fork() or _become(request["arguments"], tell, *kept)

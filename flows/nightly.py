@@ -202,9 +202,10 @@ def _attempt(
         night = Night(site, project.parameters(root), watch, record.resumed)
         graph = dvc.graph(root)
         now.plan(graph.names())
-        night.checkout()
-        outcome = _work(night, graph, record, terminal)
+        outcome = _work(night, graph, record, terminal) if night.checkout() else _failure(night)
     if outcome.kind != "failure":
+        # Whoever repeats this run finds the version that it has made, and does not make another of the same model.
+        record.set(commit=commit_of(root, "HEAD"), version=outcome.version)
         worktree.remove(project_root, name)
         record.set(worktree=None)
     return outcome

@@ -79,9 +79,21 @@ class Night:
             if (count := sum(run.outcome == outcome for run in self.runs.values()))
         )
 
-    def checkout(self) -> None:
-        """Makes the outputs what the commit's pointers say, from DVC's cache, and from a remote where it lacks them."""
-        self._execute(CHECKOUT, dvc.checkout_command(self.site.root, self._params.publish.data_remote))
+    def checkout(self) -> bool:
+        """Makes the outputs what the commit's pointers say, from DVC's cache, and from a remote where it lacks them.
+
+        Returns whether that went well; it is a row of its own only where it did not.
+        """
+        started = time.monotonic()
+        try:
+            self._execute(CHECKOUT, dvc.checkout_command(self.site.root, self._params.publish.data_remote))
+        except StageFailed as error:
+            failed = StageRun(CHECKOUT, "failed", time.monotonic() - started, str(error), error.exit_code)
+            self.runs[CHECKOUT] = failed
+            self._watch.began(CHECKOUT)
+            self._watch.ended(failed)
+            return False
+        return True
 
     def work(self, graph: Graph, from_stage: str | None, force: bool) -> None:
         """Collects, then does with each stage what the plan says."""

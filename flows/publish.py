@@ -148,13 +148,13 @@ def publish(
     try:
         if gate.passed and params.publish.promote:
             _check_champion(measured, registry.champion(root))
-        version = to.patiently(lambda: registry.register(root, commit, gate.message, remote))
-        promoted, reasons = _promote(to, version, gate, measured)
     except ChampionMoved:
         # Makes `evaluate` stale, and nothing else.
         champion.bring(root)
         _dvc(to, dvc.add_command(paths.CHAMPION))
         raise
+    version = to.patiently(lambda: registry.register(root, commit, gate.message, remote))
+    promoted, reasons = _promote(to, version, gate, measured)
     return Published(version, True, promoted, tuple(filter(None, [note, *reasons])))
 
 
@@ -174,11 +174,7 @@ def _finish(to: _Publication, version: Version, gate: Gate, measured: Champion, 
         elif own:
             told.append("another version was put into production since")
         return Published(version, own, own and promoted, tuple(told))
-    try:
-        promoted, reasons = _promote(to, version, gate, measured)
-    except ChampionMoved:
-        # Nobody waits for it: what comes next is measured against the new champion anyway.
-        promoted, reasons = False, [f"measured against {measured.version or 'no champion'}, which is not the champion"]
+    promoted, reasons = _promote(to, version, gate, measured)
     return Published(version, own, promoted, (*told, *reasons))
 
 
@@ -209,7 +205,11 @@ def _promote(to: _Publication, version: Version, gate: Gate, measured: Champion)
         return False, ["params.yaml: publish.promote is false; `overnight promote` puts it into production"]
 
     before = functools.partial(_check_champion, measured)
-    to.patiently(lambda: registry.promote(to.root, version, "The gate passed.", to.remote, before))
+    try:
+        to.patiently(lambda: registry.promote(to.root, version, "The gate passed.", to.remote, before))
+    except ChampionMoved:
+        # It is a version by now, and measured anew it would be another one of the same model.
+        return False, [f"measured against {measured.version or 'no champion'}, which is not the champion"]
     return True, []
 
 

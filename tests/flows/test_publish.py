@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import publishing
 import pytest
@@ -291,6 +292,39 @@ def test_a_champion_that_moved_meanwhile_has_the_model_measured_again(publisher:
     assert publisher.evaluation()["against"] == "lm@v1.1.0"
     done = publish.publish(publisher.root)
     assert (done.version.name, done.promoted) == ("v1.2.0", True)
+
+
+def test_a_champion_that_moves_after_the_version_is_registered_leaves_it_the_only_one_of_its_model(
+    publisher: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.publish(publisher.root)
+    other = publisher.clone("other")
+    git(other.root, "fetch", "-q", "--tags", "origin")
+    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True, capture_output=True)
+    other.write("b.txt", "Of the other.\n")
+    other.run()
+    publisher.write("c.txt", "Of ours.\n")
+    publisher.run()
+    register = registry.register
+
+    def register_and_be_overtaken(*arguments: Any) -> registry.Version:
+        version = register(*arguments)
+        monkeypatch.setattr(registry, "register", register)
+        os.chdir(other.root)
+        assert publish.publish(other.root).promoted
+        os.chdir(publisher.root)
+        return version
+
+    os.chdir(publisher.root)
+    monkeypatch.setattr(registry, "register", register_and_be_overtaken)
+    done = publish.publish(publisher.root)
+    assert (done.version.name, done.new, done.promoted) == ("v1.1.0", True, False)
+    assert done.reasons == ("measured against lm@v1.0.0, which is not the champion",)
+    publish.publish(publisher.root)
+    assert [version.name for version in registry.versions(publisher.shared)] == ["v1.0.0", "v1.1.0", "v1.2.0"]
+    champion = registry.champion(publisher.root)
+    assert champion is not None
+    assert champion.name == "v1.2.0"
 
 
 def test_stale_outputs_are_not_published(publisher: Clone) -> None:

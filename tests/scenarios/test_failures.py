@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -234,6 +235,27 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     clone.check_remote()
     assert [one[2] for one in nights.runs()] == ["completed", "completed"]
     assert not list((clone.root / ".overnight/worktrees").iterdir())
+
+    # As when the server missed how it ended: one more attempt finds the version that the night has made.
+    nights.retry(second)
+    nights._until(lambda: nights.read(second)["run_count"] == 4)
+    once_more = nights.wait(second, "COMPLETED")
+    assert once_more["state"]["message"] == "nothing new since v1.1.0"
+    # Repeated on purpose, it works on what the night has made and not on what there was before.
+    repeated = nights.overnight("rerun", nights.runs()[-1][0], "--from", "evaluate")
+    assert repeated.code == 0, repeated.err
+    assert "evaluate  cached" in repeated.err
+    assert clone.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
+
+    # A worktree that cannot be filled is a failure with its name and what DVC said, not a bug with a traceback.
+    (clone.root / "texts/c.txt").write_text("And the evening was.\n")
+    shutil.rmtree(clone.root / ".dvc/cache")
+    clone.shelf.rename(clone.shelf.with_name("away"))
+    clone.shelf.write_text("")
+    unfilled = nights.wait(nights.start(), "FAILED")
+    assert unfilled["state"]["message"].startswith("checkout: "), unfilled["state"]
+    assert "StageFailed" not in unfilled["state"]["message"]
+    assert nights.runs()[-1][2:4] == ["failed", "checkout"]
 
 
 @pytest.mark.timeout(600)
