@@ -4,13 +4,17 @@ import io
 import math
 import sys
 from collections import abc
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from flows import last
 from lm.sampling import Sampling
 from tasks import paths
 from tasks.errors import BadInput, UserMistake
+
+if TYPE_CHECKING:
+    from lm.runtime import Generator
 
 EXIT_INTERRUPTED = 130
 DEFAULT = Sampling()
@@ -34,10 +38,7 @@ def write(
     if isinstance(out, io.TextIOWrapper):
         # A terminal of another encoding shows what it can.
         out.reconfigure(errors="replace")
-    folder = root / paths.INT8
-    if not folder.is_dir() and (finished := last.int8(root)) is not None:
-        folder = finished
-        err.write(f"{paths.INT8} is not there: a run makes it, or was stopped. The last finished one writes this.\n")
+    folder = place(root, lambda line: err.write(f"{line}\n"))
     pieces = continue_text(folder, prompt, max_new_tokens, sampling, stop)
     # The prompt goes out with the first piece: one that is refused is not written.
     waiting = prompt
@@ -57,6 +58,29 @@ def write(
         sys.exit(EXIT_INTERRUPTED)
 
 
+def place(root: Path, tell: Callable[[str], object]) -> Path:
+    """Returns the folder of the project's INT8 model: while it is being made, that of the last one; then tells so."""
+    folder = root / paths.INT8
+    if not folder.is_dir() and (finished := last.int8(root)) is not None:
+        tell(f"{paths.INT8} is not there: a run makes it, or was stopped. The last finished one writes this.")
+        return finished
+    return folder
+
+
+def load(folder: Path) -> "Generator":
+    """Returns the model in ``folder``. Raises :class:`BadInput` where there is none, or a damaged one."""
+    for name in (paths.INT8_GRAPH.name, "tokenizer.json", "config.json"):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: no such file. Run `overnight run` first; it makes the INT8 model.")
+    # onnxruntime takes most of a second to import.
+    from lm.runtime import Generator, OtherInterface, Unloadable
+
+    try:
+        return Generator(folder)
+    except (Unloadable, OtherInterface) as error:
+        raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
+
+
 def continue_text(
     folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling = DEFAULT, stop: tuple[str, ...] = ()
 ) -> abc.Generator[str, None, str]:
@@ -66,20 +90,14 @@ def continue_text(
     :class:`UserMistake` for sampling by numbers that cannot be.
     """
     _check(prompt, sampling)
-    for name in (paths.INT8_GRAPH.name, "tokenizer.json", "config.json"):
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder / name}: no such file. Run `overnight run` first; it makes the INT8 model.")
-    # onnxruntime takes most of a second to import.
-    from lm.runtime import Generator, OtherInterface, PromptTooLong, Request, Unloadable
+    model = load(folder)
+    from lm.runtime import PromptTooLong, Request
 
     try:
-        model = Generator(folder)
-        ending = yield from model.generate(Request(prompt, max_new_tokens, sampling, stop))
+        done = yield from model.generate(Request(prompt, max_new_tokens, sampling, stop))
     except PromptTooLong as error:
         raise BadInput(f"{error}.") from None
-    except (Unloadable, OtherInterface) as error:
-        raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
-    if ending != "context":
+    if done.ending != "context":
         return ""
     return (
         f"The model's context of {model.context:,} tokens (train.seq_len) is full: the text ends before "

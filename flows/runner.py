@@ -1,4 +1,4 @@
-"""The runner of ``overnight schedule``: ``python -m flows.serve NAME CRON TIMEZONE`` in the project's folder.
+"""The runner of ``overnight schedule``: ``python -m flows.runner NAME CRON TIMEZONE`` in the project's folder.
 
 It puts the deployment NAME of the nightly flow on the Prefect server of PREFECT_API_URL and runs what is due, each
 night in an interpreter of its own, which reads the code as it is then.

@@ -1,8 +1,8 @@
 """``overnight schedule``: a Prefect server and a runner of the nightly flow, kept alive in the foreground.
 
 This process holds the schedule's lock and two supervised children: the server (unless PREFECT_API_URL names one) and
-:mod:`flows.serve`, which runs what is due. When it ends, by SIGKILL too, both end with all that descends from them, and
-the lock is free only then: whoever gets it knows that no night of an earlier schedule is still at work.
+:mod:`flows.runner`, which runs what is due. When it ends, by SIGKILL too, both end with all that descends from them,
+and the lock is free only then: whoever gets it knows that no night of an earlier schedule is still at work.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class Request:
 
 
 class Started(BaseModel):
-    """What :mod:`flows.serve` tells once its deployment is on the server."""
+    """What :mod:`flows.runner` tells once its deployment is on the server."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -141,7 +141,7 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
             kept.append(stack.enter_context(stood))
             address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         (root / STARTED).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "flows.serve", name, times.cron, times.timezone]
+        command = [sys.executable, "-m", "flows.runner", name, times.cron, times.timezone]
         environment = _environment(shared)
         runner = _Kept("the runner", root / LOG, lambda: Child(command, root / LOG, environment, kept=[descriptor]))
         kept.append(stack.enter_context(runner))

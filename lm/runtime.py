@@ -48,6 +48,15 @@ class Request:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a text ended, and how many tokens were its prompt's and its own."""
+
+    ending: Ending
+    prompt_tokens: int
+    new_tokens: int
+
+
 class Cache:
     """What the layers keep of the tokens of a batch so far; graph runs write it in place.
 
@@ -140,8 +149,8 @@ class Generator:
         logits: Logits = binding.get_outputs()[names.index("logits")].numpy()
         return logits
 
-    def generate(self, request: Request, held: Held | None = None) -> Pieces[str, None, Ending]:
-        """Yields the continuation of one prompt piece by piece and returns why it ended; see :meth:`generate_batch`.
+    def generate(self, request: Request, held: Held | None = None) -> Pieces[str, None, Done]:
+        """Yields the continuation of one prompt piece by piece and returns how it ended; see :meth:`generate_batch`.
 
         What ``held`` has of an earlier call is not computed again, and it is left with the text of this one.
         """
@@ -153,21 +162,22 @@ class Generator:
         common = _common(held.ids, row.ids[:-1])
         held.cache.lengths[:] = common
         new, held.ids = row.ids[common:], row.ids[:common]
-        while row.ending is None:
+        while row.done is None:
             logits = self.run(np.array([new]), held.cache, last=True)
             held.ids += new
             token, piece = row.advance(logits[0, 0])
             if piece:
                 yield piece
             new = [token]
-        return row.ending
+        return row.done
 
-    def generate_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str, Ending | None]]:
-        """Yields (number of the request, next piece of its text, why that ended or None), all rows side by side.
+    def generate_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str, Done | None]]:
+        """Yields (number of the request, next piece of its text, how that ended or None), all rows side by side.
 
         A text stops at the end-of-text token, before the first of its ``stop``, after ``max_new_tokens``, or when it
         is as long as the model's context: it was trained on nothing longer, and a text that drops its beginning would
-        be another text. Equal requests write equal texts, whatever is in the batch. Raises :class:`PromptTooLong`.
+        be another text. Equal calls write equal texts; beside other rows, or after a ``held`` beginning, sums are taken
+        in another order, and a text may turn where two tokens are nearly alike. Raises :class:`PromptTooLong`.
         """
         rows = [self._row(request) for request in requests]
         cache = self.new_cache(len(rows))
@@ -179,11 +189,11 @@ class Generator:
             logits = self.run(ids, cache, counts, last=True)
             ids, counts = np.zeros((len(rows), 1), np.int64), np.zeros(len(rows), np.int64)
             for number, row in enumerate(rows):
-                if row.ending is None:
+                if row.done is None:
                     ids[number], piece = row.advance(logits[number, 0])
-                    counts[number] = row.ending is None
-                    if piece or row.ending:
-                        yield number, piece, row.ending
+                    counts[number] = row.done is None
+                    if piece or row.done:
+                        yield number, piece, row.done
             if not counts.any():
                 return
             # A row that has ended writes its fillers over its own last token, so that they need no room.
@@ -204,7 +214,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, request: Request, ids: list[int], context: int) -> None:
         self.ids = ids
-        self.ending: Ending | None = None
+        self.done: Done | None = None
         self._tokenizer, self._request = tokenizer, request
         self._end_of_text = ids[0]  # the one special token begins and ends every document
         self._random = np.random.default_rng(request.sampling.seed)
@@ -242,7 +252,7 @@ class _Row:
         return piece
 
     def _end(self, why: Ending, end: int) -> str:
-        self.ending = why
+        self.done = Done(why, len(self.ids), len(self._written))
         return self._tell(end)
 
 

@@ -1,16 +1,12 @@
 """Generating: what is written, what is told beside it, and what is refused."""
 
 import io
-import json
 from pathlib import Path
 
 import pytest
-import tiny
-from odd import make_model
+from odd import export_over_bytes
 
 from flows.generate import write
-from lm import hugging_face, onnx_model
-from lm.quantization import PLANS
 from lm.sampling import Sampling
 from tasks.errors import BadInput, UserMistake
 
@@ -19,12 +15,7 @@ from tasks.errors import BadInput, UserMistake
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose INT8 model is an untrained one over bytes, with a context of 64."""
     root = tmp_path_factory.mktemp("project")
-    folder = root / "models/int8"
-    folder.mkdir(parents=True)
-    tiny.write_tokenizer(folder / "tokenizer.json")
-    model = make_model(vocab_size=tiny.VOCAB, bos_token_id=256, eos_token_id=256)
-    onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
-    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    export_over_bytes(root / "models/int8")
     return root
 
 

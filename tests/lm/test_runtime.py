@@ -1,6 +1,5 @@
 """Generation with onnxruntime and numpy alone."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from odd import make_grouped, make_model
+from odd import export_over_bytes, make_grouped, make_model
 
-from lm import hugging_face, onnx_model
-from lm.quantization import PLANS
 from lm.runtime import Generator, Held, PromptTooLong, Request, Unloadable
 from lm.sampling import Sampling, held_back
 
@@ -22,12 +19,7 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(scope="module", params=[make_model, make_grouped], ids=["latent", "grouped"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model over bytes, exported."""
-    folder = tmp_path_factory.mktemp("int8")
-    tiny.write_tokenizer(folder / "tokenizer.json")
-    model = request.param(vocab_size=tiny.VOCAB, bos_token_id=256, eos_token_id=256)
-    onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
-    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
-    return folder
+    return export_over_bytes(tmp_path_factory.mktemp("int8"), request.param)
 
 
 def test_equal_seeds_write_equal_text_and_others_other(folder: Path) -> None:
@@ -68,7 +60,7 @@ def ending(generator: Generator, prompt: str, max_new_tokens: int, *more: Any) -
         try:
             next(pieces)
         except StopIteration as end:
-            return str(end.value)
+            return str(end.value.ending)
 
 
 PROMPTS = [
@@ -86,7 +78,7 @@ def test_texts_side_by_side_are_those_of_each_alone(folder: Path) -> None:
         assert number not in endings
         texts[number] += piece
         if ended:
-            endings[number] = ended
+            endings[number] = ended.ending
     assert texts == ["".join(generator.generate(request)) for request in PROMPTS]
     assert (endings[1], endings[2]) == ("length", "context")
     assert len(endings) == len(PROMPTS)

@@ -1,11 +1,17 @@
 """Small random models in which a mistake shows."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
+from lm import hugging_face, onnx_model
 from lm.config import GroupedConfig, LatentConfig
 from lm.model import LanguageModel
+from lm.quantization import PLANS
 
 # Odd sizes and several expert groups: a mistake in an axis does not cancel out.
 ODD = {
@@ -78,3 +84,13 @@ def make_model(**changes: Any) -> LanguageModel:
     for router in model.routers():
         router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
     return model.eval()
+
+
+def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_model) -> Path:
+    """Writes an untrained model over bytes into ``folder``, exported, as :class:`lm.runtime.Generator` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.write_tokenizer(folder / "tokenizer.json")
+    model = make(vocab_size=tiny.VOCAB, bos_token_id=tiny.VOCAB - 1, eos_token_id=tiny.VOCAB - 1)
+    onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
+    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    return folder

@@ -1,0 +1,262 @@
+"""A model behind OpenAI's protocol, as the openai client and plain requests meet it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import tiny
+from fastapi.testclient import TestClient
+from odd import export_over_bytes
+
+from flows.serve import Refused, Turns, make_app
+from lm.runtime import Generator, Request
+from lm.sampling import Sampling
+
+GREEDY = {"temperature": 0, "max_tokens": 8, "prompt": "sea"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much of a project as serving needs."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("dvc.yaml", "params.yaml"):
+        (root / name).write_text("")
+    (root / ".dvc").mkdir()
+    (root / ".git").mkdir()
+    export_over_bytes(root / "models/int8")
+    return root
+
+
+class Server:
+    """``overnight serve`` as a process; ``url`` ends in /v1."""
+
+    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if name != "OVERNIGHT_API_KEY"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flows", "serve", "--port", "0", *arguments],
+            cwd=root,
+            env={**kept, "PYTHONPATH": str(tiny.ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.said = self.process.stdout.readline()
+        found = re.search(r"http://\S+/v1", self.said)
+        self.url = found.group() if found else ""
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGINT)
+        output, _ = self.process.communicate(timeout=20)
+        return self.process.returncode, self.said + output
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Server]:
+    server = Server(root)
+    yield server
+    code, output = server.stop()
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert output.endswith("Stopped.\n")
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path) -> str:
+    return "".join(Generator(root / "models/int8").generate(Request("sea", 8, Sampling(temperature=0))))
+
+
+def test_it_completes_as_generate_does(client: openai.OpenAI, root: Path, expected: str) -> None:
+    answer = client.completions.create(model=root.name, **GREEDY)
+    assert answer.choices[0].text == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 8)
+    assert [model.id for model in client.models.list()] == [root.name]
+
+
+def test_it_streams_the_same_text_in_pieces(client: openai.OpenAI, root: Path, expected: str) -> None:
+    chunks = list(client.completions.create(model=root.name, stream=True, **GREEDY))
+    assert len(chunks) > 2
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_several_prompts_and_choices_come_in_their_order(client: openai.OpenAI, root: Path) -> None:
+    answer = client.completions.create(
+        model=root.name, prompt=["sea", "in the night"], n=2, seed=5, max_tokens=6, temperature=1.0, stop=["q"]
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    prompts = ("sea", "sea", "in the night", "in the night")
+    requests = [Request(prompt, 6, Sampling(1.0, 0, seed=5 + number), ("q",)) for number, prompt in enumerate(prompts)]
+    texts = [""] * 4
+    for number, piece, _ in Generator(root / "models/int8").generate_batch(requests):
+        texts[number] += piece
+    assert [choice.text for choice in answer.choices] == texts
+    assert len(set(texts)) == 4
+
+
+def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI, root: Path) -> None:
+    def write(**seed: int) -> str:
+        return client.completions.create(model=root.name, prompt="sea", max_tokens=12, **seed).choices[0].text
+
+    assert write(seed=7) == write(seed=7) != write(seed=8)
+    assert len({write() for _ in range(3)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter", "message"),
+    [
+        ({"temperature": -1}, "temperature", "temperature: Input should be greater than or equal to 0"),
+        ({"max_tokens": "many"}, "max_tokens", "max_tokens: Input should be a valid integer"),
+        ({"logprobs": 3}, "logprobs", "logprobs: not supported here"),
+        ({"prompt": "a" * 64}, "prompt", "the prompt has 65 tokens, and the model reads at most 64"),
+        ({"prompt": "a" * 64, "stream": True}, "prompt", "the prompt has 65 tokens"),
+        ({"prompt": []}, "prompt", "prompt: "),
+    ],
+)
+def test_a_wrong_request_is_told_by_its_parameter(
+    server: Server, changes: dict[str, object], parameter: str, message: str
+) -> None:
+    answer = httpx.post(f"{server.url}/completions", json={**GREEDY, **changes})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == parameter
+    assert message in error["message"]
+
+
+def test_malformed_json_another_model_and_unknown_paths_are_errors_of_the_protocol(
+    server: Server, client: openai.OpenAI
+) -> None:
+    malformed = httpx.post(
+        f"{server.url}/completions", content=b'{"prompt": ', headers={"Content-Type": "application/json"}
+    )
+    assert malformed.status_code == 400
+    assert malformed.json()["error"]["message"].startswith("the body is no request: ")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt', but '"):
+        client.completions.create(model="gpt", **GREEDY)
+    with pytest.raises(openai.NotFoundError, match="there is nothing here"):
+        client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "sea"}])
+
+
+def test_a_client_that_leaves_ends_its_text_and_holds_nobody_up(
+    server: Server, client: openai.OpenAI, root: Path
+) -> None:
+    with client.completions.create(
+        model=root.name, prompt="a", max_tokens=60, temperature=1.5, stream=True, seed=1
+    ) as stream:
+        next(iter(stream))
+    started = time.monotonic()
+    assert client.completions.create(model=root.name, **GREEDY).choices[0].text
+    assert time.monotonic() - started < 10
+
+
+def test_parallel_requests_each_get_their_own_text(server: Server) -> None:
+    asked = [{"prompt": prompt, "max_tokens": 20, "seed": 3} for prompt in ("sea", "night", "in the", "day")]
+    answers: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = write(asked[number])
+
+    def write(body: dict[str, object]) -> str:
+        answer = httpx.post(f"{server.url}/completions", json=body, timeout=60)
+        return str(answer.json()["choices"][0]["text"])
+
+    threads = [threading.Thread(target=ask, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[number] for number in range(4)] == [write(body) for body in asked]
+
+
+def take_one(turns: Turns) -> None:
+    with turns.take():
+        pass
+
+
+def test_too_many_that_wait_are_told_so_and_room_is_made_again(root: Path) -> None:
+    turns = Turns(most=1)
+    with turns.take():
+        waiting = threading.Thread(target=take_one, args=[turns])
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while turns.waiting < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(Refused, match="1 requests wait already"), turns.take():
+            pass
+    waiting.join(timeout=10)
+    full = TestClient(make_app(Generator(root / "models/int8"), "m", None, most_waiting=-1))
+    answer = full.post("/v1/completions", json=GREEDY)
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"]
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_the_metrics_count_requests_and_tokens(server: Server) -> None:
+    def read() -> dict[str, float]:
+        text = httpx.get(server.url.replace("/v1", "/metrics")).text
+        return {
+            key: float(value) for key, value in (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+        }
+
+    before = read()
+    httpx.post(f"{server.url}/completions", json=GREEDY)
+    after = read()
+    counted = 'overnight_requests_total{path="/v1/completions",status="200"}'
+    assert after[counted] == before.get(counted, 0) + 1
+    assert (
+        after['overnight_tokens_total{kind="completion"}']
+        == before.get('overnight_tokens_total{kind="completion"}', 0) + 8
+    )
+    assert after["overnight_active_requests"] == 0
+    assert after["overnight_completion_seconds_count"] == before["overnight_completion_seconds_count"] + 1
+
+
+def test_an_address_that_others_reach_needs_a_key_and_asks_for_it(root: Path) -> None:
+    refused = Server(root, "--host", "0.0.0.0")
+    assert refused.process.wait(timeout=20) == 2
+    assert "error: --host 0.0.0.0: others can reach that, so set OVERNIGHT_API_KEY" in refused.said
+    server = Server(root, OVERNIGHT_API_KEY="secret")
+    try:
+        assert httpx.post(f"{server.url}/completions", json=GREEDY).status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=server.url, api_key="guess", max_retries=0).models.list()
+        known = openai.OpenAI(base_url=server.url, api_key="secret", max_retries=0)
+        assert known.completions.create(model=root.name, **GREEDY).choices[0].text
+        assert httpx.get(server.url.replace("/v1", "/health")).json() == {"status": "ok"}
+    finally:
+        code, output = server.stop()
+    assert code == 130
+    assert "secret" not in output
+
+
+def test_a_port_that_is_taken_and_a_missing_model_are_one_line(server: Server, root: Path, tmp_path: Path) -> None:
+    port = server.url.split(":")[2].split("/")[0]
+    taken = Server(root, "--port", port)
+    assert taken.process.wait(timeout=20) == 2
+    assert f"--port {port}: cannot listen there (Address already in use)" in taken.said
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_text("")
+    for name in (".dvc", ".git"):
+        (tmp_path / name).mkdir()
+    without = Server(tmp_path)
+    assert without.process.wait(timeout=20) == 2
+    assert "model.onnx: no such file. Run `overnight run` first" in without.said
