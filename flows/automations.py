@@ -89,7 +89,7 @@ def main() -> str | None:
             raise UserMistake("PREFECT_API_URL is not set. Set it to the server's, such as http://127.0.0.1:4200/api.")
         server.check(url)
         with get_client(sync_client=True) as prefect:
-            for name in install(prefect, here, project.parameters(here).notice):
+            for name in install(prefect, here, project.committed(here).notice):
                 print(name)
     except (UserMistake, TryAgain) as error:
         return f"error: {error}"

@@ -157,6 +157,9 @@ def _fetch(store: dvc.Store, path: Path, md5: str, target: Path, root: Path) -> 
     ):
         if _heal(cached, digest, fill) and _copy(cached, target, digest):
             return Fetched(path, source, damaged)
+    if cached.exists() and _copy(cached, target, digest):
+        # The same bytes under another name were found meanwhile.
+        return Fetched(path, Source.CACHE, damaged)
     # DVC would take it for good, here and in every remote that it is pushed to.
     cached.unlink(missing_ok=True)
     return Fetched(path, Source.NOWHERE, damaged, store.remote or "")

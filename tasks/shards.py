@@ -11,7 +11,6 @@ memory map, at the cost of ``np.memmap`` (h5py's own slices are about ten times 
 
 import io
 import itertools
-import json
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any, Literal
@@ -71,10 +70,6 @@ class Manifest(BaseModel):
                 f"{path}: not the tokenizer that made the shards: its digest is {found}, the manifest says "
                 f"{self.tokenizer_digest}. Fetch it again (dvc checkout --force {paths.SHARDS}) or rerun 'shard'."
             )
-
-    def fingerprint(self) -> str:
-        """A digest of everything the manifest vouches for: equal fingerprints mean equal tokens in equal order."""
-        return digest(json.dumps(self.model_dump(), sort_keys=True).encode())
 
 
 def digest(content: Buffer) -> str:
