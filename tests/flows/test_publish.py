@@ -268,7 +268,8 @@ def test_two_machines_that_publish_at_once_lose_nothing(publisher: Clone) -> Non
     publisher.check_remote()
 
 
-def test_a_champion_that_moved_meanwhile_has_the_model_measured_again(publisher: Clone) -> None:
+def overtaking(publisher: Clone) -> Clone:
+    """Another machine that has measured a model of its own against v1.0.0, as ``publisher`` has done with its next."""
     publish.publish(publisher.root)
     other = publisher.clone("other")
     git(other.root, "fetch", "-q", "--tags", "origin")
@@ -277,6 +278,11 @@ def test_a_champion_that_moved_meanwhile_has_the_model_measured_again(publisher:
     other.run()
     publisher.write("c.txt", "Of ours.\n")
     publisher.run()
+    return other
+
+
+def test_a_champion_that_moved_meanwhile_has_the_model_measured_again(publisher: Clone) -> None:
+    other = overtaking(publisher)
     assert publisher.evaluation()["against"] == "lm@v1.0.0"
     os.chdir(other.root)
     assert publish.publish(other.root).promoted
@@ -297,14 +303,7 @@ def test_a_champion_that_moved_meanwhile_has_the_model_measured_again(publisher:
 def test_a_champion_that_moves_after_the_version_is_registered_leaves_it_the_only_one_of_its_model(
     publisher: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish.publish(publisher.root)
-    other = publisher.clone("other")
-    git(other.root, "fetch", "-q", "--tags", "origin")
-    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True, capture_output=True)
-    other.write("b.txt", "Of the other.\n")
-    other.run()
-    publisher.write("c.txt", "Of ours.\n")
-    publisher.run()
+    other = overtaking(publisher)
     register = registry.register
 
     def register_and_be_overtaken(*arguments: Any) -> registry.Version:
