@@ -1,8 +1,8 @@
 """DVC commands without the half second that importing DVC takes, which a run with all stages pays eight times.
 
-A run's first DVC command starts a process that imports DVC and nothing else; this and later commands are its forks,
-each under a supervisor of its own (:mod:`flows.supervise`). The process ends with the flow, which has the other end of
-its socket.
+A run's first DVC command starts a process that imports DVC and nothing else; this and later commands are its forks, and
+so are the questions of :mod:`flows.remotely`, each under a supervisor of its own (:mod:`flows.supervise`). The process
+ends with the flow, which has the other end of its socket.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from flows import supervise
 from flows.process import Child, Supervisor
 
 PREFIX = (sys.executable, "-m", "dvc")
+REMOTELY = (sys.executable, "-m", "flows.remotely")
 _MOST_BYTES = 2**20
 _MOST_DESCRIPTORS = 16
 _DIGITS = 16
@@ -40,7 +41,7 @@ _commands: socket.socket | None = None
 
 
 class DvcChild(Child):
-    """A supervised ``python -m dvc ...``."""
+    """A supervised ``python -m dvc ...`` or ``python -m flows.remotely ...``."""
 
     def _start(
         self,
@@ -51,9 +52,9 @@ class DvcChild(Child):
         passed: tuple[int, ...],
     ) -> Supervisor:
         global _commands
-        assert tuple(command[: len(PREFIX)]) == PREFIX
+        assert tuple(command[: len(PREFIX)]) in (PREFIX, REMOTELY)
         assert not passed
-        request = {"arguments": command[len(PREFIX) :], "folder": str(Path.cwd()), "environment": dict(environment)}
+        request = {"command": command, "folder": str(Path.cwd()), "environment": dict(environment)}
         for _ in range(2):
             try:
                 _commands = _commands or _start_process(environment)
@@ -65,8 +66,8 @@ class DvcChild(Child):
 
 
 def kind(command: Sequence[str]) -> type[Child]:
-    """Returns what starts ``command``: any program, or faster a DVC of this interpreter."""
-    return DvcChild if tuple(command[: len(PREFIX)]) == PREFIX else Child
+    """Returns what starts ``command``: any program, or faster what imports DVC in this interpreter."""
+    return DvcChild if tuple(command[: len(PREFIX)]) in (PREFIX, REMOTELY) else Child
 
 
 def prepare(environment: Mapping[str, str]) -> None:
@@ -105,8 +106,8 @@ class _Fork:
             socket.send_fds(commands, [json.dumps(request).encode()], [alive, tell, output.fileno(), *kept])
             os.close(tell)
             tell = -1
-            self._process = int(os.read(self._told, _DIGITS) or b"0")
-            if not self._process:
+            self.pid = int(os.read(self._told, _DIGITS) or b"0")
+            if not self.pid:
                 raise BrokenPipeError("the process that forks has ended")
         except OSError:
             os.close(self._told)
@@ -130,7 +131,7 @@ class _Fork:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def serve(descriptor: int) -> None:
@@ -174,21 +175,21 @@ def _supervise(request: Mapping[str, Any], alive: int, tell: int, output: int, *
     os.write(tell, f"{os.getpid():{_DIGITS}d}".encode())
 
     def start() -> int:
-        return os.fork() or _become(request["arguments"], tell, *kept)
+        return os.fork() or _become(request["command"], tell, *kept)
 
     code = supervise.supervise(kept, start)
     os.write(tell, str(code).encode())
     os._exit(0)
 
 
-def _become(arguments: list[str], *not_its_own: int) -> NoReturn:
+def _become(command: list[str], *not_its_own: int) -> NoReturn:
     supervise.forget()
     for descriptor in not_its_own:
         os.close(descriptor)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    program, arguments = tuple(command[: len(PREFIX)]), command[len(PREFIX) :]
     sys.argv = ["dvc", *arguments]
-    from dvc.cli import main
-
-    sys.exit(main(arguments))
+    module = importlib.import_module("flows.remotely" if program == REMOTELY else "dvc.cli")
+    sys.exit(module.main(arguments))

@@ -1,16 +1,17 @@
-"""One DVC command of a run, from start to classified end. Knows no Prefect."""
+"""One command of a run, DVC's mostly, from start to classified end. Knows no Prefect."""
 
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from flows import dvc, dvc_fork, dvc_lock, failures, process
+from flows import dvc, dvc_fork, dvc_lock, failures, process, stall
 from tasks import paths
 from tasks.progress import Event
 
+Classify = Callable[[int, str], dvc.Result]
 LOGS = paths.SCRATCH / "logs"
 # A month of nights.
 _KEPT_RUNS = 30
@@ -45,36 +46,61 @@ def execute(
     stage: str,
     command: Sequence[str],
     on_event: Callable[[Event], None],
-    classify: Callable[[int, str], dvc.Result] = dvc.classify,
+    classify: Classify = dvc.classify,
+    minutes: float | None = None,
 ) -> dvc.Result:
-    """Runs ``command`` for ``stage``, appending to the stage's log, and returns how it ended, as ``classify`` says.
+    """Runs ``command`` for ``stage`` as :func:`run` does, with the stage's log.
 
-    Waits for other DVC commands at work in the project, since what has finished is worth it. A failure is remembered
-    under ``.overnight/failed`` until the stage starts again.
+    A failure is remembered under ``.overnight/failed`` until the stage starts again.
     """
     failures.forget(site.root, stage)
-    result = _attempt(site, stage, command, on_event, classify)
-    if result.locked:
-        # It came between the look and the start.
-        result = _attempt(site, stage, command, on_event, classify)
+    result = run(site.root, command, site.root / site.log(stage), on_event, [site.lock], classify, minutes, stage)
     if result.outcome == "failed":
         remember(site, stage, result)
     return result
 
 
-def _attempt(
-    site: Site,
-    stage: str,
+def run(
+    root: Path,
     command: Sequence[str],
+    log: Path,
     on_event: Callable[[Event], None],
-    classify: Callable[[int, str], dvc.Result],
+    kept: Iterable[int] = (),
+    classify: Classify = dvc.classify,
+    minutes: float | None = None,
+    stage: str = "",
 ) -> dvc.Result:
-    log = site.root / site.log(stage)
+    """Runs ``command``, appending to ``log``, and returns how it ended, as ``classify`` says.
+
+    Waits for other DVC commands at work in the project, since what has finished is worth it. One that asks a remote is
+    ended when nothing has moved for ``minutes``. ``kept`` are descriptors that stay open while anything of it lives.
+    """
+    for _ in range(2):
+        dvc_lock.mend(root)
+        dvc_lock.await_others(root, lambda line: on_event(Event(stage, "", 0, 0, "", 0, notice=line)))
+        result = logged(command, log, dvc.environment(os.environ), on_event, kept, classify, minutes)
+        if not result.locked:
+            break
+        # It came between the look and the start.
+    return result
+
+
+def logged(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    on_event: Callable[[Event], None],
+    kept: Iterable[int] = (),
+    classify: Classify = dvc.classify,
+    minutes: float | None = None,
+) -> dvc.Result:
+    """Runs ``command`` once as :func:`run` does, whatever else is at work; ``classify`` gets what it has said."""
     begin = log.stat().st_size if log.exists() else 0
-    dvc_lock.mend(site.root)
-    dvc_lock.await_others(site.root, lambda line: on_event(Event(stage, "", 0, 0, "", 0, notice=line)))
-    environment, kind = dvc.environment(os.environ), dvc_fork.kind(command)
-    code = process.run(command, log, environment, on_event, kept=[site.lock], kind=kind)
+    limit = None if minutes is None else 60 * minutes
+    try:
+        code = process.run(command, log, environment, on_event, kept, dvc_fork.kind(command), limit)
+    except stall.Stalled as error:
+        return dvc.Result("failed", None, str(error), mendable=True)
     with log.open("rb") as file:
         file.seek(begin)
         return classify(code, file.read().decode(errors="replace"))

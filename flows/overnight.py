@@ -18,15 +18,16 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, champion, dvc, dvc_lock, failures, worktree
+from flows import artifacts, champion, dvc, dvc_lock, failures, remotely, worktree
 from flows.attempts import Attempts, StageFailed
-from flows.execute import Site, drop_old_logs, execute, remember
+from flows.execute import Classify, Site, drop_old_logs, execute, remember
 from flows.graph import CHAMPION, CHECKOUT, COLLECT, PUBLISH, Graph, Stage
 from flows.plan import Action, Step, collects, plan
 from flows.publish import ChampionMoved, Look, Published, publish
 from flows.runs import Record, Resumed
 from flows.watch import Outcome, StageRun, Watch
 from tasks import paths
+from tasks.champion import read as read_champion
 from tasks.collect.report import read as read_report
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 from tasks.params import FlowParams, Params
@@ -86,7 +87,7 @@ class Night:
         """
         started = time.monotonic()
         try:
-            self._execute(CHECKOUT, dvc.checkout_command(self.site.root, self._params.publish.data_remote))
+            self._ask_remote(CHECKOUT, dvc.checkout_command(self.site.root, self._params.publish.data_remote))
         except StageFailed as error:
             failed = StageRun(CHECKOUT, "failed", time.monotonic() - started, str(error), error.exit_code)
             self.runs[CHECKOUT] = failed
@@ -235,7 +236,7 @@ class Night:
         return Completed(name="Ran", data="ran")
 
     def _restore_raw(self, pointer: Path) -> None:
-        self._execute(COLLECT, dvc.checkout_command(self.site.root, self._params.publish.data_remote, pointer))
+        self._ask_remote(COLLECT, dvc.checkout_command(self.site.root, self._params.publish.data_remote, pointer))
         if not (self.site.root / paths.RAW).exists():
             raise StageFailed(
                 f"{pointer} names text that lies neither here nor in DVC's cache nor at a remote. Name the remote that "
@@ -249,7 +250,9 @@ class Night:
         root = self.site.root
         try:
             action = champion.look(root, stage.name, self._look())
-            brought = champion.bring(root) if action == champion.Action.BRING else None
+            if action == champion.Action.BRING:
+                log = root / self.site.log(CHAMPION)
+                remotely.bring_champion(root, log, self._params.publish.stall_minutes)
         except (UserMistake, TryAgain) as error:
             remember(self.site, CHAMPION, dvc.Result("failed", error.exit_code, str(error)))
             raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
@@ -258,10 +261,10 @@ class Night:
                 failures.forget(root, CHAMPION)
                 return Completed(name="Cached", message="unchanged", data="cached")
             case champion.Action.RESTORE:
-                self._execute(CHAMPION, dvc.pull_command(champion.POINTER))
+                self._ask_remote(CHAMPION, dvc.pull_command(champion.POINTER))
             case champion.Action.BRING:
                 self._execute(CHAMPION, dvc.add_command(paths.CHAMPION))
-        if brought is not None and brought.version is None:
+        if action == champion.Action.BRING and read_champion(root / paths.CHAMPION).version is None:
             return Completed(name="Cached", message="no champion yet", data="cached")
         return Completed(name="Ran", data="ran")
 
@@ -275,8 +278,11 @@ class Night:
         artifacts.report(stage, self.site.root)
         return Completed(name=result.outcome.capitalize(), data=result.outcome)
 
+    def _ask_remote(self, name: str, command: list[str]) -> dvc.Result:
+        return self._execute(name, command, minutes=self._params.publish.stall_minutes)
+
     def _execute(
-        self, name: str, command: list[str], classify: Callable[[int, str], dvc.Result] = dvc.classify
+        self, name: str, command: list[str], classify: Classify = dvc.classify, minutes: float | None = None
     ) -> dvc.Result:
         shown = artifacts.ProgressArtifact(name)
 
@@ -284,7 +290,7 @@ class Night:
             self._watch.event(event)
             shown.update(event)
 
-        result = execute(self.site, name, command, on_event, classify)
+        result = execute(self.site, name, command, on_event, classify, minutes)
         if result.outcome == "failed":
             raise StageFailed(result.message, result.mendable, result.exit_code)
         return result

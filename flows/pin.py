@@ -7,7 +7,8 @@ last night's; the text in ``data/raw`` is the last night's with what people adde
 
 from pathlib import Path
 
-from flows import land, raw, worktree
+from flows import land, raw, remotely, worktree
+from flows.execute import LOGS
 from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
 from flows.land import QUIET
 from tasks.errors import TryAgain, UserMistake
@@ -63,7 +64,8 @@ def _join(root: Path, base: str, publish: PublishParams) -> None:
     # An earlier attempt may have died in the middle.
     git(root, "reset", "--quiet", "--hard", environment=QUIET)
     land.merge(root, base, land.is_written)
-    raw.resolve(root, publish.data_remote)
+    if raw.is_in_conflict(root):
+        remotely.merge_text(root, publish.data_remote, root / LOGS / "merge.log", publish.stall_minutes)
     if conflict := land.conflict(root):
         git(root, "reset", "--quiet", "--hard", environment=QUIET)
         name = publish.branch

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import IO, Protocol, Self
 
 from flows import supervise
+from flows.stall import Watchdog
 from tasks.progress import EVENTS_VARIABLE, Event
 
 # The supervisor's own grace, and what the kernel needs to tear down large processes.
@@ -17,9 +18,10 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class Supervisor(Protocol):
-    """What watches over a child. The end of its ``stdin`` tells it that the flow is gone."""
+    """What watches over a child. The end of its ``stdin`` tells it that the flow is gone; ``pid`` is its own."""
 
     stdin: IO[bytes] | None
+    pid: int
 
     def wait(self, timeout: float | None = None) -> int:
         """Returns the child's exit code. Raises :class:`subprocess.TimeoutExpired` after ``timeout`` seconds."""
@@ -77,6 +79,11 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
 
+    @property
+    def pid(self) -> int:
+        """The process that all the others descend from."""
+        return self._supervisor.pid
+
     def let_go(self) -> None:
         """Tells the process and its descendants to end."""
         assert self._supervisor.stdin is not None
@@ -106,20 +113,27 @@ def run(
     on_event: Callable[[Event], None],
     kept: Iterable[int] = (),
     kind: type[Child] = Child,
+    seconds_to_move: float | None = None,
 ) -> int:
-    """Runs ``command`` to its end and returns its exit code; each progress event of it is handed to ``on_event``."""
+    """Runs ``command`` to its end and returns its exit code; each progress event of it is handed to ``on_event``.
+
+    Raises :class:`flows.stall.Stalled` when it has moved nothing for ``seconds_to_move`` (None: it may take for ever).
+    """
     events = log.with_suffix(".events")
     events.parent.mkdir(parents=True, exist_ok=True)
     events.write_text("")
     told = {**environment, EVENTS_VARIABLE: str(events.absolute())}
     try:
         with events.open(encoding="utf-8") as tail, kind(command, log, told, kept=kept) as child:
+            watchdog = Watchdog(child.pid, seconds_to_move) if seconds_to_move is not None else None
             while True:
                 code = child.wait(_SECONDS_BETWEEN_LOOKS)
                 for event in _new_events(tail):
                     on_event(event)
                 if code is not None:
                     return code
+                if watchdog is not None:
+                    watchdog.check()
     finally:
         events.unlink(missing_ok=True)
 

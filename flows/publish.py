@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from flows import champion, contents, dvc, dvc_fork, environment, lock, objects, process, project, registry
+from flows import dvc, environment, execute, lock, project, registry, remotely
 from flows.execute import LOGS
 from flows.gate import Gate, read_gate
 from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
@@ -28,6 +28,7 @@ from tasks.champion import Champion
 from tasks.champion import read as read_champion
 from tasks.errors import TryAgain, UserMistake
 from tasks.params import Params
+from tasks.progress import Event
 
 _MOST_NAMED = 3
 Result = TypeVar("Result")
@@ -80,9 +81,9 @@ class _Publication:
                 failure = error
                 if attempt < retries:
                     seconds = self.params.flow.retry_delay_seconds * 2**attempt
-                    self.tell(f"{error} Trying again in {seconds:.0f} s.")
+                    self.tell(f"{_sentence(failure)} Trying again in {seconds:.0f} s.")
                     time.sleep(seconds)
-        raise TryAgain(f"{failure} What was done until here is kept; `overnight publish` goes on.")
+        raise TryAgain(f"{_sentence(failure)} What was done until here is kept; `overnight publish` goes on.")
 
 
 def publish_by_hand(out: Console, err: Console) -> int:
@@ -143,14 +144,14 @@ def publish(
     name = branch(root) or params.publish.branch
     note = to.patiently(lambda: land(root, commit, name, remote))
     # As late as can be: another machine may be pruning the remote.
-    to.patiently(lambda: _verify_data(root, commit, store))
+    _verify_data(to, commit, store)
     to.patiently(lambda: registry.fetch(root, remote))
     try:
         if gate.passed and params.publish.promote:
             _check_champion(measured, registry.champion(root))
     except ChampionMoved:
         # Makes `evaluate` stale, and nothing else.
-        champion.bring(root)
+        remotely.bring_champion(root, to.log, params.publish.stall_minutes)
         _dvc(to, dvc.add_command(paths.CHAMPION))
         raise
     version = to.patiently(lambda: registry.register(root, commit, gate.message, remote))
@@ -185,7 +186,7 @@ def _bring(to: _Publication, version: Version) -> str | None:
     does.
     """
     store = _data_remote(to)
-    lacks = store is not None and to.patiently(lambda: _lacks(to.root, version.commit, store))
+    lacks = store is not None and _lacks(to, version.commit, store)
     note = None
     if lacks:
         _push_data(to)
@@ -194,7 +195,7 @@ def _bring(to: _Publication, version: Version) -> str | None:
         name = here or to.params.publish.branch
         note = to.patiently(lambda: land(to.root, version.commit, name, to.remote))
     if lacks:
-        to.patiently(lambda: _verify_data(to.root, version.commit, store))
+        _verify_data(to, version.commit, store)
     return note
 
 
@@ -263,28 +264,14 @@ def _push_data(to: _Publication) -> str | None:
     return name
 
 
-def _lacks(root: Path, commit: str, remote: str | None) -> bool:
-    """Whether the remote lacks an output; where it has the listing of a folder, it has had the files before that."""
-    with dvc.store(root, remote) as store:
-        return bool(store.lacking({output.md5 for output in contents.recorded(root, commit)}))
+def _lacks(to: _Publication, commit: str, store: str) -> bool:
+    return to.patiently(lambda: remotely.lacks(to.root, commit, store, to.log, to.params.publish.stall_minutes))
 
 
-def _verify_data(root: Path, commit: str, remote: str | None) -> None:
-    """Raises :class:`UserMistake` when the remote lacks something: DVC passes over what its cache has lost."""
-    if remote is None:
-        return
-    with dvc.store(root, remote) as store:
-        wanted = objects.needed(store, contents.recorded(root, commit), {})
-        lacking = store.lacking(wanted)
-        if lacking:
-            # DVC does not push what it believes to be there, though another machine's `dvc gc` has removed it.
-            store.upload(lacking)
-            lacking = store.lacking(lacking)
-    if lacking:
-        raise UserMistake(
-            f"DVC's remote '{remote}' lacks {len(lacking)} of the version's objects ({min(lacking)}), and so does the "
-            "cache. `overnight run --force` makes them again."
-        )
+def _verify_data(to: _Publication, commit: str, store: str | None) -> None:
+    """Raises :class:`UserMistake` when the remote ``store`` lacks something that the cache has lost."""
+    if store is not None:
+        to.patiently(lambda: remotely.verify(to.root, commit, store, to.log, to.params.publish.stall_minutes))
 
 
 def _commit(root: Path) -> str:
@@ -304,12 +291,18 @@ def _commit(root: Path) -> str:
 
 def _dvc(to: _Publication, command: list[str]) -> None:
     """Runs a DVC command to its end. Raises :class:`TryAgain` with its complaint."""
-    start = to.log.stat().st_size if to.log.exists() else 0
-    surroundings, kind = dvc.environment(os.environ), dvc_fork.kind(command)
-    code = process.run(command, to.log, surroundings, lambda event: None, kind=kind)
-    result = dvc.classify(code, to.log.read_bytes()[start:].decode(errors="replace"))
+
+    def on_event(event: Event) -> None:
+        if event.notice:
+            to.tell(event.notice)
+
+    result = execute.run(to.root, command, to.log, on_event, minutes=to.params.publish.stall_minutes)
     if result.outcome == "failed":
         raise TryAgain(f"DVC: {result.message}")
+
+
+def _sentence(error: Exception) -> str:
+    return f"{str(error).rstrip('.')}."
 
 
 def _name() -> str:

@@ -26,13 +26,18 @@ def merge(before: Listing, ours: Listing, theirs: Listing) -> Listing:
     return kept | {path: theirs[path] for path in changed & theirs.keys()}
 
 
+def is_in_conflict(root: Path) -> bool:
+    """Whether Git has stopped at a conflict in the pointer."""
+    return bool(git(root, "ls-files", "--unmerged", "--", POINTER))
+
+
 def resolve(root: Path, remote: str | None) -> None:
     """Merges the text of both sides where Git has stopped at a conflict in the pointer.
 
     The list of the files goes into DVC's cache. Where a side has no text, or a list is lost, the conflict stays.
     Raises :class:`tasks.errors.TryAgain` when ``remote``, DVC's default one for None, is needed and does not answer.
     """
-    if not git(root, "ls-files", "--unmerged", "--", POINTER):
+    if not is_in_conflict(root):
         return
     before, ours, theirs = (git(root, "show", f":{side}:./{POINTER}", check=False) for side in _SIDES)
     with dvc.store(root, remote) as store:

@@ -25,7 +25,6 @@ from flows import (
     environment,
     failures,
     lock,
-    process,
     project,
     registry,
     restore,
@@ -35,6 +34,7 @@ from flows import (
 from flows.certificate import Certificate, InputResult, MetricResult, OutputResult, StageResult, Verdict
 from flows.contents import Output
 from flows.environment import Environment
+from flows.execute import logged
 from flows.registry import Version
 from flows.terminal import Terminal, speaker
 from flows.watch import StageRun
@@ -166,18 +166,15 @@ def _compute(site: Site, journal: Journal, err: Console) -> Journal | None:
                 terminal.ended(StageRun(stage.name, "cached", 0.0, "computed before the rebuild was stopped"))
                 continue
             log = _LOGS / f"{failures.file_name(stage.name)}.log"
-            begin = log.stat().st_size if log.exists() else 0
+            log.unlink(missing_ok=True)
             started = time.monotonic()
-            code = process.run(
-                dvc.rebuild_command(stage.name, site.python), log, inner, terminal.event, kept=[site.lock]
-            )
+            command = dvc.rebuild_command(stage.name, site.python)
+            result = logged(command, log, inner, terminal.event, [site.lock])
             seconds = time.monotonic() - started
-            said = log.read_bytes()[begin:].decode(errors="replace")
-            result = dvc.classify(code, said)
             if result.outcome == "failed":
                 terminal.ended(StageRun(stage.name, "failed", seconds, result.message))
                 err.print(f"[bold red]error:[/] {escape(f'{stage.name}: {result.message}')}", soft_wrap=True)
-                for line in said.splitlines()[-_LAST_LINES:]:
+                for line in log.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
                     err.print(f"  {escape(line)}", style="dim", soft_wrap=True, highlight=False)
                 err.print(f"The whole log: {site.place / log}", soft_wrap=True, highlight=False)
                 return None

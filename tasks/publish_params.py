@@ -17,3 +17,5 @@ class PublishParams(Section):
     promote: bool = True
     # Attempts after the first when a remote does not answer; each waits twice as long as the one before.
     retries: Annotated[int, Field(ge=0, le=20)] = 4
+    # How long the data remote may move nothing before the attempt counts as failed.
+    stall_minutes: Annotated[float, Field(gt=0, le=1440)] = 10.0

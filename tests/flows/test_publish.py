@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import publishing
 import pytest
 from publishing import Clone
 
-from flows import dvc, land, publish, registry, worktree
+from flows import contents, dvc, land, publish, registry, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -389,16 +390,51 @@ def test_an_unknown_remote_is_named(publisher: Clone) -> None:
 def test_what_did_not_reach_the_data_remote_is_brought_there_or_gets_no_tag(
     publisher: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # DVC's push passes over what it believes to be there, and ends well.
-    monkeypatch.setattr(publish, "_dvc", lambda to, command: None)
+    model = contents.md5_of(publisher.root / "models/int8/model.onnx")
+    with dvc.store(publisher.root) as store:
+        cached = store.path(model)
     with monkeypatch.context() as patch:
-        patch.setattr(dvc.Store, "upload", lambda store, md5s: None)
-        with pytest.raises(UserMistake, match=r"DVC's remote 'shelf' lacks \d+ of the version's objects \([0-9a-f]+"):
+        # DVC's push passes over what its cache has lost meanwhile, and ends well.
+        patch.setattr(publish, "_dvc", lambda to, command: cached.rename(cached.with_name("away")))
+        with pytest.raises(UserMistake, match=rf"DVC's remote 'shelf' lacks 1 of the version's objects \({model}\)"):
             publish.publish(publisher.root)
     assert publisher.tags() == []
     assert registry.versions(publisher.root) == ()
+    cached.with_name("away").rename(cached)
+    # It passes over what it believes to be there, too.
+    monkeypatch.setattr(publish, "_dvc", lambda to, command: None)
     assert publish.publish(publisher.root).promoted
     publisher.check_remote()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that takes every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/store"
+
+
+def test_a_data_remote_that_says_nothing_is_not_waited_for(publisher: Clone, silent: str) -> None:
+    publisher.set("publish", "stall_minutes", 0.03)
+    publisher.set("publish", "retries", 1)
+    publisher.set("flow", "retry_delay_seconds", 0.1)
+    publisher.commit()
+    here = publisher.root / ".dvc/config.local"
+    told: list[str] = []
+
+    here.write_text(f"['remote \"shelf\"']\n    url = {silent}\n")
+    with pytest.raises(TryAgain, match="nothing was read or written for 2 s"):
+        publish.publish(publisher.root, told.append)
+    assert publisher.tags() == []
+    assert told == ["DVC: nothing was read or written for 2 s, so it was ended. Trying again in 0 s."]
+    here.unlink()
+    assert publish.publish(publisher.root).promoted
+    publisher.check_remote()
+
+    # A night without news asks it as well.
+    here.write_text(f"['remote \"shelf\"']\n    url = {silent}\n")
+    with pytest.raises(TryAgain, match="DVC's remote: nothing was read or written for 2 s, so it was ended. What was"):
+        publish.publish(publisher.root)
 
 
 def test_a_push_that_the_remote_refuses_for_good_is_told(publisher: Clone) -> None:

@@ -1,0 +1,104 @@
+"""What a run asks of DVC's remote, each question in a process of its own: one that hears no more is ended.
+
+``python -m flows.remotely STEP ROOT ...`` ends as a stage does (:mod:`tasks.errors`). A thread would not do: Python
+waits for it at its end, so a run would never end and the next one never start.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flows import champion, contents, dvc, dvc_fork, execute, objects, raw
+from tasks.atomic import disk_full_is_told
+from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
+
+# Of `lacks`, when it does.
+_EXIT_YES = 10
+
+
+def lacks(root: Path, commit: str, remote: str, log: Path, minutes: float) -> bool:
+    """Whether ``remote`` lacks an output of ``commit``; where it has a folder's listing, it has had the files before.
+
+    Raises :class:`TryAgain` when the remote does not answer, or nothing for ``minutes``.
+    """
+    return _ask("lacks", root, log, minutes, commit, remote) == _EXIT_YES
+
+
+def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> None:
+    """Uploads what ``remote`` lacks of ``commit``. Raises as :func:`lacks`, :class:`UserMistake` if the cache lacks it.
+
+    DVC's own push passes over what its cache has lost.
+    """
+    _ask("verify", root, log, minutes, commit, remote)
+
+
+def bring_champion(root: Path, log: Path, minutes: float) -> None:
+    """Does what :func:`flows.champion.bring` does. Raises as that and :func:`lacks` do."""
+    _ask("champion", root, log, minutes)
+
+
+def merge_text(root: Path, remote: str | None, log: Path, minutes: float) -> None:
+    """Does what :func:`flows.raw.resolve` does. Raises as that and :func:`lacks` do."""
+    _ask("text", root, log, minutes, *([remote] if remote else []))
+
+
+def _ask(step: str, root: Path, log: Path, minutes: float, *arguments: str) -> int:
+    command = [*dvc_fork.REMOTELY, step, str(root.resolve()), *arguments]
+    result = execute.run(root, command, log, lambda event: None, classify=dvc.classify_stage, minutes=minutes)
+    if result.outcome == "failed" and result.exit_code != _EXIT_YES:
+        if result.exit_code == EXIT_USER_MISTAKE:
+            raise UserMistake(result.message)
+        raise TryAgain(result.message if result.exit_code else f"DVC's remote: {result.message}")
+    return result.exit_code or 0
+
+
+def main(arguments: list[str]) -> int:
+    """Takes one step and returns the exit code; what went wrong is told in one line."""
+    step, root, *more = arguments
+    try:
+        with disk_full_is_told(Path(root)):
+            return _STEPS[step](Path(root), *more)
+    except (UserMistake, TryAgain) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _lacks(root: Path, commit: str, remote: str) -> int:
+    with dvc.store(root, remote) as store:
+        return _EXIT_YES if store.lacking({output.md5 for output in contents.recorded(root, commit)}) else 0
+
+
+def _verify(root: Path, commit: str, remote: str) -> int:
+    with dvc.store(root, remote) as store:
+        lacking = store.lacking(objects.needed(store, contents.recorded(root, commit), {}))
+        if lacking:
+            # DVC does not push what it believes to be there, though another machine's `dvc gc` has removed it.
+            store.upload(lacking)
+            lacking = store.lacking(lacking)
+    if lacking:
+        raise UserMistake(
+            f"DVC's remote '{remote}' lacks {len(lacking)} of the version's objects ({min(lacking)}), and so does the "
+            "cache. `overnight run --force` makes them again."
+        )
+    return 0
+
+
+def _champion(root: Path) -> int:
+    champion.bring(root)
+    return 0
+
+
+def _text(root: Path, remote: str | None = None) -> int:
+    raw.resolve(root, remote)
+    return 0
+
+
+_STEPS: Mapping[str, Callable[..., int]] = {
+    "lacks": _lacks,
+    "verify": _verify,
+    "champion": _champion,
+    "text": _text,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
