@@ -433,7 +433,7 @@ def test_a_data_remote_that_says_nothing_is_not_waited_for(publisher: Clone, sil
 
     # A night without news asks it as well.
     here.write_text(f"['remote \"shelf\"']\n    url = {silent}\n")
-    with pytest.raises(TryAgain, match="DVC's remote: nothing was read or written for 2 s, so it was ended. What was"):
+    with pytest.raises(TryAgain, match=r"DVC's remote: nothing was read or written for 2 s, so it was ended. What was"):
         publish.publish(publisher.root)
 
 
