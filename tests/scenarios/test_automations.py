@@ -13,6 +13,17 @@ from prefect_server import PrefectServer
 from receiver import Receiver, receiving
 
 _SECONDS = 60
+_LEAST_SECONDS = 10
+_NIGHT = """
+import time
+from prefect import flow
+from prefect.runtime import flow_run
+@flow
+def nightly():
+    print(flow_run.get_name(), flush=True)
+    time.sleep(600)
+nightly()
+"""
 _NOTICE = """
 from flows import notice, run
 from tasks.notice_params import NoticeParams
@@ -36,7 +47,7 @@ def test_a_server_tells_how_a_night_ended_and_which_one_died(blank: Chain, tmp_p
         automations = {one["name"]: one for one in prefect.ask("automations/filter", {})}
         ended = automations["overnight: how a night ended"]
         assert not ended["enabled"]
-        _patch(f"{prefect.api}/automations/{ended['id']}", {"enabled": True})
+        _send("PATCH", f"{prefect.api}/automations/{ended['id']}", {"enabled": True})
         # Installed again, it stays switched on.
         _python(chain, receiver, "-m", "flows.automations")
 
@@ -65,6 +76,50 @@ def test_a_server_tells_how_a_night_ended_and_which_one_died(blank: Chain, tmp_p
             time.sleep(0.2)
 
 
+def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(blank: Chain, tmp_path: Path) -> None:
+    home = tmp_path / "server"
+    home.mkdir()
+    with PrefectServer(home) as prefect, receiving() as receiver:
+        chain = blank.at(prefect.api)
+        _python(chain, receiver, "-m", "flows.automations")
+        automations = {one["name"]: one for one in prefect.ask("automations/filter", {})}
+        silent = automations["overnight: a night is not heard of any more"]
+        # As installed, but for the time that it waits: the least that Prefect takes.
+        assert silent["trigger"]["within"] == 300
+        silent["trigger"]["within"] = _LEAST_SECONDS
+        kept = ("name", "description", "enabled", "trigger", "actions", "actions_on_trigger", "actions_on_resolve")
+        _send("PUT", f"{prefect.api}/automations/{silent['id']}", {name: silent[name] for name in kept})
+
+        night = subprocess.Popen(
+            [sys.executable, "-c", _NIGHT],
+            env=chain.environment(PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert night.stdout is not None
+        name = night.stdout.readline().strip()
+        deadline = time.monotonic() + _SECONDS
+        while not _heartbeats(prefect):
+            assert time.monotonic() < deadline, (home / "server.log").read_text()
+            time.sleep(0.2)
+        night.kill()
+        night.wait()
+
+        why = "No heartbeat for five minutes; its process or its machine is gone."
+        wanted = f"overnight: run {name} died\n{why}\nGo on with: overnight rerun"
+        while wanted not in [json.loads(body)["text"] for _, body in receiver.received]:
+            assert time.monotonic() < deadline + _SECONDS, receiver.received
+            time.sleep(0.2)
+        (run,) = prefect.ask("flow_runs/filter", {})
+        assert run["state_type"] == "CRASHED"
+
+
+def _heartbeats(prefect: PrefectServer) -> int:
+    wanted = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}}
+    return int(prefect.ask("events/filter", wanted)["total"])
+
+
 def _python(chain: Chain, receiver: Receiver, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -78,8 +133,8 @@ def _python(chain: Chain, receiver: Receiver, *arguments: str) -> str:
     return done.stdout
 
 
-def _patch(url: str, body: dict[str, object]) -> None:
+def _send(method: str, url: str, body: dict[str, object]) -> None:
     request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="PATCH"
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
     )
     urllib.request.urlopen(request, timeout=30).close()

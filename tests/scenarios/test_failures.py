@@ -1,16 +1,20 @@
 """What the world does to a run, but for kills: after each, one `overnight rerun`, or the UI's Retry, ends it well."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import publishing
 import pytest
 from chain import Chain, Running
@@ -19,12 +23,15 @@ from publishing import Clone
 from receiver import Receiver, receiving
 from ruamel.yaml import YAML
 
-from flows import lock
+from flows import contents, lock
 from flows.git import git
+from tasks import paths
 
 if TYPE_CHECKING:
     from conftest import Reference
 
+# Set another seed to try other moments.
+SEED = int(os.environ.get("SCENARIO_SEED", "0"))
 _SECONDS_A_NIGHT = 120
 # As the button has it: not forced.
 _RETRY = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}, "force": False}
@@ -73,6 +80,10 @@ def test_a_disk_that_fills_up_is_told_and_with_room_the_run_is_finished(
 def test_a_dvc_command_that_holds_the_lock_is_waited_for_and_changed_parameters_are_told(
     finished: Chain, server: str
 ) -> None:
+    undisturbed = finished.copy(finished.root.with_name("undisturbed"))
+    undisturbed.set("card.contact", "somebody else")
+    assert undisturbed.overnight("run").code == 0
+
     chain = finished.at(server)
     chain.set("card.contact", "somebody")
     running = chain.start("run")
@@ -88,6 +99,7 @@ def test_a_dvc_command_that_holds_the_lock_is_waited_for_and_changed_parameters_
     assert ended.code == 0, ended.err
     assert "params.yaml was changed since this run stopped" in ended.err
     assert "somebody else" in (chain.root / "models/card/README.md").read_text()
+    assert chain.version() == undisturbed.version()
 
 
 @contextlib.contextmanager
@@ -133,6 +145,16 @@ class Nights:
             assert time.monotonic() < deadline, (self.chain.root / ".overnight/logs/schedule.log").read_text()
             time.sleep(0.2)
 
+    def send(self, number: signal.Signals) -> bool:
+        """Sends a signal to the process of the night that is at work; returns whether it still was."""
+        for file in (self.chain.root / ".overnight/runs").glob("*.json"):
+            record = json.loads(file.read_bytes())
+            if record["state"] == "running":
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(record["pid"]).send_signal(number)
+                    return True
+        return False
+
     def notices(self) -> list[tuple[str, str]]:
         """Kind and message of what the webhook was told."""
         told = [json.loads(body)["overnight"] for _, body in self._receiver.received]
@@ -158,18 +180,8 @@ class Nights:
 
 @pytest.fixture
 def nights(tmp_path: Path, home: Path, prefect: PrefectServer) -> Iterator[Nights]:
-    before = Path.cwd()
-    clone = publishing.make(tmp_path / "place")
-    os.chdir(before)
-    yaml = YAML()
-    content = yaml.load(clone.root / "params.yaml")
-    content["collect"]["sources"] = [{"name": "small", "uri": "texts", "format": "txt", "licence": "none"}]
-    yaml.dump(content, clone.root / "params.yaml")
-    (clone.root / "texts").mkdir()
-    (clone.root / "texts/a.txt").write_text("In the beginning.\n")
-    # Nights of their own: nothing but what is committed.
-    git(clone.root, "commit", "-q", "-m", "Sources", "--", "params.yaml", environment=author())
-    git(clone.root, "push", "-q", "origin", "main")
+    clone = make_project(tmp_path / "place")
+    write_text(clone, 0, "In the beginning.\n")
     chain = Chain(clone.root, home, prefect.api)
     with receiving() as receiver:
         schedule = chain.start(
@@ -183,6 +195,51 @@ def nights(tmp_path: Path, home: Path, prefect: PrefectServer) -> Iterator[Night
         yield Nights(clone, chain, prefect, schedule, receiver)
         schedule.process.terminate()
         schedule.end()
+
+
+def make_project(place: Path) -> Clone:
+    """A small project that collects the folder ``texts``, with nothing committed but the project itself."""
+    before = Path.cwd()
+    clone = publishing.make(place)
+    os.chdir(before)
+    yaml = YAML()
+    content = yaml.load(clone.root / "params.yaml")
+    content["collect"]["sources"] = [{"name": "small", "uri": "texts", "format": "txt", "licence": "none"}]
+    yaml.dump(content, clone.root / "params.yaml")
+    (clone.root / "texts").mkdir()
+    git(clone.root, "commit", "-q", "-m", "Sources", "--", "params.yaml", environment=author())
+    git(clone.root, "push", "-q", "origin", "main")
+    return clone
+
+
+def write_text(clone: Clone, number: int, text: str) -> None:
+    """Writes a new text where the project collects them."""
+    (clone.root / f"texts/{number}.txt").write_text(text)
+
+
+def undisturbed_versions(nights: "Nights", *texts: str) -> list[dict[str, str]]:
+    """Makes a version of each text and those before it, by hand and undisturbed; returns what each consists of."""
+    clone = make_project(nights.clone.root.parents[1] / "undisturbed")
+    chain = dataclasses.replace(nights.chain, root=clone.root)
+    # What it was made with is no version of what it collects.
+    shutil.rmtree(clone.root / "data/raw")
+    (clone.root / "data/raw.dvc").unlink(missing_ok=True)
+    made = []
+    for number, text in enumerate(texts):
+        write_text(clone, number, text)
+        for command in ("run", "publish"):
+            ended = chain.overnight(command, PYTHONPATH=str(publishing.REPOSITORY))
+            assert ended.code == 0, ended.err
+        made.append(outputs(clone, f"lm@v1.{number}.0"))
+    return made
+
+
+def outputs(clone: Clone, tag: str) -> dict[str, str]:
+    """The MD5 of all that the version consists of, but for the champion's record, which names a commit."""
+    recorded = contents.recorded(clone.root, tag)
+    found = {str(output.path): output.md5 for output in recorded if output.path != paths.CHAMPION}
+    assert {"data/raw", "models/int8", "models/evaluation.json"} == found.keys()
+    return found
 
 
 def author() -> dict[str, str]:
@@ -210,8 +267,10 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert retried["run_count"] == 2
     assert clone.tags() == ["lm#prod#1", "lm@v1.0.0"]
     clone.check_remote()
+    undisturbed = undisturbed_versions(nights, "In the beginning.\n", "And there was light.\n")
+    assert outputs(clone, "lm@v1.0.0") == undisturbed[0]
 
-    (clone.root / "texts/b.txt").write_text("And there was light.\n")
+    write_text(clone, 1, "And there was light.\n")
     clone.shelf.rename(clone.shelf.with_name("away"))
     clone.shelf.write_text("")
     second = nights.start()
@@ -233,6 +292,7 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert ended_night["state"]["message"] == "v1.1.0 is in production"
     assert clone.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
     clone.check_remote()
+    assert outputs(clone, "lm@v1.1.0") == undisturbed[1]
     assert [one[2] for one in nights.runs()] == ["completed", "completed"]
     assert not list((clone.root / ".overnight/worktrees").iterdir())
 
@@ -248,7 +308,7 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert clone.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
 
     # A worktree that cannot be filled is a failure with its name and what DVC said, not a bug with a traceback.
-    (clone.root / "texts/c.txt").write_text("And the evening was.\n")
+    write_text(clone, 2, "And the evening was.\n")
     shutil.rmtree(clone.root / ".dvc/cache")
     clone.shelf.rename(clone.shelf.with_name("away"))
     clone.shelf.write_text("")
@@ -256,6 +316,32 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert unfilled["state"]["message"].startswith("checkout: "), unfilled["state"]
     assert "StageFailed" not in unfilled["state"]["message"]
     assert nights.runs()[-1][2:4] == ["failed", "checkout"]
+
+
+@pytest.mark.timeout(600)
+def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_have_been(nights: Nights) -> None:
+    clone = nights.clone
+    draw = random.Random(SEED)
+    texts = ["In the beginning.\n"]
+    stopped = 0
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        night = nights.start()
+        nights._until(lambda: nights.runs()[-1][2:4] == ["running", "publish"])
+        moment = draw.uniform(0, 1)
+        time.sleep(moment)
+        print(f"{number.name} {moment:.3f} s after it began to publish (seed {SEED})")
+        stopped += nights.send(number)
+        ended = nights.overnight("rerun", "--wait")
+        assert ended.code == 0 or "nothing to go on with" in ended.err, ended.err
+        assert nights.runs()[-1][2] == "completed"
+        assert [tag for tag in clone.tags() if "@" in tag] == [f"lm@v1.{index}.0" for index in range(len(texts))]
+        clone.check_remote()
+        texts.append(f"Text {len(texts)}.\n")
+        write_text(clone, len(texts) - 1, texts[-1])
+        del night
+    assert stopped
+    undisturbed = undisturbed_versions(nights, *texts[:-1])
+    assert [outputs(clone, f"lm@v1.{index}.0") for index in range(len(undisturbed))] == undisturbed
 
 
 @pytest.mark.timeout(600)
