@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import publishing
 import pytest
-from chain import Chain, Running
+from chain import Chain, Running, signal_at
 from prefect_server import PrefectServer
 from publishing import Clone
 from receiver import Receiver, receiving
 from ruamel.yaml import YAML
 
-from flows import contents, lock
+from flows import contents, lock, runs
 from flows.git import git
 from tasks import paths
 
@@ -61,10 +61,10 @@ def test_a_disk_that_fills_up_is_told_and_with_room_the_run_is_finished(
     finished: Chain, server: str, reference: "Reference", small_disk: Path
 ) -> None:
     chain = finished.at(server).copy(small_disk / "project")
-    running = chain.start("run", "--from", "card", "--force")
-    assert running.stage_process("card") is not None
+    started = chain.start("run", "--from", "card", "--force")
+    assert started.stage_process("card") is not None
     ballast = fill(small_disk)
-    ended = running.end()
+    ended = started.end()
     assert ended.code == 1, ended.err
     assert "the disk is full" in ended.complaint()
     assert ended.complaint().endswith("Free some space and run again.")
@@ -86,9 +86,9 @@ def test_a_dvc_command_that_holds_the_lock_is_waited_for_and_changed_parameters_
 
     chain = finished.at(server)
     chain.set("card.contact", "somebody")
-    running = chain.start("run")
-    assert running.kill_stage("card", 0.1)
-    assert running.end().code == 1
+    started = chain.start("run")
+    assert started.kill_stage("card", 0.1)
+    assert started.end().code == 1
 
     chain.set("card.contact", "somebody else")
     with repository_locked(chain) as holder:
@@ -145,15 +145,18 @@ class Nights:
             assert time.monotonic() < deadline, (self.chain.root / ".overnight/logs/schedule.log").read_text()
             time.sleep(0.2)
 
-    def send(self, number: signal.Signals) -> bool:
-        """Sends a signal to the process of the night that is at work; returns whether it still was."""
-        for file in (self.chain.root / ".overnight/runs").glob("*.json"):
-            record = json.loads(file.read_bytes())
-            if record["state"] == "running":
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    psutil.Process(record["pid"]).send_signal(number)
-                    return True
-        return False
+    def stop_at(self, flow_run: str, stage: str, number: signal.Signals, seconds: float) -> bool:
+        """Sends a signal to the night's process, so long after it began with ``stage``; False when it had ended."""
+        found: list[psutil.Process] = []
+
+        def works() -> bool:
+            run = runs.of_flow_run(self.clone.root, flow_run)
+            if run is not None and run.stages and run.stages[-1].stage == stage:
+                found.append(psutil.Process(run.pid))
+            return bool(found)
+
+        self._until(works)
+        return signal_at(found[0], number, time.time() - found[0].create_time() + seconds)
 
     def notices(self) -> list[tuple[str, str]]:
         """Kind and message of what the webhook was told."""
@@ -324,13 +327,10 @@ def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_ha
     draw = random.Random(SEED)
     texts = ["In the beginning.\n"]
     stopped = 0
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-        night = nights.start()
-        nights._until(lambda: nights.runs()[-1][2:4] == ["running", "publish"])
+    for number in (signal.SIGKILL, signal.SIGTERM):
         moment = draw.uniform(0, 1)
-        time.sleep(moment)
         print(f"{number.name} {moment:.3f} s after it began to publish (seed {SEED})")
-        stopped += nights.send(number)
+        stopped += nights.stop_at(nights.start(), "publish", number, moment)
         ended = nights.overnight("rerun", "--wait")
         assert ended.code == 0 or "nothing to go on with" in ended.err, ended.err
         assert nights.runs()[-1][2] == "completed"
@@ -338,7 +338,6 @@ def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_ha
         clone.check_remote()
         texts.append(f"Text {len(texts)}.\n")
         write_text(clone, len(texts) - 1, texts[-1])
-        del night
     assert stopped
     undisturbed = undisturbed_versions(nights, *texts[:-1])
     assert [outputs(clone, f"lm@v1.{index}.0") for index in range(len(undisturbed))] == undisturbed
