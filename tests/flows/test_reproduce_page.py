@@ -1,24 +1,23 @@
 """The commands of docs/reproduce.md do what the page says."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import page
 
 from flows.certificate import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE
 
 if TYPE_CHECKING:
     from versioned import Versioned
 
-PAGE = Path(__file__).parents[2] / "docs/reproduce.md"
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 OWN_ENVIRONMENT = "--environment"
 
 
 def test_every_command_can_be_pasted(versioned: "Versioned", tmp_path: Path) -> None:
-    # An environment of its own is made in minutes: test_rebuild.py makes a small one.
-    commands = [line for block in BLOCKS for line in block.splitlines() if OWN_ENVIRONMENT not in line]
+    # An environment of its own is made in minutes: test_rebuild.py runs this command for a small one.
+    commands = [line for line in page.lines("reproduce") if OWN_ENVIRONMENT not in line]
     assert len(commands) == 5
     shim = tmp_path / "bin/overnight"
     shim.parent.mkdir()
@@ -39,4 +38,4 @@ def test_every_command_can_be_pasted(versioned: "Versioned", tmp_path: Path) -> 
 
 
 def test_it_names_the_tolerance() -> None:
-    assert f"within {RELATIVE_TOLERANCE:.0%}, or {ABSOLUTE_TOLERANCE} near zero" in PAGE.read_text()
+    assert f"within {RELATIVE_TOLERANCE:.0%}, or {ABSOLUTE_TOLERANCE} near zero" in page.read("reproduce")

@@ -28,7 +28,9 @@ def clone(finished: Chain, server: str) -> Chain:
 
 
 def test_what_is_deployed_runs_on_a_worker_when_data_has_arrived(clone: Chain) -> None:
-    _, deploy, emit = page.blocks("schedule")
+    _, deploy, emit, (setting, work) = page.blocks("schedule")
+    assert setting[0] == "export"
+    variable, _, _ = setting[1].partition("=")
     for command in deploy:
         _run(clone, command)
 
@@ -47,7 +49,7 @@ def test_what_is_deployed_runs_on_a_worker_when_data_has_arrived(clone: Chain) -
     crons = [[(one["schedule"]["cron"], one["active"]) for one in each["schedules"]] for each in (nightly, arrived)]
     assert crons == [[("0 2 * * *", True)], [("17 * * * *", False)]]
 
-    with _worker(clone):
+    with _worker(clone, work, {variable: str(clone.root)}):
         for command in emit:
             _run(clone, command)
         run = _ended(clone, arrived["id"])
@@ -57,11 +59,15 @@ def test_what_is_deployed_runs_on_a_worker_when_data_has_arrived(clone: Chain) -
     assert (clone.root / ".overnight" / "runs" / f"{run['name']}.json").is_file()
 
 
-def _run(chain: Chain, command: list[str]) -> None:
+def _program(command: list[str]) -> list[str]:
+    """A command of the page as this environment has it."""
     program, *arguments = command
-    module = [] if program == "python" else ["-m", program]
+    return [sys.executable, *([] if program == "python" else ["-m", program]), *arguments]
+
+
+def _run(chain: Chain, command: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, *module, *arguments],
+        _program(command),
         cwd=chain.root,
         env=chain.environment(),
         capture_output=True,
@@ -72,15 +78,14 @@ def _run(chain: Chain, command: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _worker(chain: Chain) -> Iterator[None]:
+def _worker(chain: Chain, command: list[str], settings: dict[str, str]) -> Iterator[None]:
     environment = chain.environment(
-        OVERNIGHT_PROJECT=str(chain.root),
+        **settings,
         # Stands in for the installed package.
         PYTHONPATH=str(chain.root),
         PREFECT_WORKER_QUERY_SECONDS="1",
     )
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "overnight", "--type", "process"]
-    with Child(command, chain.root.parent / "worker.log", environment):
+    with Child(_program(command), chain.root.parent / "worker.log", environment):
         yield
 
 

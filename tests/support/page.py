@@ -7,10 +7,23 @@ from pathlib import Path
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
+def read(name: str) -> str:
+    """Returns docs/NAME.md."""
+    return (_DOCS / f"{name}.md").read_text()
+
+
 def blocks(name: str) -> list[list[list[str]]]:
     """Returns the ``sh`` blocks of docs/NAME.md, each a list of commands, each split as a shell does.
 
     Blocks without a language need something that no test has (Docker, a service manager).
     """
-    found = re.findall(r"^```sh\n(.*?)^```", (_DOCS / f"{name}.md").read_text(), re.MULTILINE | re.DOTALL)
-    return [[shlex.split(line) for line in block.splitlines()] for block in found]
+    return [[shlex.split(line) for line in block.splitlines()] for block in _blocks(name)]
+
+
+def lines(name: str) -> list[str]:
+    """Returns the commands of all ``sh`` blocks of docs/NAME.md as they stand there."""
+    return [line for block in _blocks(name) for line in block.splitlines()]
+
+
+def _blocks(name: str) -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
