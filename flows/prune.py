@@ -88,6 +88,10 @@ def prune(delete: bool, remote: bool, out: Console, err: Console) -> int:
             found = plan(root, store, remote, tell=lambda line: err.print(line, markup=False, soft_wrap=True))
             _show(out, root, found, store.remote, delete)
             if delete:
+                if found.remote:
+                    # Another machine may have published since, and named what nobody needed then.
+                    _fetch(root, params.publish.git_remote)
+                    found = dataclasses.replace(found, remote=_still_surplus(root, store, found))
                 _remove(root, store, found)
     return 0
 
@@ -218,6 +222,11 @@ def _left_by_versions(root: Path, cache: Path) -> Iterator[Leftover]:
 def _rebuilt(worktree: str) -> str | None:
     """Returns the version that is rebuilt in the worktree of this name."""
     return worktree.removeprefix(rebuild.WORKTREE) if worktree.startswith(rebuild.WORKTREE) else None
+
+
+def _still_surplus(root: Path, store: Store, found: Plan) -> dict[str, int]:
+    needed = _needed(root, store, set(found.worktrees), lambda line: None)
+    return {md5: size for md5, size in found.remote.items() if md5 not in needed}
 
 
 def _remove(root: Path, store: Store, found: Plan) -> None:

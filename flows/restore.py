@@ -128,7 +128,14 @@ def place(store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path,
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return (*found, *(copy.result() for copy in copies))
+    for (path, md5), copy in zip(wanted, copies, strict=True):
+        fetched = copy.result()
+        if fetched.source is Source.NOWHERE:
+            # The same bytes under another name may have been found meanwhile.
+            again = _fetch(store, path, md5, target / path, root)
+            fetched = again if again.source is not Source.NOWHERE else fetched
+        found.append(fetched)
+    return tuple(found)
 
 
 def read(store: dvc.Store, path: Path, md5: str, root: Path) -> tuple[bytes | None, Fetched]:

@@ -1,5 +1,6 @@
 """What no kept version needs goes, and never a byte of a version."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from publishing import Clone
@@ -175,6 +177,33 @@ def test_the_remote_keeps_versions_that_only_other_machines_know(published: Clon
     published.write("c.txt", "What is there now.\n")
     published.run()
     publish(published.root)
+    published.check_remote()
+
+
+def test_what_another_machine_publishes_while_the_remote_is_pruned_stays_whole(
+    published: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_surplus(published)
+    subprocess.run([sys.executable, "-m", "dvc", "push", "-q"], cwd=published.root, check=True)
+    git(published.root, "checkout", "-q", "--", ".")
+    make_old(published)
+    other = published.clone("other")
+    git(other.root, "fetch", "-q", "--tags", "origin")
+    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True)
+    # What the remote has since long, and nobody has named so far.
+    other.write("c.txt", "What is there now.\n")
+    other.run()
+    os.chdir(published.root)
+    show = prune._show
+
+    def publish_meanwhile(*arguments: Any) -> None:
+        show(*arguments)
+        with contextlib.chdir(other.root):
+            assert publish(other.root).new
+
+    monkeypatch.setattr(prune, "_show", publish_meanwhile)
+    assert "DVC's remote 'shelf'" in pruned(remote=True)
+    assert len(registry.versions(published.shared)) == 3
     published.check_remote()
 
 

@@ -2,14 +2,16 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 
-from flows import contents
+from flows import contents, dvc
+from flows import restore as restoring
 from flows.registry import NoSuchVersion
-from flows.restore import restore
+from flows.restore import Fetched, Source, restore
+from flows.store import Store
 from tasks.errors import TryAgain, UserMistake
 
 if TYPE_CHECKING:
@@ -126,6 +128,24 @@ def test_a_file_damaged_everywhere_is_named_with_the_remote(versioned: "Versione
     said = restored(versioned)
     assert said.code == 1
     assert f"{PATH}: damaged in DVC's cache (removed), and no good copy in the remote 'shelf'" in said.err
+
+
+def test_bytes_that_another_thread_finds_under_another_name_are_not_lost(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = restoring._fetch
+    looked: list[Path] = []
+
+    def too_early(store: Store, path: Path, *rest: Any) -> Fetched:
+        looked.append(path)
+        return Fetched(path, Source.NOWHERE) if looked == [path] else fetch(store, path, *rest)
+
+    outputs = [output for output in contents.recorded(versioned.root, "lm@v1.0.0") if not output.is_folder]
+    monkeypatch.setattr(restoring, "_fetch", too_early)
+    with dvc.store(versioned.root) as store:
+        place = versioned.root / ".overnight/versions/v1.0.0"
+        (fetched,) = restoring.place(store, outputs, place, versioned.root, lambda done, total: None)
+    assert (fetched.source, looked) == (Source.CACHE, [outputs[0].path] * 2)
 
 
 def test_a_lost_listing_costs_its_folder_alone(versioned: "Versioned") -> None:
