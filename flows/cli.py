@@ -167,13 +167,13 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
 ) -> None:
-    """Serve the project's INT8 model by OpenAI's completions protocol, with metrics at /metrics, until it is stopped.
+    """Serve the project's INT8 model by OpenAI's protocol, completions and chat, until it is stopped.
 
-    If OVERNIGHT_API_KEY is set, requests must send it as 'Authorization: Bearer ...'.
+    Metrics are at /metrics. If OVERNIGHT_API_KEY is set, requests must send it as 'Authorization: Bearer ...'.
     """
     with _told("overnight serve"):
         from flows import project
-        from flows.serve import serve as serve_model
+        from flows.serve.command import serve as serve_model
 
         code = serve_model(project.find(), host, port, Console())
     raise typer.Exit(code)

@@ -14,6 +14,7 @@ from tasks import paths
 from tasks.errors import BadInput, UserMistake
 
 if TYPE_CHECKING:
+    from lm.chat_template import ChatTemplate
     from lm.runtime import Generator
 
 EXIT_INTERRUPTED = 130
@@ -79,6 +80,19 @@ def load(folder: Path) -> "Generator":
         return Generator(folder)
     except (Unloadable, OtherInterface) as error:
         raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
+
+
+def load_template(folder: Path, model: "Generator") -> "ChatTemplate | None":
+    """Returns how ``model``, from ``folder``, wants conversations written; None where it was not taught to converse.
+
+    Raises :class:`BadInput` for a template that is malformed.
+    """
+    from lm.chat_template import ChatTemplate, Malformed
+
+    try:
+        return ChatTemplate.read(folder, model.tokenizer)
+    except Malformed as error:
+        raise BadInput(f"{error}. Put the file of the model that this one was started from there.") from None
 
 
 def continue_text(

@@ -56,7 +56,7 @@ class ChatTemplate:
 
         Raises :class:`Malformed`.
         """
-        self._special_tokens, self._tokenizer, self._place = special_tokens, tokenizer, place
+        self._special_tokens, self._tokenizer = special_tokens, tokenizer
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -95,9 +95,7 @@ class ChatTemplate:
         # A template is a program from outside: what it raises is anything.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise Unrenderable(
-                f"{self._place}: the model's chat template refuses this conversation: {reason}"
-            ) from None
+            raise Unrenderable(f"the model's chat template refuses this conversation: {reason}") from None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of :meth:`render`: the template's control tokens as such, those in messages as text."""
