@@ -98,9 +98,9 @@ def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_mo
     return folder
 
 
-def export_to_chat(folder: Path) -> Path:
-    """Writes a model as :func:`export_over_bytes` does that reads conversations in ChatML, 256 tokens at most."""
-    export_over_bytes(folder, vocab_size=tiny.VOCAB + len(tiny.CHAT_TOKENS), max_position_embeddings=256)
+def export_to_chat(folder: Path, context: int = 256) -> Path:
+    """Writes a model as :func:`export_over_bytes` does that reads conversations in ChatML."""
+    export_over_bytes(folder, vocab_size=tiny.VOCAB + len(tiny.CHAT_TOKENS), max_position_embeddings=context)
     tiny.write_chat_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(tiny.CHATML)
     return folder
