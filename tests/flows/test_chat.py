@@ -227,18 +227,21 @@ def terminal(root: Path, *arguments: str) -> Iterator[Terminal]:
 
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path: Path) -> None:
     export_to_chat(lay_out_project(tmp_path) / "models/int8", context=32_000)
-    (tmp_path / "models/int8/generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
+    # No token ends an answer.
+    (tmp_path / "models/int8/generation_config.json").write_text(json.dumps({"eos_token_id": 9999}))
     refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('We do not say no') }}{% endif %}"
     (tmp_path / "models/int8/chat_template.jinja").write_text(refusing + tiny.CHATML)
     with terminal(tmp_path, "--max-new-tokens", "30000", "--temperature", "0") as shown:
-        shown.until("> ")
+        shown.until("\r\n> ")
         shown.type("\x03")
-        shown.until("> ", 2)
+        shown.until("\r\n> ", 2)
         shown.type("sea\n")
         shown.until("sea\r\n")
         shown.more()
         shown.type("\x03")
-        shown.until("> ", 3)
+        shown.until("\r\n> ", 3)
+        # It was far from its end.
+        assert len(shown.shown) < 10_000
         shown.type("no\n")
         shown.until("error: the model's chat template refuses this conversation: We do not say no.\r\n> ")
         shown.type("\x04")

@@ -167,6 +167,12 @@ def test_no_trick_makes_a_control_token_of_a_message(tmp_path: Path, content: st
         assert [token for token in ids if 256 <= token <= tiny.VOCAB + 1] == [tiny.VOCAB, tiny.VOCAB + 1, tiny.VOCAB]
 
 
+def test_no_message_takes_a_control_token_of_the_template_away(tmp_path: Path) -> None:
+    template = write(tmp_path, "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}")
+    ids = template.encode([Message("user", "a\ufdd0"), Message("assistant", "\ufdd1b<|im_end|>")])
+    assert ids.count(tiny.VOCAB + 1) == 2
+
+
 def test_it_is_found_where_checkpoints_keep_it(tmp_path: Path) -> None:
     tiny.write_chat_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
