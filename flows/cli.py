@@ -133,18 +133,26 @@ def schedule(
     raise typer.Exit(code)
 
 
+_Temperature = Annotated[float, typer.Option(min=0, help="Higher varies more; 0 takes the likeliest token.")]
+_TopK = Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 among all.")]
+_TopP = Annotated[float, typer.Option(help="Of those, the fewest that together are this likely.")]
+_RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1, tokens that the text has already become less likely.")
+]
+_Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")]
+
+
 @app.command()
 def generate(
     text: Annotated[str, typer.Argument(help="The beginning, which the model continues.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens are written.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="Higher varies more; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0 among all.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Of those, the fewest that together are this likely.")] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens that the text has already become less likely.")
-    ] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")] = 0,
+    temperature: _Temperature = 0.8,
+    top_k: _TopK = 40,
+    top_p: _TopP = 1.0,
+    repetition_penalty: _RepetitionPenalty = 1.0,
+    stop: _Stop = None,
+    seed: _Seed = 0,
 ) -> None:
     """Continue TEXT with the project's INT8 model.
 
@@ -161,19 +169,45 @@ def generate(
 
 
 @app.command()
+def chat(
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer has at most this many tokens.")] = 1000,
+    temperature: _Temperature = 0.8,
+    top_k: _TopK = 40,
+    top_p: _TopP = 1.0,
+    repetition_penalty: _RepetitionPenalty = 1.0,
+    stop: _Stop = None,
+    seed: _Seed = 0,
+) -> None:
+    """Converse with the project's INT8 model, if it has a chat template; a line is a message.
+
+    Ctrl-C stops an answer, Ctrl-D ends the conversation. From a pipe, each line is answered in turn.
+    """
+    with _told("overnight chat"):
+        from flows import chat as conversing
+        from flows import project
+        from lm.sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        settings = conversing.Settings(system, max_new_tokens, sampling, tuple(filter(None, stop or [])))
+        code = conversing.chat(project.find(), settings, sys.stdin, sys.stdout, sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.command()
 def serve(
     host: Annotated[
         str, typer.Option(help="Where to listen; others than this machine need OVERNIGHT_API_KEY.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
 ) -> None:
-    """Serve the project's INT8 model by OpenAI's completions protocol, with metrics at /metrics, until it is stopped.
+    """Serve the project's INT8 model by OpenAI's protocol, completions and chat, until it is stopped.
 
-    If OVERNIGHT_API_KEY is set, requests must send it as 'Authorization: Bearer ...'.
+    Metrics are at /metrics. If OVERNIGHT_API_KEY is set, requests must send it as 'Authorization: Bearer ...'.
     """
     with _told("overnight serve"):
         from flows import project
-        from flows.serve import serve as serve_model
+        from flows.serve.command import serve as serve_model
 
         code = serve_model(project.find(), host, port, Console())
     raise typer.Exit(code)

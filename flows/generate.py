@@ -14,6 +14,7 @@ from tasks import paths
 from tasks.errors import BadInput, UserMistake
 
 if TYPE_CHECKING:
+    from lm.chat_template import ChatTemplate
     from lm.runtime import Generator
 
 EXIT_INTERRUPTED = 130
@@ -81,6 +82,19 @@ def load(folder: Path) -> "Generator":
         raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
 
 
+def load_template(folder: Path, model: "Generator") -> "ChatTemplate | None":
+    """Returns how ``model``, from ``folder``, wants conversations written; None where it was not taught to converse.
+
+    Raises :class:`BadInput` for a template that is malformed.
+    """
+    from lm.chat_template import ChatTemplate, Malformed
+
+    try:
+        return ChatTemplate.read(folder, model.tokenizer)
+    except Malformed as error:
+        raise BadInput(f"{error}. Put the file of the model that this one was started from there.") from None
+
+
 def continue_text(
     folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling = DEFAULT, stop: tuple[str, ...] = ()
 ) -> abc.Generator[str, None, str]:
@@ -89,7 +103,8 @@ def continue_text(
     Raises :class:`BadInput` where there is no model or a damaged one, and for a prompt that is not UTF-8 or too long;
     :class:`UserMistake` for sampling by numbers that cannot be.
     """
-    _check(prompt, sampling)
+    check_text(prompt, "TEXT")
+    check_sampling(sampling)
     model = load(folder)
     from lm.runtime import PromptTooLong, Request
 
@@ -105,15 +120,20 @@ def continue_text(
     )
 
 
-def _check(prompt: str, sampling: Sampling) -> None:
+def check_text(text: str, name: str) -> None:
+    """Raises :class:`BadInput` where ``text``, which a user knows as ``name``, is not UTF-8."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         # Python keeps a byte that is not UTF-8 as the surrogate U+DC00 + byte.
-        byte = ord(prompt[error.start]) & 0xFF
+        byte = ord(text[error.start]) & 0xFF
         raise BadInput(
-            f"TEXT is not UTF-8: byte 0x{byte:02x} after {error.start:,} characters. Write it in UTF-8."
+            f"{name} is not UTF-8: byte 0x{byte:02x} after {error.start:,} characters. Write it in UTF-8."
         ) from None
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises :class:`UserMistake` for sampling by numbers that cannot be."""
     if math.isnan(sampling.temperature):
         raise UserMistake("--temperature: nan is no number. 0 takes the likeliest token, higher values vary more.")
     if not 0 < sampling.top_p <= 1:

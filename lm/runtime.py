@@ -29,6 +29,13 @@ _LONGEST_REASON = 200
 class PromptTooLong(ValueError):
     """A prompt leaves no room for an answer."""
 
+    def __init__(self, tokens: int, context: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, and the model reads at most {context}, its answer included; "
+            "shorten the prompt"
+        )
+        self.tokens, self.context = tokens, context
+
 
 class Unloadable(ValueError):
     """A folder's files are no model, or a damaged one."""
@@ -40,9 +47,12 @@ class OtherInterface(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """A text to continue: at most ``max_new_tokens``, ending before the first of the strings ``stop``."""
+    """A text to continue: at most ``max_new_tokens``, ending before the first of the strings ``stop``.
 
-    prompt: str
+    ``prompt`` is the text, or its tokens where these do not follow from one, as in a conversation.
+    """
+
+    prompt: str | tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling = DEFAULT
     stop: tuple[str, ...] = ()
@@ -121,8 +131,18 @@ class Generator:
         with _named(folder / "tokenizer.json") as tokenizer:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
+            told = json.loads(config.read_text())
             # The longest text, in tokens, that the model was trained on and has positions for.
-            self.context: int = json.loads(config.read_text())["max_position_embeddings"]
+            self.context: int = told["max_position_embeddings"]
+            ends = _token_ids(told.get("eos_token_id"))
+            begins = _token_ids(told.get("bos_token_id")) or ends
+        # A model that was taught to converse says there what ends its turns.
+        if (folder / "generation_config.json").is_file():
+            with _named(folder / "generation_config.json") as generation:
+                ends = _token_ids(json.loads(generation.read_text()).get("eos_token_id")) or ends
+        self.ends = frozenset(ends)
+        # A tokenizer that puts nothing before a text leaves nothing of an empty one.
+        self._empty = begins[:1]
 
     def new_cache(self, batch: int = 1) -> Cache:
         """Returns the cache before the first token of ``batch`` texts."""
@@ -174,10 +194,10 @@ class Generator:
     def generate_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str, Done | None]]:
         """Yields (number of the request, next piece of its text, how that ended or None), all rows side by side.
 
-        A text stops at the end-of-text token, before the first of its ``stop``, after ``max_new_tokens``, or when it
-        is as long as the model's context: it was trained on nothing longer, and a text that drops its beginning would
-        be another text. Equal calls write equal texts; beside other rows, or after a ``held`` beginning, sums are taken
-        in another order, and a text may turn where two tokens are nearly alike. Raises :class:`PromptTooLong`.
+        A text stops at a token that ends texts or turns, before the first of its ``stop``, after ``max_new_tokens``, or
+        when it is as long as the model's context: it was trained on nothing longer, and a text that drops its beginning
+        would be another text. Equal calls write equal texts; beside other rows, or after a ``held`` beginning, sums are
+        taken in another order, and a text may turn where two tokens are nearly alike. Raises :class:`PromptTooLong`.
         """
         rows = [self._row(request) for request in requests]
         cache = self.new_cache(len(rows))
@@ -200,23 +220,22 @@ class Generator:
             cache.lengths = np.where(counts == 0, 0, cache.lengths)
 
     def _row(self, request: Request) -> "_Row":
-        ids = self.tokenizer.encode(request.prompt).ids
+        prompt = request.prompt
+        ids = list(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt) or self._empty
         if len(ids) >= self.context:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens, and the model reads at most {self.context}, its answer included; "
-                "shorten the prompt"
-            )
-        return _Row(self.tokenizer, request, ids, self.context)
+            raise PromptTooLong(len(ids), self.context)
+        return _Row(self.tokenizer, request, ids, self.ends, self.context)
 
 
 class _Row:
     """One text as it is written. ``ids`` is its prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, ids: list[int], context: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, request: Request, ids: list[int], ends: frozenset[int], context: int
+    ) -> None:
         self.ids = ids
         self.done: Done | None = None
-        self._tokenizer, self._request = tokenizer, request
-        self._end_of_text = ids[0]  # the one special token begins and ends every document
+        self._tokenizer, self._request, self._ends = tokenizer, request, ends
         self._random = np.random.default_rng(request.sampling.seed)
         self._written: list[int] = []
         self._room = min(request.max_new_tokens, context - len(ids))
@@ -228,7 +247,7 @@ class _Row:
     def advance(self, logits: Logits) -> tuple[int, str]:
         """Returns the next token for ``logits`` [vocabulary], and what can be told now."""
         token = self._request.sampling.draw(logits, np.array(self.ids + self._written, np.int64), self._random)
-        if token == self._end_of_text:
+        if token in self._ends:
             return token, self._end("end of text", len(self._text))
         self._written.append(token)
         self._half.append(token)
@@ -254,6 +273,11 @@ class _Row:
     def _end(self, why: Ending, end: int) -> str:
         self.done = Done(why, len(self.ids), len(self._written))
         return self._tell(end)
+
+
+def _token_ids(entry: int | list[int] | None) -> list[int]:
+    """Returns the ids of a configuration's entry, which is one, several or none."""
+    return [] if entry is None else [int(one) for one in (entry if isinstance(entry, list) else [entry])]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -15,6 +15,8 @@ from tasks.training import Curve, train
 from tasks.world import World
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+# What a model has that was taught to converse.
+COPIED_IF_THERE = ("chat_template.jinja",)
 
 
 def main() -> None:
@@ -64,7 +66,8 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
         graph = folder / paths.INT8_GRAPH.name
         onnx_model.export(model, plan, graph)
         report = audit(graph, model, plan)
-        for name in COPIED:
+        there = [name for name in COPIED_IF_THERE if (paths.FLOAT / name).is_file()]
+        for name in (*COPIED, *there):
             (folder / name).write_bytes((paths.FLOAT / name).read_bytes())
         (folder / "curve.csv").write_text(curve.to_csv())
         atomic.write_json(folder / paths.AUDIT.name, report.model_dump())

@@ -1,10 +1,5 @@
 """A model behind OpenAI's protocol, as the openai client and plain requests meet it."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +8,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import tiny
 from fastapi.testclient import TestClient
 from odd import export_over_bytes
+from serving import Server, lay_out_project
 
-from flows.serve import Refused, Turns, make_app
+from flows.serve.app import make_app
+from flows.serve.refused import Refused
+from flows.serve.turns import Turns
 from lm.runtime import Generator, Request
 from lm.sampling import Sampling
 
@@ -26,38 +23,9 @@ GREEDY = {"temperature": 0, "max_tokens": 8, "prompt": "sea"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much of a project as serving needs."""
-    root = tmp_path_factory.mktemp("project")
-    for name in ("dvc.yaml", "params.yaml"):
-        (root / name).write_text("")
-    (root / ".dvc").mkdir()
-    (root / ".git").mkdir()
+    root = lay_out_project(tmp_path_factory.mktemp("project"))
     export_over_bytes(root / "models/int8")
     return root
-
-
-class Server:
-    """``overnight serve`` as a process; ``url`` ends in /v1."""
-
-    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if name != "OVERNIGHT_API_KEY"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows", "serve", "--port", "0", *arguments],
-            cwd=root,
-            env={**kept, "PYTHONPATH": str(tiny.ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.said = self.process.stdout.readline()
-        found = re.search(r"http://\S+/v1", self.said)
-        self.url = found.group() if found else ""
-
-    def stop(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGINT)
-        output, _ = self.process.communicate(timeout=20)
-        return self.process.returncode, self.said + output
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +120,7 @@ def test_malformed_json_another_model_and_unknown_paths_are_errors_of_the_protoc
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt', but '"):
         client.completions.create(model="gpt", **GREEDY)
     with pytest.raises(openai.NotFoundError, match="there is nothing here"):
-        client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "sea"}])
+        client.embeddings.create(model="gpt", input="sea")
 
 
 def test_a_client_that_leaves_ends_its_text_and_holds_nobody_up(
@@ -203,7 +171,7 @@ def test_too_many_that_wait_are_told_so_and_room_is_made_again(root: Path) -> No
         with pytest.raises(Refused, match="1 requests wait already"), turns.take():
             pass
     waiting.join(timeout=10)
-    full = TestClient(make_app(Generator(root / "models/int8"), "m", None, most_waiting=-1))
+    full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, most_waiting=-1))
     answer = full.post("/v1/completions", json=GREEDY)
     assert answer.status_code == 429
     assert answer.headers["retry-after"]
@@ -253,10 +221,7 @@ def test_a_port_that_is_taken_and_a_missing_model_are_one_line(server: Server, r
     taken = Server(root, "--port", port)
     assert taken.process.wait(timeout=20) == 2
     assert f"--port {port}: cannot listen there (Address already in use)" in taken.said
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_text("")
-    for name in (".dvc", ".git"):
-        (tmp_path / name).mkdir()
+    lay_out_project(tmp_path)
     without = Server(tmp_path)
     assert without.process.wait(timeout=20) == 2
     assert "model.onnx: no such file. Run `overnight run` first" in without.said

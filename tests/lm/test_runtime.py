@@ -1,5 +1,6 @@
 """Generation with onnxruntime and numpy alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,7 @@ def test_equal_seeds_write_equal_text_and_others_other(folder: Path) -> None:
 
 def test_greedy_text_is_that_of_a_loop_without_a_cache(folder: Path) -> None:
     generator = Generator(folder)
-    ids = generator.tokenizer.encode("sea").ids
-    for _ in range(12):
-        logits = generator.run(np.array([ids], np.int64), generator.new_cache())
-        ids.append(int(logits[0, -1].argmax()))
-    expected = generator.tokenizer.decode(ids[len("sea") + 1 :])
+    expected = generator.tokenizer.decode(greedy(generator, generator.tokenizer.encode("sea").ids, 12))
     written = write(generator, "sea", 12, GREEDY)
     # What is still an incomplete character at the end is not written.
     assert written
@@ -48,6 +45,44 @@ def test_it_stops_where_the_models_positions_end(folder: Path) -> None:
     assert [ending(generator, "a" * 60, length) for length in (2, 3, 4)] == ["length", "length", "context"]
     with pytest.raises(PromptTooLong, match="the prompt has 65 tokens, and the model reads at most 64"):
         write(generator, "a" * 64, 1)
+
+
+def linked(folder: Path, to: Path) -> Path:
+    for file in folder.iterdir():
+        (to / file.name).symlink_to(file)
+    return to
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_it_ends_at_any_token_that_ends_texts_or_turns(folder: Path, tmp_path: Path, where: str) -> None:
+    generator = Generator(folder)
+    assert generator.ends == {tiny.VOCAB - 1}
+    tokens = greedy(generator, [256, *b"sea"], 12)
+    end = next(place for place in range(3, 12) if tokens[place] not in tokens[:place])
+    config = json.loads((linked(folder, tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / where).write_text(json.dumps({**config, "eos_token_id": [tiny.VOCAB - 1, tokens[end]]}))
+    ended = Generator(tmp_path)
+    assert ended.ends == {tiny.VOCAB - 1, tokens[end]}
+    assert ending(ended, "sea", 12) == "end of text"
+    assert write(ended, "sea", 12, GREEDY) == generator.tokenizer.decode(tokens[:end])
+
+
+def test_a_prompt_of_tokens_is_read_as_it_is_and_an_empty_one_begins_a_text(folder: Path, tmp_path: Path) -> None:
+    generator = Generator(folder)
+    assert write(generator, (256, *b"sea"), 9, GREEDY) == write(generator, "sea", 9, GREEDY)
+    assert write(generator, tuple(b"sea"), 9, GREEDY) != write(generator, "sea", 9, GREEDY)
+    assert write(generator, (), 9, GREEDY) == write(generator, (256,), 9, GREEDY)
+
+
+def greedy(generator: Generator, ids: list[int], count: int) -> list[int]:
+    """Returns the tokens that come after ``ids`` without a cache."""
+    ids = list(ids)
+    for _ in range(count):
+        logits = generator.run(np.array([ids], np.int64), generator.new_cache())
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[-count:]
 
 
 def write(generator: Generator, *request: Any) -> str:
@@ -127,11 +162,9 @@ def test_no_copy_of_the_cache_is_made_for_a_token(folder: Path) -> None:
         assert rows.nonzero()[0].tolist() == [6]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "generation_config.json"])
 def test_a_damaged_file_is_named_in_one_line(folder: Path, tmp_path: Path, name: str) -> None:
-    for file in folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / name).unlink()
+    (linked(folder, tmp_path) / name).unlink(missing_ok=True)
     (tmp_path / name).write_bytes(b'{"cut": "sho')
     with pytest.raises(Unloadable, match=rf"{name}: damaged, or not what its name says \(.+\)$") as told:
         Generator(tmp_path)

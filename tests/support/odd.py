@@ -86,11 +86,21 @@ def make_model(**changes: Any) -> LanguageModel:
     return model.eval()
 
 
-def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_model) -> Path:
+def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_model, **changes: Any) -> Path:
     """Writes an untrained model over bytes into ``folder``, exported, as :class:`lm.runtime.Generator` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_tokenizer(folder / "tokenizer.json")
-    model = make(vocab_size=tiny.VOCAB, bos_token_id=tiny.VOCAB - 1, eos_token_id=tiny.VOCAB - 1)
+    model = make(
+        **{"vocab_size": tiny.VOCAB, "bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1, **changes}
+    )
     onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
     (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    return folder
+
+
+def export_to_chat(folder: Path, context: int = 256) -> Path:
+    """Writes a model as :func:`export_over_bytes` does that reads conversations in ChatML."""
+    export_over_bytes(folder, vocab_size=tiny.VOCAB + len(tiny.CHAT_TOKENS), max_position_embeddings=context)
+    tiny.write_chat_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(tiny.CHATML)
     return folder

@@ -45,6 +45,16 @@ LLAMA = {
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
 }
+# In the order of their ids, which follow those of the bytes and <|endoftext|>; whether each is special.
+CHAT_TOKENS = {"<|im_start|>": True, "<|im_end|>": True, "<think>": False, "</think>": False}
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 TINY_TRAINING = {
     "steps": 12,
     "global_batch": 8,
@@ -172,3 +182,25 @@ def write_tokenizer(path: Path) -> None:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", VOCAB - 1)]
     )
     tokenizer.save(str(path))
+
+
+def write_chat_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer of :func:`write_tokenizer` with :data:`CHAT_TOKENS`, and which tokens begin and end what."""
+    from tokenizers import AddedToken, Tokenizer
+
+    write_tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for content, special in CHAT_TOKENS.items():
+        tokenizer.add_tokens([AddedToken(content, special=special, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {name: tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")}
+    for name, content in {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
+            "eos_token": "<|im_end|>",
+            "unk_token": None,
+        },
+        "generation_config.json": {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]},
+    }.items():
+        (folder / name).write_text(json.dumps(content))

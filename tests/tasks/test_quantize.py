@@ -175,9 +175,12 @@ def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> 
 
 def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path) -> None:
     tiny.write_params(trained)
+    # As a model has it that was taught to converse.
+    (trained / "models/float/chat_template.jinja").write_text(tiny.CHATML)
     code, output = tiny.run("quantize", trained)
     assert code == 0, output
     expected = tiny.files_of(trained / "models/int8")
+    assert expected["chat_template.jinja"] == tiny.CHATML.encode()
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json", "audit.json"} <= expected.keys()
     report = json.loads(expected["audit.json"])
     assert report["quantized_share_of_bytes"] > 0.5

@@ -1,0 +1,121 @@
+"""Answers in OpenAI's form, whole or as a stream of events."""
+
+import contextlib
+import json
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
+from typing import ClassVar
+
+import anyio
+import anyio.to_thread
+from fastapi import Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from flows.serve.request import WritingRequest
+from flows.serve.writing import Chunk, Chunks
+from lm.runtime import Done
+
+_FINISH = {"end of text": "stop", "stop": "stop", "length": "length", "context": "length"}
+
+Choice = dict[str, object]
+
+
+class Form(ABC):
+    """What differs between the answers to requests for completions and for chat."""
+
+    # What an answer's id begins with, and the kind of object that a whole answer and an event of a stream are.
+    prefix: ClassVar[str]
+    whole: ClassVar[str]
+    event: ClassVar[str]
+
+    @abstractmethod
+    def choice(self, number: int, text: str, done: Done) -> Choice:
+        """Returns a choice of a whole answer."""
+
+    @abstractmethod
+    def piece(self, number: int, text: str, done: Done | None) -> Choice:
+        """Returns a choice of an event."""
+
+    def opening(self) -> list[Choice]:
+        """Returns the choices of events that come before any text."""
+        return []
+
+
+def answer(form: Form, name: str, request: WritingRequest, chunks: Chunks) -> Response:
+    """Returns what the model called ``name`` writes, in the way that ``request`` asks for it.
+
+    Raises :class:`flows.serve.refused.Refused`.
+    """
+    known = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
+    if not request.stream:
+        return JSONResponse({**known, "object": form.whole, **_whole(form, chunks)})
+    # What is wrong with the request shows before its first piece, while a status can still be sent.
+    first = next(chunks)
+    return _Stream(_events(form, {**known, "object": form.event}, first, chunks, request.streams_usage))
+
+
+class _Stream(StreamingResponse):
+    """Closes its events when the client has left: the text ends there, and whoever waits has their turn."""
+
+    def __init__(self, events: Generator[str, None, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._events.close)
+
+
+def _whole(form: Form, chunks: Chunks) -> dict[str, object]:
+    texts: dict[int, str] = {}
+    ended: dict[int, Done] = {}
+    for number, piece, done in chunks:
+        texts[number] = texts.get(number, "") + piece
+        if done is not None:
+            ended[number] = done
+    choices = [form.choice(number, texts[number], ended[number]) for number in sorted(texts)]
+    return {"choices": choices, "usage": _usage(ended.values())}
+
+
+def _events(
+    form: Form, known: dict[str, object], first: Chunk, others: Chunks, usage: bool
+) -> Generator[str, None, None]:
+    # A stream that ends with what was counted says in each event that this is still to come.
+    counted = {"usage": None} if usage else {}
+    ended: list[Done] = []
+    with contextlib.closing(others):
+        for choice in form.opening():
+            yield _event({**known, "choices": [choice], **counted})
+        for number, piece, done in _after(first, others):
+            if done is not None:
+                ended.append(done)
+            yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
+        if usage:
+            yield _event({**known, "choices": [], "usage": _usage(ended)})
+        yield "data: [DONE]\n\n"
+
+
+def _after(first: Chunk, others: Chunks) -> Chunks:
+    yield first
+    yield from others
+
+
+def _event(content: dict[str, object]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _usage(ended: Iterable[Done]) -> dict[str, int]:
+    counts = [(done.prompt_tokens, done.new_tokens) for done in ended]
+    read, written = sum(read for read, _ in counts), sum(written for _, written in counts)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def finish_reason(done: Done | None) -> str | None:
+    """Returns why a text ended, in OpenAI's words; None while it goes on."""
+    return None if done is None else _FINISH[done.ending]

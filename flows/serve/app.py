@@ -1,0 +1,82 @@
+"""The server's application: its paths, its key, and what it says where it does not answer."""
+
+import hmac
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from flows.serve.answer import answer
+from flows.serve.chat import ChatForm, ChatRequest
+from flows.serve.completions import CompletionForm, CompletionRequest
+from flows.serve.metrics import Metrics
+from flows.serve.refused import Refused, invalid
+from flows.serve.turns import MOST_WAITING
+from flows.serve.writing import Writer
+from lm.chat_template import ChatTemplate
+from lm.runtime import Generator
+
+
+def make_app(
+    generator: Generator, template: ChatTemplate | None, name: str, key: str | None, most_waiting: int = MOST_WAITING
+) -> FastAPI:
+    """Returns the application; requests must bring ``key`` where there is one."""
+    app = FastAPI(title="Overnight", docs_url=None, redoc_url=None, openapi_url=None)
+    metrics = Metrics.new()
+    writer = Writer(generator, name, metrics, most_waiting)
+    created = int(time.time())
+
+    @app.middleware("http")
+    async def checked(request: Request, go_on: Callable[[Request], Any]) -> Response:
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and request.url.path != "/health" and not hmac.compare_digest(bearer.encode(), key.encode()):
+            response: Response = Refused(401, "authentication_error", "the API key is missing or wrong").response()
+        else:
+            response = await go_on(request)
+        known = request.url.path if request.scope.get("route") else "other"
+        metrics.requests.labels(known, response.status_code).inc()
+        return response
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
+        return invalid(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def unanswerable(request: Request, error: HTTPException) -> JSONResponse:
+        what = f"{request.method} {request.url.path}"
+        if error.status_code == 400:
+            what = "the body is no request"
+        told = "there is nothing here" if error.status_code == 404 else error.detail
+        return Refused(error.status_code, "invalid_request_error", f"{what}: {told}").response()
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def measured() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, object]:
+        model = {"id": name, "object": "model", "created": created, "owned_by": "overnight"}
+        return {"object": "list", "data": [model]}
+
+    @app.post("/v1/completions")
+    def complete(request: CompletionRequest) -> Response:
+        return answer(CompletionForm(), name, request, writer.chunks(request.asked()))
+
+    @app.post("/v1/chat/completions")
+    def converse(request: ChatRequest) -> Response:
+        return answer(ChatForm(), name, request, writer.chunks(request.asked(template, generator.context)))
+
+    return app

@@ -1,0 +1,68 @@
+"""``overnight serve``: the server's address, its key, and its end."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+
+from flows.generate import EXIT_INTERRUPTED, load, load_template, place
+from flows.serve.app import make_app
+from tasks.errors import UserMistake
+
+KEY = "OVERNIGHT_API_KEY"
+
+
+def serve(root: Path, host: str, port: int, out: Console) -> int:
+    """Serves the INT8 model of the project in ``root`` until Ctrl-C; returns the exit code, 130.
+
+    Raises :class:`UserMistake` for an address that is not this machine's own without a key in the environment, or one
+    that is taken, and as :func:`flows.generate.load` and :func:`load_template` do.
+    """
+    key = os.environ.get(KEY) or None
+    if key is None and not _is_loopback(host):
+        raise UserMistake(
+            f"--host {host}: others can reach that, so set {KEY} to a secret that they must send as 'Authorization: "
+            "Bearer ...', or serve on 127.0.0.1."
+        )
+    folder = place(root, lambda line: out.print(line, highlight=False, soft_wrap=True))
+    generator = load(folder)
+    template = load_template(folder, generator)
+    with _listen(host, port) as listening:
+        asked = f"with the key in {KEY}" if key else "without a key"
+        address = f"http://{host}:{listening.getsockname()[1]}/v1"
+        what = "completions and chat" if template else "completions"
+        out.print(f"Serving {folder} at {address}: {what}, {asked}. Ctrl-C stops it.", highlight=False, soft_wrap=True)
+        config = uvicorn.Config(make_app(generator, template, root.name, key), log_level="warning", access_log=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
+    out.print("Stopped.")
+    return EXIT_INTERRUPTED
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.create_server((host, port), family=family)
+    except OSError as error:
+        # Python adds the address to what the system says.
+        why = str(error.strerror).split(" (")[0]
+        raise UserMistake(
+            f"--host {host} --port {port}: cannot listen there ({why}). Choose another --port (0: any free)."
+        ) from None
+    with found:
+        yield found

@@ -1,0 +1,33 @@
+"""What the server counts, for Prometheus."""
+
+import dataclasses
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """What ``/metrics`` shows."""
+
+    registry: CollectorRegistry
+    requests: Counter
+    tokens: Counter
+    seconds: Histogram
+    active: Gauge
+
+    @classmethod
+    def new(cls) -> "Metrics":
+        """Returns metrics that have counted nothing."""
+        registry = CollectorRegistry()
+        return cls(
+            registry,
+            Counter(
+                "overnight_requests",
+                "Requests answered, by path and HTTP status.",
+                ["path", "status"],
+                registry=registry,
+            ),
+            Counter("overnight_tokens", "Tokens read and written.", ["kind"], registry=registry),
+            Histogram("overnight_completion_seconds", "From a request's arrival to its last token.", registry=registry),
+            Gauge("overnight_active_requests", "Texts being written or waiting for their turn.", registry=registry),
+        )

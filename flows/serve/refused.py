@@ -1,0 +1,47 @@
+"""What the server says to a request that it does not answer."""
+
+from collections.abc import Sequence
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+
+class Refused(Exception):
+    """A request that is not answered: the HTTP status, and OpenAI's type of the error with the parameter at fault."""
+
+    def __init__(self, status: int, kind: str, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.parameter = status, kind, parameter
+
+    def response(self) -> JSONResponse:
+        """The answer as OpenAI gives it."""
+        error = {"message": str(self), "type": self.kind, "param": self.parameter, "code": None}
+        headers = {"Retry-After": "5"} if self.status == 429 else None
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+def bad_request(message: str, parameter: str | None = None) -> Refused:
+    """Returns what says that ``parameter`` cannot be answered as it is."""
+    return Refused(400, "invalid_request_error", message, parameter)
+
+
+def invalid(error: RequestValidationError) -> Refused:
+    """Returns what says which parameter of a request's body is wrong, and how."""
+    # Where one of several types may stand, each that was tried is told; the one that came furthest was meant.
+    fault = max(error.errors(), key=lambda one: len(one["loc"]))
+    parameter = _parameter(fault["loc"])
+    told = "not supported here" if fault["type"] == "extra_forbidden" else fault["msg"]
+    return bad_request(f"{parameter}: {told}" if parameter else f"the body is no request: {told}", parameter)
+
+
+def _parameter(place: Sequence[int | str]) -> str | None:
+    """Returns the parameter at ``place``: "body", its name, then names and numbers inside it, and types among them."""
+    if len(place) < 2 or not isinstance(place[1], str):
+        return None
+    found = place[1]
+    for step in place[2:]:
+        if isinstance(step, int):
+            found += f"[{step}]"
+        elif step.isidentifier() and step not in ("str", "int"):
+            found += f".{step}"
+    return found

@@ -1,0 +1,73 @@
+"""What requests for completions and for chat have in common, in OpenAI's names."""
+
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from lm.sampling import Sampling
+
+
+class Body(BaseModel):
+    """A part of a request. A parameter that is null counts as left out, and one that is not listed is refused by name.
+
+    One that is passed over in silence would change what is written.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        return {name: value for name, value in content.items() if value is not None}
+
+
+class StreamOptions(Body):
+    """What a stream tells besides its text."""
+
+    include_usage: bool = False
+
+
+class WritingRequest(Body):
+    """How to write, and how to answer; ``top_k`` and ``repetition_penalty`` are ours."""
+
+    model: str | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = Field(default=None, ge=0)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def samplings(self, count: int) -> list[Sampling]:
+        """Returns how to draw each of ``count`` texts: by a seed of its own."""
+        first = secrets.randbits(31) if self.seed is None else self.seed
+        return [
+            Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, first + number)
+            for number in range(count)
+        ]
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, options: StreamOptions, request: ValidationInfo) -> StreamOptions:
+        if not request.data.get("stream"):
+            raise PydanticCustomError("no_stream", "goes with stream: true alone")
+        return options
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end what is written."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(filter(None, stop))
+
+    @property
+    def streams_usage(self) -> bool:
+        """Whether a stream ends with what was counted."""
+        return self.stream_options is not None and self.stream_options.include_usage

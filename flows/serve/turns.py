@@ -1,0 +1,34 @@
+"""Who writes next: a CPU that writes two texts at once writes both at half the speed."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from flows.serve.refused import Refused
+
+# So many requests may wait for their turn; at a few seconds each, the last one waits a minute.
+MOST_WAITING = 16
+
+
+class Turns:
+    """Lets one request write at a time, and refuses more than ``most`` that wait."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # The one whose turn it is among them.
+        self.waiting = 0
+        self._count, self._turn = threading.Lock(), threading.Lock()
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Returns when it is this one's turn. Raises :class:`Refused` at once when too many wait."""
+        with self._count:
+            if self.waiting > self._most:
+                raise Refused(429, "rate_limit_error", f"{self._most} requests wait already; try again in a while.")
+            self.waiting += 1
+        try:
+            with self._turn:
+                yield
+        finally:
+            with self._count:
+                self.waiting -= 1

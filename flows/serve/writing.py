@@ -1,0 +1,70 @@
+"""The texts that requests ask for, written one request after another."""
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from flows.serve.metrics import Metrics
+from flows.serve.refused import Refused, bad_request
+from flows.serve.turns import Turns
+from lm.runtime import Done, Held, PromptTooLong, Request
+from lm.runtime import Generator as Model
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Texts to write side by side, by the model ``model``, or by whichever there is.
+
+    ``repeatable``: the same texts each time. ``parameter`` is at fault when a text's prompt is too long.
+    """
+
+    texts: list[Request]
+    model: str | None
+    repeatable: bool
+    parameter: str
+
+
+# Of each text its next piece, and with the last one how it ended.
+Chunk = tuple[int, str, Done | None]
+Chunks = Generator[Chunk, None, None]
+
+
+class Writer:
+    """Writes what is asked for with ``model``, which is called ``name``."""
+
+    def __init__(self, model: Model, name: str, metrics: Metrics, most_waiting: int) -> None:
+        self._model, self._name, self._metrics = model, name, metrics
+        self._turns = Turns(most_waiting)
+        # A text that begins as the last one did, as in a conversation, is not read anew. Sums are then taken in another
+        # order, and a text may turn where two tokens are nearly alike: who gives a seed asks for the very same text.
+        self._held = Held()
+
+    def chunks(self, asked: Asked) -> Chunks:
+        """Yields (number of the text, next piece of it, how it ended or None). Raises :class:`Refused`."""
+        if asked.model not in (None, self._name):
+            message = f"there is no model '{asked.model}', but '{self._name}'"
+            raise Refused(404, "invalid_request_error", message, "model")
+        started = time.monotonic()
+        with self._metrics.active.track_inprogress(), self._turns.take():
+            try:
+                for number, piece, done in self._write(asked.texts, None if asked.repeatable else self._held):
+                    if done is not None:
+                        self._metrics.tokens.labels("prompt").inc(done.prompt_tokens)
+                        self._metrics.tokens.labels("completion").inc(done.new_tokens)
+                    yield number, piece, done
+            except PromptTooLong as error:
+                raise bad_request(f"{error}.", asked.parameter) from None
+            finally:
+                self._metrics.seconds.observe(time.monotonic() - started)
+
+    def _write(self, texts: list[Request], held: Held | None) -> Iterator[Chunk]:
+        if len(texts) > 1:
+            yield from self._model.generate_batch(texts)
+            return
+        pieces = self._model.generate(texts[0], held)
+        while True:
+            try:
+                yield 0, next(pieces), None
+            except StopIteration as end:
+                yield 0, "", end.value
+                return

@@ -1,0 +1,220 @@
+"""Conversations as a model reads them: the chat template that came with it, rendered with jinja2. Imports no torch.
+
+Templates, where a checkpoint keeps them, and what they come to are those of transformers' ``apply_chat_template``. What
+looks like a control token in a message is text and does not become one, else whoever writes a message could end it and
+speak in another role. (transformers does so only where ``sanitize_control_tokens`` asks for it.) A control token is one
+that the tokenizer calls special, or that the template writes.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+FILE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
+Role = Literal["system", "user", "assistant"]
+# Around a control token in a message, while the template is rendered. They stand for no character.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
+# A model writes these itself, around what it thinks before it answers, so in its own messages they are tokens.
+_THOUGHT = frozenset({"<think>", "</think>"})
+
+
+class Malformed(ValueError):
+    """A template that is not in jinja2's language, or a file that should name one and cannot be read."""
+
+
+class Unrenderable(ValueError):
+    """A template refuses a conversation, or fails on it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was said, and by whom."""
+
+    role: Role
+    content: str
+
+
+class ChatTemplate:
+    """How a model wants a conversation written."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], tokenizer: Tokenizer, place: str) -> None:
+        """Takes the template's text, the names and texts of the special tokens that it may use, and a name for errors.
+
+        Raises :class:`Malformed`.
+        """
+        self._special_tokens, self._tokenizer = special_tokens, tokenizer
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise Malformed(f"{place}: not a chat template: line {error.lineno}: {error.message}") from None
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._controls = _controls(
+            token.content
+            for token in added.values()
+            if token.special or (token.content in source and not token.content.isspace())
+        )
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """Returns the template of the model in ``folder``; None where there is none. Raises :class:`Malformed`."""
+        settings = _settings(folder / SETTINGS)
+        place = folder / FILE
+        if place.is_file():
+            try:
+                source = place.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise Malformed(f"{place}: not UTF-8") from None
+        elif (found := _older(settings.get("chat_template"))) is not None:
+            place, source = folder / SETTINGS, found
+        else:
+            return None
+        return cls(source, _special_tokens(settings), tokenizer, str(place))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`."""
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(
+                **self._special_tokens, messages=conversation, tools=None, documents=None, add_generation_prompt=True
+            )
+        # A template is a program from outside: what it raises is anything.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise Unrenderable(f"the model's chat template refuses this conversation: {reason}") from None
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the tokens of :meth:`render`: the template's control tokens as such, those in messages as text."""
+        marked = self.render([self._mark(message) for message in messages])
+        if not _MARKS.search(marked):
+            return self._ids(marked)
+        # Each control token of a message leaves a hole, so the tokenizer finds only the template's; what lies between
+        # two of these is written anew, without control tokens, where it has a hole. A mark whose partner the template
+        # has cut off is a hole of nothing: what is on both sides of it must not become one token either.
+        texts: list[str] = []
+
+        def leave_hole(found: re.Match[str]) -> str:
+            texts.append(found[1] or "")
+            return _OPEN
+
+        holed = re.sub(f"{_OPEN}({self._controls.pattern}){_CLOSE}|{_MARKS.pattern}", leave_hole, marked)
+        filling = iter(texts)
+        ids: list[int] = []
+        for piece, own in self._pieces(holed):
+            filled = re.sub(_OPEN, lambda _: next(filling), piece)
+            ids += own if _OPEN not in piece else self._plain.encode(filled, add_special_tokens=False).ids
+        return ids
+
+    def _mark(self, message: Message) -> Message:
+        kept = _THOUGHT if message.role == "assistant" else frozenset()
+
+        def mark(found: re.Match[str]) -> str:
+            return found[0] if found[0] in kept else f"{_OPEN}{found[0]}{_CLOSE}"
+
+        return Message(message.role, self._controls.sub(mark, _MARKS.sub("\ufffd", message.content)))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """Yields ``text`` cut at its added tokens, these too, each piece with its tokens."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        start, ids = 0, list[int]()
+        for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token not in self._added:
+                ids.append(token)
+                continue
+            yield text[start:first], ids
+            yield text[first:last], [token]
+            start, ids = last, []
+        yield text[start:], ids
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer without its added tokens."""
+        description = json.loads(self._tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
+
+
+class _Generation(Extension):
+    """``{% generation %}``, which marks what the model wrote for training; here it is what stands in it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    # Jinja's own escapes what HTML needs escaped.
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
+    return environment
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _controls(texts: Iterable[str]) -> re.Pattern[str]:
+    # Of two that begin alike the longer one is meant; (?!) is found nowhere.
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise Malformed(f"{file}: damaged, or not what its name says ({error})") from None
+    if not isinstance(content, dict):
+        raise Malformed(f"{file}: no JSON object")
+    return content
+
+
+def _older(entry: object) -> str | None:
+    """Returns the template in ``tokenizer_config.json``, where it stood before it had a file: a text, or named ones."""
+    if isinstance(entry, list):
+        entry = next((one.get("template") for one in entry if one.get("name") == "default"), None)
+    return entry if isinstance(entry, str) else None
+
+
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """Returns ``bos_token``, ``eos_token`` and others by their names; each is a text, or a description with one."""
+    texts = {
+        name: token.get("content") if isinstance(token, dict) else token
+        for name, token in settings.items()
+        if name.endswith("_token")
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}

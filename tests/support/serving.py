@@ -1,0 +1,43 @@
+"""``overnight serve`` as a process, and as much of a project as it needs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+
+
+def lay_out_project(root: Path) -> Path:
+    """Makes the folder ``root`` a project without a model; returns it."""
+    for name in ("dvc.yaml", "params.yaml"):
+        (root / name).write_text("")
+    for name in (".dvc", ".git"):
+        (root / name).mkdir()
+    return root
+
+
+class Server:
+    """``overnight serve`` as a process; ``url`` ends in /v1."""
+
+    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if name != "OVERNIGHT_API_KEY"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flows", "serve", "--port", "0", *arguments],
+            cwd=root,
+            env={**kept, "PYTHONPATH": str(tiny.ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.said = self.process.stdout.readline()
+        found = re.search(r"http://\S+/v1", self.said)
+        self.url = found.group() if found else ""
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGINT)
+        output, _ = self.process.communicate(timeout=20)
+        return self.process.returncode, self.said + output
