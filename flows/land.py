@@ -125,11 +125,9 @@ def _scratch(root: Path, commit: str) -> Iterator[Path]:
 def _move(root: Path, name: str, reference: str, tip: str, old: str | None) -> str | None:
     if tip == old:
         return None
-    for line in git(root, "worktree", "list", "--porcelain", "-z").split("\0"):
-        if line.startswith("worktree "):
-            place = line.removeprefix("worktree ")
-        elif line == f"branch {reference}":
-            who = "here" if branch(root) == name else f"in {place}"
+    for one in worktree.listed(root):
+        if one.branch == reference:
+            who = "here" if branch(root) == name else f"in {one.place}"
             return f"the branch {name} is checked out {who} and stays where it is; `git merge {tip[:12]}` brings it on"
     git(root, "update-ref", reference, tip, old or "")
     return None

@@ -47,13 +47,15 @@ class Held(TryAgain):
 
 
 @contextlib.contextmanager
-def hold(root: Path, run: str, wait: bool = False, tell: Callable[[str], object] = lambda line: None) -> Iterator[int]:
+def hold(
+    root: Path, run: str, wait: bool = False, tell: Callable[[str], object] = lambda line: None, file: Path = LOCK
+) -> Iterator[int]:
     """Holds the lock of the project at ``root`` and yields its file descriptor.
 
     A process that inherits the descriptor holds the lock too. Raises :class:`Held` when another run is at work, or with
     ``wait`` tells so and waits. A run that was killed is waited for in any case: its processes are gone in seconds.
     """
-    path = root / LOCK
+    path = root / file
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -68,15 +70,15 @@ def hold(root: Path, run: str, wait: bool = False, tell: Callable[[str], object]
         os.close(descriptor)
 
 
-def holder(root: Path) -> Holder | None:
+def holder(root: Path, file: Path = LOCK) -> Holder | None:
     """Returns the run at work in the project at ``root``; None also while it has not yet written its name."""
     try:
-        with (root / LOCK).open("rb") as file:
+        with (root / file).open("rb") as locked:
             try:
                 # Shared and for a moment: a run that starts just now tries again.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _read(file.fileno())
+                return _read(locked.fileno())
     except FileNotFoundError:
         pass
     return None

@@ -181,12 +181,9 @@ def _commits(root: Path, dead: set[str]) -> dict[str, str]:
     # The ref names the newest stash only.
     for number, commit in enumerate(git(root, "rev-list", "-g", "refs/stash", check=False).split()):
         found.setdefault(commit, f"stash@{{{number}}}")
-    place = ""
-    for line in git(root, "worktree", "list", "--porcelain").splitlines():
-        kind, _, value = line.partition(" ")
-        place = value if kind == "worktree" else place
-        if kind == "HEAD" and Path(place).name not in dead:
-            found.setdefault(value, place)
+    for one in worktree.listed(root):
+        if one.place.name not in dead:
+            found.setdefault(one.head, str(one.place))
     return found
 
 

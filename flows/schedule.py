@@ -7,7 +7,6 @@ and the lock is free only then: whoever gets it knows that no night of an earlie
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import signal
@@ -20,11 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from flows import project, server, supervise, timetable
-from flows.lock import Holder
+from flows import lock, project, server, timetable
 from flows.process import Child
 from flows.timetable import Timetable
 from tasks import paths
@@ -36,7 +34,6 @@ STARTED = paths.SCRATCH / "schedule.json"
 PORT = 4200
 EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_INTERRUPTED = 130
-_SECONDS_TO_DIE = supervise.GRACE_SECONDS + 7.0
 # A child that ends sooner than this after its start would only end again.
 _SECONDS_TO_PROVE = 30.0
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -97,33 +94,13 @@ def _leave(*_: object) -> None:
 @contextlib.contextmanager
 def _sole(root: Path) -> Iterator[int]:
     """Holds the schedule's lock and yields its descriptor; waits for the processes of one that was killed."""
-    path = root / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        _acquire(descriptor, root)
-        os.ftruncate(descriptor, 0)
-        holder = Holder(pid=os.getpid(), run="schedule", since=datetime.now().astimezone())
-        os.pwrite(descriptor, holder.model_dump_json().encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _acquire(descriptor: int, root: Path) -> None:
-    deadline = time.monotonic() + _SECONDS_TO_DIE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder = None
-            with contextlib.suppress(ValidationError):
-                holder = Holder.model_validate_json(os.pread(descriptor, 4096, 0))
-        if (holder is not None and holder.alive) or time.monotonic() > deadline:
-            who = f" (process {holder.pid}, since {holder.since:%Y-%m-%d %H:%M})" if holder else ""
-            raise TryAgain(f"{root}: another `overnight schedule`{who} serves this project. Stop that one first.")
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        with lock.hold(root, "schedule", file=LOCK) as descriptor:
+            yield descriptor
+    except lock.Held:
+        holder = lock.holder(root, LOCK)
+        who = f" (process {holder.pid}, since {holder.since:%Y-%m-%d %H:%M})" if holder else ""
+        raise TryAgain(f"{root}: another `overnight schedule`{who} serves this project. Stop that one first.") from None
 
 
 def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console) -> NoReturn:

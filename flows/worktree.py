@@ -4,6 +4,7 @@ Nothing here prunes: Git takes a worktree whose absolute path it does not see fo
 project mounted elsewhere that is each of the others. Ours are locked against whoever else prunes.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,23 @@ def names(project: Path) -> Iterator[str]:
     for place in sorted((project / FOLDER).glob("*")):
         if place.is_dir():
             yield place.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A worktree as Git lists it, the project's own checkout among them; ``branch`` is None where a commit is out."""
+
+    place: Path
+    head: str
+    branch: str | None
+
+
+def listed(project: Path) -> Iterator[Listed]:
+    """Yields every worktree of the project's repository, by whomever it was made."""
+    for entry in git(project, "worktree", "list", "--porcelain", "-z").split("\0\0"):
+        told = dict(line.partition(" ")[::2] for line in entry.split("\0"))
+        if "HEAD" in told:
+            yield Listed(Path(told["worktree"]), told["HEAD"], told.get("branch"))
 
 
 def main(root: Path) -> Path:
