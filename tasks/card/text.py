@@ -168,12 +168,19 @@ def _evaluation(evidence: Evidence) -> str:
         ("bits per byte", "bits_per_byte", "{:.3f}"),
         ("nats a token", "nats_per_token", "{:.4f}"),
         ("next token right", "accuracy", "{:.4f}"),
-        ("KL divergence from float (nats)", "kl_divergence", "{:.5f}"),
+        ("KL divergence from float (nats a token)", "kl_divergence", "{:.5f}"),
+        ("the same, 99th percentile", "kl_divergence_99", "{:.5f}"),
         ("same likeliest token as float", "same_top_1", "{:.4f}"),
+        *(
+            (f"same experts as float, layer {found['layer']}", f"same_experts.{index}.share", "{:.4f}")
+            for index, found in enumerate(report.get("models.int8.same_experts") or [])
+        ),
     ]
+    sides = {"float": "float", "post_training": "rounded alone", "int8": "INT8"}
+    if report.get("models.post_training") is None:
+        del sides["post_training"]
     rows = [
-        [name, *(report.interval(f"models.{kind}.{key}", style) for kind in ("float", "int8"))]
-        for name, key, style in measures
+        [name, *(report.interval(f"models.{side}.{key}", style) for side in sides)] for name, key, style in measures
     ]
     for row in rows[3:]:
         row[1] = "-"
@@ -190,8 +197,13 @@ def _evaluation(evidence: Evidence) -> str:
     return "\n\n".join(
         [
             f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test "
-            "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents.",
-            table(["", "float", "INT8"], rows),
+            "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents."
+            + (
+                " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
+                if "post_training" in sides
+                else ""
+            ),
+            table(["", *sides.values()], rows),
             "Others on the same text:",
             table(["", "bits per byte"], others),
         ]

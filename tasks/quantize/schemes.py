@@ -46,12 +46,17 @@ class Trial(BaseModel):
 
 
 class Quantization(BaseModel):
-    """``models/int8/quantization.json``: the scheme of the model, and all that was tried on the way to it."""
+    """``models/int8/quantization.json``: the scheme of the model, and all that was tried on the way to it.
+
+    ``improved``: the model is more than the float one rounded as ``plan`` says.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     asked: str
     scheme: SchemeName
+    plan: str
+    improved: bool
     in_float: tuple[str, ...]
     windows: int
     trials: tuple[Trial, ...]

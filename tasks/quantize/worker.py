@@ -53,7 +53,13 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         if high is not None and high < params.max_relative_loss:
             break
     found = Quantization(
-        asked=params.scheme, scheme=name, in_float=params.in_float, windows=measure.count, trials=tuple(trials)
+        asked=params.scheme,
+        scheme=name,
+        plan=SCHEMES[name].plan,
+        improved=SCHEMES[name].fine_tuned,
+        in_float=params.in_float,
+        windows=measure.count,
+        trials=tuple(trials),
     )
     return model, found, curve
 
