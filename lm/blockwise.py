@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lm.graph import FLOAT, Graph
-from lm.scheme import Operand
+from lm.scheme import Levels, Operand
 
 BLOCK = 32
 # Of MatMulNBits: activations are rounded to 8 bits.
@@ -80,6 +80,10 @@ class Blockwise:
 
     bits: Literal[4, 8]
     operator: str = "MatMulNBits"
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(2 ** (self.bits - 1) - 1, BLOCK)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(fake_quant_activations(x), fake_quant_weight(weight, self.bits))

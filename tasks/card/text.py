@@ -218,6 +218,12 @@ _SCHEMES = {
     "qat": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} ",
     "weight-only-4": f"Weights: 4 bits, one scale a block of 32 inputs; 8 bits in the head. {_IN_BLOCKS} ",
 }
+_BEFORE_ROUNDING = {
+    "rotated": "Before that the spaces between its layers were turned: the function stays as it was, and no channel is "
+    "larger than all others (QuaRot, arXiv 2404.00456).",
+    "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
+    "training split bring into the layer (GPTQ, arXiv 2210.17323).",
+}
 _FINE_TUNED = (
     "The model was fine-tuned with exactly these roundings before the export; a negative relative loss means that this "
     "further training gained more than the rounding cost."
@@ -232,12 +238,14 @@ def _quantization(evidence: Evidence) -> str:
         [
             f"`{trial['scheme']}` after {trial['after']}",
             found.interval(f"trials.{index}.relative_loss", "{:+.4f}"),
+            found.interval(f"trials.{index}.kl_divergence", "{:.5f}"),
         ]
         for index, trial in enumerate(found.get("trials") or [])
     ]
     return "\n\n".join(
         [
             told + (_FINE_TUNED if told.endswith(" ") else ""),
+            *(text for key, text in _BEFORE_ROUNDING.items() if found.get(key)),
             table(
                 ["", ""],
                 [
@@ -251,8 +259,8 @@ def _quantization(evidence: Evidence) -> str:
                     ["left in float on purpose", products],
                 ],
             ),
-            f"Relative loss on {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
-            table(["", "relative loss against float"], trials),
+            f"On {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
+            table(["", "relative loss against float", "KL divergence from float (nats a token)"], trials),
         ]
     )
 

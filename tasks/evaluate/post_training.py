@@ -22,7 +22,9 @@ class Made(BaseModel):
 
     plan: str
     in_float: tuple[str, ...]
-    improved: bool
+    rotated: bool
+    compensated: bool
+    fine_tuned: bool
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def post_training(model: LanguageModel) -> Iterator[Path | None]:
         plan = PLANS[made.plan]
     except (FileNotFoundError, ValidationError, KeyError):
         raise BadInput(f"{paths.QUANTIZATION}: missing, or of another version. Rerun the stage 'quantize'.") from None
-    if not made.improved:
+    if not (made.rotated or made.compensated or made.fine_tuned):
         yield None
         return
     with tempfile.TemporaryDirectory() as name:

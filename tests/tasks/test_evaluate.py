@@ -190,7 +190,7 @@ def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp
     folder = tmp_path / "project"
     shutil.copytree(candidate, folder)
     tiny.write_champion(folder)
-    tiny.write_params(folder, quantize__scheme="dynamic")
+    tiny.write_params(folder, quantize__scheme="dynamic", quantize__rotate=False, quantize__compensate=False)
     for stage in ("quantize", "evaluate"):
         code, output = tiny.run(stage, folder)
         assert code == 0, output

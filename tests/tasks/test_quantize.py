@@ -9,13 +9,20 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+import torch
+from odd import make_model
 from onnx import numpy_helper
 
-from lm import hugging_face, onnx_model
+from lm import blockwise, hugging_face, onnx_model
 from lm.model import LanguageModel
-from lm.quantization import PLANS
+from lm.quantization import PLANS, prepare
 from tasks.errors import Refused
 from tasks.quantize.audit import audit, expected_products
+from tasks.quantize.params import QuantizeParams
+from tasks.quantize.schemes import Measure
+from tasks.section import read_section
+from tasks.shards import WindowReader
+from tasks.world import World
 
 PLAN = PLANS["per-token-8"]
 
@@ -114,8 +121,8 @@ def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp
         ("dynamic", 1.0, "dynamic", ["dynamic post-training"]),
         ("weight-only-8", -1.0, "weight-only-8", ["weight-only-8 post-training"]),
         ("weight-only-4", 1.0, "weight-only-4", ["weight-only-4 post-training", "weight-only-4 fine-tuning"]),
-        ("auto", 1.0, "dynamic", ["dynamic post-training"]),
-        ("auto", -1.0, "qat", ["dynamic post-training", "weight-only-8 post-training", "qat fine-tuning"]),
+        ("auto", 1.0, "weight-only-8", ["weight-only-8 post-training"]),
+        ("auto", -1.0, "qat", ["weight-only-8 post-training", "qat post-training", "qat fine-tuning"]),
     ],
 )
 def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
@@ -137,8 +144,66 @@ def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
     assert all(loss["low"] <= loss["value"] <= loss["high"] for loss in losses.values())
     # So small a rate changes nothing, so the roundings' own cost shows.
     assert 0 < max(abs(loss["value"]) for loss in losses.values()) < 0.05
+    divergences = {trial["scheme"]: trial["kl_divergence"] for trial in found["trials"]}
+    assert all(one["low"] <= one["value"] <= one["high"] < 0.1 for one in divergences.values()), divergences
+    assert asked != "weight-only-4" or divergences[kept]["low"] > 0
     operators = json.loads((trained / "models/int8/audit.json").read_text())["operators"]
     assert ("MatMulNBits" in operators) == kept.startswith("weight-only")
+
+
+class _Alone(World):
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+@torch.no_grad()
+def test_a_trial_is_what_a_plain_loop_over_windows_says() -> None:
+    tokens = np.random.default_rng(0).integers(0, 100, 400).astype(np.uint16)
+    windows = WindowReader([tokens], 20)
+    params = read_section("quantize", QuantizeParams, Path(tiny.ROOT / "params.yaml"))
+    params = params.model_copy(update={"validation_windows": 100})
+    measure = Measure(make_model(), windows, params, _Alone(0, 1, torch.device("cpu"), "fp32"))
+    trial = measure.trial("dynamic", "post-training", prepare(make_model(), PLAN))
+    floating, rounded = make_model(), prepare(make_model(), PLAN).eval()
+    losses, divergence = np.zeros(2), 0.0
+    for window in torch.from_numpy(windows.batch(np.arange(len(windows)))).long():
+        theirs, ours = (model(window[None, :-1])[0].log_softmax(-1) for model in (floating, rounded))
+        losses += [-float(one[range(20), window[1:]].sum()) for one in (ours, theirs)]
+        divergence += float((theirs.exp() * (theirs - ours)).sum())
+    assert measure.count == len(windows) == 19
+    assert trial.relative_loss.value == pytest.approx(losses[0] / losses[1] - 1, abs=2e-6)
+    assert trial.kl_divergence.value == pytest.approx(divergence / (19 * 20), abs=2e-6)
+    assert 1e-4 < trial.kl_divergence.low < trial.kl_divergence.value < trial.kl_divergence.high
+
+
+@pytest.mark.parametrize(("rotated", "compensated"), [(False, False), (True, False), (False, True), (True, True)])
+def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
+    trained: Path, rotated: bool, compensated: bool
+) -> None:
+    tiny.write_params(
+        trained,
+        quantize__scheme="weight-only-8",
+        quantize__rotate=rotated,
+        quantize__compensate=compensated,
+        quantize__calibration_windows=4,
+    )
+    made = []
+    for _ in range(2):
+        code, output = tiny.run("quantize", trained)
+        assert code == 0, output
+        made.append(tiny.files_of(trained / "models/int8"))
+    assert made[0] == made[1]
+    found = json.loads(made[0]["quantization.json"])
+    assert (found["rotated"], found["compensated"], found["fine_tuned"]) == (rotated, compensated, False)
+    graph = onnx.load(trained / "models/int8/model.onnx")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    # A turned model's norms have no weights of their own; a weight that is only rounded is that of the float model.
+    assert (stored["model.layers.0.input_layernorm.weight"] == 1).all() == rotated
+    name = "model.layers.0.mlp.down_proj"
+    weight = hugging_face.load(trained / "models/float").model.layers[0].mlp.down_proj.weight
+    integers, _ = blockwise.quantize_weight(weight.detach(), 8)
+    same = (stored[f"{name}.int8"] == integers.numpy() + 128).all()
+    assert same == (not rotated and not compensated)
 
 
 @pytest.mark.parametrize(
