@@ -18,7 +18,7 @@ from lm.scheme import Levels, Operand
 
 BLOCK = 32
 # Of MatMulNBits: activations are rounded to 8 bits.
-_ACCURACY_LEVEL = 4
+ACCURACY_LEVEL = 4
 # A block of zeros has this scale, and stays a block of zeros.
 _SMALLEST_SCALE = 1e-12
 
@@ -104,7 +104,7 @@ class Blockwise:
             K=inputs,
             bits=self.bits,
             block_size=BLOCK,
-            accuracy_level=_ACCURACY_LEVEL,
+            accuracy_level=ACCURACY_LEVEL,
         )
 
     def rounded(self, graph: Graph, x: str) -> str:
