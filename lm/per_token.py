@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lm.graph import FLOAT, INT32, UINT8, Graph
-from lm.scheme import Operand
+from lm.scheme import Levels, Operand
 
 # Keeps the scale of an all-zero token or channel from dividing by zero; far below any scale that matters.
 SMALLEST_SCALE = 1e-12
@@ -74,6 +74,10 @@ class PerToken:
     """u8 activations a token, s8 weights a channel: onnxruntime's ``MatMulInteger``."""
 
     operator: str = "MatMulInteger"
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(127, None)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(fake_quant_tokens(x), fake_quant_rows(weight))

@@ -7,7 +7,7 @@ from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -111,9 +111,10 @@ class Held:
 class Generator:
     """Continues texts: one graph run over the prompts, then one a token, all rows of a batch in each."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, graph: bytes | None = None) -> None:
         """Loads ``model.onnx`` with its ``tokenizer.json`` and ``config.json``; ``threads`` None takes all cores.
 
+        ``graph``: what is run in place of ``model.onnx``, with the weights that lie beside that.
         Raises :class:`Unloadable` that names the file in ``folder`` that is at fault, and :class:`OtherInterface`.
         """
         options = onnxruntime.SessionOptions()
@@ -125,7 +126,9 @@ class Generator:
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
         with _named(folder / "model.onnx") as model:
-            self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            if graph is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
         if "positions" not in {value.name for value in self.session.get_inputs()}:
             raise OtherInterface(f"{model}: exported by another version of Overnight; it runs with that one's code")
         with _named(folder / "tokenizer.json") as tokenizer:
@@ -154,6 +157,12 @@ class Generator:
         ``counts`` [batch] says how many of a row's ids are its own, the others after them being fillers; None: all.
         ``last``: the logits of each row's last own id alone, [batch, 1, vocabulary].
         """
+        return self.observe(ids, cache, (), counts, last)[0]
+
+    def observe(
+        self, ids: Ids, cache: Cache, names: Sequence[str], counts: Ids | None = None, last: bool = False
+    ) -> tuple[Logits, list[npt.NDArray[Any]]]:
+        """Returns what :meth:`run` returns, and what ``names`` name: the graph's outputs after ``logits``, in order."""
         batch, length = ids.shape
         counts = np.full(batch, length) if counts is None else counts
         kept = np.maximum(counts - 1, 0)[:, None] if last else np.broadcast_to(np.arange(length), ids.shape)
@@ -162,12 +171,13 @@ class Generator:
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input("positions", cache.lengths[:, None] + np.arange(length))
         binding.bind_cpu_input("logits_to_keep", np.ascontiguousarray(kept, np.int64))
-        binding.bind_output("logits")
+        for name in ("logits", *names):
+            binding.bind_output(name)
         self.session.run_with_iobinding(binding)
         cache.lengths = cache.lengths + counts
-        names = [value.name for value in self.session.get_outputs()]
-        logits: Logits = binding.get_outputs()[names.index("logits")].numpy()
-        return logits
+        order = [value.name for value in self.session.get_outputs()]
+        logits, *others = (binding.get_outputs()[order.index(name)].numpy() for name in ("logits", *names))
+        return logits, others
 
     def generate(self, request: Request, held: Held | None = None) -> Pieces[str, None, Done]:
         """Yields the continuation of one prompt piece by piece and returns how it ended; see :meth:`generate_batch`.

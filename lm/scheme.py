@@ -16,8 +16,20 @@ from lm.graph import Graph
 Operand = tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What weights are rounded to: -``most`` ... ``most`` times a scale for ``group`` inputs each, for all if None."""
+
+    most: int
+    group: int | None
+
+
 class Scheme(Protocol):
     """One way to compute ``x @ weight.T``."""
+
+    @property
+    def levels(self) -> Levels | None:
+        """The levels that a weight is rounded to; None where it stays as it is."""
 
     @property
     def operator(self) -> str:
@@ -47,6 +59,7 @@ class Float:
     """No quantization."""
 
     operator: str = "MatMul"
+    levels: Levels | None = None
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)

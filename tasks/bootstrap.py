@@ -1,6 +1,6 @@
 """Intervals from resampling documents: the unit that varies is the document, not the token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,26 @@ class Bootstrap:
         resampled = np.concatenate(
             [scale * (weights @ numerators) / (weights @ denominators) for weights in self._weights()]
         )
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return Estimate(value=value, low=round(float(low), 6), high=round(float(high), 6))
+
+    def quantile(self, values: Sequence[Values], share: float) -> Estimate:
+        """Returns the least value with ``share`` of all ``values`` (an array a document) at or below it.
+
+        Documents are resampled with all their values.
+        """
+        flat = np.concatenate(values)
+        order = np.argsort(flat, kind="stable")
+        flat, document = flat[order], np.repeat(np.arange(len(values)), [len(one) for one in values])[order]
+
+        def found(weights: Values) -> float:
+            counts = np.cumsum(weights[document])
+            return float(flat[np.searchsorted(counts, share * counts[-1])])
+
+        value = round(found(np.ones(len(values))), 6)
+        if self.documents == 1:
+            return Estimate(value=value, low=None, high=None)
+        resampled = [found(weights) for some in self._weights() for weights in some]
         low, high = np.percentile(resampled, [2.5, 97.5])
         return Estimate(value=value, low=round(float(low), 6), high=round(float(high), 6))
 

@@ -168,12 +168,19 @@ def _evaluation(evidence: Evidence) -> str:
         ("bits per byte", "bits_per_byte", "{:.3f}"),
         ("nats a token", "nats_per_token", "{:.4f}"),
         ("next token right", "accuracy", "{:.4f}"),
-        ("KL divergence from float (nats)", "kl_divergence", "{:.5f}"),
+        ("KL divergence from float (nats a token)", "kl_divergence", "{:.5f}"),
+        ("the same, 99th percentile", "kl_divergence_99", "{:.5f}"),
         ("same likeliest token as float", "same_top_1", "{:.4f}"),
+        *(
+            (f"same experts as float, layer {found['layer']}", f"same_experts.{index}.share", "{:.4f}")
+            for index, found in enumerate(report.get("models.int8.same_experts") or [])
+        ),
     ]
+    sides = {"float": "float", "post_training": "rounded alone", "int8": "INT8"}
+    if report.get("models.post_training") is None:
+        del sides["post_training"]
     rows = [
-        [name, *(report.interval(f"models.{kind}.{key}", style) for kind in ("float", "int8"))]
-        for name, key, style in measures
+        [name, *(report.interval(f"models.{side}.{key}", style) for side in sides)] for name, key, style in measures
     ]
     for row in rows[3:]:
         row[1] = "-"
@@ -190,8 +197,13 @@ def _evaluation(evidence: Evidence) -> str:
     return "\n\n".join(
         [
             f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test "
-            "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents.",
-            table(["", "float", "INT8"], rows),
+            "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents."
+            + (
+                " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
+                if "post_training" in sides
+                else ""
+            ),
+            table(["", *sides.values()], rows),
             "Others on the same text:",
             table(["", "bits per byte"], others),
         ]
@@ -205,6 +217,12 @@ _SCHEMES = {
     "weight-only-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS} No fine-tuning.",
     "qat": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} ",
     "weight-only-4": f"Weights: 4 bits, one scale a block of 32 inputs; 8 bits in the head. {_IN_BLOCKS} ",
+}
+_BEFORE_ROUNDING = {
+    "rotated": "Before that the spaces between its layers were turned: the function stays as it was, and no channel is "
+    "larger than all others (QuaRot, arXiv 2404.00456).",
+    "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
+    "training split bring into the layer (GPTQ, arXiv 2210.17323).",
 }
 _FINE_TUNED = (
     "The model was fine-tuned with exactly these roundings before the export; a negative relative loss means that this "
@@ -220,12 +238,14 @@ def _quantization(evidence: Evidence) -> str:
         [
             f"`{trial['scheme']}` after {trial['after']}",
             found.interval(f"trials.{index}.relative_loss", "{:+.4f}"),
+            found.interval(f"trials.{index}.kl_divergence", "{:.5f}"),
         ]
         for index, trial in enumerate(found.get("trials") or [])
     ]
     return "\n\n".join(
         [
             told + (_FINE_TUNED if told.endswith(" ") else ""),
+            *(text for key, text in _BEFORE_ROUNDING.items() if found.get(key)),
             table(
                 ["", ""],
                 [
@@ -239,8 +259,8 @@ def _quantization(evidence: Evidence) -> str:
                     ["left in float on purpose", products],
                 ],
             ),
-            f"Relative loss on {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
-            table(["", "relative loss against float"], trials),
+            f"On {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
+            table(["", "relative loss against float", "KL divergence from float (nats a token)"], trials),
         ]
     )
 

@@ -4,12 +4,13 @@ import torch
 from tokenizers import Tokenizer
 
 from lm import hugging_face
-from lm.runtime import Generator
 from tasks import atomic, paths, stage
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
 from tasks.evaluate import baselines, champion, gate, report
 from tasks.evaluate.params import EvaluateParams
+from tasks.evaluate.post_training import post_training
+from tasks.evaluate.routing import Int8Routing
 from tasks.evaluate.score import score
 from tasks.progress import progress
 from tasks.section import read_section
@@ -34,24 +35,25 @@ def main() -> None:
     train, test = (
         _texts(tokenizer, found) for found in (Shards(paths.SHARDS, manifest, "train").documents(), documents)
     )
-    with progress("evaluate") as shown:
-        scores = score(model, Generator(paths.INT8, threads=1), documents, params.threads, shown)
+    with progress("evaluate") as shown, post_training(model) as rounded:
+        quantized = {report.INT8: Int8Routing(paths.INT8, model)}
+        if rounded is not None:
+            quantized[report.POST_TRAINING] = Int8Routing(rounded, model)
+        scores = score(model, quantized, documents, params.threads, shown)
         nats = None if opponent is None else opponent.nats(test, params.threads, shown)
     bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)
-    models = report.models(scores, bootstrap)
+    models = report.models(scores, bootstrap, model.layers_with_experts())
     unmeasured = opponent.version if opponent is not None and nats is None else None
     beside = None if opponent is None or nats is None else opponent.result(nats, scores, bootstrap)
     evaluation = report.Evaluation(
         documents=len(documents),
-        tokens=int(scores.column("tokens").sum()),
-        bytes=int(scores.column("bytes").sum()),
+        tokens=int(scores.tokens.sum()),
+        bytes=int(scores.bytes.sum()),
         context=model.config.max_position_embeddings,
         models=models,
         baselines=baselines.measure(train, test, params.ngram_order, bootstrap),
         champion=beside,
-        gate=gate.decide(
-            report.relative_loss(scores, bootstrap), beside, models.int8.bits_per_byte, params, unmeasured
-        ),
+        gate=gate.decide(models.int8.relative_loss, beside, models.int8.bits_per_byte, params, unmeasured),
     )
     atomic.write_json(paths.EVALUATION, evaluation.model_dump())
 

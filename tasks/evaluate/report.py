@@ -8,7 +8,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from tasks.bootstrap import Bootstrap, Estimate
-from tasks.evaluate.score import Scores
+from tasks.evaluate.score import Marks, Quantized, Scores
+
+# The quantized models that are scored.
+INT8, POST_TRAINING = "int8", "post_training"
 
 
 class _Report(BaseModel):
@@ -23,15 +26,31 @@ class FloatResult(_Report):
     accuracy: Estimate
 
 
-class Int8Result(FloatResult):
-    """The INT8 model on the test split; divergence and agreement are against the float model."""
+class SameExperts(_Report):
+    """The share of tokens that a layer's router gives to the same set of experts as in the float model."""
 
+    layer: int
+    share: Estimate
+
+
+class Int8Result(FloatResult):
+    """A quantized model on the test split, compared with the float model; divergence in nats a token.
+
+    ``same_experts`` is read from the graph that ran; it has no entry where the model has no routed experts.
+    """
+
+    relative_loss: Estimate
     kl_divergence: Estimate
+    kl_divergence_99: Estimate
     same_top_1: Estimate
+    same_experts: tuple[SameExperts, ...]
 
 
 class Models(_Report):
+    """``post_training``: float rounded as INT8 is, neither corrected nor fine-tuned; None where INT8 is just that."""
+
     float: FloatResult
+    post_training: Int8Result | None
     int8: Int8Result
 
 
@@ -104,24 +123,35 @@ class Evaluation(_Report):
     gate: Gate
 
 
-def models(scores: Scores, bootstrap: Bootstrap) -> Models:
-    """Returns the results of both models; bits per byte are nats / (ln 2 x bytes)."""
-    tokens, size = scores.column("tokens"), scores.column("bytes")
-
-    def common(kind: str) -> dict[str, Estimate]:
-        nats = scores.column(f"nats_{kind}")
-        return {
-            "bits_per_byte": bootstrap.ratio(nats, size, 1 / math.log(2)),
-            "nats_per_token": bootstrap.ratio(nats, tokens),
-            "accuracy": bootstrap.ratio(scores.column(f"right_{kind}"), tokens),
-        }
-
+def models(scores: Scores, bootstrap: Bootstrap, layers: tuple[int, ...]) -> Models:
+    """Returns the results of all models; bits per byte are nats / (ln 2 x bytes). ``layers`` have routed experts."""
+    post_training = scores.quantized.get(POST_TRAINING)
     return Models(
-        float=FloatResult(**common("float")),
-        int8=Int8Result(
-            **common("int8"),
-            kl_divergence=bootstrap.ratio(scores.column("kl"), tokens),
-            same_top_1=bootstrap.ratio(scores.column("same_top"), tokens),
+        float=FloatResult(**_common(scores, scores.float, bootstrap)),
+        post_training=None if post_training is None else _quantized(scores, post_training, bootstrap, layers),
+        int8=_quantized(scores, scores.quantized[INT8], bootstrap, layers),
+    )
+
+
+def _common(scores: Scores, marks: Marks, bootstrap: Bootstrap) -> dict[str, Estimate]:
+    return {
+        "bits_per_byte": bootstrap.ratio(marks.nats, scores.bytes, 1 / math.log(2)),
+        "nats_per_token": bootstrap.ratio(marks.nats, scores.tokens),
+        "accuracy": bootstrap.ratio(marks.right, scores.tokens),
+    }
+
+
+def _quantized(scores: Scores, marks: Quantized, bootstrap: Bootstrap, layers: tuple[int, ...]) -> Int8Result:
+    return Int8Result(
+        **_common(scores, marks, bootstrap),
+        # Paired by document.
+        relative_loss=bootstrap.ratio(marks.nats - scores.float.nats, scores.float.nats),
+        kl_divergence=bootstrap.ratio(np.array([one.sum() for one in marks.divergence]), scores.tokens),
+        kl_divergence_99=bootstrap.quantile(marks.divergence, 0.99),
+        same_top_1=bootstrap.ratio(marks.same_top, scores.tokens),
+        same_experts=tuple(
+            SameExperts(layer=layer, share=bootstrap.ratio(same, scores.tokens))
+            for layer, same in zip(layers, marks.same_experts.T, strict=True)
         ),
     )
 
@@ -132,13 +162,7 @@ def champion(
     """Returns the result of the champion, which costs ``nats`` [documents] on the documents of ``scores``."""
     return ChampionResult(
         version=version,
-        bits_per_byte=bootstrap.ratio(nats, scores.column("bytes"), 1 / math.log(2)),
-        relative_loss=bootstrap.ratio(scores.column("nats_int8") - nats, nats),
+        bits_per_byte=bootstrap.ratio(nats, scores.bytes, 1 / math.log(2)),
+        relative_loss=bootstrap.ratio(scores.quantized[INT8].nats - nats, nats),
         same_split=same_split,
     )
-
-
-def relative_loss(scores: Scores, bootstrap: Bootstrap) -> Estimate:
-    """Returns INT8's loss over float's, minus 1, paired by document."""
-    float_nats = scores.column("nats_float")
-    return bootstrap.ratio(scores.column("nats_int8") - float_nats, float_nats)

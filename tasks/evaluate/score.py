@@ -1,9 +1,10 @@
-"""Scores of the float and the INT8 model on the same documents, token by token, and the loss of a third one."""
+"""Scores of the float model and of quantized graphs on the same documents, and the loss of a champion."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 
 from lm.model import LanguageModel
 from lm.runtime import Generator
+from tasks.evaluate.routing import FloatRouting, Int8Routing
 from tasks.progress import Progress
 from tasks.shards import Tokens
 
 WINDOWS_AT_ONCE = 8
 Ids = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]
-COLUMNS = ("tokens", "bytes", "nats_float", "nats_int8", "kl", "right_float", "right_int8", "same_top")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,34 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What a model makes of each document, special tokens left out: nats, and how many likeliest tokens are right."""
+
+    nats: Sums
+    right: Sums
+
+
+@dataclass(frozen=True)
+class Quantized(Marks):
+    """And how a quantized model compares with float on each: ``divergence`` is that of each of its tokens, in nats.
+
+    ``same_top`` counts the tokens with the same likeliest follower, ``same_experts`` [documents, layers with experts]
+    those that a layer's router gave to the same set of experts.
+    """
+
+    divergence: list[Sums]
+    same_top: Sums
+    same_experts: Sums
+
+
+@dataclass(frozen=True)
 class Scores:
-    """Sums over each document: ``table`` [documents, len(COLUMNS)], special tokens left out."""
+    """Over the documents, special tokens left out: how large each is, and what the models make of it."""
 
-    table: Sums
-
-    def column(self, name: str) -> Sums:
-        return self.table[:, COLUMNS.index(name)]
+    tokens: Sums
+    bytes: Sums
+    float: Marks
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
 
 
 def windows_of(document: int, tokens: Ids, context: int) -> Iterator[Window]:
@@ -56,34 +79,58 @@ def windows_of(document: int, tokens: Ids, context: int) -> Iterator[Window]:
 
 
 def score(
-    model: LanguageModel, int8: Generator, documents: list[tuple[Tokens, int]], threads: int, progress: Progress
+    model: LanguageModel,
+    quantized: Mapping[str, Int8Routing],
+    documents: list[tuple[Tokens, int]],
+    threads: int,
+    progress: Progress,
 ) -> Scores:
-    """Returns the scores of both models on ``documents`` (tokens with BOS first, UTF-8 bytes). Both compute in fp32."""
+    """Returns the scores of all models on ``documents`` (tokens with BOS first, UTF-8 bytes). All compute in fp32."""
     ids = [tokens.astype(np.int64) for tokens, _ in documents]
     model.eval()
     progress.begin("scoring")
-    sums = _sum_windows(
-        partial(_score_batch, model, int8), ids, model.config.max_position_embeddings, threads, progress
+    routed = FloatRouting(model)
+    score_batch = partial(_score_batch, routed, quantized, model.config.eos_token_id)
+    found = _by_window(score_batch, ids, model.config.max_position_embeddings, threads, progress)
+    # [documents, numbers] of each model, and the divergences of a document's windows one after the other.
+    sums = {name: _summed(len(ids), [(window, sides[name][0]) for window, sides in found]) for name in ("", *quantized)}
+    divergence: dict[str, list[list[Sums]]] = {name: [[] for _ in ids] for name in quantized}
+    for window, sides in found:
+        for name in quantized:
+            divergence[name][window.document].append(sides[name][1])
+    return Scores(
+        tokens=np.array([len(tokens) - 1 for tokens in ids], dtype=np.float64),
+        bytes=np.array([size for _, size in documents], dtype=np.float64),
+        float=Marks(*sums[""].T),
+        quantized={
+            name: Quantized(
+                nats=sums[name][:, 0],
+                right=sums[name][:, 1],
+                divergence=[np.concatenate(parts) if parts else np.zeros(0) for parts in divergence[name]],
+                same_top=sums[name][:, 2],
+                same_experts=sums[name][:, 3:],
+            )
+            for name in quantized
+        },
     )
-    sizes = [[len(tokens) - 1, size] for tokens, size in documents]
-    return Scores(np.hstack([np.array(sizes, dtype=np.float64), sums]))
 
 
 def nats_of(int8: Generator, documents: list[Ids], threads: int, progress: Progress) -> Sums:
     """Returns the loss of an INT8 model on each of ``documents`` (its own tokens, BOS first), in nats: [documents]."""
     progress.begin("champion")
     padding = int(documents[0][0])
-    return _sum_windows(partial(_nats_of_batch, int8, padding), documents, int8.context, threads, progress)[:, 0]
+    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8.context, threads, progress)
+    return _summed(len(documents), found)[:, 0]
 
 
-def _sum_windows(
-    score_batch: Callable[[list[Window]], list[Sums]],
+def _by_window(
+    score_batch: Callable[[list[Window]], list[Found]],
     documents: list[Ids],
     context: int,
     threads: int,
     progress: Progress,
-) -> Sums:
-    """Returns what ``score_batch`` says of each window, summed over each document: [documents, numbers].
+) -> list[tuple[Window, Found]]:
+    """Returns each window of ``documents`` with what ``score_batch`` says of it, always in the same order.
 
     ``threads`` batches are computed at a time, each on one core: faster than one batch on all cores, and no sum depends
     on how many there are.
@@ -91,38 +138,44 @@ def _sum_windows(
     windows = [window for index, tokens in enumerate(documents) for window in windows_of(index, tokens, context)]
     windows.sort(key=lambda window: len(window.inputs))
     batches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
-    rows: list[Sums] = []
+    rows: list[Found] = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for found in pool.map(score_batch, batches):
             rows += found
             progress.update(len(rows), len(windows), "windows")
-    table = np.zeros((len(documents), len(rows[0])))
-    for window, row in zip(windows, rows, strict=True):
+    return list(zip(windows, rows, strict=True))
+
+
+def _summed(documents: int, found: list[tuple[Window, Sums]]) -> Sums:
+    # [documents, numbers]
+    table = np.zeros((documents, len(found[0][1])))
+    for window, row in found:
         table[window.document] += row
     return table
 
 
 @torch.no_grad()
-def _score_batch(model: LanguageModel, int8: Generator, batch: list[Window]) -> list[Sums]:
-    ids = _padded(batch, model.config.eos_token_id)
-    logits_float = model(torch.from_numpy(ids))
-    logits_int8 = torch.from_numpy(int8.run(ids, int8.new_cache(len(batch))))
-    results = []
-    for row, window in enumerate(batch):
-        kept = slice(window.first, len(window.inputs))
-        targets = torch.from_numpy(window.targets[kept])
-        log_float = F.log_softmax(logits_float[row, kept], dim=-1)
-        log_int8 = F.log_softmax(logits_int8[row, kept], dim=-1)
-        top_float, top_int8 = log_float.argmax(dim=-1), log_int8.argmax(dim=-1)
-        sums = [
-            F.nll_loss(log_float, targets, reduction="sum"),
-            F.nll_loss(log_int8, targets, reduction="sum"),
-            F.kl_div(log_int8, log_float, reduction="sum", log_target=True),
-            (top_float == targets).sum(),
-            (top_int8 == targets).sum(),
-            (top_float == top_int8).sum(),
-        ]
-        results.append(np.array([float(value) for value in sums]))
+def _score_batch(
+    routed: FloatRouting, quantized: Mapping[str, Int8Routing], padding: int, batch: list[Window]
+) -> list[dict[str, tuple[Sums, Sums]]]:
+    """Returns for each window and each model ("" is float) its sums and, token by token, the divergence from float."""
+    ids = _padded(batch, padding)
+    logits_float, experts_float = routed.run(ids)
+    results: list[dict[str, tuple[Sums, Sums]]] = [{} for _ in batch]
+    for name, side in {"": None, **quantized}.items():
+        logits, experts = (logits_float, experts_float) if side is None else side.run(ids)
+        for row, window in enumerate(batch):
+            kept = slice(window.first, len(window.inputs))
+            targets = torch.from_numpy(window.targets[kept])
+            log = F.log_softmax(logits[row, kept], dim=-1)
+            sums = [F.nll_loss(log, targets, reduction="sum"), (log.argmax(dim=-1) == targets).sum()]
+            divergence = torch.zeros(0)
+            if side is not None:
+                log_float = F.log_softmax(logits_float[row, kept], dim=-1)
+                divergence = F.kl_div(log, log_float, reduction="none", log_target=True).sum(dim=-1)
+                same = (experts[:, row, kept] == experts_float[:, row, kept]).all(axis=-1).sum(axis=-1)
+                sums += [(log.argmax(dim=-1) == log_float.argmax(dim=-1)).sum(), *torch.from_numpy(same)]
+            results[row][name] = np.array([float(value) for value in sums]), divergence.double().numpy()
     return results
 
 

@@ -1,15 +1,18 @@
-"""What an exported graph really holds: operators, bytes by type, and no layer left float by accident.
+"""What an exported graph really holds: operators, bytes by type, and no layer left float, or made INT8, by accident.
 
 Reads the file itself, not what the exporter believes it wrote: tools that quantize in silence skip layers in silence.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 
 import onnx
+import torch
 from onnx import TensorProto
 from pydantic import BaseModel, ConfigDict
 
+from lm import blockwise
 from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.model import LanguageModel
@@ -49,10 +52,7 @@ def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
     expected = {}
     for name, layer in layers(model).items():
         scheme = plan.of(name)
-        parts = [name]
-        if isinstance(layer, Experts):
-            count = len(layer.gate_up_proj)
-            parts = [f"{name}.{index}.{part}" for index in range(count) for part in ("gate_up_proj", "down_proj")]
+        parts = list(_of_experts(name, layer)) if isinstance(layer, Experts) else [name]
         # Absorbed into the products around it, which read it as it was rounded.
         absorbed = name.endswith(".kv_b_proj") and not isinstance(scheme, Float)
         operator = "Cast" if absorbed else scheme.operator
@@ -67,7 +67,9 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     expected = expected_products(model, plan)
     meant = _routers(model) | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
     faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(graph, tensors)) - meant)]
-    faults += _missing_products(graph, tensors, expected) + _float_embeddings(graph, tensors, model)
+    faults += _missing_products(graph, tensors, expected | dict.fromkeys(sorted(_routers(model)), "MatMul"))
+    faults += _other_numerics(graph, tensors, expected) + _coarse_scales(tensors, model, plan)
+    faults += _float_embeddings(graph, tensors, model)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
     weights = [_weight(tensor) for tensor in tensors.values()]
@@ -110,6 +112,66 @@ def _missing_products(
     return [
         f"{name} is not read by {operator}" for name, operator in expected.items() if (name, operator) not in multiplied
     ]
+
+
+def _other_numerics(
+    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], expected: dict[str, str]
+) -> list[str]:
+    """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
+    makers = {output: node for node in graph.node for output in node.output}
+    faults = []
+    for node in graph.node:
+        for weight in expected.keys() & set(node.input):
+            if node.op_type == "MatMulInteger" and tensors[weight].data_type != TensorProto.INT8:
+                faults.append(f"{weight} is not signed, so its product runs 3 times slower")
+            if node.op_type == "MatMulInteger" and not _has_a_scale_a_token(makers, tensors, node.input[0]):
+                faults.append(f"{weight} meets activations without a scale a token in unsigned 8 bits")
+            if node.op_type == "MatMulNBits":
+                level = next((one.i for one in node.attribute if one.name == "accuracy_level"), 0)
+                if level != blockwise.ACCURACY_LEVEL:
+                    faults.append(f"{weight} is multiplied at accuracy level {level}, not {blockwise.ACCURACY_LEVEL}")
+    return sorted(faults)
+
+
+def _has_a_scale_a_token(
+    makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], activations: str
+) -> bool:
+    node = makers.get(activations)
+    while node is not None and node.op_type == "Gather":
+        # An expert takes its tokens from those that are quantized already.
+        node = makers.get(node.input[0])
+    if node is None or node.op_type != "QuantizeLinear":
+        return False
+    point = makers.get(node.input[2])
+    by_token = any(one.name == "axis" and one.i == 0 for one in node.attribute) and node.input[1] not in tensors
+    return by_token and point is not None and any(one.i == TensorProto.UINT8 for one in point.attribute)
+
+
+def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan) -> list[str]:
+    """Weights with fewer scales than their plan has: those of a whole matrix share one where a tool has it so."""
+    wanted = {
+        f"{name}.scales": len(module.weight) for name, module in model.named_modules() if isinstance(module, Embedding)
+    }
+    for name, layer in layers(model).items():
+        levels = plan.of(name).levels
+        if levels is None:
+            continue
+        weights = {name: layer.weight} if not isinstance(layer, Experts) else _of_experts(name, layer)
+        for part, weight in weights.items():
+            wanted[f"{part}.scales"] = len(weight) * math.ceil(weight.shape[1] / (levels.group or weight.shape[1]))
+    return [
+        f"{name} holds {found} scales, not {count}"
+        for name, count in wanted.items()
+        if (found := math.prod(tensors[name].dims) if name in tensors else 0) != count
+    ]
+
+
+def _of_experts(name: str, experts: Experts) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{index}.{part}": weight
+        for part in ("gate_up_proj", "down_proj")
+        for index, weight in enumerate(getattr(experts, part))
+    }
 
 
 def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
 from lm.model import LanguageModel
@@ -36,22 +37,34 @@ SCHEMES: dict[SchemeName, Scheme] = {
 
 
 class Trial(BaseModel):
-    """What one scheme loses of float's loss on the validation split, paired by window, before or after fine-tuning."""
+    """What one scheme does on the validation split, before or after fine-tuning.
+
+    ``relative_loss`` is the loss over float's, minus 1, paired by window; ``kl_divergence`` that from float, in nats a
+    token.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     scheme: SchemeName
     after: Literal["post-training", "fine-tuning"]
     relative_loss: Estimate
+    kl_divergence: Estimate
 
 
 class Quantization(BaseModel):
-    """``models/int8/quantization.json``: the scheme of the model, and all that was tried on the way to it."""
+    """``models/int8/quantization.json``: the scheme of the model, and all that was tried on the way to it.
+
+    ``rotated``, ``compensated``, ``fine_tuned``: what makes it more than the float model rounded as ``plan`` says.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     asked: str
     scheme: SchemeName
+    plan: str
+    rotated: bool
+    compensated: bool
+    fine_tuned: bool
     in_float: tuple[str, ...]
     windows: int
     trials: tuple[Trial, ...]
@@ -80,29 +93,42 @@ def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:
 
 
 class Measure:
-    """Losses on validation windows spread evenly over the split, those of the float model once."""
+    """A quantized model beside the float one on validation windows spread evenly over the split."""
 
     def __init__(self, model: LanguageModel, windows: WindowReader, params: QuantizeParams, world: World) -> None:
+        """``model`` is the float one, and nothing may change it."""
         self._windows, self._params, self._world = windows, params, world
         available = len(windows)
         self.count = min(params.validation_windows, available)
         self._chosen = np.arange(self.count) * available // self.count
-        self._float = self._losses(model)
+        self._float = model
 
-    def relative_loss(self, model: LanguageModel) -> Estimate:
-        """Returns the loss of ``model`` over the float model's, minus 1, with its 95% interval over windows."""
+    def trial(self, scheme: SchemeName, after: Literal["post-training", "fine-tuning"], model: LanguageModel) -> Trial:
+        """Returns how ``model`` compares, with 95% intervals over windows."""
+        ours, theirs, divergences = self._sums(model)
         bootstrap = Bootstrap(self.count, _RESAMPLES, self._params.seed)
-        return bootstrap.ratio(self._losses(model) - self._float, self._float)
+        tokens = np.full(self.count, float(self._windows.length))
+        return Trial(
+            scheme=scheme,
+            after=after,
+            relative_loss=bootstrap.ratio(ours - theirs, theirs),
+            kl_divergence=bootstrap.ratio(divergences, tokens),
+        )
 
     @torch.no_grad()
-    def _losses(self, model: LanguageModel) -> Values:
-        # Each process computes its share; the others' places are zero until all are summed.
+    def _sums(self, model: LanguageModel) -> Values:
+        # [3, windows]: the loss of the model, that of float, and the divergence. Each process computes its share; the
+        # others' places are zero until all are summed.
         world = self._world
-        losses = torch.zeros(self.count, dtype=torch.float64, device=world.device)
-        model.to(world.device).eval()
+        sums = torch.zeros(3, self.count, dtype=torch.float64, device=world.device)
+        for one in (model, self._float):
+            one.to(world.device).eval()
         for place in range(world.rank, self.count, world.size):
-            window = torch.from_numpy(self._windows.batch(self._chosen[place : place + 1])).to(world.device).long()
-            losses[place] = model.loss(window).double()
+            window = torch.from_numpy(self._windows.batch(self._chosen[place : place + 1])).to(world.device).long()[0]
+            ours, theirs = (F.log_softmax(one(window[None, :-1])[0].float(), dim=-1) for one in (model, self._float))
+            sums[0, place] = F.nll_loss(ours, window[1:], reduction="sum")
+            sums[1, place] = F.nll_loss(theirs, window[1:], reduction="sum")
+            sums[2, place] = F.kl_div(ours, theirs, reduction="sum", log_target=True)
         model.train()
-        summed: Values = world.sum(losses).cpu().numpy()
+        summed: Values = world.sum(sums).cpu().numpy()
         return summed

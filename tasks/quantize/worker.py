@@ -1,8 +1,13 @@
 """One quantizing process, as torchrun starts it. The first one exports the graph and audits it."""
 
+import numpy as np
+import torch
+
 from lm import hugging_face, onnx_model
+from lm.compensation import compensate
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
+from lm.rotation import rotate
 from tasks import atomic, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import Progress, progress
@@ -10,7 +15,7 @@ from tasks.quantize.audit import audit
 from tasks.quantize.params import CHECKPOINT_INPUTS, QuantizeParams
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
 from tasks.section import read_section
-from tasks.shards import Shards, read_manifest
+from tasks.shards import Shards, WindowReader, read_manifest
 from tasks.training import Curve, train
 from tasks.world import World
 
@@ -36,28 +41,50 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     checkpoints = Checkpoints("quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS))
     if here.is_first:
         checkpoints.forget_others()
-    model = hugging_face.load(paths.FLOAT)
-    check_in_float(model, params)
-    length = model.config.max_position_embeddings
+    original = hugging_face.load(paths.FLOAT)
+    check_in_float(original, params)
+    length = original.config.max_position_embeddings
     read, held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in ("train", "valid"))
-    measure = Measure(model, held_out, params, here)
+    measure = Measure(original, held_out, params, here)
     trials: list[Trial] = []
     curve = Curve()
     for name in params.candidates:
-        # Fine-tuning changes the weights, and comes last.
-        prepare(model, plan_of(name, params))
-        if SCHEMES[name].plan not in {SCHEMES[trial.scheme].plan for trial in trials}:
-            trials.append(Trial(scheme=name, after="post-training", relative_loss=measure.relative_loss(model)))
+        model = rounded(hugging_face.load(paths.FLOAT), plan_of(name, params), params, read, here, shown)
+        trials.append(measure.trial(name, "post-training", model))
         if SCHEMES[name].fine_tuned:
             curve = train(model, params, read, held_out, checkpoints, here, shown, "quantize")
-            trials.append(Trial(scheme=name, after="fine-tuning", relative_loss=measure.relative_loss(model)))
+            trials.append(measure.trial(name, "fine-tuning", model))
         high = trials[-1].relative_loss.high
         if high is not None and high < params.max_relative_loss:
             break
     found = Quantization(
-        asked=params.scheme, scheme=name, in_float=params.in_float, windows=measure.count, trials=tuple(trials)
+        asked=params.scheme,
+        scheme=name,
+        plan=SCHEMES[name].plan,
+        rotated=params.rotate,
+        compensated=params.compensate,
+        fine_tuned=SCHEMES[name].fine_tuned,
+        in_float=params.in_float,
+        windows=measure.count,
+        trials=tuple(trials),
     )
     return model, found, curve
+
+
+def rounded(
+    model: LanguageModel, plan: Plan, params: QuantizeParams, windows: WindowReader, here: World, shown: Progress
+) -> LanguageModel:
+    """Prepares the float ``model`` for ``plan`` in place: its spaces turned and its weights rounded as params say."""
+    if params.rotate:
+        rotate(model)
+    model.to(here.device)
+    if not params.compensate:
+        return prepare(model, plan)
+    count = min(params.calibration_windows, len(windows))
+    # Spread evenly over the training split. Every process does the same, so that no state has to be sent.
+    chosen = torch.from_numpy(windows.batch(np.arange(count) * len(windows) // count)).to(here.device).long()
+    shown.begin("rounding")
+    return compensate(model, plan, chosen[:, :-1], lambda done, blocks: shown.update(done, blocks, "blocks"))
 
 
 def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tasks.bootstrap import Bootstrap
 from tasks.evaluate import baselines, report
 from tasks.evaluate.ngram import UNICODE, NGram
-from tasks.evaluate.score import COLUMNS, Scores, windows_of
+from tasks.evaluate.score import Marks, Quantized, Scores, windows_of
 
 
 @settings(deadline=None)
@@ -90,12 +90,29 @@ def test_a_paired_difference_has_a_narrower_interval_than_its_parts() -> None:
 
 
 def test_bits_per_byte_leave_special_tokens_out() -> None:
-    table = np.zeros((2, len(COLUMNS)))
-    table[:, COLUMNS.index("tokens")], table[:, COLUMNS.index("bytes")] = 10, 40
-    table[:, COLUMNS.index("nats_float")] = table[:, COLUMNS.index("nats_int8")] = 40 * math.log(2)
-    models = report.models(Scores(table), Bootstrap(2, 100, 0))
+    nats, none = np.full(2, 40 * math.log(2)), np.zeros(2)
+    same = Quantized(nats, none, [np.zeros(10), np.zeros(10)], none, np.zeros((2, 0)))
+    scores = Scores(np.full(2, 10.0), np.full(2, 40.0), Marks(nats, none), {"int8": same})
+    models = report.models(scores, Bootstrap(2, 100, 0), ())
     assert models.float.bits_per_byte.value == 1.0
     assert models.float.nats_per_token.value == pytest.approx(4 * math.log(2), abs=1e-6)
+
+
+def test_a_quantiles_interval_is_that_of_theory() -> None:
+    # Documents of ten values each: the quantile of 4,000 independent values, and its interval by their ranks.
+    values = np.random.default_rng(3).uniform(0, 1, (400, 10))
+    estimate = Bootstrap(400, 1000, 0).quantile(list(values), 0.9)
+    assert estimate.value == pytest.approx(np.quantile(values, 0.9, method="inverted_cdf"), abs=1e-6)
+    half = 1.96 * math.sqrt(0.9 * 0.1 / 4000)
+    assert estimate.low == pytest.approx(estimate.value - half, abs=0.004)
+    assert estimate.high == pytest.approx(estimate.value + half, abs=0.004)
+
+
+def test_a_quantiles_interval_is_wide_where_whole_documents_are_alike() -> None:
+    alike = [np.full(10, value) for value in np.random.default_rng(4).uniform(0, 1, 40)]
+    estimate = Bootstrap(40, 1000, 0).quantile(alike, 0.9)
+    assert estimate.high - estimate.low > 2 * 1.96 * math.sqrt(0.9 * 0.1 / 400)
+    assert Bootstrap(1, 1000, 0).quantile(alike[:1], 0.9).low is None
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +154,57 @@ def test_int8_is_close_to_float_but_not_the_same_numbers(project: Path) -> None:
     measured = json.loads((project / "models/evaluation.json").read_text())
     int8 = measured["models"]["int8"]
     assert 0 < int8["kl_divergence"]["value"] < 0.1
+    assert 0 < int8["kl_divergence"]["value"] < int8["kl_divergence_99"]["value"] < 1
+    for estimate in (int8["kl_divergence"], int8["kl_divergence_99"], int8["same_top_1"]):
+        assert estimate["low"] < estimate["value"] < estimate["high"]
     assert 0.5 < int8["same_top_1"]["value"] <= 1
+    # The second layer is the first with experts.
+    (layer,) = int8["same_experts"]
+    assert layer["layer"] == 1
+    assert 0.5 < layer["share"]["low"] <= layer["share"]["value"] < 1
     assert int8["bits_per_byte"] != measured["models"]["float"]["bits_per_byte"]
+
+
+def test_a_fine_tuned_model_stands_beside_the_float_one_that_was_only_rounded(project: Path) -> None:
+    import torch
+
+    from lm import hugging_face
+    from lm.quantization import PLANS, prepare
+    from tasks.shards import Shards, read_manifest
+
+    measured = json.loads((project / "models/evaluation.json").read_text())["models"]
+    assert measured["post_training"]["kl_divergence"]["value"] < 0.5 * measured["int8"]["kl_divergence"]["value"]
+    model = prepare(hugging_face.load(project / "models/float"), PLANS["per-token-8"]).eval()
+    nats = tokens = 0.0
+    with torch.no_grad():
+        for document, _ in Shards(project / "data/shards", read_manifest(project / "data/shards"), "test").documents():
+            ids = torch.from_numpy(document.astype(np.int64))
+            for window in windows_of(0, document.astype(np.int64), 16):
+                losses = -model(torch.from_numpy(window.inputs)[None])[0].log_softmax(-1)
+                nats += float(losses[range(len(window.targets)), window.targets][window.first :].sum())
+            tokens += len(ids) - 1
+    assert measured["post_training"]["nats_per_token"]["value"] == pytest.approx(nats / tokens, abs=3e-4)
+
+
+def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(candidate, folder)
+    tiny.write_champion(folder)
+    tiny.write_params(folder, quantize__scheme="dynamic", quantize__rotate=False, quantize__compensate=False)
+    for stage in ("quantize", "evaluate"):
+        code, output = tiny.run(stage, folder)
+        assert code == 0, output
+    assert json.loads((folder / "models/evaluation.json").read_text())["models"]["post_training"] is None
+
+
+def test_a_folder_that_does_not_say_how_it_was_made_names_the_stage_to_run(candidate: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(candidate, folder)
+    tiny.write_champion(folder)
+    (folder / "models/int8/quantization.json").unlink()
+    code, output = tiny.run("evaluate", folder)
+    assert code == 2
+    assert "quantization.json: missing, or of another version. Rerun the stage 'quantize'." in tiny.error_line(output)
 
 
 def test_a_missing_model_names_the_stage_to_run(tmp_path: Path) -> None:
