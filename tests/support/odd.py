@@ -82,7 +82,8 @@ def make_model(**changes: Any) -> LanguageModel:
     model.initialize(3)
     generator = torch.Generator().manual_seed(4)
     for router in model.routers():
-        router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
     return model.eval()
 
 
