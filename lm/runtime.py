@@ -121,8 +121,13 @@ class Generator:
         with _named(folder / "tokenizer.json") as tokenizer:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
-            # The longest text, in tokens, that the model was trained on and has positions for.
-            self.context: int = json.loads(config.read_text())["max_position_embeddings"]
+            found = json.loads(config.read_text())
+            # The longest text, in tokens, that the model has positions for.
+            self.context: int = found["max_position_embeddings"]
+            # And the longest that it was trained on last.
+            self.window: int = found.get("training_length") or self.context
+            # A text begins with the first; it ends at either, since in training the next one follows.
+            self._ids = [id_ for name in ("bos_token_id", "eos_token_id") if (id_ := found.get(name)) is not None]
 
     def new_cache(self, batch: int = 1) -> Cache:
         """Returns the cache before the first token of ``batch`` texts."""
@@ -200,23 +205,25 @@ class Generator:
             cache.lengths = np.where(counts == 0, 0, cache.lengths)
 
     def _row(self, request: Request) -> "_Row":
-        ids = self.tokenizer.encode(request.prompt).ids
+        ids = [self._ids[0], *self.tokenizer.encode(request.prompt, add_special_tokens=False).ids]
         if len(ids) >= self.context:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, and the model reads at most {self.context}, its answer included; "
                 "shorten the prompt"
             )
-        return _Row(self.tokenizer, request, ids, self.context)
+        return _Row(self.tokenizer, request, ids, self.context, frozenset(self._ids))
 
 
 class _Row:
     """One text as it is written. ``ids`` is its prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, ids: list[int], context: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, request: Request, ids: list[int], context: int, ends: frozenset[int]
+    ) -> None:
         self.ids = ids
         self.done: Done | None = None
         self._tokenizer, self._request = tokenizer, request
-        self._end_of_text = ids[0]  # the one special token begins and ends every document
+        self._ends = ends
         self._random = np.random.default_rng(request.sampling.seed)
         self._written: list[int] = []
         self._room = min(request.max_new_tokens, context - len(ids))
@@ -228,7 +235,7 @@ class _Row:
     def advance(self, logits: Logits) -> tuple[int, str]:
         """Returns the next token for ``logits`` [vocabulary], and what can be told now."""
         token = self._request.sampling.draw(logits, np.array(self.ids + self._written, np.int64), self._random)
-        if token == self._end_of_text:
+        if token in self._ends:
             return token, self._end("end of text", len(self._text))
         self._written.append(token)
         self._half.append(token)

@@ -62,9 +62,7 @@ def score(
     ids = [tokens.astype(np.int64) for tokens, _ in documents]
     model.eval()
     progress.begin("scoring")
-    sums = _sum_windows(
-        partial(_score_batch, model, int8), ids, model.config.max_position_embeddings, threads, progress
-    )
+    sums = _sum_windows(partial(_score_batch, model, int8), ids, model.config.window, threads, progress)
     sizes = [[len(tokens) - 1, size] for tokens, size in documents]
     return Scores(np.hstack([np.array(sizes, dtype=np.float64), sums]))
 
@@ -73,7 +71,7 @@ def nats_of(int8: Generator, documents: list[Ids], threads: int, progress: Progr
     """Returns the loss of an INT8 model on each of ``documents`` (its own tokens, BOS first), in nats: [documents]."""
     progress.begin("champion")
     padding = int(documents[0][0])
-    return _sum_windows(partial(_nats_of_batch, int8, padding), documents, int8.context, threads, progress)[:, 0]
+    return _sum_windows(partial(_nats_of_batch, int8, padding), documents, int8.window, threads, progress)[:, 0]
 
 
 def _sum_windows(

@@ -1,6 +1,7 @@
 """One quantizing process, as torchrun starts it. The first one exports the graph and audits it."""
 
 from lm import hugging_face, onnx_model
+from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
 from tasks import atomic, inputs, paths, stage, world
@@ -14,7 +15,7 @@ from tasks.shards import Shards, read_manifest
 from tasks.training import Curve, train
 from tasks.world import World
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+COPIED = ("config.json", "tokenizer.json")
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         checkpoints.forget_others()
     model = hugging_face.load(paths.FLOAT)
     check_in_float(model, params)
-    length = model.config.max_position_embeddings
+    length = model.config.window
     read, held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in ("train", "valid"))
     measure = Measure(model, held_out, params, here)
     trials: list[Trial] = []
@@ -64,7 +65,7 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
         graph = folder / paths.INT8_GRAPH.name
         onnx_model.export(model, plan, graph)
         report = audit(graph, model, plan)
-        for name in COPIED:
+        for name in (*COPIED, *(name for name in COMPANIONS if (paths.FLOAT / name).is_file())):
             (folder / name).write_bytes((paths.FLOAT / name).read_bytes())
         (folder / "curve.csv").write_text(curve.to_csv())
         atomic.write_json(folder / paths.AUDIT.name, report.model_dump())
