@@ -90,6 +90,8 @@ def fetch(root: Path, commit: str, output: Path, folder: Path, names: Collection
     They come from DVC's cache or a remote, each verified. Raises :class:`UserMistake` that names one that is lost.
     """
     outputs = [one for one in contents.recorded(root, commit) if one.path == output]
+    if not outputs:
+        raise UserMistake(f"commit {commit[:12]} records no {output}")
     scratch = root / paths.SCRATCH / "champion"
     with dvc.store(root, restore.remote(root)) as store:
         fetched = restore.place(store, outputs, scratch, root, lambda done, total: None)

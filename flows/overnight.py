@@ -234,6 +234,9 @@ class Night:
         if (root / pointer).exists() and not (root / paths.RAW).exists():
             # Else what is gone at the sources by now would be left out of the next version without a word.
             self._restore_raw(pointer)
+        if (root / init.POINTER).exists() and not (root / paths.INIT).exists():
+            # As with the text: a checkpoint that has gone from where it was is still that of the project.
+            self._execute(COLLECT, dvc.checkout_command(root, self._params.publish.data_remote, init.POINTER))
         command = [sys.executable, "-m", "tasks.collect", "--relative-to", str(worktree.main(root))]
         self._execute(COLLECT, command, dvc.classify_stage)
         report = read_report(root)

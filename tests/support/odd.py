@@ -95,3 +95,18 @@ def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_mo
     onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
     (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
     return folder
+
+
+def write_checkpoint(folder: Path, make: Callable[..., LanguageModel] = make_grouped, **changes: Any) -> LanguageModel:
+    """Writes a checkpoint over bytes into ``folder``, as people publish them; returns its model.
+
+    Its embedding has more rows than the tokenizer has tokens, and a template of a chat lies beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.write_tokenizer(folder / "made.json")
+    ends = {"bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1}
+    model = make(**{"vocab_size": tiny.VOCAB + 7, **ends, **changes})
+    hugging_face.save(model, folder / "made.json", folder)
+    (folder / "made.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return model
