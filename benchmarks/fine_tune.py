@@ -35,16 +35,16 @@ from tasks.evaluate.score import windows_of  # noqa: E402
 from tasks.shards import Shards, read_manifest  # noqa: E402
 
 TRAINING = {
-    "model": None, "steps": 20, "global_batch": 4, "micro_batch": 2, "seq_len": 256, "learning_rate": 1e-4,
-    "bias_update_rate": 0.0, "validate_every": 20, "validation_windows": 2, "world_size": 1,
+    "model": None, "steps": 20, "global_batch": 2, "micro_batch": 2, "seq_len": 128, "learning_rate": 1e-4,
+    "bias_update_rate": 0.0, "validate_every": 20, "validation_windows": 1, "world_size": 1,
 }  # fmt: skip
-LENGTH = 256
+LENGTH = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=16_384, help="of held-out text to measure on")
+    parser.add_argument("--tokens", type=int, default=2_048, help="of held-out text to measure on")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
