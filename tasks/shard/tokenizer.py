@@ -29,14 +29,11 @@ class BytePairTokenizer:
     def __init__(self, ranks: Ranks) -> None:
         """``ranks`` gives each token its id: first the 256 bytes, then the merges in the order of training."""
         self.ranks = ranks
-        self.bos_token_id = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self.bos_token_id = self.eos_token_id = len(ranks)
         self._encoding = tiktoken.Encoding(
             "overnight", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.bos_token_id}
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.ranks) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, on all cores, without the special token: its name in a text is plain text."""
