@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 
-from lm import hugging_face, onnx_model
+from lm import config_json, onnx_model
 from lm.config import GroupedConfig, LatentConfig
 from lm.model import LanguageModel
 from lm.quantization import PLANS
@@ -92,5 +92,5 @@ def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_mo
     tiny.write_tokenizer(folder / "tokenizer.json")
     model = make(vocab_size=tiny.VOCAB, bos_token_id=tiny.VOCAB - 1, eos_token_id=tiny.VOCAB - 1)
     onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
-    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    (folder / "config.json").write_text(json.dumps(config_json.config_to_json(model.config)))
     return folder
