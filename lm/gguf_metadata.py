@@ -137,8 +137,9 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         return config
     except ValidationError as error:
         first = error.errors()[0]
+        told = first["msg"].removeprefix("Value error, ")
         where = ".".join(str(step) for step in first["loc"])
-        raise Unfit(f"its metadata make no model: {where + ': ' if where else ''}{first['msg']}") from None
+        raise Unfit(f"its metadata make no model: {where + ': ' if where else ''}{told}") from None
 
 
 def _scaling(found: Mapping[str, Any], config: GroupedConfig, factors: Array) -> RopeScaling:

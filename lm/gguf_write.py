@@ -3,8 +3,11 @@
 Imports no torch: weights go through numpy, a part at a time, so that a model need not fit into memory.
 """
 
+import contextlib
+import errno
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,9 +45,11 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
     in ``folder`` that is at fault.
     """
     config = _config(folder / "config.json")
+    with _named(folder / "config.json"):
+        described = metadata(config)
     writer = gguf.GGUFWriter(path, architecture(config))
     try:
-        values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **metadata(config)}
+        values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **described}
         _add(writer, values)
         _add_tokenizer(writer, folder / "tokenizer.json", config)
         _write_tensors(writer, folder / "model.safetensors", config, kind)
@@ -52,11 +57,25 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
         writer.close()
 
 
-def _config(path: Path) -> ModelConfig:
+def check(folder: Path) -> None:
+    """Raises :class:`Unfit` that names the file in ``folder`` that is damaged, or lacks or has too many tensors."""
+    config = _config(folder / "config.json")
+    with _named(folder / "model.safetensors", SafetensorError) as path, safe_open(path, framework="numpy") as file:
+        check_names({source for part in parts(config) for source in part.sources}, file.keys())
+
+
+@contextlib.contextmanager
+def _named(path: Path, *faults: type[Exception]) -> Iterator[Path]:
+    told: tuple[type[Exception], ...] = (Unfit, *faults)
     try:
-        return config_from_json(json.loads(path.read_text()))
-    except (ValueError, KeyError) as error:
+        yield path
+    except told as error:
         raise Unfit(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _config(path: Path) -> ModelConfig:
+    with _named(path, ValueError, KeyError):
+        return config_from_json(json.loads(path.read_text()))
 
 
 def _add(writer: gguf.GGUFWriter, values: dict[str, Value]) -> None:
@@ -68,10 +87,8 @@ def _add(writer: gguf.GGUFWriter, values: dict[str, Value]) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> None:
-    try:
+    with _named(path, ValueError, KeyError):
         known = vocabulary(path.read_text(), config.vocab_size, config.bos_token_id)
-    except (ValueError, KeyError) as error:
-        raise Unfit(f"{path}: {' '.join(str(error).split())}") from None
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(known.pre)
     writer.add_token_list(known.tokens)
@@ -86,27 +103,32 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> 
 
 def _write_tensors(writer: gguf.GGUFWriter, path: Path, config: ModelConfig, kind: Kind) -> None:
     wanted = parts(config)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            check_names({source for part in wanted for source in part.sources}, file.keys())
-            for part in wanted:
-                # GGUF tells all shapes before the first tensor.
-                shapes = [tuple(file.get_slice(source).get_shape()) for source in part.sources]
-                for name, tensor in zip(
-                    part.names, _changed(part, [np.ones(s, np.float32) for s in shapes]), strict=True
-                ):
-                    _announce(writer, name, tensor.shape, _kind_of(part, name, tensor.shape, kind))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for part in wanted:
-                tensors = _changed(part, [file.get_tensor(source).astype(np.float32) for source in part.sources])
-                for name, tensor in zip(part.names, tensors, strict=True):
+    with _named(path, SafetensorError), safe_open(path, framework="numpy") as file:
+        check_names({source for part in wanted for source in part.sources}, file.keys())
+        for part in wanted:
+            # GGUF tells all shapes before the first tensor.
+            shapes = [np.ones(file.get_slice(source).get_shape(), np.float32) for source in part.sources]
+            for name, tensor in zip(part.names, _changed(part, shapes), strict=True):
+                _announce(writer, name, tensor.shape, _kind_of(part, name, tensor.shape, kind))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for part in wanted:
+            tensors = _changed(part, [file.get_tensor(source).astype(np.float32) for source in part.sources])
+            for name, tensor in zip(part.names, tensors, strict=True):
+                with _short_write_is_told():
                     writer.write_tensor_data(_encoded(name, tensor, _kind_of(part, name, tensor.shape, kind)))
-    except Unfit as error:
-        raise Unfit(f"{path}: {error}") from None
-    except SafetensorError as error:
-        raise Unfit(f"{path}: {' '.join(str(error).split())}") from None
+
+
+@contextlib.contextmanager
+def _short_write_is_told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy says how many numbers it could not write, and not why.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _changed(part: Part, tensors: Sequence[Array]) -> list[Array]:
