@@ -43,6 +43,17 @@ PIECES: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_GPT_2],
 }
 
+# As Overnight's own tokenizer writes the first of these: it ignores no case, and takes spaces 100,000 at a time.
+_OURS = [
+    _split(
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+        + _WORDS
+        + r"|\p{N}{1,3}"
+        + _REST.replace(r"\s+(?!", r"\s{1,100000}(?!")
+    ),
+    _BYTES,
+]
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -72,7 +83,8 @@ def vocabulary(content: str, size: int, bos_token_id: int) -> Vocabulary:
     if any(step["type"] != "NFC" for step in _steps(parsed["normalizer"], "normalizers")):
         raise Unfit("it changes texts before it cuts them (its normalizer), which llama.cpp does not")
     steps = [_essence(step) for step in _steps(parsed["pre_tokenizer"], "pretokenizers")]
-    names = [name for name, known in PIECES.items() if [_essence(step) for step in known] == steps]
+    ways = [*PIECES.items(), ("llama-bpe", _OURS)]
+    names = [name for name, known in ways if [_essence(step) for step in known] == steps]
     if not names:
         raise Unfit(f"it cuts texts as none of the ways that llama.cpp knows does; known are {', '.join(PIECES)}")
     if not model["merges"]:

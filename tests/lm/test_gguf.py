@@ -1,6 +1,7 @@
 """GGUF: llama.cpp writes and reads the same tokens as the model that went in, and the same model comes out again."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import gguf
@@ -17,6 +18,7 @@ from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
 from lm.config import RopeScaling
 from lm.gguf_tensors import Unfit
 from lm.model import LanguageModel
+from tasks.shard.tokenizer import BytePairTokenizer, train
 
 SIZE = 330
 IDS = {"vocab_size": SIZE, "bos_token_id": SIZE - 1, "eos_token_id": SIZE - 1}
@@ -117,6 +119,34 @@ def test_llama_cpp_reads_texts_in_the_same_tokens(pre: str, tmp_path: Path) -> N
     content = gguf_file.load(path).tokenizer
     assert content is not None
     assert [Tokenizer.from_str(content).encode(text).ids for text in HARD] == expected
+
+
+def test_llama_cpp_reads_texts_in_the_tokens_of_our_own_tokenizer(tmp_path: Path) -> None:
+    own = train([*HARD, "and it came to pass, in the 12 days; "], SIZE)
+    hugging_face.save(odd.make_grouped(**IDS), write(tmp_path / "tokenizer", own.to_json()), tmp_path)
+    expected = [[SIZE - 1, *ids] for ids in own.encode(HARD)]
+    assert llama_cpp.tokenized(written(tmp_path), HARD) == expected
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+def test_llama_cpp_and_tiktoken_agree_on_what_is_a_letter_a_digit_and_a_space(tmp_path: Path) -> None:
+    # As in tests/tasks/test_shard.py: a merge shows whether a character joined its neighbour's piece.
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for neighbour in b"a1! ":
+        for lead in range(0x80, 0x100):
+            ranks[bytes([neighbour, lead])] = len(ranks)
+    probe = BytePairTokenizer(ranks)
+    size = {"vocab_size": len(ranks) + 1, "bos_token_id": len(ranks), "eos_token_id": len(ranks)}
+    hugging_face.save(odd.make_grouped(**size), write(tmp_path / "tokenizer", probe.to_json()), tmp_path)
+    # What Python's Unicode does not know yet, llama.cpp may know or not.
+    known = [char for char in map(chr, range(0x80, 0x32000, 5)) if unicodedata.category(char) not in ("Cn", "Cs")]
+    texts = ["".join(f"{neighbour}{char}x\n" for char in known) for neighbour in "a1! "]
+    expected = [[len(ranks), *ids] for ids in probe.encode(texts)]
+    assert llama_cpp.tokenized(written(tmp_path), texts) == expected
 
 
 def changed(tokenizer: Path, **changes: object) -> str:
