@@ -9,10 +9,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +23,7 @@ from lm.gguf_metadata import Value, architecture, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
 
+Encoded = npt.NDArray[Any]
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
 _KINDS: dict[Kind, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -116,19 +118,19 @@ def _write_tensors(writer: gguf.GGUFWriter, path: Path, config: ModelConfig, kin
         for part in wanted:
             tensors = _changed(part, [file.get_tensor(source).astype(np.float32) for source in part.sources])
             for name, tensor in zip(part.names, tensors, strict=True):
-                with _short_write_is_told():
-                    writer.write_tensor_data(_encoded(name, tensor, _kind_of(part, name, tensor.shape, kind)))
+                _write_whole(writer, _encoded(name, tensor, _kind_of(part, name, tensor.shape, kind)))
 
 
-@contextlib.contextmanager
-def _short_write_is_told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # numpy says how many numbers it could not write, and not why.
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+def _write_whole(writer: gguf.GGUFWriter, tensor: Encoded) -> None:
+    assert writer.fout is not None
+    (file,) = writer.fout
+    # The library leaves it to numpy, which on a full disk says nothing, or how much is missing but not why.
+    end = writer.ggml_pad(writer.ggml_pad(file.tell(), writer.data_alignment) + tensor.nbytes, writer.data_alignment)
+    with contextlib.suppress(OSError):
+        writer.write_tensor_data(tensor)
+        file.flush()
+    if os.fstat(file.fileno()).st_size < end:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def _changed(part: Part, tensors: Sequence[Array]) -> list[Array]:
@@ -152,7 +154,7 @@ def _announce(writer: gguf.GGUFWriter, name: str, shape: Sequence[int], kind: GG
     writer.add_tensor_info(name, rows, np.dtype(np.uint8), int(np.prod(rows)), kind)
 
 
-def _encoded(name: str, tensor: Array, kind: GGMLQuantizationType) -> np.ndarray:
+def _encoded(name: str, tensor: Array, kind: GGMLQuantizationType) -> Encoded:
     tensor = np.ascontiguousarray(tensor)
     with np.errstate(over="ignore"):
         encoded = gguf.quants.quantize(tensor, kind)

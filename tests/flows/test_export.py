@@ -133,11 +133,17 @@ def test_a_damaged_model_is_named_and_leaves_nothing(root: Path, to: str, file: 
     assert not any(path.is_file() for path in (root / ".overnight").rglob("*"))
 
 
-@pytest.mark.parametrize(("to", "name"), [("gguf", "model.gguf"), ("hf", "folder")])
-def test_a_full_disk_leaves_nothing(root: Path, small_disk: Any, to: str, name: str) -> None:
-    small_disk(root / "disk", 64)
+@pytest.mark.parametrize(
+    ("to", "name", "type_", "kibibytes"),
+    [("gguf", "model.gguf", "f32", 4), ("gguf", "model.gguf", "f32", 40), ("hf", "folder", None, 64)],
+    ids=["before the tensors", "inside a tensor", "a folder"],
+)
+def test_a_full_disk_leaves_nothing(
+    root: Path, small_disk: Any, to: str, name: str, type_: str | None, kibibytes: int
+) -> None:
+    small_disk(root / "disk", kibibytes)
     with pytest.raises(DiskFull, match=rf"disk/{name}: the disk is full"):
-        exported(root, to, root / "disk" / name)
+        exported(root, to, root / "disk" / name, type_)
     assert list((root / "disk").iterdir()) == []
 
 
