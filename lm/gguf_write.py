@@ -126,9 +126,12 @@ def _write_whole(writer: gguf.GGUFWriter, tensor: Encoded) -> None:
     (file,) = writer.fout
     # The library leaves it to numpy, which on a full disk says nothing, or how much is missing but not why.
     end = writer.ggml_pad(writer.ggml_pad(file.tell(), writer.data_alignment) + tensor.nbytes, writer.data_alignment)
-    with contextlib.suppress(OSError):
+    try:
         writer.write_tensor_data(tensor)
         file.flush()
+    except OSError as error:
+        if error.errno is not None:
+            raise
     if os.fstat(file.fileno()).st_size < end:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
