@@ -92,7 +92,7 @@ def write(shape: str, side: str, folder: Path) -> float:
     import tiny
     from pydantic import TypeAdapter
 
-    from lm import hugging_face, onnx_model
+    from lm import hugging_face, hugging_face_config, onnx_model
     from lm.config import ModelConfig
     from lm.model import LanguageModel
     from lm.quantization import PLANS, Plan
@@ -109,7 +109,7 @@ def write(shape: str, side: str, folder: Path) -> float:
         plan = PLANS[SIDES[side]] if side in SIDES else Plan(Float(), Float())
         onnx_model.export(model, plan, folder / "model.onnx")
         tiny.write_tokenizer(folder / "tokenizer.json")
-        (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+        (folder / "config.json").write_text(json.dumps(hugging_face_config.config_to_json(model.config)))
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
 
 

@@ -14,10 +14,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tasks.errors import BadParameter
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pieces (Radford et al. 2019) without the English contractions, with combining marks beside their letters and
-# digits in threes. No piece is longer than 64 characters: on an unbounded run of spaces the look-ahead makes tiktoken
-# panic with a stack overflow, and one endless "word" would dominate the time of training.
-PATTERN = r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,64}|\s{1,64}(?!\S)|\s"
+# Llama 3's pieces: English contractions, words with one character before them, digits in threes, other signs with the
+# ends of their lines, spaces. llama.cpp knows them by name (lm.gguf_tokenizer), and can be told no others. It has no
+# long s (ſ) in contractions, so neither case is ignored here. Spaces come 100,000 at a time: on an unbounded run the
+# look-ahead makes tiktoken panic with a stack overflow.
+PATTERN = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s{1,100000}(?!\S)|\s+"
+)
 _BYTES = 256
 
 Ranks = dict[bytes, int]

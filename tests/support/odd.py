@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 
-from lm import hugging_face, onnx_model
+from lm import hugging_face, hugging_face_config, onnx_model
 from lm.config import GroupedConfig, LatentConfig
 from lm.model import LanguageModel
 from lm.quantization import PLANS
@@ -95,7 +95,7 @@ def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_mo
         **{"vocab_size": tiny.VOCAB, "bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1, **changes}
     )
     onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
-    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    (folder / "config.json").write_text(json.dumps(hugging_face_config.config_to_json(model.config)))
     return folder
 
 
