@@ -28,7 +28,8 @@ _CHUNK = 2**20
 class Init(BaseModel):
     """``init.json``: ``init`` is ``train.init`` as it was; ``version`` and ``commit`` are those of the version there.
 
-    ``files`` has the 128-bit XXH3 digest of each file beside it; none where training starts from scratch.
+    ``files`` has the 128-bit XXH3 digest of each file beside it; none where training starts from scratch. ``unpacked``
+    is that of the GGUF file that they were unpacked from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,11 +37,12 @@ class Init(BaseModel):
     init: str
     version: str | None = None
     commit: str | None = None
+    unpacked: str | None = None
     files: Mapping[str, str] = {}
 
 
 def kind(init: str) -> Kind:
-    """Returns what the value of ``train.init`` means: ``checkpoint`` for the path of a folder."""
+    """Returns what the value of ``train.init`` means: ``checkpoint`` for the path of a folder or a file."""
     if init == SCRATCH:
         return "scratch"
     return "previous" if init == PREVIOUS else "checkpoint"

@@ -1,8 +1,13 @@
-"""Copies the checkpoint that ``train.init`` names into ``models/init``, where that is not what lies there already."""
+"""Brings the checkpoint that ``train.init`` names into ``models/init``, where that is not what lies there already.
+
+A folder in Hugging Face layout is copied, a GGUF file unpacked into one.
+"""
 
 import shutil
+import tempfile
 from pathlib import Path
 
+from lm.gguf_tensors import Unfit
 from lm.hugging_face_files import checkpoint_files
 from tasks import atomic, init, paths
 from tasks.collect.report import InitReport
@@ -24,24 +29,50 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
         if held is None:
             raise BadParameter(
                 f"{paths.PARAMS}: train.init: {wanted!r} is neither scratch nor previous, and there is no such folder "
-                f"({source}). Name a folder in Hugging Face layout."
+                f"({source}). Name a folder in Hugging Face layout, or a GGUF file."
             )
         return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
+    known = (root / paths.INIT_RECORD).is_file()
     if not source.is_dir():
-        raise BadParameter(
-            f"{paths.PARAMS}: train.init: {wanted!r} is a file; name the folder in Hugging Face layout (config.json, "
-            "tokenizer.json, model.safetensors)."
-        )
+        unpacked = _digests([source])[source.name]
+        if held is not None and held.unpacked == unpacked:
+            return InitReport(state="unchanged")
+        with atomic.folder(root / paths.INIT) as folder:
+            _unpack(source, folder)
+            init.write_record(folder, init.Init(init=wanted, unpacked=unpacked))
+        return InitReport(state="changed" if known else "new")
     with init.unusable_is_told(source, "Mend the folder, or name another in train.init."):
         files = checkpoint_files(source)
     if held is not None and dict(held.files) == _digests(files):
         return InitReport(state="unchanged")
-    known = (root / paths.INIT_RECORD).is_file()
     with atomic.folder(root / paths.INIT) as folder:
         for file in files:
             shutil.copyfile(file, folder / file.name)
         init.write_record(folder, init.Init(init=wanted))
     return InitReport(state="changed" if known else "new")
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    """Writes the model in a GGUF file into ``folder`` as a checkpoint in Hugging Face layout, in fp32."""
+    # They import torch, which takes seconds.
+    from lm import gguf_file, hugging_face
+    from lm.model import LanguageModel
+
+    try:
+        loaded = gguf_file.load(source)
+    except Unfit as error:
+        raise BadInput(f"{error}. Name another file in train.init, or a folder in Hugging Face layout.") from None
+    if loaded.tokenizer is None:
+        raise BadInput(
+            f"{source}: its tokenizer cuts texts in a way that is not known here, and a model needs the one that it "
+            "was trained with. Name the folder in Hugging Face layout that the file was made from."
+        )
+    model = LanguageModel(loaded.config)
+    model.load_state_dict(loaded.state)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch) / "tokenizer.json"
+        tokenizer.write_text(loaded.tokenizer)
+        hugging_face.save(model, tokenizer, folder)
 
 
 def _held(root: Path, wanted: str) -> init.Init | None:

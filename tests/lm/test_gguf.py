@@ -15,14 +15,20 @@ from texts import HARD, write_trained_tokenizer
 from tokenizers import Tokenizer
 
 from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
-from lm.config import RopeScaling
+from lm.config import Llama3Scaling
 from lm.gguf_tensors import Unfit
 from lm.model import LanguageModel
 from tasks.shard.tokenizer import BytePairTokenizer, train
 
 SIZE = 330
 IDS = {"vocab_size": SIZE, "bos_token_id": SIZE - 1, "eos_token_id": SIZE - 1}
-LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 MODELS = {
     "llama": (odd.make_grouped, {}),
     "llama, stretched and tied": (odd.make_grouped, {"rope_scaling": LLAMA_3, "tie_word_embeddings": True}),
@@ -237,7 +243,7 @@ def test_rope_factors_of_llama_3_are_read_without_our_keys(tmp_path: Path) -> No
     model, folder = make_checkpoint(tmp_path, rope_theta=500000.0, head_dim=64, rope_scaling=scaling)
     path = written(folder)
     reader = gguf.GGUFReader(path)
-    assert all(f"overnight.{name}" in reader.fields for name in RopeScaling.model_fields)
+    assert all(f"overnight.{name}" in reader.fields for name in Llama3Scaling.model_fields)
     foreign = edited_without_own(path, tmp_path / "foreign.gguf")
     assert gguf_file.load(foreign).config == model.config.model_copy(update={"initializer_range": 0.02})
 

@@ -10,10 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from odd import make_model, write_checkpoint
+import torch
+from odd import make_grouped, make_model, write_checkpoint
 from safetensors.torch import load_file, save_file
+from texts import write_trained_tokenizer
+from tokenizers import Tokenizer
 
-from lm import hugging_face
+from lm import gguf_write, hugging_face
+from lm.gguf_tokenizer import PIECES
 from lm.runtime import Generator
 from tasks import init, paths
 from tasks.collect.init import collect_init
@@ -125,8 +129,35 @@ def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
 
 def test_a_file_is_no_folder(corpus: Path) -> None:
     (corpus / "given").touch()
-    with pytest.raises(BadParameter, match="'given' is a file; name the folder in Hugging Face layout"):
+    with pytest.raises(BadInput, match=r"given: damaged, or no GGUF file .*Name another file in train.init"):
         collect_init("given")
+
+
+def test_a_gguf_file_is_unpacked_into_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    size = 330
+    model = make_grouped(vocab_size=size, bos_token_id=size - 1, eos_token_id=size - 1)
+    (tmp_path / "source").mkdir()
+    write_trained_tokenizer(tmp_path / "tokenizer.json", PIECES["llama-bpe"], size)
+    hugging_face.save(model, tmp_path / "tokenizer.json", tmp_path / "source")
+    gguf_write.write(tmp_path / "source", corpus / "given.gguf", "f32", {})
+
+    first, again = (collect_init("given.gguf") for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert (first.state, again.state) == ("new", "unchanged")
+    assert init.read().unpacked == init.digest_of(corpus / "given.gguf")
+    unpacked, written = (load_file(folder / "model.safetensors") for folder in (paths.INIT, tmp_path / "source"))
+    assert unpacked.keys() == written.keys()
+    assert all(torch.equal(unpacked[name], tensor) for name, tensor in written.items())
+    ids, expected = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode("Light, 1234 lights.", add_special_tokens=False).ids
+        for folder in (paths.INIT, tmp_path / "source")
+    )
+    assert ids == expected
+    tiny.write_params(corpus, **{**CHECKPOINT, "train__init": "given.gguf"})
+    for stage in ("shard", "train"):
+        code, output = tiny.run(stage, corpus)
+        assert code == 0, output
 
 
 def check() -> Path | None:
