@@ -18,8 +18,10 @@ from lm.model import LanguageModel
 from tasks import atomic, paths
 from tasks.checkpoints import Checkpoints
 from tasks.errors import BadParameter
+from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.progress import Progress
+from tasks.schedule import learning_rate_at
 from tasks.shards import WindowReader
 from tasks.training_params import TrainingParams
 from tasks.world import World
@@ -53,27 +55,6 @@ class _Loss(nn.Module):
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         return self.model.loss(windows)
-
-
-def learning_rate_at(step: int, params: TrainingParams) -> float:
-    """Returns the rate of ``step`` (from 0): linear warm-up over ``warmup_fraction`` of the steps, then a cosine.
-
-    The peak is reached at the warm-up's last step; the cosine ends at ``min_learning_rate_ratio`` of the peak.
-    """
-    warmup = math.ceil(params.warmup_fraction * params.steps)
-    if step < warmup:
-        return params.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, params.steps - 1 - warmup)
-    floor = params.min_learning_rate_ratio
-    return params.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def make_optimizer(model: nn.Module, params: TrainingParams) -> torch.optim.AdamW:
-    """Returns AdamW that decays matrices and leaves norms alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=params.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def train(
@@ -137,7 +118,7 @@ class _Run:
     def step(self, step: int) -> float:
         """Takes one optimizer step; returns its mean loss over all processes."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.params)
+            group["lr"] = learning_rate_at(step, self.params, group["initial_lr"])
         samples = batch_of_rank(
             step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
             self.world.rank, self.world.size,
@@ -179,7 +160,7 @@ class _Run:
         """Validates and adds a row to the curve."""
         train_loss, norm = (self.losses / self.steps_since_row).tolist()
         busiest = self.load.amax(dim=1) / self.load.mean(dim=1) if len(self.load) else torch.ones(1)
-        rate = learning_rate_at(step - 1, self.params)
+        rate = learning_rate_at(step - 1, self.params, self.params.learning_rate)
         self.curve.rows.append((step, rate, train_loss, self.validate(), norm, busiest.mean().item()))
         self.losses.zero_()
         self.load.zero_()

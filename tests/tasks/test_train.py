@@ -1,6 +1,5 @@
 """Training: learns, does not depend on interruptions, and says what is wrong in one line."""
 
-import itertools
 import json
 import signal
 import time
@@ -10,9 +9,6 @@ import pytest
 import tiny
 
 from lm import hugging_face
-from tasks.section import read_section
-from tasks.train.params import TrainParams
-from tasks.training import learning_rate_at
 
 
 @pytest.fixture
@@ -197,11 +193,12 @@ def test_a_diverging_run_says_which_knob_to_turn(project: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_warm_up_is_linear_over_a_tenth_of_the_steps_and_the_cosine_ends_at_the_floor(project: Path) -> None:
-    tiny.write_params(project, train__steps=100, train__learning_rate=1.0, train__min_learning_rate_ratio=0.1)
-    params = read_section("train", TrainParams, project / "params.yaml")
-    rates = [learning_rate_at(step, params) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1)
-    assert all(earlier >= later for earlier, later in itertools.pairwise(rates[9:]))
+def test_muon_trains_and_resumes_to_the_same_bytes(project: Path) -> None:
+    tiny.write_params(project, train__optimizer="muon", train__checkpoint_every=6)
+    assert tiny.run("train", project)[0] == 0
+    expected = tiny.files_of(project / "models")
+    rows = expected["curve.csv"].decode().split()[1:]
+    assert float(rows[-1].split(",")[3]) < float(rows[0].split(",")[3]) < 5.6
+    max(project.glob(".overnight/checkpoints/train/*/step-000000012-*.pt")).unlink()
+    assert tiny.run("train", project)[0] == 0
+    assert tiny.files_of(project / "models") == expected
