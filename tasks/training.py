@@ -21,6 +21,7 @@ from tasks.errors import BadParameter
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.progress import Progress
+from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
 from tasks.shards import WindowReader
 from tasks.training_params import TrainingParams
@@ -100,6 +101,7 @@ class _Run:
         self.model, self.params, self.world = model.to(world.device), params, world
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
+        recompute(model, params.activation_checkpointing)
         self.optimizer = make_optimizer(model, params)
         # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
         # first step is another one, would sum in another order: with three or more processes its bytes would differ.

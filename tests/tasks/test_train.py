@@ -202,3 +202,10 @@ def test_muon_trains_and_resumes_to_the_same_bytes(project: Path) -> None:
     max(project.glob(".overnight/checkpoints/train/*/step-000000012-*.pt")).unlink()
     assert tiny.run("train", project)[0] == 0
     assert tiny.files_of(project / "models") == expected
+
+
+def test_activation_checkpointing_changes_no_byte(project: Path, undisturbed: Path) -> None:
+    tiny.write_params(project, train__activation_checkpointing="selective")
+    code, output = tiny.run("train", project)
+    assert code == 0, output
+    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
