@@ -13,7 +13,7 @@ from torch import nn
 # 1 MiB of fp32 at a time: what a core's second-level cache holds.
 _LOGITS_AT_A_TIME = 2**18
 # 256 MiB of fp32. Below, the head is one product; above, several, whose gradients are added up.
-_LOGITS_HELD = 2**26
+LOGITS_HELD = 2**26
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -94,7 +94,7 @@ def projected_cross_entropy(
 
     Hooks that want to see the head's whole input (per-sample gradients) see pieces of it above that size.
     """
-    rows = max(1, _LOGITS_HELD // vocabulary)
+    rows = max(1, LOGITS_HELD // vocabulary)
     if len(x_ND) <= rows:
         return cross_entropy(head(x_ND), targets_N)
     result: torch.Tensor = _ProjectedCrossEntropy.apply(head, x_ND, targets_N, rows, *head.parameters())

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
-from tasks import atomic, paths
+from tasks import atomic, out_of_memory, paths
 from tasks.checkpoints import Checkpoints
 from tasks.errors import BadParameter
 from tasks.optimizers import make_optimizer
@@ -75,13 +75,15 @@ def train(
 
     Continues from the newest intact checkpoint. Raises :class:`BadParameter` when the loss stops being finite.
     """
+    out_of_memory.remember_allocations(world.device)
     run = _Run(model, params, train_windows, valid_windows, world)
     done = run.restore(checkpoints.load_latest())
     progress.begin("training", done)
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
     while done < params.steps:
-        report = run.step(done)
+        with out_of_memory.told(stage, model, params, train_windows.length, world.precision):
+            report = run.step(done)
         done += 1
         if log:
             log.write(report)

@@ -57,7 +57,7 @@ def test_a_head_in_pieces_has_the_loss_and_the_gradients_of_a_whole_one(
     targets = torch.randint(0, 50, (37,), generator=generator)
     found = []
     for held in (2**26, 50 * 8):
-        monkeypatch.setattr(loss, "_LOGITS_HELD", held)
+        monkeypatch.setattr(loss, "LOGITS_HELD", held)
         head.most = 0
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             value = loss.projected_cross_entropy(head, x, targets, 50)
@@ -73,7 +73,7 @@ def test_a_model_s_loss_is_the_same_in_pieces_with_a_tied_head_too(monkeypatch: 
     ids = torch.randint(0, 100, (2, 33), generator=torch.Generator().manual_seed(0))
     gradients = []
     for held in (2**26, 101 * 10):
-        monkeypatch.setattr(loss, "_LOGITS_HELD", held)
+        monkeypatch.setattr(loss, "LOGITS_HELD", held)
         gradients.append(torch.autograd.grad(model.loss(ids), list(model.parameters())))
     for whole, pieces in zip(*gradients, strict=True):
         torch.testing.assert_close(pieces, whole)
