@@ -18,8 +18,13 @@ import torch
 
 from lm.config import LatentConfig
 from lm.model import LanguageModel
+from tasks import paths
 from tasks.peak import peak
 from tasks.world import World
+
+_USUAL_WAITING = 0.01
+# The first step opens the files; in a training of seconds that alone is more than a hundredth.
+_SECONDS_WORTH_A_WORD = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +134,16 @@ class StepMeter:
             "peak_tflops": round(self.peak / 1e12, 3),
             "peak_is": self.peak_source,
         }
+
+    def waited_too_long(self) -> str | None:
+        """Returns what to tell the user where data held up the steps: over a hundredth of their time, and seconds."""
+        share = self.seconds_for_data / self.seconds
+        if share <= _USUAL_WAITING or self.seconds_for_data < _SECONDS_WORTH_A_WORD:
+            return None
+        return (
+            f"{share:.1%} of the steps' time went into waiting for data (under {_USUAL_WAITING:.0%} is usual). "
+            f"Put {paths.SHARDS} on a faster disk, or give the machine the memory to keep it."
+        )
 
     def _utilization(self, steps: int, seconds: float) -> float:
         return self._operations * self._tokens * steps / seconds / self.peak

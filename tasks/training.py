@@ -30,7 +30,6 @@ from tasks.training_params import TrainingParams
 from tasks.world import World
 
 COLUMNS = ("step", "learning_rate", "train_loss", "valid_loss", "grad_norm", "expert_imbalance")
-_TOLERATED_WAITING = 0.01
 
 
 @dataclass
@@ -96,7 +95,8 @@ def train(
         log.close()
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
-        _tell_waiting(run.meter, progress)
+        if told := run.meter.waited_too_long():
+            progress.notice(told)
     return run.curve
 
 
@@ -242,15 +242,6 @@ def _shown(report: StepReport) -> dict[str, float]:
         "mfu": report.mfu,
         "waiting_for_data": report.seconds_for_data / report.seconds,
     }
-
-
-def _tell_waiting(meter: StepMeter, progress: Progress) -> None:
-    share = meter.seconds_for_data / meter.seconds
-    if share > _TOLERATED_WAITING:
-        progress.notice(
-            f"{share:.1%} of the steps' time went into waiting for data (under {_TOLERATED_WAITING:.0%} is usual). "
-            f"Put {paths.SHARDS} on a faster disk, or give the machine the memory to keep it."
-        )
 
 
 def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> None:

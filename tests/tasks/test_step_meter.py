@@ -102,3 +102,14 @@ def test_what_is_not_finite_is_null_in_json(value: float, meter: StepMeter) -> N
     meter.begin()
     written = json.dumps(meter.end(1, value, value, 0.1, []).to_json(), allow_nan=False)
     assert json.loads(written)["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("waited", "seconds", "told"), [(5.0, 100.0, "5.0% of the steps' time"), (0.5, 100.0, None), (0.5, 1.0, None)]
+)
+def test_waiting_for_data_is_told_where_it_costs_something(
+    waited: float, seconds: float, told: str | None, meter: StepMeter
+) -> None:
+    meter.seconds, meter.seconds_for_data = seconds, waited
+    found = meter.waited_too_long()
+    assert found is None if told is None else found is not None and told in found
