@@ -70,7 +70,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts) if config.has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        # Counted in training until `rebalance` uses them up.
+        # Whether tokens are counted in training; off while a layer is computed a second time.
+        self.counts = True
+        # Counted until `rebalance` uses them up.
         self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +86,7 @@ class Router(nn.Module):
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training:
+        if self.training and self.counts:
             with torch.no_grad():
                 self.tokens_per_expert += torch.bincount(experts_NK.flatten(), minlength=scores_NE.shape[1])
         return experts_NK, weights_NK * self.config.routed_scaling_factor

@@ -1,12 +1,19 @@
-"""Cross-entropy that goes over the logits once, piece by piece in the cache, and keeps only its gradient."""
+"""Cross-entropy that goes over the logits once, piece by piece in the cache, and keeps only its gradient.
+
+Where even that is much (a vocabulary of 129,280 and 8 windows of 4,096 tokens: 17 GB in fp32) the head is taken into
+the pieces too, and neither all logits nor their gradient are ever there at once.
+"""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # 1 MiB of fp32 at a time: what a core's second-level cache holds.
 _LOGITS_AT_A_TIME = 2**18
+# 256 MiB of fp32. Below, the head is one product; above, several, whose gradients are added up.
+LOGITS_HELD = 2**26
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -44,4 +51,51 @@ def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Ten
     if logits_NV.device.type != "cpu":
         return F.cross_entropy(logits_NV.float(), targets_N)
     result: torch.Tensor = _CrossEntropy.apply(logits_NV, targets_N)
+    return result
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    # Gradients are computed on the way forward, while a piece's logits are there; backward only scales them.
+    @staticmethod
+    def forward(
+        ctx: Any, head: nn.Module, x_ND: torch.Tensor, targets_N: torch.Tensor, rows: int, *weights: Any
+    ) -> Any:
+        count = len(x_ND)
+        wanted = [weight for weight in weights if weight.requires_grad]
+        ctx.wanted = [weight.requires_grad for weight in weights]
+        differentiates = ctx.needs_input_grad[1] or any(ctx.wanted)
+        grad_x = torch.empty_like(x_ND)
+        grads = [torch.zeros_like(weight) for weight in wanted]
+        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        for start in range(0, count, rows):
+            x = x_ND[start : start + rows].detach().requires_grad_(differentiates)
+            with torch.set_grad_enabled(differentiates):
+                share = cross_entropy(head(x), targets_N[start : start + rows]) * (len(x) / count)
+            total += share.detach()
+            if differentiates:
+                grad_x[start : start + rows], *found = torch.autograd.grad(share, [x, *wanted])
+                for grad, more in zip(grads, found, strict=True):
+                    grad += more
+        if differentiates:
+            ctx.save_for_backward(grad_x, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        grad_x, *grads = ctx.saved_tensors
+        found = iter(grads)
+        return None, grad_x * grad, None, None, *(next(found) * grad if wanted else None for wanted in ctx.wanted)
+
+
+def projected_cross_entropy(
+    head: nn.Module, x_ND: torch.Tensor, targets_N: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """Returns :func:`cross_entropy` of ``head(x)`` [N, ``vocabulary``] without ever holding more than 2^26 logits.
+
+    Hooks that want to see the head's whole input (per-sample gradients) see pieces of it above that size.
+    """
+    rows = max(1, LOGITS_HELD // vocabulary)
+    if len(x_ND) <= rows:
+        return cross_entropy(head(x_ND), targets_N)
+    result: torch.Tensor = _ProjectedCrossEntropy.apply(head, x_ND, targets_N, rows, *head.parameters())
     return result

@@ -8,7 +8,7 @@ from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.linear import Embedding, Linear
-from lm.loss import cross_entropy
+from lm.loss import projected_cross_entropy
 from lm.norm import RMSNorm
 from lm.rope import rotations
 
@@ -69,8 +69,8 @@ class LanguageModel(nn.Module):
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens."""
-        logits = self(windows[:, :-1])
-        return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        x_ND = self.model(windows[:, :-1]).flatten(0, 1)
+        return projected_cross_entropy(self.lm_head, x_ND, windows[:, 1:].flatten(), self.config.vocab_size)
 
     def initialize(self, seed: int) -> None:
         """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, biases 0."""

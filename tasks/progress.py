@@ -22,6 +22,8 @@ from rich.progress import Progress as RichProgress
 EVENTS_VARIABLE = "OVERNIGHT_EVENTS"
 SECONDS_BETWEEN_EVENTS = 0.2
 SECONDS_BETWEEN_LINES = 5.0
+# More do not fit beside it on a terminal.
+_NUMBERS_IN_A_BAR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +50,10 @@ class Event:
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in dict(written).items() if name in known})
 
-    def describe_numbers(self) -> str:
-        """The rate and the stage's own numbers, for people: ``12,345 tokens/s  loss 3.214  rejected 31,102``."""
+    def describe_numbers(self, most: int | None = None) -> str:
+        """The rate and ``most`` of the stage's own numbers: ``12,345 tokens/s  loss 3.214  rejected 31,102``."""
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2f}"
-        numbers = [f"{name.replace('_', ' ')} {_number(value)}" for name, value in self.numbers.items()]
+        numbers = [f"{name.replace('_', ' ')} {_number(value)}" for name, value in list(self.numbers.items())[:most]]
         return "  ".join([f"{rate} {self.unit}/s", *numbers])
 
     def seconds_left(self) -> float | None:
@@ -99,7 +101,7 @@ class Bar:
             self._tasks[key],  # type: ignore[arg-type]
             completed=int(event.done),
             total=int(event.total),
-            numbers=event.describe_numbers(),
+            numbers=event.describe_numbers(_NUMBERS_IN_A_BAR),
         )
 
     def close(self) -> None:

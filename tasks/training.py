@@ -15,12 +15,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
-from tasks import atomic, paths
+from tasks import atomic, out_of_memory, paths
 from tasks.checkpoints import Checkpoints
 from tasks.errors import BadParameter
+from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.progress import Progress
+from tasks.recomputation import recompute
+from tasks.schedule import learning_rate_at
 from tasks.shards import WindowReader
+from tasks.step_log import StepLog
+from tasks.step_meter import StepMeter, StepReport
 from tasks.training_params import TrainingParams
 from tasks.world import World
 
@@ -55,27 +60,6 @@ class _Loss(nn.Module):
         return self.model.loss(windows)
 
 
-def learning_rate_at(step: int, params: TrainingParams) -> float:
-    """Returns the rate of ``step`` (from 0): linear warm-up over ``warmup_fraction`` of the steps, then a cosine.
-
-    The peak is reached at the warm-up's last step; the cosine ends at ``min_learning_rate_ratio`` of the peak.
-    """
-    warmup = math.ceil(params.warmup_fraction * params.steps)
-    if step < warmup:
-        return params.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, params.steps - 1 - warmup)
-    floor = params.min_learning_rate_ratio
-    return params.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def make_optimizer(model: nn.Module, params: TrainingParams) -> torch.optim.AdamW:
-    """Returns AdamW that decays matrices and leaves norms alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=params.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
 def train(
     model: LanguageModel,
     params: TrainingParams,
@@ -90,20 +74,29 @@ def train(
 
     Continues from the newest intact checkpoint. Raises :class:`BadParameter` when the loss stops being finite.
     """
+    out_of_memory.remember_allocations(world.device)
     run = _Run(model, params, train_windows, valid_windows, world)
     done = run.restore(checkpoints.load_latest())
     progress.begin("training", done)
     started, first = time.monotonic(), done
+    log = StepLog(stage, done) if world.is_first else None
     while done < params.steps:
-        loss = run.step(done)
+        with out_of_memory.told(stage, model, params, train_windows.length, world.precision):
+            report = run.step(done)
         done += 1
+        if log:
+            log.write(report)
         if done % params.validate_every == 0 or done == params.steps:
             run.record(done)
         if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps):
             checkpoints.save(done, run.state(done))
-        progress.update(done, params.steps, "steps", loss=loss, **run.latest())
+        progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
+    if log:
+        log.close()
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
+        if told := run.meter.waited_too_long():
+            progress.notice(told)
     return run.curve
 
 
@@ -119,6 +112,7 @@ class _Run:
         self.model, self.params, self.world = model.to(world.device), params, world
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
+        recompute(model, params.activation_checkpointing)
         self.optimizer = make_optimizer(model, params)
         # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
         # first step is another one, would sum in another order: with three or more processes its bytes would differ.
@@ -127,30 +121,34 @@ class _Run:
         )
         self.passes = params.global_batch // (params.micro_batch * world.size)
         self.tokens_per_step = params.global_batch * train_windows.length
-        self.seconds_for_data = 0.0
+        self.meter = StepMeter(model, self.tokens_per_step, world)
         # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
         experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
         self.load = torch.zeros(len(model.routers()), experts, device=world.device)
         self.steps_since_row = 0
 
-    def step(self, step: int) -> float:
-        """Takes one optimizer step; returns its mean loss over all processes."""
+    def step(self, step: int) -> StepReport:
+        """Takes one optimizer step; returns what it came to, its loss the mean over all processes."""
+        self.meter.begin()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.params)
-        samples = batch_of_rank(
-            step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
-            self.world.rank, self.world.size,
-        )  # fmt: skip
+            group["lr"] = learning_rate_at(step, self.params, group["initial_lr"])
+        with self.meter.waiting_for_data():
+            samples = batch_of_rank(
+                step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
+                self.world.rank, self.world.size,
+            )  # fmt: skip
         total = torch.zeros((), device=self.world.device)
         for index, micro in enumerate(samples):
             # All passes but the last only add up gradients; the last one reduces them over the processes.
             self.parallel.require_backward_grad_sync = index == self.passes - 1
-            windows = self._read(self.train_windows, micro)
+            with self.meter.waiting_for_data():
+                windows = self._read(self.train_windows, micro)
             with self.world.autocast():
                 loss = self.parallel(windows) / self.passes
             loss.backward()
             total += loss.detach()
+        self.meter.reduced()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
         if not math.isfinite(norm):
             raise BadParameter(
@@ -159,27 +157,33 @@ class _Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._balance()
-        mean = self.world.sum(total) / self.world.size
+        load = self._balance()
+        with self.meter.communicating():
+            mean = self.world.sum(total) / self.world.size
         self.losses += torch.stack([mean, norm]).double()
         self.steps_since_row += 1
-        return float(mean)
+        rate = learning_rate_at(step, self.params, self.params.learning_rate)
+        return self.meter.end(step + 1, float(mean), float(norm), rate, load)
 
-    def _balance(self) -> None:
+    def _balance(self) -> list[float]:
+        """Moves the routers' biases; returns the busiest expert's tokens over the mean's of each layer that routes."""
         routers = self.model.routers()
         if not routers:
-            return
-        counts = self.world.sum(torch.stack([router.tokens_per_expert for router in routers]))
+            return []
+        with self.meter.communicating():
+            counts = self.world.sum(torch.stack([router.tokens_per_expert for router in routers]))
         self.load += counts
+        load: list[float] = (counts.amax(dim=1) / counts.mean(dim=1)).tolist()
         for router, summed in zip(routers, counts, strict=True):
             router.tokens_per_expert.copy_(summed)
             router.rebalance(self.params.bias_update_rate)
+        return load
 
     def record(self, step: int) -> None:
         """Validates and adds a row to the curve."""
         train_loss, norm = (self.losses / self.steps_since_row).tolist()
         busiest = self.load.amax(dim=1) / self.load.mean(dim=1) if len(self.load) else torch.ones(1)
-        rate = learning_rate_at(step - 1, self.params)
+        rate = learning_rate_at(step - 1, self.params, self.params.learning_rate)
         self.curve.rows.append((step, rate, train_loss, self.validate(), norm, busiest.mean().item()))
         self.losses.zero_()
         self.load.zero_()
@@ -228,17 +232,23 @@ class _Run:
         return int(state["step"])
 
     def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
-        started = time.perf_counter()
-        batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
-        self.seconds_for_data += time.perf_counter() - started
-        return batch
+        return torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
+
+
+def _shown(report: StepReport) -> dict[str, float]:
+    return {
+        "grad_norm": report.grad_norm,
+        "tokens_per_second": report.tokens_per_second,
+        "mfu": report.mfu,
+        "waiting_for_data": report.seconds_for_data / report.seconds,
+    }
 
 
 def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> None:
     measured = {
         "tokens_per_second": round(tokens / seconds, 1),
         "seconds": round(seconds, 2),
-        "share_of_time_waiting_for_data": round(run.seconds_for_data / seconds, 5),
+        **run.meter.totals(),
         "peak_memory_of_a_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "processes": run.world.size,
         "device": run.world.device.type,

@@ -14,7 +14,11 @@ class TrainingParams(Section):
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
+    optimizer: Literal["adamw", "muon"]
     learning_rate: float = Field(gt=0)
+    muon_learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "wsd"]
+    decay_fraction: float = Field(gt=0, le=1)
     min_learning_rate_ratio: float = Field(ge=0, le=1)
     warmup_fraction: float = Field(ge=0, le=1)
     weight_decay: float = Field(ge=0)
@@ -27,6 +31,8 @@ class TrainingParams(Section):
     # The order of a sum depends on these two, so they are part of a version's identity.
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
+    # Gradients keep their bits.
+    activation_checkpointing: Literal["none", "selective", "full"] = operational()
     checkpoint_every: int = operational(ge=1)
 
     @model_validator(mode="after")
@@ -36,5 +42,14 @@ class TrainingParams(Section):
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "
                 f"world_size {self.world_size}; make it {max(1, self.global_batch // per_pass) * per_pass}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_schedule_fits(self) -> Self:
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} are more than all "
+                f"steps; lower decay_fraction to {1 - self.warmup_fraction:g}"
             )
         return self

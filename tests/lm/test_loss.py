@@ -1,10 +1,12 @@
 """The cross-entropy that goes over the logits piece by piece equals torch's, with its gradient."""
 
+import odd
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lm import loss
+from lm.linear import Linear
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -32,3 +34,48 @@ def test_the_logits_are_left_as_they_were() -> None:
     before = logits.clone()
     loss.cross_entropy(logits, torch.zeros(8, dtype=torch.long))
     assert torch.equal(logits, before)
+
+
+class _Seen(Linear):
+    # Notes how many logits it makes at once.
+    most = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        self.most = max(self.most, logits.numel())
+        return logits
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_in_pieces_has_the_loss_and_the_gradients_of_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, autocast: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = _Seen(24, 50, bias=bias)
+    x = torch.randn(37, 24, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 50, (37,), generator=generator)
+    found = []
+    for held in (2**26, 50 * 8):
+        monkeypatch.setattr(loss, "LOGITS_HELD", held)
+        head.most = 0
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss.projected_cross_entropy(head, x, targets, 50)
+        found.append((value, *torch.autograd.grad(3 * value, [x, *head.parameters()])))
+        assert head.most <= held
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if autocast else {}
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, **tolerance)
+
+
+def test_a_model_s_loss_is_the_same_in_pieces_with_a_tied_head_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = odd.make_grouped(tie_word_embeddings=True)
+    ids = torch.randint(0, 100, (2, 33), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for held in (2**26, 101 * 10):
+        monkeypatch.setattr(loss, "LOGITS_HELD", held)
+        gradients.append(torch.autograd.grad(model.loss(ids), list(model.parameters())))
+    for whole, pieces in zip(*gradients, strict=True):
+        torch.testing.assert_close(pieces, whole)
+    with torch.no_grad():
+        assert not model.loss(ids).requires_grad

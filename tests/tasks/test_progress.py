@@ -35,6 +35,18 @@ def test_a_bar_separates_thousands_too() -> None:
     assert "1,234,567/7,654,321" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_bar_leaves_out_the_numbers_that_do_not_fit() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    bar = Bar(console)
+    event = Event("train", "training", 1, 2, "steps", 3, {"loss": 3.214, "valid_loss": 3.3, "grad_norm": 0.5})
+    bar.show(event)
+    bar.close()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "valid loss 3.3" in shown
+    assert "grad norm" not in shown
+    assert "grad norm 0.5" in lines_of(event)[0]
+
+
 def test_of_nothing_there_is_no_progress_and_a_rate_is_never_negative() -> None:
     said: list[str] = []
     shown = Progress("ingest", Lines(said.append, every=0))

@@ -1,18 +1,15 @@
 """Training: learns, does not depend on interruptions, and says what is wrong in one line."""
 
-import itertools
 import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
 from lm import hugging_face
-from tasks.section import read_section
-from tasks.train.params import TrainParams
-from tasks.training import learning_rate_at
 
 
 @pytest.fixture
@@ -46,9 +43,35 @@ def test_the_loss_falls_and_the_reports_tell_it(undisturbed: Path) -> None:
     assert report["active_parameters"] < report["parameters"]
 
 
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for line in (folder / ".overnight/measurements/train-steps.jsonl").read_text().splitlines()
+    ]
+
+
+def test_each_step_is_told_outside_the_version(undisturbed: Path) -> None:
+    steps = steps_of(undisturbed)
+    assert [step["step"] for step in steps] == list(range(1, 13))
+    rows = [row.split(",") for row in (undisturbed / "models/curve.csv").read_text().split()[1:]]
+    for row, last in zip(rows, (4, 8, 12), strict=True):
+        assert float(row[1]) == pytest.approx(steps[last - 1]["learning_rate"], rel=1e-4)
+        assert float(row[2]) == pytest.approx(sum(step["loss"] for step in steps[last - 4 : last]) / 4, rel=1e-4)
+    for step in steps:
+        assert 0 < step["seconds_for_data"] + step["seconds_for_communication"] < step["seconds"]
+        assert 0 < step["mfu"] < 1
+        assert step["tokens_per_second"] == pytest.approx(8 * 16 / step["seconds"], rel=1e-2)
+        assert step["memory_mib"] > 50
+        assert len(step["expert_load"]) == 1
+        assert step["expert_load"][0] >= 1
+
+
 def test_speed_is_measured_outside_the_version(undisturbed: Path) -> None:
     measured = json.loads((undisturbed / ".overnight/measurements/train.json").read_text())
     assert measured["tokens_per_second"] > 0
+    assert 0 < measured["share_of_time_waiting_for_data"] < 1
+    assert 0 < measured["share_of_time_communicating"] < 1
+    assert 0 < measured["mfu"] < 1
+    assert measured["peak_is"].endswith("product measured here")
     assert not {"tokens_per_second", "seconds"} & json.loads((undisturbed / "models/train.json").read_text()).keys()
 
 
@@ -70,6 +93,8 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project
     assert code == 0, output
     first = json.loads(events.read_text().splitlines()[0])
     assert first["done"] > 4, "it began again from the start"
+    assert {"grad_norm", "tokens_per_second", "mfu", "waiting_for_data"} <= first["numbers"].keys()
+    assert [step["step"] for step in steps_of(project)] == list(range(1, 13))
     assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
 
 
@@ -197,11 +222,19 @@ def test_a_diverging_run_says_which_knob_to_turn(project: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_warm_up_is_linear_over_a_tenth_of_the_steps_and_the_cosine_ends_at_the_floor(project: Path) -> None:
-    tiny.write_params(project, train__steps=100, train__learning_rate=1.0, train__min_learning_rate_ratio=0.1)
-    params = read_section("train", TrainParams, project / "params.yaml")
-    rates = [learning_rate_at(step, params) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1)
-    assert all(earlier >= later for earlier, later in itertools.pairwise(rates[9:]))
+def test_muon_trains_and_resumes_to_the_same_bytes(project: Path) -> None:
+    tiny.write_params(project, train__optimizer="muon", train__checkpoint_every=6)
+    assert tiny.run("train", project)[0] == 0
+    expected = tiny.files_of(project / "models")
+    rows = expected["curve.csv"].decode().split()[1:]
+    assert float(rows[-1].split(",")[3]) < float(rows[0].split(",")[3]) < 5.6
+    max(project.glob(".overnight/checkpoints/train/*/step-000000012-*.pt")).unlink()
+    assert tiny.run("train", project)[0] == 0
+    assert tiny.files_of(project / "models") == expected
+
+
+def test_activation_checkpointing_changes_no_byte(project: Path, undisturbed: Path) -> None:
+    tiny.write_params(project, train__activation_checkpointing="selective")
+    code, output = tiny.run("train", project)
+    assert code == 0, output
+    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")

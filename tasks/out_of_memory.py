@@ -1,0 +1,166 @@
+"""What a training that ran out of GPU memory leaves behind: torch's own account, and what to turn down, in numbers."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from lm.config import LatentConfig
+from lm.feed_forward import Experts
+from lm.linear import Embedding
+from lm.loss import LOGITS_HELD
+from lm.model import LanguageModel
+from tasks import atomic, paths
+from tasks.errors import BadParameter
+from tasks.training_params import TrainingParams
+
+_TOLD = 3
+# Of allocations, with the Python lines that made them: what the last steps did.
+_REMEMBERED = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What takes ``size`` bytes of one process, and how it becomes less."""
+
+    what: str
+    size: float
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {_gib(self.size)} ({self.cure})"
+
+
+def remember_allocations(device: torch.device) -> None:
+    """From now on a snapshot of a GPU's memory tells which lines made its latest allocations."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=_REMEMBERED, stacks="python")
+
+
+@contextlib.contextmanager
+def told(stage: str, model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Iterator[None]:
+    """Turns torch's OutOfMemoryError into a :class:`BadParameter` that names the largest things to turn down.
+
+    On a GPU torch's summary and a snapshot with the latest allocations are written first.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        written = _write_account(stage)
+        first = str(error).partition(". ")[0]
+        uses = "; ".join(str(use) for use in largest(model, params, length, precision)[:_TOLD])
+        raise BadParameter(
+            f"{paths.PARAMS}: {stage}: out of GPU memory ({first}). The largest, as estimated for each process: {uses}."
+            f"{written}"
+        ) from None
+
+
+def largest(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> list[Use]:
+    """Returns what a process with a whole copy of the model holds, the largest first.
+
+    Estimates from the shapes: a product keeps its input and its output in the precision's type, a norm fp32.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return sorted(
+        [
+            Use(
+                "weights and their gradients",
+                8 * weights,
+                f"{_gib(8 * _routed(model))} of it routed experts; lower {_where_the_model_is(model)}"
+                if _routed(model)
+                else f"lower {_where_the_model_is(model)}",
+            ),
+            _optimizer(model, params, weights),
+            _activations(model, params, length, precision),
+            _logits(model, params, length, precision),
+        ],
+        key=lambda use: -use.size,
+    )
+
+
+def _where_the_model_is(model: LanguageModel) -> str:
+    names = ["hidden_size", "num_hidden_layers", *(["n_routed_experts"] if _routed(model) else [])]
+    return "train.model's " + ", ".join(names[:-1]) + f" or {names[-1]}"
+
+
+def _optimizer(model: LanguageModel, params: TrainingParams, weights: int) -> Use:
+    outside = sum(module.weight.numel() for module in model.modules() if isinstance(module, Embedding))
+    if not model.config.tie_word_embeddings:
+        outside += model.lm_head.weight.numel()
+    muon = 8 * outside + 4 * (weights - outside)
+    if params.optimizer == "muon":
+        return Use("state of the optimizer", muon, "goes with the weights")
+    return Use("state of the optimizer", 8 * weights, f"optimizer: muon makes it {_gib(muon)}")
+
+
+def _activations(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Use:
+    now = activation_bytes(model, params.micro_batch * length, params.activation_checkpointing, precision)
+    full = activation_bytes(model, params.micro_batch * length, "full", precision)
+    cures = []
+    if params.activation_checkpointing != "full":
+        cures.append(f"activation_checkpointing: full makes it {_gib(full)}")
+    return Use("activations", now, ", ".join([*cures, _fewer_windows(params, now)]))
+
+
+def activation_bytes(model: LanguageModel, tokens: int, checkpointing: str, precision: str) -> float:
+    """Estimates what the layers keep for the backward pass of ``tokens`` tokens."""
+    product = 2 if precision == "bf16" else 4
+    layers = []
+    for layer in model.model.layers:
+        wide, narrow = 0.0, 0.0
+        for parameter in layer.parameters():
+            if parameter.dim() == 1:
+                wide += 4 * parameter.numel()
+                continue
+            outputs, inputs = parameter.shape[-2:]
+            times = _experts_a_token(model) if parameter.dim() == 3 else 1
+            wide += product * times * (outputs + inputs)
+            narrow += product * times * outputs
+        layers.append((wide, narrow))
+    entry = 4 * model.config.hidden_size
+    if checkpointing == "none":
+        return tokens * sum(wide for wide, _ in layers)
+    # While a layer is computed again, all of its own is there once.
+    again = max(wide for wide, _ in layers)
+    if checkpointing == "full":
+        return tokens * (len(layers) * entry + again)
+    return tokens * (sum(entry + narrow for _, narrow in layers) + again)
+
+
+def _logits(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Use:
+    held = min(params.micro_batch * length * model.config.vocab_size, LOGITS_HELD)
+    # Themselves and their gradient; in fp32 themselves, their softmax and its gradient.
+    size = held * (2 * (2 if precision == "bf16" else 4) + 12)
+    return Use("logits", size, _fewer_windows(params, size))
+
+
+def _fewer_windows(params: TrainingParams, size: float) -> str:
+    if params.micro_batch == 1:
+        return "lower train.seq_len"
+    fewer = next(size for size in range(params.micro_batch - 1, 0, -1) if params.micro_batch % size == 0)
+    return f"micro_batch: {fewer} makes it {_gib(size * fewer / params.micro_batch)}"
+
+
+def _routed(model: LanguageModel) -> int:
+    experts = (module for module in model.modules() if isinstance(module, Experts))
+    return sum(parameter.numel() for module in experts for parameter in module.parameters())
+
+
+def _experts_a_token(model: LanguageModel) -> int:
+    return model.config.num_experts_per_tok if isinstance(model.config, LatentConfig) else 0
+
+
+def _write_account(stage: str) -> str:
+    """Writes torch's summary and snapshot; returns the sentence that says where."""
+    if not torch.cuda.is_initialized():
+        return ""
+    summary = paths.MEASUREMENTS / f"{stage}-memory.txt"
+    snapshot = paths.MEASUREMENTS / f"{stage}-memory.pickle"
+    atomic.write_text(summary, torch.cuda.memory_summary())
+    torch.cuda.memory._dump_snapshot(str(snapshot))
+    return f" torch's account: {summary}, and {snapshot} for https://pytorch.org/memory_viz."
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,53 @@
+"""How many operations a second the processes of a training could do at best."""
+
+import time
+
+import torch
+
+from tasks.world import World
+
+# Dense bf16 products, operations a second, from NVIDIA's data sheets. The first name that fits counts.
+_DATA_SHEETS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+_ROUNDS = 4
+
+
+def peak(world: World) -> tuple[float, str]:
+    """Returns the operations a second of all processes together, and where the number is from. All have to call it."""
+    if world.device.type == "cuda" and world.precision == "bf16":
+        name = torch.cuda.get_device_name(world.device)
+        for known, found in _DATA_SHEETS.items():
+            if known in name:
+                return found * world.size, f"data sheet of {known}"
+    # At the same time in all, as they train: cores that share a memory, or a clock, are then measured as they are.
+    summed = world.sum(torch.tensor(_measured(world), dtype=torch.float64, device=world.device))
+    return float(summed), f"{world.precision} product measured here"
+
+
+def _measured(world: World) -> float:
+    """Operations a second of this process: the best of some square products of ones (no random number is drawn)."""
+    cuda = world.device.type == "cuda"
+    size = 8192 if cuda else 1024
+    x = torch.ones(
+        size, size, device=world.device, dtype=torch.bfloat16 if world.precision == "bf16" else torch.float32
+    )
+    seconds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        x @ x
+        if cuda:
+            torch.cuda.synchronize(world.device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)

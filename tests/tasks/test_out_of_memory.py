@@ -1,0 +1,136 @@
+"""Running out of GPU memory ends in one line with numbers, and the numbers are near what is really kept."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import odd
+import pytest
+import tiny
+import torch
+
+from lm.model import LanguageModel
+from tasks.errors import BadParameter
+from tasks.optimizers import make_optimizer
+from tasks.out_of_memory import activation_bytes, largest, remember_allocations, told
+from tasks.recomputation import Recomputation, recompute
+from tasks.section import read_section
+from tasks.train.params import TrainParams
+
+ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 is free."
+
+
+def params_with(folder: Path, **changes: Any) -> TrainParams:
+    tiny.write_params(folder, **changes)
+    return read_section("train", TrainParams, folder / "params.yaml")
+
+
+def message(params: TrainParams, model: LanguageModel, length: int = 16) -> str:
+    with pytest.raises(BadParameter) as caught, told("train", model, params, length, "bf16"):
+        raise torch.OutOfMemoryError(ERROR)
+    return str(caught.value)
+
+
+def test_the_three_largest_are_named_with_numbers_and_cures(project: Path) -> None:
+    told_line = message(params_with(project, train__micro_batch=4), odd.make_model(), length=4096)
+    assert told_line.startswith("params.yaml: train: out of GPU memory (CUDA out of memory). The largest")
+    assert "\n" not in told_line
+    sizes = re.findall(
+        r"(activations|logits|weights and their gradients|state of the optimizer) ([\d.]+) [MG]iB", told_line
+    )
+    assert [name for name, _ in sizes] == ["activations", "logits", "weights and their gradients"]
+    assert re.search(
+        r"activation_checkpointing: full makes it [\d.]+ MiB, micro_batch: 2 makes it [\d.]+ MiB", told_line
+    )
+
+
+def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None:
+    params = params_with(project, train__micro_batch=1, train__activation_checkpointing="full", train__optimizer="muon")
+    told_line = message(params, odd.make_model(), length=4096)
+    assert "activation_checkpointing: full makes" not in told_line
+    assert "micro_batch: " not in told_line
+    assert "lower train.seq_len" in told_line
+
+
+def test_a_large_model_for_few_tokens_is_told_to_shrink_itself(project: Path) -> None:
+    told_line = message(params_with(project, train__micro_batch=1), odd.make_model(), length=2)
+    assert re.search(
+        r"weights and their gradients .* of it routed experts; lower train.model's .* n_routed_experts", told_line
+    )
+    assert re.search(r"optimizer: muon makes it [\d.]+ MiB", told_line)
+
+
+@pytest.mark.parametrize("make", [odd.make_model, odd.make_grouped])
+@pytest.mark.parametrize("which", ["none", "full"])
+def test_the_estimate_of_activations_is_near_what_is_kept(which: Recomputation, make: Any) -> None:
+    model = make().train()
+    recompute(model, which)
+    ids = torch.randint(0, 100, (2, 64), generator=torch.Generator().manual_seed(0))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(ids)
+    found = sum(size for place, size in kept.items() if place not in weights)
+    # Of `full` the hooks see what stays, and not the one layer that is there while it is computed again.
+    again = activation_bytes(model, 128, "none", "fp32") / len(model.model.layers) if which == "full" else 0
+    assert 0.5 < activation_bytes(model, 128, which, "fp32") / (found + again) < 2
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_size_of_the_optimizer_s_state_is_its_own(kind: str, project: Path) -> None:
+    params = params_with(project, train__optimizer=kind)
+    model = odd.make_model().train()
+    optimizer = make_optimizer(model, params)
+    model.loss(torch.zeros(1, 9, dtype=torch.long)).backward()
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    estimates = {use.what: use.size for use in largest(model, params, 9, "fp32")}
+    assert estimates["state of the optimizer"] == pytest.approx(held, rel=0.02)
+
+
+def test_torch_s_summary_and_snapshot_are_written_on_a_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda: "the summary")
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: recorded.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"the snapshot"))
+    remember_allocations(torch.device("cpu"))
+    assert not recorded
+    remember_allocations(torch.device("cuda"))
+    assert recorded
+    told_line = message(params_with(project), odd.make_model())
+    for name, content in {"train-memory.txt": b"the summary", "train-memory.pickle": b"the snapshot"}.items():
+        assert f".overnight/measurements/{name}" in told_line
+        assert (project / ".overnight/measurements" / name).read_bytes() == content
+
+
+def test_other_errors_pass(project: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        told("train", odd.make_model(), params_with(project), 16, "bf16"),
+    ):
+        raise RuntimeError("another")
+
+
+def test_a_training_ends_in_that_line(project: Path) -> None:
+    # Python imports `sitecustomize` by itself: the step of the worker's processes raises what torch would.
+    (project / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'tasks.train.worker' in sys.orig_argv:\n"
+        "    import torch\n"
+        "    from tasks import training\n"
+        "    def step(run, number):\n"
+        f"        raise torch.OutOfMemoryError({ERROR!r})\n"
+        "    training._Run.step = step\n"
+    )
+    tiny.write_params(project)
+    tiny.write_shards(project)
+    code, output = tiny.run("train", project, PYTHONPATH=f"{project}:{tiny.ROOT}")
+    assert code == 2, output
+    assert "error: params.yaml: train: out of GPU memory (CUDA out of memory)" in output
+    assert "Traceback" not in output

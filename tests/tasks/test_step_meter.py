@@ -1,0 +1,118 @@
+"""A step's seconds are told apart, and utilization counts the products that the model really takes."""
+
+import json
+import time
+
+import odd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tasks import step_meter
+from tasks.step_meter import StepMeter, active_in_products
+from tasks.world import World
+
+
+class _Alone(World):
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+@pytest.fixture
+def alone() -> World:
+    return _Alone(0, 1, torch.device("cpu"), "fp32")
+
+
+@pytest.fixture
+def meter(alone: World) -> StepMeter:
+    return StepMeter(odd.make_grouped(), 1000, alone)
+
+
+def test_the_seconds_of_a_step_are_told_apart(alone: World) -> None:
+    model = odd.make_grouped()
+    meter = StepMeter(model, 1000, alone)
+    meter.begin()
+    with meter.waiting_for_data():
+        time.sleep(0.05)
+    model.loss(torch.zeros(1, 9, dtype=torch.long)).backward()
+    time.sleep(0.1)
+    meter.reduced()
+    with meter.communicating():
+        time.sleep(0.02)
+    time.sleep(0.03)
+    report = meter.end(7, 3.0, 1.0, 0.1, [1.5])
+    assert 0.05 <= report.seconds_for_data < 0.1
+    assert 0.12 <= report.seconds_for_communication < 0.2
+    assert report.seconds >= 0.2
+    assert report.tokens_per_second == pytest.approx(1000 / report.seconds, rel=1e-2)
+    assert meter.totals()["share_of_time_waiting_for_data"] == pytest.approx(0.05 / report.seconds, rel=0.3)
+
+
+def test_the_next_step_begins_at_zero(alone: World) -> None:
+    model = odd.make_grouped()
+    meter = StepMeter(model, 1000, alone)
+    meter.begin()
+    model.loss(torch.zeros(1, 9, dtype=torch.long)).backward()
+    with meter.waiting_for_data(), meter.communicating():
+        time.sleep(0.02)
+    meter.end(1, 3.0, 1.0, 0.1, [])
+    meter.begin()
+    meter.reduced()
+    report = meter.end(2, 3.0, 1.0, 0.1, [])
+    assert report.seconds_for_data == 0
+    assert report.seconds_for_communication == 0
+    assert meter.seconds_for_data >= 0.02
+
+
+def test_utilization_is_six_operations_a_parameter_and_token_over_the_peak(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_meter, "peak", lambda world: (1e9, "a test"))
+    model = odd.make_model()
+    meter = StepMeter(model, 1000, alone)
+    meter.begin()
+    time.sleep(0.01)
+    report = meter.end(1, 3.0, 1.0, 0.1, [])
+    assert report.mfu == pytest.approx(6 * active_in_products(model) * 1000 / report.seconds / 1e9, rel=1e-2)
+    assert meter.totals()["peak_is"] == "a test"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_counts_as_active_is_what_is_multiplied(tied: bool) -> None:
+    model = odd.make_grouped(tie_word_embeddings=tied)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 16, dtype=torch.long))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.addmm"))
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    assert products == 2 * 32 * (active_in_products(model) - vectors)
+
+
+def test_the_measured_peak_is_not_under_what_a_product_reaches(alone: World) -> None:
+    found, source = step_meter.peak(alone)
+    x = torch.ones(512, 512)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - started)
+    assert found > 0.3 * 2 * 512**3 / min(seconds)
+    assert source == "fp32 product measured here"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_null_in_json(value: float, meter: StepMeter) -> None:
+    meter.begin()
+    written = json.dumps(meter.end(1, value, value, 0.1, []).to_json(), allow_nan=False)
+    assert json.loads(written)["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("waited", "seconds", "told"), [(5.0, 100.0, "5.0% of the steps' time"), (0.5, 100.0, None), (0.5, 1.0, None)]
+)
+def test_waiting_for_data_is_told_where_it_costs_something(
+    waited: float, seconds: float, told: str | None, meter: StepMeter
+) -> None:
+    meter.seconds, meter.seconds_for_data = seconds, waited
+    found = meter.waited_too_long()
+    assert found is None if told is None else found is not None and told in found
