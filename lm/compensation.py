@@ -17,7 +17,7 @@ from torch import nn
 from lm.linear import Project
 from lm.model import LanguageModel
 from lm.per_token import SMALLEST_SCALE
-from lm.quantization import Plan, layers, prepare
+from lm.quantization import Plan, layers, prepare, replace
 from lm.scheme import Levels
 
 # Of the mean of the moments, added to each: few windows leave directions in which nothing was seen.
@@ -90,7 +90,7 @@ def _round(model: LanguageModel, prefix: str, plan: Plan, run: Callable[[], obje
         levels = plan.of(name).levels
         if levels is not None:
             # An object of its own for each layer: those that are alike would be multiplied as one.
-            layer.project = partial(moments.record, levels, layer.project)
+            replace(name, layer, lambda _, project: partial(moments.record, levels, project))  # noqa: B023
     run()
     prepare(model, plan)
     for weight, levels, found in moments.of_weight.values():
