@@ -8,6 +8,7 @@ What was seen is kept as counts by the upper 16 bits of fp32: 65,536 numbers a p
 every value known within 0.4%, and the same counts whatever the order of the tokens.
 """
 
+import dataclasses
 from functools import partial
 
 import torch
@@ -15,7 +16,6 @@ import torch
 from lm.linear import Project
 from lm.model import LanguageModel
 from lm.quantization import Plan, layers, products, replace
-from lm.scheme import Scheme
 from lm.static import Range, Static
 
 _BUCKETS = 2**16
@@ -27,8 +27,7 @@ _SHARES = 2.0 ** (-torch.arange(64, dtype=torch.float64) / 8)
 def calibrate(model: LanguageModel, plan: Plan, windows: torch.Tensor) -> Plan:
     """Returns ``plan`` with a range for each product that wants one, by what float ``model`` does with ``windows``.
 
-    ``windows`` [n, T] are token ids. Layers that read the same values share a range. A plan that wants no ranges comes
-    back as it is.
+    ``windows`` [n, T] are token ids. A plan that wants no ranges comes back as it is.
     """
     wanting = {
         name: layer
@@ -55,13 +54,7 @@ def calibrate(model: LanguageModel, plan: Plan, windows: torch.Tensor) -> Plan:
     for name, layer in wanting.items():
         replace(name, layer, lambda product, _: before[product])
     model.train(trained)
-    schemes: dict[Range, Scheme] = {}
-    calibrated = {}
-    for product, found in counts.items():
-        within = best_range(found.cpu())
-        # One object for equal ranges: layers that read the same values round them once, and are multiplied as one.
-        calibrated[product] = schemes.setdefault(within, Static(within))
-    return Plan(plan.others, plan.head, plan.in_float, calibrated)
+    return dataclasses.replace(plan, ranges={product: best_range(found.cpu()) for product, found in counts.items()})
 
 
 def best_range(counts: torch.Tensor) -> Range:

@@ -23,7 +23,7 @@ class PlannedGraph(Graph):
         self._shapes: dict[tuple[str | int, ...], str] = {}
 
     def expert(self, name: str, part: str, index: int, weight: torch.Tensor, x: Rows) -> str:
-        """Multiplies ``x`` [N, in] by ``weight`` [out, in], the ``part`` of one of the experts of the layer ``name``."""
+        """Multiplies ``x`` [N, in] by ``weight`` [out, in], the ``part`` of one expert of the layer ``name``."""
         scheme = self._plan.of(name, f"{name}.{part}")
         return scheme.lower(self, f"{name}.{index}.{part}", weight, x.operand(scheme))
 

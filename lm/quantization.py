@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 
 from lm.blockwise import Blockwise
 from lm.feed_forward import Experts
@@ -10,7 +11,7 @@ from lm.linear import Embedding, Linear, Project
 from lm.model import LanguageModel
 from lm.per_token import PerToken, fake_quant_rows
 from lm.scheme import Float, Scheme
-from lm.static import Static
+from lm.static import Range, Static
 
 _FLOAT = Float()
 
@@ -21,24 +22,33 @@ class Plan:
 
     Patterns are those of a shell, over names as in ``model.layers.0.mlp.down_proj``; a layer's routed experts are one
     name, ``model.layers.1.mlp.experts``. Routers are float in any case; embeddings are INT8, a scale a row.
-    ``calibrated`` has schemes that know what one product meets, by its name (:func:`products`).
+    ``ranges`` are those of :class:`lm.static.Static`, by the names of :func:`products`; other schemes need none.
     """
 
     others: Scheme
     head: Scheme
     in_float: tuple[str, ...] = ()
-    calibrated: Mapping[str, Scheme] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def of(self, layer: str, product: str | None = None) -> Scheme:
         """Returns the scheme of the layer ``layer``, or of that one of its products."""
         if self.matches(layer, self.in_float):
             return _FLOAT
-        return self.calibrated.get(product or layer, self.head if layer == "lm_head" else self.others)
+        within = self.ranges.get(product or layer)
+        if within is not None:
+            return _static(within)
+        return self.head if layer == "lm_head" else self.others
 
     @staticmethod
     def matches(name: str, patterns: tuple[str, ...]) -> bool:
         """Whether one of ``patterns`` means the layer ``name``."""
         return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@cache
+def _static(within: Range) -> Static:
+    # One object for equal ranges: layers that read the same values round them once, and are multiplied as one.
+    return Static(within)
 
 
 PLANS = {

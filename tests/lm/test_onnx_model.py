@@ -8,7 +8,7 @@ import pytest
 import torch
 from odd import make_model
 
-from lm import blockwise, onnx_model, per_token, static
+from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
 from lm.calibration import calibrate
 from lm.graph import FLOAT, Graph
@@ -192,6 +192,14 @@ def test_the_gradient_passes_straight_through_the_rounding() -> None:
     assert weight.grad is not None
     torch.testing.assert_close(x.grad, per_token.fake_quant_rows(weight).sum(dim=0).expand(5, 8))
     torch.testing.assert_close(weight.grad, per_token.fake_quant_tokens(x).sum(dim=0).expand(3, 8))
+
+
+def test_the_gradient_passes_through_a_fixed_range_but_not_where_it_clips() -> None:
+    within = Range.over(-1.0, 2.0)
+    x = torch.tensor([[-1.2, -0.9, 0.0, 1.9, 2.3]], requires_grad=True)
+    Static(within).project(x, torch.ones(1, 5)).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]]))
 
 
 def test_rounding_to_int8_is_within_half_a_level() -> None:

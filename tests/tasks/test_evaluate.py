@@ -197,6 +197,19 @@ def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp
     assert json.loads((folder / "models/evaluation.json").read_text())["models"]["post_training"] is None
 
 
+def test_fixed_ranges_are_those_of_the_float_model_where_it_is_only_rounded(candidate: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(candidate, folder)
+    tiny.write_champion(folder)
+    tiny.write_params(folder, quantize__scheme="static")
+    for stage in ("quantize", "evaluate"):
+        code, output = tiny.run(stage, folder)
+        assert code == 0, output
+    measured = json.loads((folder / "models/evaluation.json").read_text())["models"]
+    # The ranges of the turned model, which is the INT8 one, would be far from right for this one.
+    assert 0 < measured["post_training"]["kl_divergence"]["value"] < 0.1
+
+
 def test_a_folder_that_does_not_say_how_it_was_made_names_the_stage_to_run(candidate: Path, tmp_path: Path) -> None:
     folder = tmp_path / "project"
     shutil.copytree(candidate, folder)
