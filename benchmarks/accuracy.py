@@ -60,6 +60,7 @@ SIDES: dict[str, Side] = {
     "dynamic, both": Side(PLANS["per-token-8"], rotated=True, compensated=True),
     "static": Side(PLANS["static-8"]),
     "static, rotated": Side(PLANS["static-8"], rotated=True),
+    "static, rotated, down float": Side(replace(PLANS["static-8"], in_float=DOWN), rotated=True),
     "static, both": Side(PLANS["static-8"], rotated=True, compensated=True),
     "weight-only-8": Side(PLANS["blockwise-8"]),
     "weight-only-8, compensated": Side(PLANS["blockwise-8"], compensated=True),
