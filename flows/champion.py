@@ -7,6 +7,7 @@ model's own evaluation stale, and a night without news would end with another ve
 import enum
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -73,7 +74,7 @@ def bring(root: Path) -> Champion:
     with atomic.folder(root / paths.CHAMPION) as folder:
         if now.commit is not None:
             try:
-                _fetch(root, now.commit, folder)
+                fetch(root, now.commit, paths.INT8, folder, MODEL_FILES)
             except UserMistake as error:
                 raise UserMistake(
                     f"the champion {now.version} cannot be had: {error}. Name the remote that has it (`dvc remote add "
@@ -83,18 +84,24 @@ def bring(root: Path) -> Champion:
     return now
 
 
-def _fetch(root: Path, commit: str, folder: Path) -> None:
-    outputs = [output for output in contents.recorded(root, commit) if output.path == paths.INT8]
+def fetch(root: Path, commit: str, output: Path, folder: Path, names: Collection[str] = ()) -> None:
+    """Puts the files ``names`` (none: all) of a commit's ``output``, which is a folder, into ``folder``.
+
+    They come from DVC's cache or a remote, each verified. Raises :class:`UserMistake` that names one that is lost.
+    """
+    outputs = [one for one in contents.recorded(root, commit) if one.path == output]
+    if not outputs:
+        raise UserMistake(f"commit {commit[:12]} records no {output}")
     scratch = root / paths.SCRATCH / "champion"
     with dvc.store(root, restore.remote(root)) as store:
         fetched = restore.place(store, outputs, scratch, root, lambda done, total: None)
     for one in fetched:
         if one.source is restore.Source.NOWHERE:
             raise UserMistake(str(one))
-    for name in MODEL_FILES:
-        found = scratch / paths.INT8 / name
+    for name in names or sorted(path.name for path in (scratch / output).glob("*")):
+        found = scratch / output / name
         if not found.is_file():
-            raise UserMistake(f"commit {commit[:12]} records no {paths.INT8 / name}")
+            raise UserMistake(f"commit {commit[:12]} records no {output / name}")
         os.replace(found, folder / name)
     shutil.rmtree(scratch)
 

@@ -214,6 +214,28 @@ def serve(
 
 
 @app.command()
+def export(
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="gguf (llama.cpp), hf (transformers) or onnx.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A file for gguf, else a folder. [default: in .overnight/export]"),
+    ] = None,
+    type_: Annotated[
+        str | None, typer.Option("--type", help="Of a GGUF's matrices: f32, f16, bf16 or q8_0. [default: f16]")
+    ] = None,
+) -> None:
+    """Write the project's model as other programs take it: gguf and hf the float model, onnx the INT8 one.
+
+    The folders of hf and onnx carry the model's card.
+    """
+    with _told(f"overnight export --to {to}"):
+        from flows import export as exporting
+        from flows import project
+
+        exporting.export(project.find(), exporting.Request(to, output, type_), Console())
+
+
+@app.command()
 def publish() -> None:
     """Make a version of what the last run made: push, commit, tag it, and promote it when the gate passed.
 

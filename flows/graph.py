@@ -11,6 +11,8 @@ from tasks.errors import UserMistake
 COLLECT = "collect"
 # So does bringing the model that a new one is measured against.
 CHAMPION = "champion"
+# And bringing what training starts from.
+INIT = "init"
 # A night begins with one of these and ends with the other.
 CHECKOUT = "checkout"
 PUBLISH = "publish"
@@ -31,6 +33,11 @@ class Stage:
     def reads_collected(self) -> bool:
         """Whether the stage reads what ``collect`` brings in."""
         return paths.RAW in self.dependencies
+
+    @property
+    def reads_init(self) -> bool:
+        """Whether the stage reads what training starts from."""
+        return paths.INIT in self.dependencies
 
     @property
     def reads_champion(self) -> bool:

@@ -32,7 +32,7 @@ def is_pointer(path: str) -> bool:
 
 def is_written(path: str) -> bool:
     """Whether runs write this file of a version, all of it: what people did to it is then no edit to keep."""
-    return path in ("dvc.lock", "environment.json", f"{paths.CHAMPION}.dvc")
+    return path in ("dvc.lock", "environment.json", f"{paths.CHAMPION}.dvc", f"{paths.INIT}.dvc")
 
 
 def land(root: Path, commit: str, name: str, remote: str | None) -> str | None:

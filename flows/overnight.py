@@ -18,10 +18,10 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, champion, dvc, dvc_lock, failures, remotely, worktree
+from flows import artifacts, champion, dvc, dvc_lock, failures, init, remotely, worktree
 from flows.attempts import Attempts, StageFailed
 from flows.execute import Classify, Site, drop_old_logs, execute, remember
-from flows.graph import CHAMPION, CHECKOUT, COLLECT, PUBLISH, Graph, Stage
+from flows.graph import CHAMPION, CHECKOUT, COLLECT, INIT, PUBLISH, Graph, Stage
 from flows.plan import Action, Step, collects, plan
 from flows.publish import ChampionMoved, Look, Published, publish
 from flows.runs import Record, Resumed
@@ -99,13 +99,20 @@ class Night:
     def work(self, graph: Graph, from_stage: str | None, force: bool) -> None:
         """Collects, then does with each stage what the plan says."""
         drop_old_logs(self.site.home or self.site.root)
-        self.collect(collects(from_stage))
+        self.collect(graph, collects(from_stage))
         if self.failed:
             steps = tuple(Step(stage, Action.RUN) for stage in graph.stages)
         else:
             # What this attempt has forced already is not forced again when the champion has moved meanwhile.
             done = {run.stage for run in self.runs.values() if run.outcome == "ran"}
             steps = plan(graph, self.stale(), from_stage, force, self._resumed.finished | done)
+            running = {step.stage.name for step in steps if step.action == Action.RUN}
+            if any(stage.reads_init and stage.name in running for stage in graph.stages):
+                self._run(
+                    INIT, "Fetch and version what training starts from.", [COLLECT], lambda: self._init(graph, running)
+                )
+                # The plan follows from what training starts from.
+                steps = plan(graph, self.stale(), from_stage, force, self._resumed.finished | done)
         for step in steps:
             self.step(step)
 
@@ -145,20 +152,23 @@ class Night:
                 # Somebody typed a DVC command meanwhile.
                 dvc_lock.await_others(self.site.root, lambda line: None)
 
-    def collect(self, wanted: bool) -> None:
+    def collect(self, graph: Graph, wanted: bool) -> None:
         """Copies what is new at the sources and versions it, unless a later stage was asked for."""
         # What an earlier pass saw is stale itself by now.
         self._changes = None
 
         def body() -> State[Any]:
-            return self._collect() if wanted else Completed(name="Skipped", message="before --from", data="skipped")
+            return (
+                self._collect(graph) if wanted else Completed(name="Skipped", message="before --from", data="skipped")
+            )
 
         self._run(COLLECT, "Copy what is new at the sources into data/raw and version it.", (), body)
 
     def step(self, step: Step) -> None:
         """Does with a stage what the plan says, or nothing when what it reads has failed."""
         stage = step.stage
-        upstream = [*([COLLECT] if stage.reads_collected else []), *stage.upstream]
+        brought = [INIT] if stage.reads_init and INIT in self.runs else []
+        upstream = [*([COLLECT] if stage.reads_collected else []), *brought, *stage.upstream]
         if stage.reads_champion and step.action == Action.RUN and not self._missing(upstream):
             self._run(CHAMPION, "Fetch and version the model in production.", upstream, lambda: self._champion(stage))
             upstream += [CHAMPION] if CHAMPION in self.runs else []
@@ -211,7 +221,7 @@ class Night:
         self._states[name] = state
         seconds = time.monotonic() - started
         outcome = _OUTCOMES.get(state.name or "", "failed")
-        if name == CHAMPION and outcome == "cached":
+        if name in (CHAMPION, INIT) and outcome == "cached":
             # No row of its own for what only concerns the stage that asked.
             return
         message = attempts.message or state.message or "" if outcome == "failed" else why
@@ -219,20 +229,30 @@ class Night:
         self.runs[name] = run
         self._watch.ended(run)
 
-    def _collect(self) -> State[Any]:
+    def _collect(self, graph: Graph) -> State[Any]:
         root = self.site.root
         pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
         if (root / pointer).exists() and not (root / paths.RAW).exists():
             # Else what is gone at the sources by now would be left out of the next version without a word.
             self._restore_raw(pointer)
+        if (root / init.POINTER).exists() and not (root / paths.INIT).exists():
+            # As with the text: a checkpoint that has gone from where it was is still that of the project.
+            self._execute(COLLECT, dvc.checkout_command(root, self._params.publish.data_remote, init.POINTER))
         command = [sys.executable, "-m", "tasks.collect", "--relative-to", str(worktree.main(root))]
         self._execute(COLLECT, command, dvc.classify_stage)
-        if (root / pointer).exists() and not read_report(root).has_news:
+        report = read_report(root)
+        copied = {paths.RAW: (pointer, report.has_news)}
+        if report.init is not None and any(stage.reads_init for stage in graph.stages):
+            copied[paths.INIT] = (init.POINTER, report.init.state in ("new", "changed"))
+        changes = None
+        if not any(has_news or not (root / pointer).exists() for pointer, has_news in copied.values()):
             changes = self._look()
-            if str(pointer) not in changes.data:
+            if not any(str(pointer) in changes.data for pointer, _ in copied.values()):
                 self._changes = changes
                 return Completed(name="Cached", message="nothing new at the sources", data="cached")
-        self._execute(COLLECT, dvc.add_command(paths.RAW))
+        for folder, (pointer, has_news) in copied.items():
+            if has_news or not (root / pointer).exists() or changes is None or str(pointer) in changes.data:
+                self._execute(COLLECT, dvc.add_command(folder))
         return Completed(name="Ran", data="ran")
 
     def _restore_raw(self, pointer: Path) -> None:
@@ -245,6 +265,28 @@ class Night:
                 False,
                 EXIT_USER_MISTAKE,
             )
+
+    def _init(self, graph: Graph, running: Collection[str]) -> State[Any]:
+        root, wanted = self.site.root, self._params.train.init
+        try:
+            action = init.look(root, wanted, graph, self._changes or self._look(), running)
+            brought = init.bring(root, wanted) if action == champion.Action.BRING else None
+        except (UserMistake, TryAgain) as error:
+            remember(self.site, INIT, dvc.Result("failed", error.exit_code, str(error)))
+            raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
+        match action:
+            case champion.Action.KEEP:
+                failures.forget(root, INIT)
+                return Completed(name="Cached", message="unchanged", data="cached")
+            case champion.Action.RESTORE:
+                self._execute(INIT, dvc.pull_command(init.POINTER))
+            case champion.Action.BRING:
+                self._execute(INIT, dvc.add_command(paths.INIT))
+        # What was seen is stale itself by now.
+        self._changes = None
+        if brought is not None and brought.version is None:
+            return Completed(name="Cached", message="from scratch", data="cached")
+        return Completed(name="Ran", data="ran")
 
     def _champion(self, stage: Stage) -> State[Any]:
         root = self.site.root

@@ -1,6 +1,7 @@
 """The shape of a model, in the terms of Hugging Face's configurations of the same ``model_type``."""
 
-from typing import Literal, Self
+import math
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -9,10 +10,80 @@ class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class LatentArchitecture(_Shape):
-    """What a user chooses about a DeepSeek-V3-style decoder (DeepSeek-V3 report, arXiv 2412.19437, section 2.1)."""
+class Llama3Scaling(_Shape):
+    """Llama 3's stretching of the slow rotations (arXiv 2407.21783, section 3.4.3; in Hugging Face's terms)."""
 
-    model_type: Literal["deepseek_v3"]
+    rope_type: Literal["llama3"]
+    factor: float = Field(gt=1)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _the_band_is_one(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not more than low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+    @property
+    def rotation_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+
+class YarnScaling(_Shape):
+    """YaRN's stretching, rotation by rotation (arXiv 2309.00071, section 3.2; in Hugging Face's terms).
+
+    DeepSeek sets ``mscale`` and ``mscale_all_dim``: the first scales the rotations, the second the scores.
+    """
+
+    rope_type: Literal["yarn"]
+    factor: float = Field(gt=1)
+    original_max_position_embeddings: int = Field(ge=1)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    mscale: float | None = Field(default=None, ge=0)
+    mscale_all_dim: float | None = Field(default=None, ge=0)
+    # None: as the factor and the two above give it.
+    attention_factor: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _the_band_is_one(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} is not more than beta_slow {self.beta_slow}")
+        return self
+
+    @property
+    def rotation_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def score_scale(self) -> float:
+        """What DeepSeek's attention multiplies its scores by, besides what is always there."""
+        return self._magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def _magnitude(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+RopeScaling = Llama3Scaling | YarnScaling
+
+
+class LatentArchitecture(_Shape):
+    """What a user chooses about a DeepSeek-V3-style decoder (DeepSeek-V3 report, arXiv 2412.19437, section 2.1).
+
+    DeepSeek-V2 (arXiv 2405.04434, section 2.2) scores experts by a softmax over all of them instead of sigmoids, a
+    group by its best one, and has no bias that evens them out.
+    """
+
+    model_type: Literal["deepseek_v3", "deepseek_v2"]
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
@@ -23,6 +94,7 @@ class LatentArchitecture(_Shape):
     qk_rope_head_dim: int = Field(ge=2)
     v_head_dim: int = Field(ge=1)
     rope_theta: float = Field(gt=0)
+    rope_scaling: YarnScaling | None = None
     # Feed-forward: the first layers dense, the others mixtures of experts.
     intermediate_size: int = Field(ge=1)
     first_k_dense_replace: int = Field(ge=0)
@@ -34,6 +106,7 @@ class LatentArchitecture(_Shape):
     topk_group: int = Field(ge=1)
     norm_topk_prob: bool
     routed_scaling_factor: float = Field(gt=0)
+    tie_word_embeddings: bool = False
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
 
@@ -43,11 +116,13 @@ class LatentArchitecture(_Shape):
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE turns pairs, so make it even")
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts {self.n_routed_experts} does not divide into n_group {self.n_group}")
-        if self.n_routed_experts // self.n_group < 2:
+        if self.has_bias and self.n_routed_experts // self.n_group < 2:
             raise ValueError(
                 f"n_group {self.n_group} leaves fewer than 2 of {self.n_routed_experts} experts in a group, "
                 "and a group is scored by its best two; lower n_group"
             )
+        if self.norm_topk_prob and not self.has_bias:
+            raise ValueError("norm_topk_prob is true; deepseek_v2 does not normalize the experts' weights")
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
@@ -64,6 +139,16 @@ class LatentArchitecture(_Shape):
         return self
 
     @property
+    def has_bias(self) -> bool:
+        """Whether a bias evens the experts out."""
+        return self.model_type == "deepseek_v3"
+
+    @property
+    def score_scale(self) -> float:
+        """What the products of queries and keys are multiplied by before the softmax."""
+        return self.qk_head_dim**-0.5 * (self.rope_scaling.score_scale if self.rope_scaling else 1.0)
+
+    @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
@@ -76,23 +161,6 @@ class LatentArchitecture(_Shape):
     def cache_width(self) -> int:
         """How many numbers a layer keeps for each token: the latent and the rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
-
-
-class RopeScaling(_Shape):
-    """Llama 3's stretching of the slow rotations (arXiv 2407.21783, section 3.4.3; in Hugging Face's terms)."""
-
-    factor: float = Field(gt=1)
-    low_freq_factor: float = Field(gt=0)
-    high_freq_factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _the_band_is_one(self) -> Self:
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor {self.high_freq_factor} is not more than low_freq_factor {self.low_freq_factor}"
-            )
-        return self
 
 
 class GroupedArchitecture(_Shape):
@@ -109,7 +177,7 @@ class GroupedArchitecture(_Shape):
     num_key_value_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
     rope_theta: float = Field(gt=0)
-    rope_scaling: RopeScaling | None
+    rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None
     intermediate_size: int = Field(ge=1)
     tie_word_embeddings: bool
     initializer_range: float = Field(gt=0)
@@ -145,14 +213,17 @@ class _Tokens(_Shape):
     max_position_embeddings: int = Field(ge=1)
     bos_token_id: int = Field(ge=0)
     eos_token_id: int = Field(ge=0)
+    # Of the windows that it was trained on last, where that is less than it has positions for.
+    training_length: int | None = Field(default=None, ge=1)
+
+    @property
+    def window(self) -> int:
+        """How many tokens it is trained and measured on at a time."""
+        return self.training_length or self.max_position_embeddings
 
 
 class LatentConfig(LatentArchitecture, _Tokens):
     """An architecture with what the tokenizer and the training add to it."""
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return False
 
 
 class GroupedConfig(GroupedArchitecture, _Tokens):

@@ -1,4 +1,5 @@
-"""Feed-forward layers: SwiGLU (arXiv 2002.05202), DeepSeek-V3's mixture of experts (arXiv 2412.19437, section 2.1.2).
+"""Feed-forward layers: SwiGLU (arXiv 2002.05202), DeepSeek's mixture of experts (V3: arXiv 2412.19437, section 2.1.2;
+V2: arXiv 2405.04434, section 2.2).
 
 Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts.
 """
@@ -55,24 +56,30 @@ class SwiGLU(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses each token's experts by sigmoid scores, evened out by a bias that no gradient touches."""
+    """Chooses each token's experts by sigmoid scores, evened out by a bias that no gradient touches.
 
-    e_score_correction_bias: torch.Tensor
+    Of DeepSeek-V2: by their softmax, without a bias.
+    """
+
+    e_score_correction_bias: torch.Tensor | None
     tokens_per_expert: torch.Tensor
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        bias = torch.zeros(config.n_routed_experts) if config.has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
         # Counted in training until `rebalance` uses them up.
         self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the chosen experts [N, K] and the weights [N, K] of their outputs. Always in fp32."""
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
-        experts_NK = self.choose(scores_NE + self.e_score_correction_bias)
+            products_NE = F.linear(x_ND.float(), self.weight.float())
+        bias = self.e_score_correction_bias
+        scores_NE = products_NE.softmax(dim=-1) if bias is None else products_NE.sigmoid()
+        experts_NK = self.choose(scores_NE if bias is None else scores_NE + bias)
         # The bias decides who is chosen, never how much the chosen one counts.
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.config.norm_topk_prob:
@@ -87,7 +94,8 @@ class Router(nn.Module):
         groups, kept = self.config.n_group, self.config.topk_group
         if kept < groups:
             biased_NGe = biased_NE.unflatten(1, (groups, -1))
-            best_groups = biased_NGe.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
+            counted = 2 if self.config.has_bias else 1
+            best_groups = biased_NGe.topk(counted, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
             masked = torch.ones_like(biased_NGe[..., 0], dtype=torch.bool).scatter(1, best_groups, False)
             # -inf, not 0: a bias may be negative, and a masked expert must lose against every other.
             biased_NE = biased_NGe.masked_fill(masked.unsqueeze(-1), float("-inf")).flatten(1)
@@ -98,11 +106,12 @@ class Router(nn.Module):
         """Moves the bias by ``rate`` towards the experts with fewer tokens than the mean, and forgets the counts.
 
         Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). With several processes the caller sums
-        ``tokens_per_expert`` over them first.
+        ``tokens_per_expert`` over them first. Without a bias it only forgets.
         """
         load = self.tokens_per_expert
-        update = torch.sign(load.mean() - load)
-        self.e_score_correction_bias += rate * (update - update.mean())
+        if self.e_score_correction_bias is not None:
+            update = torch.sign(load.mean() - load)
+            self.e_score_correction_bias += rate * (update - update.mean())
         load.zero_()
 
 

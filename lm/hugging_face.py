@@ -1,70 +1,48 @@
-"""Checkpoints in Hugging Face layout: ``config.json``, ``model.safetensors``, tokenizer files.
+"""Checkpoints in Hugging Face layout: ``config.json``, weights in safetensors, tokenizer files.
 
 On disk each expert has its own three matrices; in memory they are stacked. A head that is tied to the embedding is not
-on disk. All other tensors have one name in both.
+on disk. All other tensors have one name in both. Weights lie in ``model.safetensors``, or in several files that
+``model.safetensors.index.json`` names. Nothing is unpickled.
 """
 
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lm.config import GroupedConfig, LatentConfig, ModelConfig, RopeScaling
+from lm.config import ModelConfig
+from lm.hugging_face_config import Unusable, config_from_json, config_to_json
+from lm.hugging_face_files import COMPANIONS, WEIGHTS, read_config, read_json, weight_files
 from lm.model import LanguageModel
 
+# Larger weights are written as several files, with an index.
+BYTES_A_FILE = 5_000_000_000
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_TYPES = {"F64", "F32", "F16", "BF16"}
+_NAMES_TOLD = 3
+
+__all__ = [
+    "BYTES_A_FILE",
+    "Unusable",
+    "check",
+    "config_from_json",
+    "config_to_json",
+    "layout_to_state",
+    "load",
+    "save",
+    "state_to_layout",
+]
 
 
-def config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """Returns ``config.json`` as transformers reads it."""
-    if isinstance(config, LatentConfig):
-        own = {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "num_key_value_heads": config.num_attention_heads,
-            "head_dim": config.qk_rope_head_dim,
-            "attention_bias": False,
-            "rope_interleave": True,
-            "num_nextn_predict_layers": 0,
-        }
-        scaling = None
-    else:
-        own = {"architectures": [_ARCHITECTURES[config.model_type]], "attention_bias": config.has_biases}
-        scaling = config.rope_scaling
-    stretched = None if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
-    return {
-        "dtype": "float32",
-        **config.model_dump(),
-        **own,
-        # transformers 5 reads the nested values, earlier releases the flat ones.
-        "rope_parameters": {**(stretched or {"rope_type": "default"}), "rope_theta": config.rope_theta},
-        "rope_scaling": stretched,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "pad_token_id": config.eos_token_id,
-    }
-
-
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
-def config_from_json(content: dict[str, Any]) -> ModelConfig:
-    """Returns the part of ``config.json`` that shapes the model."""
-    kind = LatentConfig if content["model_type"] == "deepseek_v3" else GroupedConfig
-    known = {name: content[name] for name in kind.model_fields if name in content}
-    rope = content["rope_parameters"]
-    known["rope_theta"] = rope["rope_theta"]
-    if kind is GroupedConfig:
-        stretched = {name: rope[name] for name in RopeScaling.model_fields if name in rope}
-        known["rope_scaling"] = stretched or None
-    return kind.model_validate(known)
-
-
-def state_to_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of ``state`` under the names of the layout, experts one by one."""
+def state_to_layout(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of ``state`` under the names of the layout, experts one by one, each a view."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".mlp.experts.gate_up_proj"):
@@ -77,7 +55,7 @@ def state_to_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 tensors[f"{name.removesuffix('.down_proj')}.{index}.down_proj.weight"] = down
         else:
             tensors[name] = tensor
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def layout_to_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,13 +75,17 @@ def layout_to_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return state
 
 
-def save(model: LanguageModel, tokenizer: Path, folder: Path) -> None:
-    """Writes ``model`` and a copy of the file ``tokenizer`` into ``folder``; equal models give equal bytes."""
+def save(
+    model: LanguageModel, tokenizer: Path, folder: Path, origin: Path | None = None, bytes_a_file: int = BYTES_A_FILE
+) -> None:
+    """Writes ``model`` and a copy of the file ``tokenizer`` into ``folder``; equal models give equal bytes.
+
+    ``origin`` is the folder of the checkpoint that it was trained from: what lies there about the tokenizer, the
+    template of a chat and the way to generate is kept as it is.
+    """
     config = model.config
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    save_file(state_to_layout(state), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _on_disk(model).items()}
+    _save_weights(tensors, folder, bytes_a_file)
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
@@ -116,23 +98,100 @@ def save(model: LanguageModel, tokenizer: Path, folder: Path) -> None:
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    if origin is not None:
+        for name in COMPANIONS:
+            if (origin / name).is_file():
+                (folder / name).write_bytes((origin / name).read_bytes())
+
+
+def check(folder: Path) -> ModelConfig:
+    """Returns the configuration of the checkpoint in ``folder`` whose weights fit it, without reading their numbers.
+
+    Raises :class:`Unusable` that names the tensors that are missing, surplus, or of another shape or type.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    _check_weights(model, folder)
+    return config
 
 
 def load(folder: Path) -> LanguageModel:
-    """Returns the model in ``folder``, in fp32 on the CPU."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = LanguageModel(config_from_json(json.loads((folder / "config.json").read_text())))
-    state = layout_to_state(tensors)
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
+    """Returns the model in ``folder``, in fp32 on the CPU, whatever type its weights have. Raises as :func:`check`."""
+    model = LanguageModel(read_config(folder))
+    _check_weights(model, folder)
+    places = _on_disk(model)
+    for file, _ in _opened(weight_files(folder)):
+        for name in sorted(places.keys() & set(file.keys())):
+            places[name].copy_(file.get_tensor(name))
     return model
 
 
+def _on_disk(model: LanguageModel) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state_to_layout(state)
+
+
+def _save_weights(tensors: dict[str, torch.Tensor], folder: Path, bytes_a_file: int) -> None:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=bytes_a_file)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": split.tensor_to_filename}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _opened(files: Iterable[Path]) -> Iterator[tuple[Any, Path]]:
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file, path
+        except SafetensorError as error:
+            raise Unusable(f"{path.name}: damaged, or no safetensors ({error})") from None
+
+
+def _check_weights(model: LanguageModel, folder: Path) -> None:
+    files = weight_files(folder)
+    wanted = {name: list(tensor.shape) for name, tensor in _on_disk(model).items()}
+    found: set[str] = set()
+    for file, path in _opened(files):
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            if name in wanted and part.get_shape() != wanted[name]:
+                raise Unusable(f"{path.name}: {name} is {part.get_shape()}; config.json makes it {wanted[name]}")
+            if name in wanted and part.get_dtype() not in _TYPES:
+                raise Unusable(f"{path.name}: {name} is {part.get_dtype()}; weights of floating point are needed")
+            found.add(name)
+    what = files[0].name if len(files) == 1 else f"{len(files)} files of weights"
+    if missing := sorted(wanted.keys() - found):
+        raise Unusable(f"{what}: without {_names(missing)}, which a {model.config.model_type} of this config.json has")
+    more = int(read_json(folder / "config.json").get("num_nextn_predict_layers") or 0)
+    if surplus := sorted(name for name in found - wanted.keys() if not _is_passed_over(name, model.config, more)):
+        raise Unusable(f"{what}: a {model.config.model_type} of this config.json has no {_names(surplus)}")
+
+
+def _is_passed_over(name: str, config: ModelConfig, more: int) -> bool:
+    """Whether the tensor ``name`` is one that the model has no use for, though it belongs to the checkpoint."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    if name == "lm_head.weight":
+        return config.tie_word_embeddings
+    # DeepSeek-V3's layers that predict further tokens, which training and serving here do without.
+    layer = _LAYER.match(name)
+    return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < more
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_TOLD:,} more" if len(names) > _NAMES_TOLD else ""
+    return ", ".join(names[:_NAMES_TOLD]) + more
+
+
 def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
-    added = json.loads(tokenizer.read_text())["added_tokens"]
-    special = {token["id"]: token["content"] for token in added}
+    content = json.loads(tokenizer.read_text())
+    spelled = {id_: token for token, id_ in content.get("model", {}).get("vocab", {}).items()}
+    special = spelled | {token["id"]: token["content"] for token in content["added_tokens"]}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": special[config.bos_token_id],

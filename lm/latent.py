@@ -13,6 +13,9 @@ from lm.linear import Linear, together
 from lm.norm import RMSNorm
 from lm.rope import rotate
 
+# Of the latents' norms: DeepSeek's code has it there whatever the configuration's rms_norm_eps.
+_EPS = 1e-6
+
 
 class LatentAttention(nn.Module):
     """Causal attention whose keys and values are expanded from one latent a token."""
@@ -20,15 +23,15 @@ class LatentAttention(nn.Module):
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.config = config
-        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        heads = config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, _EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
 
@@ -53,5 +56,7 @@ class LatentAttention(nn.Module):
         k_BHTR = rotate(k_BTR, cos, sin).unsqueeze(1).expand(-1, heads, -1, -1)
         q_BHTQ = torch.cat([q_BHTN, rotate(q_BHTR, cos, sin).to(q_BHTN.dtype)], dim=-1)
         k_BHTQ = torch.cat([k_BHTN, k_BHTR.to(k_BHTN.dtype)], dim=-1)
+        if config.rope_scaling is not None:
+            q_BHTQ = q_BHTQ * config.rope_scaling.score_scale
         out_BHTV = attend(q_BHTQ, k_BHTQ, v_BHTV)
         return self.o_proj(out_BHTV.transpose(1, 2).reshape(batch, length, -1))

@@ -41,8 +41,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        scaling = config.rope_scaling if isinstance(config, GroupedConfig) else None
-        table = rotations(config.max_position_embeddings, config.rotary_dim, config.rope_theta, scaling)
+        table = rotations(config.max_position_embeddings, config.rotary_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotations", table, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def latent(
     q = graph.op("Reshape", q, graph.ints(0, -1, width))
     scores = graph.op("MatMul", q, graph.op("Transpose", present, perm=[0, 2, 1]))
     by_head = graph.op("Concat", graph.ints(0, heads, -1), places.capacity, axis=0)
-    scaled = graph.op("Mul", graph.op("Reshape", scores, by_head), graph.number(float(config.qk_head_dim**-0.5)))
+    scaled = graph.op("Mul", graph.op("Reshape", scores, by_head), graph.number(float(config.score_scale)))
     weights = graph.op("Softmax", graph.op("Add", scaled, places.mask), axis=-1)
     side_by_side = graph.op("Concat", graph.ints(0, -1), places.capacity, axis=0)
     read = graph.op("MatMul", graph.op("Reshape", weights, side_by_side), present)

@@ -145,10 +145,14 @@ def _add_expert(graph: PlannedGraph, name: str, experts: Experts, index: int, x:
 def _gates(graph: PlannedGraph, name: str, router: Router, x: str) -> str:
     # [N, E]: the weight of each expert's output for each token, 0 where it was not chosen. Twin of `Router.forward`.
     config = router.config
-    scores = graph.op("Sigmoid", graph.op("MatMul", x, graph.weight(f"{name}.weight", array(router.weight).T)))
-    biased = graph.op("Add", scores, graph.weight(f"{name}.bias", array(router.e_score_correction_bias)))
+    products = graph.op("MatMul", x, graph.weight(f"{name}.weight", array(router.weight).T))
+    if router.e_score_correction_bias is None:
+        biased = scores = graph.op("Softmax", products, axis=-1)
+    else:
+        scores = graph.op("Sigmoid", products)
+        biased = graph.op("Add", scores, graph.weight(f"{name}.bias", array(router.e_score_correction_bias)))
     if config.topk_group < config.n_group:
-        biased = _mask_groups(graph, biased, config.n_group, config.topk_group)
+        biased = _mask_groups(graph, biased, config, counted=2 if config.has_bias else 1)
     _, chosen = graph.ops("TopK", biased, graph.ints(config.num_experts_per_tok), outputs=2, axis=-1)
     graph.mark(chosen, choices(name))
     weights = graph.op("GatherElements", scores, chosen, axis=1)
@@ -160,11 +164,12 @@ def _gates(graph: PlannedGraph, name: str, router: Router, x: str) -> str:
     return graph.op("ScatterElements", nothing, chosen, weights, axis=1)
 
 
-def _mask_groups(graph: PlannedGraph, biased: str, groups: int, kept: int) -> str:
-    grouped = graph.op("Reshape", biased, graph.ints(0, groups, -1))
-    best_two, _ = graph.ops("TopK", grouped, graph.ints(2), outputs=2, axis=-1)
-    strength = graph.op("ReduceSum", best_two, graph.ints(-1), keepdims=0)
-    _, best = graph.ops("TopK", strength, graph.ints(kept), outputs=2, axis=-1)
+def _mask_groups(graph: PlannedGraph, biased: str, config: LatentConfig, counted: int) -> str:
+    # A group counts by the sum of its best ``counted`` experts.
+    grouped = graph.op("Reshape", biased, graph.ints(0, config.n_group, -1))
+    counts, _ = graph.ops("TopK", grouped, graph.ints(counted), outputs=2, axis=-1)
+    strength = graph.op("ReduceSum", counts, graph.ints(-1), keepdims=0)
+    _, best = graph.ops("TopK", strength, graph.ints(config.topk_group), outputs=2, axis=-1)
     minus = graph.op("Expand", graph.number(float("-inf")), graph.op("Shape", strength))
     open_ = graph.op("Expand", graph.number(0.0), graph.op("Shape", best))
     mask = graph.op("ScatterElements", minus, best, open_, axis=1)

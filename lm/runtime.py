@@ -135,17 +135,19 @@ class Generator:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
             told = json.loads(config.read_text())
-            # The longest text, in tokens, that the model was trained on and has positions for.
+            # The longest text, in tokens, that the model has positions for.
             self.context: int = told["max_position_embeddings"]
-            ends = _token_ids(told.get("eos_token_id"))
-            begins = _token_ids(told.get("bos_token_id")) or ends
+            # And the longest that it was trained on last.
+            self.window: int = told.get("training_length") or self.context
+            begins, ends = _token_ids(told.get("bos_token_id")), _token_ids(told.get("eos_token_id"))
         # A model that was taught to converse says there what ends its turns.
         if (folder / "generation_config.json").is_file():
             with _named(folder / "generation_config.json") as generation:
                 ends = _token_ids(json.loads(generation.read_text()).get("eos_token_id")) or ends
-        self.ends = frozenset(ends)
-        # A tokenizer that puts nothing before a text leaves nothing of an empty one.
-        self._empty = begins[:1]
+        # A text begins with the first, whatever the tokenizer adds; it ends there too, since in training the next one
+        # follows.
+        self._beginning = (begins or ends)[:1]
+        self.ends = frozenset((*begins, *ends))
 
     def new_cache(self, batch: int = 1) -> Cache:
         """Returns the cache before the first token of ``batch`` texts."""
@@ -231,7 +233,10 @@ class Generator:
 
     def _row(self, request: Request) -> "_Row":
         prompt = request.prompt
-        ids = list(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt) or self._empty
+        if isinstance(prompt, str):
+            ids = [*self._beginning, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        else:
+            ids = list(prompt) or self._beginning
         if len(ids) >= self.context:
             raise PromptTooLong(len(ids), self.context)
         return _Row(self.tokenizer, request, ids, self.ends, self.context)

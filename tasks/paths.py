@@ -24,6 +24,9 @@ INT8_GRAPH = INT8 / "model.onnx"
 AUDIT = INT8 / "audit.json"
 QUANTIZATION = INT8 / "quantization.json"
 
+INIT = Path("models/init")
+INIT_RECORD = INIT / "init.json"
+
 CHAMPION = Path("models/champion")
 CHAMPION_RECORD = CHAMPION / "champion.json"
 

@@ -103,7 +103,7 @@ def _hashes() -> dict[str, str]:
         "data: corpus report": [paths.CORPUS_REPORT],
         "data: shards": [paths.MANIFEST],
         "lock file": [paths.LOCK],
-        "model: float": [paths.FLOAT / "model.safetensors"],
+        "model: float": sorted(paths.FLOAT.glob("*.safetensors")) or [paths.FLOAT / "model.safetensors"],
         "model: INT8": [paths.INT8_GRAPH, paths.INT8_GRAPH.with_name(f"{paths.INT8_GRAPH.name}.data")],
     }
     return {

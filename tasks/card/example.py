@@ -14,17 +14,19 @@ options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file("tokenizer.json")
 
-context = json.loads(Path("config.json").read_text())["max_position_embeddings"]
-# The caches of all layers, with room for a whole context.
-room = {"batch": 1, "capacity": context}
+config = json.loads(Path("config.json").read_text())
+context = config["max_position_embeddings"]
+ends = config["bos_token_id"], config["eos_token_id"]
+ids = [ends[0], *tokenizer.encode(prompt, add_special_tokens=False).ids]
+# The caches of all layers, with room for the whole text.
+room = {"batch": 1, "capacity": min(len(ids) + 40, context)}
 cache = {
     x.name: np.zeros([room.get(axis, axis) for axis in x.shape], np.float32)
     for x in session.get_inputs()
     if x.name.startswith("past_")
 }
 outputs = ["logits", *(name.replace("past_", "present_") for name in cache)]
-ids = tokenizer.encode(prompt).ids
-end_of_text, new = ids[0], ids
+new = ids
 random = np.random.default_rng(0)
 if len(ids) >= context:
     sys.exit(f"The prompt has {len(ids)} tokens; the model reads at most {context}, its answer included.")
@@ -36,7 +38,7 @@ for _ in range(min(40, context - len(ids))):
     best = np.argsort(-logits[0, -1])[:40]
     weights = np.exp((logits[0, -1][best] - logits[0, -1][best[0]]) / 0.8)
     token = int(random.choice(best, p=weights / weights.sum()))
-    if token == end_of_text:
+    if token in ends:
         break
     new = [token]
     ids.append(token)

@@ -75,9 +75,10 @@ def _attention_text(config: dict[str, Any]) -> str:
 
 
 def _experts_text(config: dict[str, Any]) -> str:
+    router = "softmax router" if config["model_type"] == "deepseek_v2" else "sigmoid router with balancing bias"
     return (
         f"{config['n_routed_experts']} experts of {config['moe_intermediate_size']}, {config['num_experts_per_tok']} a "
-        f"token\n+ {config['n_shared_experts']} shared; sigmoid router with balancing bias"
+        f"token\n+ {config['n_shared_experts']} shared; {router}"
     )
 
 

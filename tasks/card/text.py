@@ -33,7 +33,7 @@ def front_matter(evidence: Evidence, params: CardParams) -> str:
         license=params.licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["deepseek_v3", "onnx", "int8", "quantization-aware-training"],
+        tags=[evidence.config.get("model_type") or "causal-lm", "onnx", "int8", "quantization-aware-training"],
         model_name=params.name,
         eval_results=results or None,
     )
@@ -103,7 +103,13 @@ def _parameters(evidence: Evidence) -> str:
     return table(["", ""], rows)
 
 
-_FAMILIES = {"deepseek_v3": "DeepSeek-V3", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_FAMILIES = {
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 
 
 def _family(evidence: Evidence) -> str:
@@ -157,6 +163,7 @@ def _training(evidence: Evidence) -> str:
         ["precision", train.show("precision")],
         ["last training loss (nats a token)", train.show("train_loss", "{:.4f}")],
         ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
+        *([["started from", train.show("started_from")]] if train.get("started_from") else []),
         ["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")],
     ]
     return table(["", ""], rows)

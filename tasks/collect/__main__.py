@@ -6,9 +6,10 @@
 import argparse
 from pathlib import Path
 
-from tasks import stage
+from tasks import init, stage
 from tasks.collect import report
 from tasks.collect.collect import collect
+from tasks.collect.init import collect_init
 from tasks.section import read_section
 from tasks.sources import CollectParams
 
@@ -21,12 +22,15 @@ def main() -> None:
     arguments = parser.parse_args()
     report.forget()
     collected = collect(read_section("collect", CollectParams), relative_to=arguments.relative_to)
-    report.write(collected)
+    checkpoint = collect_init(init.wanted(), relative_to=arguments.relative_to)
+    report.write(collected.model_copy(update={"init": checkpoint}))
     for source in collected.sources:
         print(
             f"{source.name}: {source.new:,} new, {source.changed:,} changed, {source.unchanged:,} unchanged, "
             f"{source.gone:,} gone; {source.bytes:,} bytes at the source"
         )
+    if checkpoint is not None:
+        print(checkpoint.notice or f"train.init: {init.wanted()}: {checkpoint.state}")
 
 
 if __name__ == "__main__":

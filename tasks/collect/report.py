@@ -4,6 +4,7 @@ The flow may be of another version than the stage that wrote it, so keys that ar
 """
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,6 +31,15 @@ class SourceReport(BaseModel):
     bytes: int
 
 
+class InitReport(BaseModel):
+    """What collecting did about the checkpoint that ``train.init`` names; ``gone``: it is no longer there."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    state: Literal["new", "changed", "unchanged", "gone"]
+    notice: str | None = None
+
+
 class CollectReport(BaseModel):
     """What collecting did, source by source in the order of ``params.yaml``.
 
@@ -41,6 +51,8 @@ class CollectReport(BaseModel):
     sources: list[SourceReport]
     unused: list[str] = []
     notices: list[str] = []
+    # None: training does not start from a checkpoint.
+    init: InitReport | None = None
 
     @property
     def has_news(self) -> bool:

@@ -21,7 +21,7 @@ def main() -> None:
     params = read_section("evaluate", EvaluateParams)
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)
-    for made, by in ((paths.FLOAT / "model.safetensors", "train"), (paths.INT8_GRAPH, "quantize")):
+    for made, by in ((paths.FLOAT / "config.json", "train"), (paths.INT8_GRAPH, "quantize")):
         if not made.is_file():
             raise BadInput(f"{made}: no such file. Run the stage '{by}' first.")
     documents = Shards(paths.SHARDS, manifest, "test").documents()
@@ -49,7 +49,7 @@ def main() -> None:
         documents=len(documents),
         tokens=int(scores.tokens.sum()),
         bytes=int(scores.bytes.sum()),
-        context=model.config.max_position_embeddings,
+        context=model.config.window,
         models=models,
         baselines=baselines.measure(train, test, params.ngram_order, bootstrap),
         champion=beside,

@@ -91,7 +91,7 @@ def score(
     progress.begin("scoring")
     routed = FloatRouting(model)
     score_batch = partial(_score_batch, routed, quantized, model.config.eos_token_id)
-    found = _by_window(score_batch, ids, model.config.max_position_embeddings, threads, progress)
+    found = _by_window(score_batch, ids, model.config.window, threads, progress)
     # [documents, numbers] of each model, and the divergences of a document's windows one after the other.
     sums = {name: _summed(len(ids), [(window, sides[name][0]) for window, sides in found]) for name in ("", *quantized)}
     divergence: dict[str, list[list[Sums]]] = {name: [[] for _ in ids] for name in quantized}
@@ -119,7 +119,7 @@ def nats_of(int8: Generator, documents: list[Ids], threads: int, progress: Progr
     """Returns the loss of an INT8 model on each of ``documents`` (its own tokens, BOS first), in nats: [documents]."""
     progress.begin("champion")
     padding = int(documents[0][0])
-    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8.context, threads, progress)
+    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8.window, threads, progress)
     return _summed(len(documents), found)[:, 0]
 
 

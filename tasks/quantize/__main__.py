@@ -10,9 +10,8 @@ from tasks.shards import Shards, read_manifest
 
 def main() -> None:
     params = read_section("quantize", QuantizeParams)
-    weights = paths.FLOAT / "model.safetensors"
-    if not weights.is_file():
-        raise BadInput(f"{weights}: no such file. Run the stage 'train' first.")
+    if not any(paths.FLOAT.glob("*.safetensors")):
+        raise BadInput(f"{paths.FLOAT / 'model.safetensors'}: no such file. Run the stage 'train' first.")
     check_device("quantize", params)
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)

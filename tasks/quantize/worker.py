@@ -6,6 +6,7 @@ import torch
 from lm import hugging_face, onnx_model
 from lm.calibration import calibrate
 from lm.compensation import compensate
+from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
 from lm.rotation import rotate
@@ -20,9 +21,7 @@ from tasks.shards import Shards, WindowReader, read_manifest
 from tasks.training import Curve, train
 from tasks.world import World
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-# What a model has that was taught to converse.
-COPIED_IF_THERE = ("chat_template.jinja",)
+COPIED = ("config.json", "tokenizer.json")
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         checkpoints.forget_others()
     original = hugging_face.load(paths.FLOAT)
     check_in_float(original, params)
-    length = original.config.max_position_embeddings
+    length = original.config.window
     read, held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in ("train", "valid"))
     measure = Measure(original, held_out, params, here)
     seen = calibration_windows(read, params, here)
@@ -104,8 +103,7 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
         graph = folder / paths.INT8_GRAPH.name
         onnx_model.export(model, plan, graph)
         report = audit(graph, model, plan)
-        there = [name for name in COPIED_IF_THERE if (paths.FLOAT / name).is_file()]
-        for name in (*COPIED, *there):
+        for name in (*COPIED, *(name for name in COMPANIONS if (paths.FLOAT / name).is_file())):
             (folder / name).write_bytes((paths.FLOAT / name).read_bytes())
         (folder / "curve.csv").write_text(curve.to_csv())
         atomic.write_json(folder / paths.AUDIT.name, report.model_dump())

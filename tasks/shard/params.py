@@ -8,6 +8,6 @@ from tasks.section import Section
 class ShardParams(Section):
     """The tokenizer's size and the shards'."""
 
-    # 256 bytes and the one special token are always there.
-    vocab_size: int = Field(ge=257, le=2**31)
+    # 256 bytes and the one special token are always there. None: that of the tokenizer that comes with train.init.
+    vocab_size: int | None = Field(ge=257, le=2**31)
     tokens_per_shard: int = Field(ge=1)

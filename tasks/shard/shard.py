@@ -1,30 +1,50 @@
-"""Trains the tokenizer on the training split and writes the tokens of all splits as shards."""
+"""Writes the tokens of all splits as shards, by a tokenizer that is trained on the training split or comes with
+``train.init``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from tasks import atomic, paths
+from tasks.errors import BadInput, BadParameter
 from tasks.progress import Progress, progress
+from tasks.shard.checkpoint_tokenizer import CheckpointTokenizer
 from tasks.shard.corpus import batches, documents
 from tasks.shard.pack import EncodedDocument, PackedShard, pack
 from tasks.shard.params import ShardParams
-from tasks.shard.tokenizer import BytePairTokenizer, train
+from tasks.shard.tokenizer import train
 from tasks.shards import Manifest, ShardEntry, SplitName, digest, encode_shard, token_dtype
 
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
 
-def shard(params: ShardParams) -> Manifest:
+class TextTokenizer(Protocol):
+    """What shards need of a tokenizer."""
+
+    vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, without special tokens."""
+
+    def to_json(self) -> str:
+        """Returns its ``tokenizer.json``."""
+
+
+def shard(params: ShardParams, origin: Path | None = None) -> Manifest:
     """Writes ``data/shards`` from ``data/corpus`` and returns its manifest.
 
-    Raises :class:`BadInput` for a missing or damaged corpus, :class:`BadParameter` for a vocabulary that the corpus
-    cannot fill, :class:`DiskFull` when there is no room.
+    ``origin`` is the folder of the checkpoint that training starts from, whose tokenizer is kept; None trains one.
+    Raises :class:`BadInput` for a missing or damaged corpus, or a tokenizer that does not keep its text as it is;
+    :class:`BadParameter` for a vocabulary that the corpus cannot fill, or that is not the checkpoint's;
+    :class:`DiskFull` when there is no room.
     """
     totals = {split: documents(split) for split in SPLITS}
     with atomic.folder(paths.SHARDS) as folder, progress("shard") as shown:
-        tokenizer = train(_training_texts(shown, totals["train"]), params.vocab_size)
+        tokenizer = _tokenizer(params, origin, shown, totals["train"])
         content = tokenizer.to_json().encode()
         (folder / paths.TOKENIZER.name).write_bytes(content)
         shown.begin("encode")
@@ -32,7 +52,7 @@ def shard(params: ShardParams) -> Manifest:
         manifest = Manifest(
             vocab_size=tokenizer.vocab_size,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             dtype=token_dtype(tokenizer.vocab_size),
             tokenizer_digest=digest(content),
             shards=[
@@ -43,6 +63,40 @@ def shard(params: ShardParams) -> Manifest:
         )
         manifest.write(folder)
     return manifest
+
+
+def _tokenizer(params: ShardParams, origin: Path | None, shown: Progress, total: int) -> TextTokenizer:
+    if origin is None:
+        if params.vocab_size is None:
+            raise BadParameter(
+                f"{paths.PARAMS}: shard.vocab_size is null, and train.init brings no tokenizer. Set the size of the "
+                "one to train."
+            )
+        return train(_training_texts(shown, total), params.vocab_size)
+    tokenizer = CheckpointTokenizer(origin)
+    if params.vocab_size not in (None, tokenizer.vocab_size):
+        raise BadParameter(
+            f"{paths.PARAMS}: shard.vocab_size is {params.vocab_size}, and the tokenizer that comes with train.init "
+            f"has {tokenizer.vocab_size} tokens. Set vocab_size: null to take it, or init: scratch to train another."
+        )
+    for split in SPLITS[1:]:
+        _check_kept(tokenizer, split)
+    return tokenizer
+
+
+def _check_kept(tokenizer: CheckpointTokenizer, split: SplitName) -> None:
+    # What is measured on has to be the text: bits per byte count its bytes.
+    changed = total = 0
+    for texts in batches(split):
+        total += len(texts)
+        decoded = tokenizer.decode(tokenizer.encode(texts))
+        changed += sum(before != after for before, after in zip(texts, decoded, strict=True))
+    if changed:
+        raise BadInput(
+            f"{paths.INIT / paths.TOKENIZER.name}: {changed} of {total} documents of the {split} split come back "
+            "changed, so its loss would be that of another text. Name a checkpoint in train.init whose tokenizer keeps "
+            "the text."
+        )
 
 
 def _training_texts(shown: Progress, total: int) -> Iterator[str]:
@@ -57,7 +111,7 @@ def _training_texts(shown: Progress, total: int) -> Iterator[str]:
 class _Encoding:
     """Encodes one split after the other and counts."""
 
-    def __init__(self, tokenizer: BytePairTokenizer, shown: Progress, total: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, shown: Progress, total: int) -> None:
         self._tokenizer = tokenizer
         self._shown = shown
         self._total = total

@@ -5,6 +5,7 @@ from tasks.errors import BadInput
 from tasks.launch import check_device, launch
 from tasks.section import read_section
 from tasks.shards import Shards, SplitName, read_manifest
+from tasks.train import start
 from tasks.train.params import TrainParams
 
 
@@ -13,6 +14,7 @@ def main() -> None:
     check_device("train", params)
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)
+    start.check(params, manifest)
     needs: dict[SplitName, int] = {"train": params.global_batch, "valid": 1}
     for split, needed in needs.items():
         found = len(Shards(paths.SHARDS, manifest, split).reader(params.seq_len))

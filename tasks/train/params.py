@@ -1,19 +1,27 @@
 """The section ``train`` of ``params.yaml``."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lm.config import GroupedArchitecture, LatentArchitecture
-from tasks import paths
+from tasks import init, paths
 from tasks.training_params import TrainingParams
 
 # What a checkpoint depends on besides parameters and code.
-CHECKPOINT_INPUTS = (paths.MANIFEST,)
+CHECKPOINT_INPUTS = (paths.MANIFEST, paths.INIT_RECORD)
 
 
 class TrainParams(TrainingParams):
-    """Training from scratch."""
+    """Training from scratch, or on from the model that ``init`` names."""
 
+    init: str = Field(default=init.SCRATCH, min_length=1)
     seq_len: int = Field(ge=2)
-    model: Annotated[LatentArchitecture | GroupedArchitecture, Field(discriminator="model_type")]
+    # None: that of the model that training starts from.
+    model: Annotated[LatentArchitecture | GroupedArchitecture, Field(discriminator="model_type")] | None
+
+    @model_validator(mode="after")
+    def _there_is_a_model(self) -> Self:
+        if self.model is None and self.init == init.SCRATCH:
+            raise ValueError("model is null, but init: scratch needs one; describe it, or name a checkpoint in init")
+        return self

@@ -1,13 +1,15 @@
-"""One training process, as torchrun starts it. Trains from scratch; the first process writes ``models/float``."""
+"""One training process, as torchrun starts it; the first one writes ``models/float``."""
+
+from pathlib import Path
 
 from lm import hugging_face
-from lm.config import GroupedConfig, LatentArchitecture, LatentConfig, ModelConfig
 from lm.model import LanguageModel
-from tasks import atomic, inputs, paths, stage, world
+from tasks import atomic, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import progress
 from tasks.section import read_section
-from tasks.shards import Manifest, Shards, read_manifest
+from tasks.shards import Shards, read_manifest
+from tasks.train import start
 from tasks.train.params import CHECKPOINT_INPUTS, TrainParams
 from tasks.training import Curve, train
 
@@ -15,34 +17,25 @@ from tasks.training import Curve, train
 def main() -> None:
     params = read_section("train", TrainParams)
     manifest = read_manifest()
-    checkpoints = Checkpoints("train", inputs.key("train", params, CHECKPOINT_INPUTS))
+    origin = init.checkpoint()
+    given = [path for path in CHECKPOINT_INPUTS if path != paths.INIT_RECORD or origin is not None]
+    checkpoints = Checkpoints("train", inputs.key("train", params, given))
     with world.joined(params) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()
-        model = LanguageModel(model_config(params, manifest))
-        model.initialize(params.seed)
+        model = start.load(origin, params, manifest)
         readers = [Shards(paths.SHARDS, manifest, split).reader(params.seq_len) for split in ("train", "valid")]
         curve = train(model, params, readers[0], readers[1], checkpoints, here, shown, "train")
         if here.is_first:
-            write(model, curve, params, len(readers[0]), here.precision)
+            write(model, curve, params, len(readers[0]), here.precision, origin)
 
 
-def model_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
-    """Returns the chosen architecture with the tokenizer's ids and the longest position that training sees."""
-    kind = LatentConfig if isinstance(params.model, LatentArchitecture) else GroupedConfig
-    return kind(
-        **params.model.model_dump(),
-        vocab_size=manifest.vocab_size,
-        max_position_embeddings=params.seq_len,
-        bos_token_id=manifest.bos_token_id,
-        eos_token_id=manifest.eos_token_id,
-    )
-
-
-def write(model: LanguageModel, curve: Curve, params: TrainParams, windows: int, precision: str) -> None:
-    """Writes the model, its curve and the report of the training."""
+def write(
+    model: LanguageModel, curve: Curve, params: TrainParams, windows: int, precision: str, origin: Path | None
+) -> None:
+    """Writes the model, its curve and the report of the training, which started from the checkpoint in ``origin``."""
     with atomic.folder(paths.FLOAT) as folder:
-        hugging_face.save(model, paths.TOKENIZER, folder)
+        hugging_face.save(model, paths.TOKENIZER, folder, origin)
     atomic.write_text(paths.CURVE, curve.to_csv())
     total, active = model.parameter_counts()
     tokens = params.steps * params.global_batch * params.seq_len
@@ -58,6 +51,9 @@ def write(model: LanguageModel, curve: Curve, params: TrainParams, windows: int,
         "valid_loss": round(curve.last("valid_loss"), 6),
         "expert_imbalance": round(curve.last("expert_imbalance"), 4),
     }
+    if origin is not None:
+        record = init.read(origin)
+        report["started_from"] = record.version or record.init
     atomic.write_json(paths.TRAIN_REPORT, report)
 
 

@@ -14,12 +14,28 @@ VARIANTS = {
     "experts only, weights not normalized": {"first_k_dense_replace": 0, "norm_topk_prob": False},
 }
 LLAMA_3 = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+# As DeepSeek-V3 has it, and as Qwen has it, for 16 positions at first.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN = {**YARN, "beta_fast": 2.0, "beta_slow": 0.25, "mscale": 0.7, "mscale_all_dim": 1.3}
+GREEDY = {"model_type": "deepseek_v2", "norm_topk_prob": False}
+VARIANTS |= {
+    "stretched and tied, other norms": {
+        "rope_scaling": DEEPSEEK_YARN, "tie_word_embeddings": True, "n_group": 2, "rms_norm_eps": 1e-3,
+    },
+    "v2": GREEDY,
+    "v2, groups, query latent, stretched": {
+        **GREEDY, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "rope_scaling": DEEPSEEK_YARN,
+    },
+    "v2, groups of one": {**GREEDY, "n_group": 8, "topk_group": 5, "tie_word_embeddings": True},
 }  # fmt: skip
 GROUPED_VARIANTS = {
     "llama": {},
     "llama, stretched and tied": {"rope_scaling": LLAMA_3, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
+    "qwen2, stretched": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 4.0}},
     "qwen3, one head of keys": {"model_type": "qwen3", "num_key_value_heads": 1},
 }
 MODELS = {

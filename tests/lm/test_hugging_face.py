@@ -1,9 +1,13 @@
 """Parity with transformers on the same weights."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from odd import make_grouped, make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm import hugging_face
@@ -23,7 +27,35 @@ def test_transformers_computes_the_same_logits(
     theirs = _in_transformers(model, tokenizer_file, tmp_path / "float")
     assert theirs.config.model_type == model.config.model_type
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=3e-5, rtol=1e-5)
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_is_filled_up_at_its_end_is_as_transformers_masks_it(
+    model: LanguageModel, tokenizer_file: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    theirs = _in_transformers(model, tokenizer_file, tmp_path / "float")
+    mask = torch.ones_like(ids)
+    mask[0, 21:] = 0
+    with torch.no_grad():
+        ours, logits = model(ids), theirs(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours[mask == 1], logits[mask == 1], atol=1e-5, rtol=1e-5)
+
+
+def test_transformers_writes_the_same_text(
+    model: LanguageModel, tokenizer_file: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    theirs = _in_transformers(model, tokenizer_file, tmp_path / "float")
+    prompt = ids[:1, :9]
+    told = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, min_new_tokens=32, do_sample=False
+    )
+    with torch.no_grad():
+        for _ in range(32):
+            logits = model(prompt)[:, -1]
+            # `min_new_tokens` keeps the end of the text away.
+            logits[:, model.config.eos_token_id] = float("-inf")
+            prompt = torch.cat([prompt, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(prompt, told)
 
 
 def test_transformers_computes_the_same_gradients(
@@ -35,6 +67,120 @@ def test_transformers_computes_the_same_gradients(
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_transformers_saved_comes_back_byte_for_byte(
+    model: LanguageModel, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    theirs = _in_transformers(model, tokenizer_file, tmp_path / "float")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    (tmp_path / "ours").mkdir()
+    hugging_face.save(hugging_face.load(tmp_path / "theirs"), tokenizer_file, tmp_path / "ours")
+    before, after = _tensors(tmp_path / "theirs"), _tensors(tmp_path / "ours")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_large_weights_are_several_files_that_transformers_reads(
+    model: LanguageModel, tokenizer_file: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    hugging_face.save(model, tokenizer_file, tmp_path, bytes_a_file=60_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    assert hugging_face.load(tmp_path).config == model.config
+
+
+def test_weights_of_16_bits_become_fp32(tokenizer_file: Path, tmp_path: Path) -> None:
+    model = make_grouped()
+    hugging_face.save(model, tokenizer_file, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    loaded = hugging_face.load(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16().float()), name
+
+
+def test_what_a_checkpoint_says_about_its_tokenizer_is_kept(tokenizer_file: Path, tmp_path: Path) -> None:
+    origin, kept = tmp_path / "origin", tmp_path / "kept"
+    for folder in (origin, kept):
+        folder.mkdir()
+    texts = {"tokenizer_config.json": '{"x": 1}', "chat_template.jinja": "{{ x }}", "generation_config.json": "{ }"}
+    for name, text in texts.items():
+        (origin / name).write_text(text)
+    hugging_face.save(make_grouped(), tokenizer_file, kept, origin)
+    assert {name: (kept / name).read_text() for name in texts} == texts
+
+
+def _without(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"], tensors["model.norm.weight"]
+
+
+def _with_more(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(2)
+
+
+def _with_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = torch.zeros(7, 48)
+
+
+def _as_integers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_without, "model.safetensors: without model.layers.1.mlp.experts.3.up_proj.weight, model.norm.weight, which"),
+        (_with_more, "a deepseek_v3 of this config.json has no model.layers.3.mlp.up_proj.weight"),
+        (_with_another_shape, r"model.embed_tokens.weight is \[7, 48\]; config.json makes it \[101, 48\]"),
+        (_as_integers, "lm_head.weight is I8; weights of floating point are needed"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change: Any, said: str, tokenizer_file: Path, tmp_path: Path) -> None:
+    hugging_face.save(make_model(), tokenizer_file, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    for read in (hugging_face.check, hugging_face.load):
+        with pytest.raises(hugging_face.Unusable, match=said):
+            read(tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tokenizer_file: Path, tmp_path: Path) -> None:
+    model = make_model()
+    hugging_face.save(model, tokenizer_file, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    _with_more(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    assert hugging_face.load(tmp_path).config == model.config
+
+
+def test_a_pickle_is_not_opened(tokenizer_file: Path, tmp_path: Path) -> None:
+    hugging_face.save(make_grouped(), tokenizer_file, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(hugging_face.Unusable, match=r"pytorch_model\.bin: a pickle"):
+        hugging_face.load(tmp_path)
+
+
+def test_a_damaged_file_is_named(tokenizer_file: Path, tmp_path: Path) -> None:
+    hugging_face.save(make_grouped(), tokenizer_file, tmp_path, bytes_a_file=60_000)
+    file = max(tmp_path.glob("model-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(hugging_face.Unusable, match=f"{file.name}: damaged"):
+        hugging_face.load(tmp_path)
+    file.unlink()
+    with pytest.raises(hugging_face.Unusable, match=rf"{file.name}: no such file, though model.safetensors.index.json"):
+        hugging_face.load(tmp_path)
 
 
 def test_a_saved_model_loads_back_bit_for_bit(model: LanguageModel, tokenizer_file: Path, tmp_path: Path) -> None:

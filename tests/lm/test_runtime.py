@@ -1,6 +1,7 @@
 """Generation with onnxruntime and numpy alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,22 @@ def greedy(generator: Generator, ids: list[int], count: int) -> list[int]:
         logits = generator.run(np.array([ids], np.int64), generator.new_cache())
         ids.append(int(logits[0, -1].argmax()))
     return ids[-count:]
+
+
+def test_a_text_begins_and_ends_as_the_config_says_whatever_the_tokenizer_adds(folder: Path, tmp_path: Path) -> None:
+    generator = Generator(folder)
+    plain = write(generator, "light", 12, GREEDY)
+    shutil.copytree(folder, tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    assert write(Generator(tmp_path / "other"), "light", 12, GREEDY) == plain
+    config = json.loads((folder / "config.json").read_text())
+    ids = generator.tokenizer.encode("light").ids
+    logits = generator.run(np.array([ids], np.int64), generator.new_cache())
+    # The likeliest token after the prompt, named as an end that is not the beginning.
+    config["eos_token_id"] = int(logits[0, -1].argmax())
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert ending(Generator(tmp_path / "other"), "light", 12) == "end of text"
 
 
 def write(generator: Generator, *request: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 
-from lm import hugging_face, onnx_model
+from lm import hugging_face, hugging_face_config, onnx_model
 from lm.config import GroupedConfig, LatentConfig
 from lm.model import LanguageModel
 from lm.quantization import PLANS
@@ -82,7 +82,8 @@ def make_model(**changes: Any) -> LanguageModel:
     model.initialize(3)
     generator = torch.Generator().manual_seed(4)
     for router in model.routers():
-        router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
     return model.eval()
 
 
@@ -94,7 +95,7 @@ def export_over_bytes(folder: Path, make: Callable[..., LanguageModel] = make_mo
         **{"vocab_size": tiny.VOCAB, "bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1, **changes}
     )
     onnx_model.export(model, PLANS["per-token-8"], folder / "model.onnx")
-    (folder / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
+    (folder / "config.json").write_text(json.dumps(hugging_face_config.config_to_json(model.config)))
     return folder
 
 
@@ -104,3 +105,18 @@ def export_to_chat(folder: Path, context: int = 256) -> Path:
     tiny.write_chat_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(tiny.CHATML)
     return folder
+
+
+def write_checkpoint(folder: Path, make: Callable[..., LanguageModel] = make_grouped, **changes: Any) -> LanguageModel:
+    """Writes a checkpoint over bytes into ``folder``, as people publish them; returns its model.
+
+    Its embedding has more rows than the tokenizer has tokens, and a template of a chat lies beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.write_tokenizer(folder / "made.json")
+    ends = {"bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1}
+    model = make(**{"vocab_size": tiny.VOCAB + 7, **ends, **changes})
+    hugging_face.save(model, folder / "made.json", folder)
+    (folder / "made.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return model

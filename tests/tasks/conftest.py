@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,3 @@ def write_jsonl() -> Callable[[Path, Iterable[object]], None]:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     return write
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[Path, int], None]]:
-    """Mounts an empty disk of some KiB on a folder; the test is skipped where one may not mount."""
-    mounted: list[Path] = []
-
-    def mount(folder: Path, kibibytes: int) -> None:
-        folder.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a small disk needs root")
-        mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)

@@ -1,0 +1,123 @@
+"""``overnight export``: the project's model as other programs take it. Imports no torch.
+
+``gguf`` is one file for llama.cpp and what is built on it (Ollama, LM Studio), made from the float model. By default
+its matrices are f16: what the card measured of the float model then holds for it, which nothing has measured for q8_0,
+and llama.cpp makes smaller ones of it. ``hf`` is the float model as transformers loads it, ``onnx`` the INT8 model with
+what it needs.
+"""
+
+import dataclasses
+import filecmp
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+
+from flows import generate, project
+from flows.versions import describe_size
+from tasks import atomic, paths
+from tasks.errors import BadInput, UserMistake
+
+FOLDER = paths.SCRATCH / "export"
+FORMATS = ("gguf", "hf", "onnx")
+DEFAULT_TYPE = "f16"
+FLOAT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to write, and where; ``type`` is that of a GGUF file's matrices. None: the default."""
+
+    to: str
+    output: Path | None = None
+    type: str | None = None
+
+
+def export(root: Path, request: Request, out: Console) -> Path:
+    """Writes the model of the project in ``root`` and returns where it lies; it is there whole, or not at all.
+
+    Raises :class:`UserMistake` for a format or a type that does not exist, a place that is taken and one that cannot be
+    written; :class:`BadInput` where there is no model, a damaged one, or one that the format cannot hold.
+    """
+    if request.to not in FORMATS:
+        raise UserMistake(f"--to: there is no format '{request.to}'; choose one of {', '.join(FORMATS)}.")
+    if request.type is not None and request.to != "gguf":
+        raise UserMistake(f"--type: {request.to} has no choice of types; only gguf has.")
+    try:
+        target = _to_gguf(root, request) if request.to == "gguf" else _to_folder(root, request)
+    except OSError as error:
+        raise UserMistake(f"{error.filename or request.output}: {error.strerror or error}.") from None
+    size = sum(file.stat().st_size for file in [target, *target.rglob("*")] if file.is_file())
+    out.print(f"{target}  {describe_size(size)}", markup=False, highlight=False, soft_wrap=True)
+    return target
+
+
+def _to_gguf(root: Path, request: Request) -> Path:
+    from lm.gguf_tensors import Unfit
+    from lm.gguf_write import Kind, write
+
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    found = [kind for kind in kinds if kind == (request.type or DEFAULT_TYPE)]
+    if not found:
+        raise UserMistake(f"--type: there is no type '{request.type}'; choose one of {', '.join(kinds)}.")
+    card = project.parameters(root).card
+    target = request.output or root / FOLDER / f"{card.name}-{found[0]}.gguf"
+    if target.exists():
+        what = "a folder; name a file in it" if target.is_dir() else "already there; remove it, or name another file"
+        raise UserMistake(f"{target}: {what} with --output.")
+    source = _source(root, paths.FLOAT, FLOAT_FILES)
+    try:
+        with atomic.file(target) as opened:
+            # The library opens the file itself, by the name that it has until it is whole.
+            write(source, Path(opened.name), found[0], {"general.name": card.name, "general.license": card.licence})
+    except Unfit as error:
+        raise BadInput(f"{error}.") from None
+    return target
+
+
+def _to_folder(root: Path, request: Request) -> Path:
+    target = request.output or root / FOLDER / request.to
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserMistake(f"{target}: not an empty folder. Name one that is empty, or not there yet, with --output.")
+    if request.to == "hf":
+        source = _source(root, paths.FLOAT, FLOAT_FILES)
+    else:
+        source = root / paths.INT8
+        # What does not load here loads nowhere.
+        generate.load(source)
+    with atomic.folder(target) as folder:
+        _copy(source, folder)
+        if (card := root / paths.CARD).is_dir():
+            _copy(card, folder)
+        if request.to == "hf":
+            _check(folder, source)
+    return target
+
+
+def _source(root: Path, place: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if not (root / place / name).is_file():
+            raise BadInput(f"{place / name}: no such file. Run `overnight run` first; it makes the model.")
+    return root / place
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+        if not filecmp.cmp(file, copy, shallow=False):
+            raise BadInput(f"{file}: changed while it was copied; a run makes it anew. Export again when it has ended.")
+
+
+def _check(folder: Path, source: Path) -> None:
+    from lm.gguf_tensors import Unfit
+    from lm.gguf_write import check
+
+    try:
+        check(folder)
+    except Unfit as error:
+        told = str(error).replace(str(folder), str(source))
+        raise BadInput(f"{told}. `overnight run` makes the model anew.") from None

@@ -1,0 +1,114 @@
+"""Reads a model from a GGUF file: ours, or one of llama.cpp's converter, in any type that gguf dequantizes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+
+from lm.config import ModelConfig
+from lm.gguf_metadata import config_from
+from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
+from lm.gguf_tokenizer import Vocabulary, tokenizer_json
+from lm.hugging_face import layout_to_state
+from lm.model import LanguageModel
+
+
+class Loaded(NamedTuple):
+    """What a GGUF file holds: the model's shape, its fp32 state in :mod:`lm`'s names, and its ``tokenizer.json``.
+
+    ``tokenizer`` is None where the file has none, or one that cuts texts in a way that is not known here.
+    """
+
+    config: ModelConfig
+    state: dict[str, torch.Tensor]
+    tokenizer: str | None
+
+
+def load(path: Path) -> Loaded:
+    """Returns the model in ``path``; ``LanguageModel(config).load_state_dict(state)`` takes it.
+
+    Raises :class:`Unfit` with one line that begins with ``path`` and names what is at fault: no GGUF, an architecture
+    or a type of tensors that is not known, tensors that are missing, are too many or have another shape.
+    """
+    try:
+        return _load(path)
+    except Unfit as error:
+        raise Unfit(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> Loaded:
+    try:
+        reader = gguf.GGUFReader(path)
+        found = {key: _content(field) for key, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise Unfit(f"damaged, or no GGUF file ({' '.join(str(error).split())})") from None
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in there:
+        raise Unfit("it lacks token_embd.weight")
+    factors = there.get("rope_freqs.weight")
+    config = config_from(
+        found,
+        _dequantized(there["token_embd.weight"]).shape,
+        tied="output.weight" not in there,
+        factors=None if factors is None else _dequantized(factors),
+    )
+    wanted = parts(config)
+    check_names({name for part in wanted for name in part.names}, there)
+    layout = {}
+    for part in wanted:
+        tensors = _changed(part, [_dequantized(there[name]) for name in part.names])
+        for source, tensor in zip(part.sources, tensors, strict=True):
+            # A copy: what is not computed lies in the file, which may be replaced.
+            layout[source] = torch.from_numpy(np.array(tensor))
+    state = layout_to_state(layout)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    _check_shapes(config, state)
+    return Loaded(config, state, _tokenizer(found, config))
+
+
+def _content(field: gguf.ReaderField) -> Any:
+    content = field.contents()
+    # The shortest decimal of the 32 bits: 1e-06 and not 9.999999974752427e-07.
+    return float(str(np.float32(content))) if field.types == [GGUFValueType.FLOAT32] else content
+
+
+def _dequantized(tensor: gguf.ReaderTensor) -> Array:
+    try:
+        values: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        kind = GGMLQuantizationType(tensor.tensor_type).name
+        raise Unfit(f"{tensor.name} is of type {kind}, which cannot be read") from None
+    return values
+
+
+def _changed(part: Part, tensors: list[Array]) -> list[Array]:
+    try:
+        return part.to_layout(tensors)
+    except ValueError:
+        raise Unfit(f"{part.names[0]} has another shape than the metadata say") from None
+
+
+def _check_shapes(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> None:
+    with torch.device("meta"):
+        expected = LanguageModel(config).state_dict()
+    for name, tensor in expected.items():
+        if (shape := tuple(state[name].shape)) != tuple(tensor.shape):
+            raise Unfit(f"{name} would have the shape {shape}; its metadata say {tuple(tensor.shape)}")
+
+
+def _tokenizer(found: Mapping[str, Any], config: ModelConfig) -> str | None:
+    if found.get("tokenizer.ggml.model") != "gpt2":
+        return None
+    known = Vocabulary(
+        pre=found.get("tokenizer.ggml.pre", ""),
+        tokens=found["tokenizer.ggml.tokens"],
+        types=found["tokenizer.ggml.token_type"],
+        merges=found["tokenizer.ggml.merges"],
+        adds_bos=found.get("tokenizer.ggml.add_bos_token", False),
+    )
+    return tokenizer_json(known, config.bos_token_id)

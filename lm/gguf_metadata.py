@@ -1,0 +1,164 @@
+"""A model's shape in the metadata of GGUF, under the keys of llama.cpp's architectures. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import numpy as np
+from pydantic import ValidationError
+
+from lm.config import GroupedConfig, LatentConfig, Llama3Scaling, ModelConfig, YarnScaling
+from lm.gguf_tensors import Array, Unfit, rope_factors, takes_plain_queries
+
+Value = int | float | bool | str
+
+# llama.cpp's name for DeepSeek-V2 and V3, and ours.
+_LATENT = "deepseek2"
+_SIGMOID = 2
+_BOTH = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_KEYS: dict[type[ModelConfig], dict[str, str]] = {
+    GroupedConfig: {**_BOTH, "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"},
+    LatentConfig: {
+        **_BOTH,
+        "attention.q_lora_rank": "q_lora_rank",
+        "attention.kv_lora_rank": "kv_lora_rank",
+        "attention.value_length_mla": "v_head_dim",
+        "rope.dimension_count": "qk_rope_head_dim",
+        "leading_dense_block_count": "first_k_dense_replace",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_count": "n_routed_experts",
+        "expert_shared_count": "n_shared_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_group_count": "n_group",
+        "expert_group_used_count": "topk_group",
+        "expert_weights_norm": "norm_topk_prob",
+        "expert_weights_scale": "routed_scaling_factor",
+    },
+}
+# What other programs leave out means this.
+_UNSAID: dict[str, Value | None] = {
+    "rope_theta": 10000.0,
+    "q_lora_rank": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+}
+# What llama.cpp has no key for: ours, so that a model that comes back is the one that went.
+_OWN = "overnight."
+_LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def architecture(config: ModelConfig) -> str:
+    """Returns what llama.cpp calls the family of ``config``."""
+    return _LATENT if isinstance(config, LatentConfig) else config.model_type
+
+
+def metadata(config: ModelConfig) -> dict[str, Value]:
+    """Returns keys and values that describe ``config``."""
+    if config.model_type == "deepseek_v2" or isinstance(config.rope_scaling, YarnScaling):
+        told = "DeepSeek-V2" if config.model_type == "deepseek_v2" else "YaRN"
+        raise Unfit(f"{told} is not written as GGUF here; --to hf writes what llama.cpp's own converter reads")
+    named: dict[str, Value] = {
+        key: value for key, name in _KEYS[type(config)].items() if (value := getattr(config, name)) is not None
+    }
+    named["vocab_size"] = config.vocab_size
+    if isinstance(config, LatentConfig):
+        named |= {
+            # Attention happens in the latent's space, where one key, and one value in it, serve all heads.
+            "attention.head_count_kv": 1,
+            "attention.key_length": config.cache_width,
+            "attention.value_length": config.kv_lora_rank,
+            "attention.key_length_mla": config.qk_head_dim,
+            "expert_gating_func": _SIGMOID,
+        }
+        own: dict[str, Value] = {}
+        if config.q_lora_rank is None and not takes_plain_queries(config.num_hidden_layers):
+            named["attention.q_lora_rank"] = config.hidden_size
+            own["plain_queries"] = True
+        if config.q_lora_rank is not None and takes_plain_queries(config.num_hidden_layers):
+            raise Unfit("llama.cpp reads latent models of 26 and 27 layers without a q_lora_rank alone")
+    else:
+        if config.model_type == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
+            raise Unfit("llama.cpp reads a qwen2 alone whose hidden_size is num_attention_heads x head_dim")
+        named |= {"attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim}
+        own = {} if config.rope_scaling is None else config.rope_scaling.model_dump()
+    own["initializer_range"] = config.initializer_range
+    prefix = architecture(config)
+    return {f"{prefix}.{key}": value for key, value in named.items()} | {f"{_OWN}{key}": own[key] for key in own}
+
+
+def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool, factors: Array | None) -> ModelConfig:
+    """Returns the shape that the metadata ``found`` describe.
+
+    ``embedding`` is that tensor's shape [vocabulary, hidden size], ``tied`` says whether it is the head as well, and
+    ``factors`` are those of the tensor ``rope_freqs``. Raises :class:`Unfit` for what :mod:`lm.config` cannot tell.
+    """
+    family = found.get("general.architecture")
+    known = (_LATENT, *get_args(GroupedConfig.model_fields["model_type"].annotation))
+    if family not in known:
+        raise Unfit(f"its architecture is {family!r}; known are {', '.join(known)}")
+    said = {key.removeprefix(f"{family}."): value for key, value in found.items() if key.startswith(f"{family}.")}
+    kind: type[ModelConfig] = LatentConfig if family == _LATENT else GroupedConfig
+    values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in _KEYS[kind].items()}
+    values |= {
+        "model_type": "deepseek_v3" if kind is LatentConfig else family,
+        "vocab_size": embedding[0],
+        "initializer_range": found.get(f"{_OWN}initializer_range", 0.02),
+        "eos_token_id": (end := found.get("tokenizer.ggml.eos_token_id", ...)),
+        "bos_token_id": found.get("tokenizer.ggml.bos_token_id", end),
+    }
+    if kind is LatentConfig:
+        _same(said, "expert_gating_func", _SIGMOID)
+        if found.get(f"{_OWN}plain_queries"):
+            values["q_lora_rank"] = None
+        values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)
+        if values["qk_nope_head_dim"] is not ...:
+            values["qk_nope_head_dim"] -= said.get("rope.dimension_count", 0)
+    else:
+        if values["head_dim"] is ... and "attention.head_count" in said:
+            values["head_dim"] = values["hidden_size"] // said["attention.head_count"]
+        if values["num_key_value_heads"] is ...:
+            values["num_key_value_heads"] = said.get("attention.head_count", ...)
+        _same(said, "attention.value_length", values["head_dim"])
+        _same(said, "rope.dimension_count", values["head_dim"])
+        values |= {"tie_word_embeddings": tied, "rope_scaling": None}
+    _same(said, "rope.scaling.type", "none")
+    if missing := [key for key, name in _KEYS[kind].items() if values[name] is ...]:
+        raise Unfit(f"its metadata lack {family}.{missing[0]}")
+    try:
+        config = kind.model_validate(_without_blanks(values))
+        if isinstance(config, GroupedConfig) and factors is not None:
+            return config.model_copy(update={"rope_scaling": _scaling(found, config, factors)})
+        return config
+    except ValidationError as error:
+        first = error.errors()[0]
+        told = first["msg"].removeprefix("Value error, ")
+        where = ".".join(str(step) for step in first["loc"])
+        raise Unfit(f"its metadata make no model: {where + ': ' if where else ''}{told}") from None
+
+
+def _scaling(found: Mapping[str, Any], config: GroupedConfig, factors: Array) -> Llama3Scaling:
+    own = {name: found[f"{_OWN}{name}"] for name in Llama3Scaling.model_fields if f"{_OWN}{name}" in found}
+    # GGUF keeps the factors, not what they were computed from; Llama 3.1 to 3.3 differ in the largest one alone.
+    scaling = Llama3Scaling.model_validate(own or {**_LLAMA_3, "factor": float(factors.max())})
+    expected = rope_factors(config.head_dim, config.rope_theta, scaling)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise Unfit("its rope_freqs.weight are not those of Llama 3.1, 3.2 or 3.3, nor of a file that Overnight wrote")
+    return scaling
+
+
+def _same(said: Mapping[str, Any], key: str, expected: object) -> None:
+    if key in said and said[key] != expected:
+        raise Unfit(f"its {key} is {said[key]}; a model with {expected} alone can be read")
+
+
+def _without_blanks(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not ...}

@@ -1,0 +1,148 @@
+"""A ``tokenizer.json`` with byte-level BPE in the metadata of GGUF, and back. Imports no torch.
+
+llama.cpp does not read how a text is cut into pieces before merging: it knows some ways by name
+(``tokenizer.ggml.pre``), each written out in its source. A tokenizer that cuts otherwise cannot be told to it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+from lm.gguf_tensors import Unfit
+
+# gguf.TokenType
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_GPT_2 = {**_BYTES, "use_regex": True}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# By llama.cpp's name, the steps in which the tokenizers of these families cut a text.
+PIECES: dict[str, list[dict[str, Any]]] = {
+    "llama-bpe": [_split(_CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST), _BYTES],
+    "qwen2": [_split(_CONTRACTIONS + _WORDS + r"|\p{N}" + _REST), _BYTES],
+    "deepseek-v3": [
+        _split(r"\p{N}{1,3}"),
+        _split("[一-龥\u3040-ゟ゠-ヿ]+"),
+        _split(
+            "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+            "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+        ),
+        _BYTES,
+    ],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT_2],
+    "gpt-2": [_GPT_2],
+}
+
+# As Overnight's own tokenizer writes the first of these: it ignores no case, and takes spaces 100,000 at a time.
+_OURS = [
+    _split(
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+        + _WORDS
+        + r"|\p{N}{1,3}"
+        + _REST.replace(r"\s+(?!", r"\s{1,100000}(?!")
+    ),
+    _BYTES,
+]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as GGUF has it: ``tokens`` and their ``types`` by id, ``merges`` in their order."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    adds_bos: bool
+
+
+def vocabulary(content: str, size: int, bos_token_id: int) -> Vocabulary:
+    """Returns the tokenizer ``content`` (a ``tokenizer.json``), filled up to ``size`` ids with unused ones.
+
+    Raises :class:`Unfit` where llama.cpp would read texts in other tokens.
+    """
+    try:
+        begins = Tokenizer.from_str(content).encode("").ids
+    except Exception as error:
+        # tokenizers has no exception of its own.
+        raise Unfit(f"it is no tokenizer ({' '.join(str(error).split())})") from None
+    parsed = json.loads(content)
+    model = parsed["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
+        raise Unfit("it is no byte-level BPE, and nothing else can be told to llama.cpp")
+    if any(step["type"] != "NFC" for step in _steps(parsed["normalizer"], "normalizers")):
+        raise Unfit("it changes texts before it cuts them (its normalizer), which llama.cpp does not")
+    steps = [_essence(step) for step in _steps(parsed["pre_tokenizer"], "pretokenizers")]
+    ways = [*PIECES.items(), ("llama-bpe", _OURS)]
+    names = [name for name, known in ways if [_essence(step) for step in known] == steps]
+    if not names:
+        raise Unfit(f"it cuts texts as none of the ways that llama.cpp knows does; known are {', '.join(PIECES)}")
+    if not model["merges"]:
+        raise Unfit("it merges nothing, and llama.cpp reads no such tokenizer; raise shard.vocab_size")
+    added = {token["id"]: token for token in parsed["added_tokens"]}
+    by_id = {id_: token for token, id_ in model["vocab"].items()}
+    by_id |= {id_: token["content"] for id_, token in added.items()}
+    if max(by_id) >= size:
+        raise Unfit(f"it has the id {max(by_id)}, and the model's vocab_size is {size}")
+    if begins not in ([], [bos_token_id]):
+        raise Unfit(f"it adds the ids {begins} to a text; llama.cpp can add bos_token_id, {bos_token_id}, alone")
+    return Vocabulary(
+        pre=names[0],
+        tokens=[by_id.get(id_, f"[PAD{id_}]") for id_ in range(size)],
+        types=[_type(id_, by_id, added) for id_ in range(size)],
+        # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        adds_bos=bool(begins),
+    )
+
+
+def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
+    """Returns a ``tokenizer.json`` that cuts and merges as ``known`` does; None where its way to cut is not known."""
+    if known.pre not in PIECES:
+        return None
+    vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != _UNUSED}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in known.merges)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            for token, kind in zip(known.tokens, known.types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    if known.adds_bos:
+        bos = known.tokens[bos_token_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bos_token_id)]
+        )
+    parsed = json.loads(tokenizer.to_str())
+    parsed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PIECES[known.pre]}
+    return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+
+
+def _steps(whole: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    if whole is None:
+        return []
+    return whole[name] if whole["type"] == "Sequence" else [whole]
+
+
+def _essence(step: Mapping[str, Any]) -> dict[str, Any]:
+    # Where pieces begin, and not what is told of them afterwards.
+    return {name: value for name, value in step.items() if name != "trim_offsets"}
+
+
+def _type(id_: int, by_id: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> int:
+    if id_ in added:
+        return _CONTROL if added[id_]["special"] else _USER_DEFINED
+    return _NORMAL if id_ in by_id else _UNUSED

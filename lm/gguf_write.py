@@ -1,0 +1,178 @@
+"""Writes a checkpoint in Hugging Face layout as one GGUF file, which llama.cpp and what is built on it run.
+
+Imports no torch: weights go through numpy, a part at a time, so that a model need not fit into memory.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
+from safetensors import SafetensorError, safe_open
+
+from lm.config import ModelConfig
+from lm.gguf_metadata import Value, architecture, metadata
+from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
+from lm.gguf_tokenizer import vocabulary
+from lm.hugging_face_config import Unusable, config_from_json
+from lm.hugging_face_files import weight_files
+
+Encoded = npt.NDArray[Any]
+Kind = Literal["f32", "f16", "bf16", "q8_0"]
+_KINDS: dict[Kind, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_TYPES = {
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    str: GGUFValueType.STRING,
+}
+
+
+def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
+    """Writes the model in ``folder`` to ``path``, its matrices as ``kind``; equal models give equal bytes.
+
+    Norms, biases and routers stay fp32, as llama.cpp's own converter has it; in ``q8_0``, rows that are no multiple of
+    32 long become f16. ``about`` are further metadata, such as general.name. Raises :class:`Unfit` that names the file
+    in ``folder`` that is at fault.
+    """
+    config = _config(folder / "config.json")
+    with _named(folder / "config.json"):
+        described = metadata(config)
+    writer = gguf.GGUFWriter(path, architecture(config))
+    try:
+        values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **described}
+        _add(writer, values)
+        _add_tokenizer(writer, folder / "tokenizer.json", config)
+        _write_tensors(writer, folder, config, kind)
+    finally:
+        writer.close()
+
+
+def check(folder: Path) -> None:
+    """Raises :class:`Unfit` that names the file in ``folder`` that is damaged, or lacks or has too many tensors."""
+    config = _config(folder / "config.json")
+    with _opened(folder) as holding:
+        check_names({source for part in parts(config) for source in part.sources}, holding)
+
+
+@contextlib.contextmanager
+def _named(path: Path, *faults: type[Exception]) -> Iterator[Path]:
+    told: tuple[type[Exception], ...] = (Unfit, *faults)
+    try:
+        yield path
+    except told as error:
+        raise Unfit(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _config(path: Path) -> ModelConfig:
+    with _named(path, ValueError, KeyError):
+        return config_from_json(json.loads(path.read_text()))
+
+
+def _add(writer: gguf.GGUFWriter, values: dict[str, Value]) -> None:
+    for key, value in values.items():
+        # What only we read keeps all its digits.
+        own = key.startswith("overnight.") and isinstance(value, float)
+        writer.add_key_value(key, value, GGUFValueType.FLOAT64 if own else _TYPES[type(value)])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> None:
+    with _named(path, ValueError, KeyError):
+        known = vocabulary(path.read_text(), config.vocab_size, config.bos_token_id)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(known.pre)
+    writer.add_token_list(known.tokens)
+    writer.add_token_types(known.types)
+    writer.add_token_merges(known.merges)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.eos_token_id)
+    writer.add_add_bos_token(known.adds_bos)
+    writer.add_add_eos_token(False)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields, for each tensor in ``folder``, the open file that holds it."""
+    with _named(folder, Unusable):
+        paths = weight_files(folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_named(paths[0] if len(paths) == 1 else folder, SafetensorError))
+        files = [stack.enter_context(safe_open(path, framework="numpy")) for path in paths]
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def _write_tensors(writer: gguf.GGUFWriter, folder: Path, config: ModelConfig, kind: Kind) -> None:
+    wanted = parts(config)
+    with _opened(folder) as holding:
+        check_names({source for part in wanted for source in part.sources}, holding)
+        for part in wanted:
+            # GGUF tells all shapes before the first tensor.
+            shapes = [np.ones(holding[source].get_slice(source).get_shape(), np.float32) for source in part.sources]
+            for name, tensor in zip(part.names, _changed(part, shapes), strict=True):
+                _announce(writer, name, tensor.shape, _kind_of(part, name, tensor.shape, kind))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for part in wanted:
+            tensors = _changed(part, [holding[source].get_tensor(source).astype(np.float32) for source in part.sources])
+            for name, tensor in zip(part.names, tensors, strict=True):
+                _write_whole(writer, _encoded(name, tensor, _kind_of(part, name, tensor.shape, kind)))
+
+
+def _write_whole(writer: gguf.GGUFWriter, tensor: Encoded) -> None:
+    assert writer.fout is not None
+    (file,) = writer.fout
+    # The library leaves it to numpy, which on a full disk says nothing, or how much is missing but not why.
+    end = writer.ggml_pad(writer.ggml_pad(file.tell(), writer.data_alignment) + tensor.nbytes, writer.data_alignment)
+    try:
+        writer.write_tensor_data(tensor)
+        file.flush()
+    except OSError as error:
+        if error.errno is not None:
+            raise
+    if os.fstat(file.fileno()).st_size < end:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+def _changed(part: Part, tensors: Sequence[Array]) -> list[Array]:
+    try:
+        return part.to_gguf(tensors)
+    except Unfit:
+        raise
+    except ValueError:
+        raise Unfit(f"{part.sources[0]} has not the shape that config.json says") from None
+
+
+def _kind_of(part: Part, name: str, shape: Sequence[int], kind: Kind) -> GGMLQuantizationType:
+    if len(shape) == 1 or name in part.in_float:
+        return GGMLQuantizationType.F32
+    wanted, _ = _KINDS[kind]
+    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _announce(writer: gguf.GGUFWriter, name: str, shape: Sequence[int], kind: GGMLQuantizationType) -> None:
+    rows = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, rows, np.dtype(np.uint8), int(np.prod(rows)), kind)
+
+
+def _encoded(name: str, tensor: Array, kind: GGMLQuantizationType) -> Encoded:
+    tensor = np.ascontiguousarray(tensor)
+    with np.errstate(over="ignore"):
+        encoded = gguf.quants.quantize(tensor, kind)
+    if kind == GGMLQuantizationType.F16 and np.isinf(encoded).any():
+        raise Unfit(f"{name} has numbers beyond 65,504, the largest in f16; bf16 holds them")
+    return encoded

@@ -1,0 +1,183 @@
+"""``config.json`` in Hugging Face's terms, as it is written here and as published checkpoints have it, without torch.
+
+What changes the numbers and is not built here is refused by name; what does not change them is passed over.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from lm.config import (
+    GroupedArchitecture,
+    GroupedConfig,
+    LatentArchitecture,
+    LatentConfig,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+)
+
+_ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_LATENT = get_args(LatentArchitecture.model_fields["model_type"].annotation)
+_SCALINGS: dict[str, type[Llama3Scaling] | type[YarnScaling]] = {"llama3": Llama3Scaling, "yarn": YarnScaling}
+# What transformers takes where a configuration does not say.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
+_ROPE_THETA = 10000.0
+_QWEN3_HEAD_DIM = 128
+# Values that are built here; a key that is missing or null is one of them.
+_BUILT: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True,),
+    "quantization_config": (),
+}
+_BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
+    "deepseek_v2": {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
+    "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    # It has biases whatever this says.
+    "qwen2": {"attention_bias": (False, True)},
+}
+# Of DeepSeek's architecture, written at another place of the file or only where it is set.
+_APART = {"rope_scaling", "tie_word_embeddings"}
+
+
+class Unusable(ValueError):
+    """A checkpoint that cannot be loaded. The message is one line that names the file and what is wrong in it."""
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """Returns ``config.json`` as transformers reads it."""
+    dumped = config.model_dump(exclude={"training_length"} if config.training_length is None else None)
+    own: dict[str, Any] = {"architectures": [_ARCHITECTURES[config.model_type]]}
+    if isinstance(config, LatentConfig):
+        dumped = {name: value for name, value in dumped.items() if name not in _APART}
+        own |= {
+            "num_key_value_heads": config.num_attention_heads,
+            "head_dim": config.qk_rope_head_dim,
+            "attention_bias": False,
+            "rope_interleave": True,
+            "num_nextn_predict_layers": 0,
+        }
+        if not config.has_bias:
+            method = "greedy" if config.n_group == config.topk_group else "group_limited_greedy"
+            own |= {"topk_method": method, "scoring_func": "softmax", "moe_layer_freq": 1}
+    else:
+        own["attention_bias"] = config.has_biases
+    scaling = config.rope_scaling
+    stretched = None if scaling is None else scaling.model_dump(exclude_none=True)
+    return {
+        "dtype": "float32",
+        **dumped,
+        **own,
+        # transformers 5 reads the nested values, earlier releases the flat ones.
+        "rope_parameters": {**(stretched or {"rope_type": "default"}), "rope_theta": config.rope_theta},
+        "rope_scaling": stretched,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "pad_token_id": config.eos_token_id,
+    }
+
+
+def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
+    """Returns the part of ``config.json`` that shapes the model. Raises :class:`Unusable` that names each key."""
+    family = content.get("model_type")
+    if family not in _ARCHITECTURES:
+        built = ", ".join(sorted(_ARCHITECTURES))
+        raise Unusable(f"config.json: model_type is {family!r}; the families that are built here are {built}")
+    _refuse_what_is_not_built(content, family)
+    kind = LatentConfig if family in _LATENT else GroupedConfig
+    known: dict[str, Any] = {name: content[name] for name in kind.model_fields if name in content}
+    missing = _DEFAULTS | _ids(content) | (_latent(content) if kind is LatentConfig else _grouped(content))
+    known |= {name: value for name, value in missing.items() if known.get(name) is None}
+    for name in ("bos_token_id", "eos_token_id"):
+        # Llama 3 and others name several ends; the first one ends a text.
+        known[name] = known[name][0] if isinstance(known[name], list) and known[name] else known[name]
+    known["rope_theta"], known["rope_scaling"] = _rope(content)
+    if kind is LatentConfig and content.get("topk_method") == "greedy":
+        known["n_group"] = known["topk_group"] = 1
+    try:
+        return kind.model_validate(known)
+    except ValidationError as error:
+        raise Unusable("config.json: " + "; ".join(_told(fault) for fault in error.errors())) from None
+
+
+def architecture_of(config: ModelConfig) -> LatentArchitecture | GroupedArchitecture:
+    """Returns what a user could have chosen, without what the tokenizer and the training added."""
+    kind = LatentArchitecture if isinstance(config, LatentConfig) else GroupedArchitecture
+    return kind.model_validate(config.model_dump(include=set(kind.model_fields)))
+
+
+def _refuse_what_is_not_built(content: Mapping[str, Any], family: str) -> None:
+    for key, values in {**_BUILT, **_BUILT_OF.get(family, {})}.items():
+        found = content.get(key)
+        if found is None or found in values:
+            continue
+        if key == "quantization_config":
+            raise Unusable("config.json: quantization_config: the weights are quantized; take the unquantized ones")
+        told = " or ".join(repr(value) for value in values)
+        raise Unusable(f"config.json: {key} is {found!r}; of a {family}, {told} is built here")
+    if others := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
+        raise Unusable(f"config.json: layer_types has {', '.join(others)}; full_attention alone is built here")
+
+
+def _ids(content: Mapping[str, Any]) -> dict[str, Any]:
+    # Families without a token for the beginning begin a text with the one that ends the text before.
+    bos, eos = content.get("bos_token_id"), content.get("eos_token_id")
+    if bos is None and eos is None:
+        raise Unusable("config.json: it names neither bos_token_id nor eos_token_id; add the one that ends a text")
+    return {"bos_token_id": eos, "eos_token_id": bos}
+
+
+def _latent(content: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"first_k_dense_replace": 0, "routed_scaling_factor": 1.0}
+    if content["model_type"] == "deepseek_v2":
+        found |= {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+    return found
+
+
+def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
+    heads, width = content.get("num_attention_heads"), content.get("hidden_size")
+    found: dict[str, Any] = {"num_key_value_heads": heads}
+    if content["model_type"] == "qwen3":
+        found["head_dim"] = _QWEN3_HEAD_DIM
+    elif isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        found["head_dim"] = width // heads
+    return found
+
+
+def _rope(content: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Returns the base of the rotations and how they are stretched, from the nested or the older flat form."""
+    given = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    theta = given.get("rope_theta") or content.get("rope_theta") or _ROPE_THETA
+    # Releases before 4.43 called it type.
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind not in _SCALINGS or (kind != "yarn" and content["model_type"] in _LATENT):
+        raise Unusable(
+            f"config.json: rope_scaling is of the type {kind!r}; of a {content['model_type']} not built here"
+        )
+    if given.get("truncate") is False:
+        raise Unusable("config.json: rope_scaling.truncate is false; true alone is built here")
+    stretched = {name: given[name] for name in _SCALINGS[kind].model_fields if given.get(name) is not None}
+    length = content.get("original_max_position_embeddings") or content.get("max_position_embeddings")
+    return theta, {"original_max_position_embeddings": length, **stretched, "rope_type": kind}
+
+
+def _told(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"{where} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, found {fault['input']!r}" if where else message

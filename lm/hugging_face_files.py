@@ -1,0 +1,77 @@
+"""Which files of a folder in Hugging Face layout belong to its checkpoint. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lm.config import ModelConfig
+from lm.hugging_face_config import Unusable, config_from_json
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+# What else says how the tokenizer is used, a chat is written, and text is generated.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Returns the files in ``folder`` that make up its checkpoint. Raises :class:`Unusable` where one is missing."""
+    read_config(folder)
+    if not (folder / TOKENIZER).is_file():
+        raise Unusable(f"{TOKENIZER}: no such file; a model needs the tokenizer that it was trained with")
+    index = [folder / INDEX] if (folder / INDEX).is_file() else []
+    companions = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    return [folder / CONFIG, folder / TOKENIZER, *companions, *index, *weight_files(folder)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that hold the weights. Raises :class:`Unusable` that names one that is missing."""
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted({str(name) for name in read_json(folder / INDEX)["weight_map"].values()})
+        except (KeyError, AttributeError):
+            raise Unusable(f"{INDEX}: it has no weight_map, which says where the tensors lie") from None
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise Unusable(f"{INDEX}: it names {name}; files of safetensors in the same folder are needed")
+            if not (folder / name).is_file():
+                raise Unusable(f"{name}: no such file, though {INDEX} names it")
+        if not names:
+            raise Unusable(f"{INDEX}: it names no file")
+        return [folder / name for name in names]
+    if not (folder / WEIGHTS).is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise Unusable(f"{pickles[0]}: a pickle, which can run code when it is read; convert it to {WEIGHTS}")
+        raise Unusable(f"{WEIGHTS}: no such file, nor {INDEX}")
+    return [folder / WEIGHTS]
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Returns the configuration in ``folder``. Raises :class:`Unusable` that says what is wrong with it."""
+    if not (folder / CONFIG).is_file():
+        raise Unusable(f"{CONFIG}: no such file")
+    return config_from_json(read_json(folder / CONFIG))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the mapping in ``path``. Raises :class:`Unusable` where it holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Unusable(f"{path.name}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise Unusable(f"{path.name}: a mapping is needed, found {type(content).__name__}")
+    return content

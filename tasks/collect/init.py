@@ -1,0 +1,99 @@
+"""Brings the checkpoint that ``train.init`` names into ``models/init``, where that is not what lies there already.
+
+A folder in Hugging Face layout is copied, a GGUF file unpacked into one.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from lm.gguf_tensors import Unfit
+from lm.hugging_face_files import checkpoint_files
+from tasks import atomic, init, paths
+from tasks.collect.report import InitReport
+from tasks.errors import BadInput, BadParameter
+
+
+def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = None) -> InitReport | None:
+    """Makes ``models/init`` of the project in ``root`` hold the checkpoint ``wanted``; None where that is none.
+
+    A relative path starts at ``relative_to``, at ``root`` without it. A checkpoint that has gone stays here, and is
+    still used. Raises :class:`BadParameter` where there never was one, :class:`BadInput` for a folder that holds none,
+    and :class:`tasks.errors.DiskFull` when there is no room.
+    """
+    if init.kind(wanted) != "checkpoint":
+        return None
+    held = _held(root, wanted)
+    source = _place(wanted, root if relative_to is None else relative_to)
+    if not source.exists():
+        if held is None:
+            raise BadParameter(
+                f"{paths.PARAMS}: train.init: {wanted!r} is neither scratch nor previous, and there is no such folder "
+                f"({source}). Name a folder in Hugging Face layout, or a GGUF file."
+            )
+        return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
+    known = (root / paths.INIT_RECORD).is_file()
+    if not source.is_dir():
+        unpacked = _digests([source])[source.name]
+        if held is not None and held.unpacked == unpacked:
+            return InitReport(state="unchanged")
+        with atomic.folder(root / paths.INIT) as folder:
+            _unpack(source, folder)
+            init.write_record(folder, init.Init(init=wanted, unpacked=unpacked))
+        return InitReport(state="changed" if known else "new")
+    with init.unusable_is_told(source, "Mend the folder, or name another in train.init."):
+        files = checkpoint_files(source)
+    if held is not None and dict(held.files) == _digests(files):
+        return InitReport(state="unchanged")
+    with atomic.folder(root / paths.INIT) as folder:
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        init.write_record(folder, init.Init(init=wanted))
+    return InitReport(state="changed" if known else "new")
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    """Writes the model in a GGUF file into ``folder`` as a checkpoint in Hugging Face layout, in fp32."""
+    # They import torch, which takes seconds.
+    from lm import gguf_file, hugging_face
+    from lm.model import LanguageModel
+
+    try:
+        loaded = gguf_file.load(source)
+    except Unfit as error:
+        raise BadInput(f"{error}. Name another file in train.init, or a folder in Hugging Face layout.") from None
+    if loaded.tokenizer is None:
+        raise BadInput(
+            f"{source}: its tokenizer cuts texts in a way that is not known here, and a model needs the one that it "
+            "was trained with. Name the folder in Hugging Face layout that the file was made from."
+        )
+    model = LanguageModel(loaded.config)
+    model.load_state_dict(loaded.state)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch) / "tokenizer.json"
+        tokenizer.write_text(loaded.tokenizer)
+        hugging_face.save(model, tokenizer, folder)
+
+
+def _held(root: Path, wanted: str) -> init.Init | None:
+    """Returns the record of what lies in ``models/init``, where that is all there and of the same ``train.init``."""
+    try:
+        record = init.read(root / paths.INIT)
+    except BadInput:
+        return None
+    whole = all((root / paths.INIT / name).is_file() for name in record.files)
+    return record if record.init == wanted and whole else None
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    try:
+        return {file.name: init.digest_of(file) for file in files}
+    except OSError as error:
+        raise BadInput(f"{error.filename}: cannot be read ({error.strerror}). Mend its permissions.") from None
+
+
+def _place(wanted: str, start: Path) -> Path:
+    try:
+        return start / Path(wanted).expanduser()
+    except RuntimeError:
+        raise BadParameter(f"{paths.PARAMS}: train.init: {wanted!r}: there is no such user. Mend the path.") from None

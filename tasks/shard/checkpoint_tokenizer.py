@@ -1,0 +1,50 @@
+"""The tokenizer of the checkpoint that training starts from, kept as it is: its weights know no other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from lm import hugging_face_files
+from tasks.errors import BadInput
+from tasks.init import unusable_is_told
+
+
+class CheckpointTokenizer:
+    """A ``tokenizer.json`` with the ids that its ``config.json`` gives to the beginning and the end of a text."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads both from ``folder``. Raises :class:`BadInput` where they cannot be read, or do not fit each other."""
+        path = folder / hugging_face_files.TOKENIZER
+        with unusable_is_told(folder, "Name another checkpoint in train.init."):
+            config = hugging_face_files.read_config(folder)
+        self._content = path.read_text()
+        try:
+            self._tokenizer = Tokenizer.from_str(self._content)
+        except Exception as error:
+            # tokenizers has no exception of its own.
+            raise BadInput(f"{path}: not a tokenizer ({' '.join(str(error).split())}).") from None
+        # A text may hold the name of a special token; to a model it is plain text.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > config.vocab_size:
+            raise BadInput(
+                f"{path}: it has {self.vocab_size} tokens, and config.json's vocab_size is {config.vocab_size}: they "
+                "are not of one model. Name another checkpoint in train.init."
+            )
+        self.bos_token_id, self.eos_token_id = config.bos_token_id, config.eos_token_id
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, on all cores, without special tokens."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[list[int]]) -> list[str]:
+        """Returns the text of each list of ids."""
+        found: list[str] = self._tokenizer.decode_batch(list(ids), skip_special_tokens=False)
+        return found
+
+    def to_json(self) -> str:
+        """Returns the ``tokenizer.json`` as it was."""
+        return self._content

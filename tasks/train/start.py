@@ -1,0 +1,80 @@
+"""The model that training starts from: drawn at random, or the checkpoint in ``models/init``."""
+
+from pathlib import Path
+
+from lm import hugging_face
+from lm.config import GroupedConfig, LatentArchitecture, LatentConfig, ModelConfig
+from lm.hugging_face_config import architecture_of
+from lm.hugging_face_files import TOKENIZER
+from lm.model import LanguageModel
+from tasks import init, paths
+from tasks.errors import BadInput, BadParameter
+from tasks.shards import Manifest, digest
+from tasks.train.params import TrainParams
+
+_DO = "Name another checkpoint in train.init, or mend that one."
+
+
+def check(params: TrainParams, manifest: Manifest) -> Path | None:
+    """Returns the folder of the checkpoint to start from, None for none, after checking all but the weights' numbers.
+
+    Raises :class:`BadInput` where the checkpoint is damaged, not built here, or not of the shards' tokenizer, and
+    :class:`BadParameter` where ``train.model`` or ``train.seq_len`` says something else than it.
+    """
+    folder = init.checkpoint()
+    if folder is None:
+        if params.model is None:
+            raise BadParameter(
+                f"{paths.PARAMS}: train.model is null, and no version is promoted yet that training could start from. "
+                "Describe a model, or name a checkpoint in train.init."
+            )
+        return None
+    init.verify(folder)
+    with init.unusable_is_told(folder, _DO):
+        config = hugging_face.check(folder)
+    if digest((folder / TOKENIZER).read_bytes()) != manifest.tokenizer_digest:
+        raise BadInput(f"{folder / TOKENIZER}: not the tokenizer that made {paths.SHARDS}. Rerun 'shard'.")
+    if params.model is not None:
+        _check_model(params, config)
+    if params.seq_len > config.max_position_embeddings:
+        raise BadParameter(
+            f"{paths.PARAMS}: train.seq_len {params.seq_len} is more than the {config.max_position_embeddings} "
+            "positions of the model that train.init names. Lower it to that."
+        )
+    return folder
+
+
+def load(folder: Path | None, params: TrainParams, manifest: Manifest) -> LanguageModel:
+    """Returns the checkpoint in ``folder``, which :func:`check` has passed; None: a new model, drawn by the seed."""
+    if folder is not None:
+        model = hugging_face.load(folder)
+        shorter = params.seq_len if params.seq_len < model.config.max_position_embeddings else None
+        model.config = model.config.model_copy(update={"training_length": shorter})
+        return model
+    model = LanguageModel(new_config(params, manifest))
+    model.initialize(params.seed)
+    return model
+
+
+def new_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
+    """Returns the chosen architecture with the tokenizer's ids and the longest position that training sees."""
+    assert params.model is not None
+    kind = LatentConfig if isinstance(params.model, LatentArchitecture) else GroupedConfig
+    return kind(
+        **params.model.model_dump(),
+        vocab_size=manifest.vocab_size,
+        max_position_embeddings=params.seq_len,
+        bos_token_id=manifest.bos_token_id,
+        eos_token_id=manifest.eos_token_id,
+    )
+
+
+def _check_model(params: TrainParams, config: ModelConfig) -> None:
+    asked, there = params.model.model_dump() if params.model else {}, architecture_of(config).model_dump()
+    other = [name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name)]
+    if other:
+        told = ", ".join(f"{name} {asked.get(name)} (there {there.get(name)})" for name in sorted(other)[:4])
+        raise BadParameter(
+            f"{paths.PARAMS}: train.model is not the model that train.init names: {told}. Set model: null to take that "
+            "one, or init: scratch to train this one."
+        )

@@ -1,0 +1,162 @@
+"""Exporting: what others load, what is told, and what is refused."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import odd
+import pytest
+import tiny
+from rich.console import Console
+from texts import write_trained_tokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.export import Request, export
+from lm import gguf_file, hugging_face
+from lm.gguf_tokenizer import PIECES
+from lm.runtime import Generator
+from tasks.errors import BadInput, DiskFull, UserMistake
+
+if TYPE_CHECKING:
+    from conftest import Project
+
+SIZE = 330
+IDS = {"vocab_size": SIZE, "bos_token_id": SIZE - 1, "eos_token_id": SIZE - 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an untrained float model, an INT8 one over bytes, and a card."""
+    root = tmp_path_factory.mktemp("project")
+    tiny.write_params(root, card__name="tiny-lm", card__licence="cc0-1.0")
+    (root / "models/float").mkdir(parents=True)
+    write_trained_tokenizer(root / "tokenizer.json", PIECES["llama-bpe"], SIZE)
+    hugging_face.save(odd.make_grouped(**IDS), root / "tokenizer.json", root / "models/float")
+    odd.export_over_bytes(root / "models/int8", odd.make_grouped)
+    (root / "models/card").mkdir()
+    (root / "models/card/README.md").write_text("# tiny-lm\n")
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "project"))
+
+
+def exported(root: Path, to: str, output: Path | None = None, type_: str | None = None) -> Path:
+    return export(root, Request(to, output, type_), Console(quiet=True))
+
+
+def test_gguf_holds_the_float_model_under_the_cards_name(root: Path) -> None:
+    path = exported(root, "gguf")
+    assert path == root / ".overnight/export/tiny-lm-f16.gguf"
+    fields = gguf.GGUFReader(path).fields
+    assert fields["general.name"].contents() == "tiny-lm"
+    assert fields["general.license"].contents() == "cc0-1.0"
+    assert gguf_file.load(path).config == hugging_face.load(root / "models/float").config
+
+
+def test_hf_is_a_folder_that_transformers_loads_with_its_card(root: Path) -> None:
+    folder = exported(root, "hf", root / "shared")
+    text = "the deep 12"
+    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert ids == Tokenizer.from_file(str(root / "models/float/tokenizer.json")).encode(text).ids
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+    assert (folder / "README.md").read_text() == "# tiny-lm\n"
+
+
+def test_onnx_is_a_folder_that_the_runtime_loads_and_a_card_is_no_must(root: Path) -> None:
+    shutil.rmtree(root / "models/card")
+    folder = exported(root, "onnx")
+    assert folder == root / ".overnight/export/onnx"
+    assert tiny.files_of(folder) == tiny.files_of(root / "models/int8")
+    assert Generator(folder, threads=1).context == 64
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("gguff"), "--to: there is no format 'gguff'; choose one of gguf, hf, onnx."),
+        (Request("gguf", type="q4"), "--type: there is no type 'q4'; choose one of f32, f16, bf16, q8_0."),
+        (Request("hf", type="f16"), "--type: hf has no choice of types; only gguf has."),
+        (Request("gguf", Path("full")), "full: a folder; name a file in it with --output."),
+        (
+            Request("gguf", Path("full/file")),
+            "full/file: already there; remove it, or name another file with --output.",
+        ),
+        (
+            Request("onnx", Path("full")),
+            "full: not an empty folder. Name one that is empty, or not there yet, with --output.",
+        ),
+        (
+            Request("hf", Path("full/file")),
+            "full/file: not an empty folder. Name one that is empty, or not there yet, with --output.",
+        ),
+        (Request("gguf", Path("full/file/x.gguf")), "full/file: File exists."),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch, request_: Request, message: str
+) -> None:
+    monkeypatch.chdir(root)
+    Path("full").mkdir()
+    Path("full/file").write_text("mine")
+    before = tiny.files_of(root)
+    with pytest.raises(UserMistake) as refused:
+        export(root, request_, Console(quiet=True))
+    assert str(refused.value) == message
+    assert tiny.files_of(root) == before
+
+
+@pytest.mark.parametrize("to", ["gguf", "hf", "onnx"])
+def test_before_there_is_a_model(root: Path, to: str) -> None:
+    shutil.rmtree(root / "models")
+    with pytest.raises(BadInput, match=r"no such file\. Run `overnight run` first; it makes the "):
+        exported(root, to)
+
+
+@pytest.mark.parametrize(
+    ("to", "file"),
+    [
+        ("gguf", "float/model.safetensors"),
+        ("hf", "float/config.json"),
+        ("hf", "float/model.safetensors"),
+        ("onnx", "int8/model.onnx"),
+    ],
+)
+def test_a_damaged_model_is_named_and_leaves_nothing(root: Path, to: str, file: str) -> None:
+    (root / "models" / file).write_bytes(b"damaged")
+    with pytest.raises(BadInput, match=f"models/{file}: "):
+        exported(root, to)
+    assert not any(path.is_file() for path in (root / ".overnight").rglob("*"))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0], ids=["before the tensors", "inside them", "at the end"])
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_a_full_disk_leaves_nothing(root: Path, small_disk: Any, to: str, share: float) -> None:
+    whole = exported(root, to, root / "whole", "f32" if to == "gguf" else None)
+    size = whole.stat().st_size if to == "gguf" else (whole / "model.safetensors").stat().st_size
+    # A disk has whole pages of 4 KiB: at the end, less than one is missing.
+    small_disk(root / "disk", max(1, int(size * share) // 4096) * 4)
+    with pytest.raises(DiskFull, match=r"disk/copy: the disk is full"):
+        exported(root, to, root / "disk/copy", "f32" if to == "gguf" else None)
+    assert list((root / "disk").iterdir()) == []
+
+
+def test_a_tokenizer_of_another_kind_is_refused(root: Path) -> None:
+    tiny.write_tokenizer(root / "models/float/tokenizer.json")
+    with pytest.raises(BadInput, match=r"models/float/tokenizer\.json: it cuts texts as none of the ways"):
+        exported(root, "gguf")
+
+
+def test_the_command_says_where_it_lies(project: "Project", made: Path) -> None:
+    shutil.copytree(made / "models", project.root / "models", dirs_exist_ok=True)
+    done = project.overnight("export", "--to", "gguf", "--output", "out/model.gguf", "--type", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("out/model.gguf  ")
+    assert gguf_file.load(project.root / "out/model.gguf").config.vocab_size == SIZE
+    again = project.overnight("export", "--to", "gguf", "--output", "out/model.gguf")
+    assert again.returncode == 2
+    assert again.stderr == "error: out/model.gguf: already there; remove it, or name another file with --output.\n"

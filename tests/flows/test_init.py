@@ -1,0 +1,198 @@
+"""When what training starts from moves, where its files come from, and what a run says of it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from dvc.repo import Repo
+from odd import write_checkpoint
+from publishing import REPOSITORY, Clone
+from ruamel.yaml import YAML
+
+from flows import dvc, init, registry
+from flows.champion import Action
+from flows.dvc import Change, Changes, Stale
+from flows.graph import Graph, Stage
+from flows.publish import publish
+from tasks import paths
+from tasks.errors import UserMistake
+from tasks.init import Init
+from tasks.init import read as read_init
+
+GRAPH = Graph(
+    (
+        Stage("ingest", "", (), (paths.RAW,), (paths.CORPUS,)),
+        Stage("shard", "", ("ingest",), (paths.CORPUS, paths.INIT), (paths.SHARDS,)),
+        Stage("train", "", ("shard",), (paths.SHARDS, paths.INIT), (paths.FLOAT,)),
+        Stage("quantize", "", ("train",), (paths.FLOAT,), (paths.INT8,)),
+    )
+)
+
+
+def stale(*changes: Change, never_run: bool = False) -> Stale:
+    return Stale(changes, never_run)
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ({"train": stale(Change("parameter", "params.yaml: train.steps", "modified"))}, True),
+        ({"ingest": stale(Change("dependency", "data/raw", "modified"))}, True),
+        ({"shard": stale(never_run=True)}, True),
+        # What is gone is to be what it was, and what lies there already is no news.
+        ({"shard": stale(Change("output", "data/shards", "deleted"))}, False),
+        ({"train": stale(Change("dependency", "data/shards", "deleted"))}, False),
+        ({"train": stale(Change("dependency", "models/init", "modified"))}, False),
+        # What comes after the training gives no other training.
+        ({"quantize": stale(Change("parameter", "params.yaml: quantize.steps", "modified"))}, False),
+        ({}, False),
+    ],
+)
+def test_other_inputs_give_another_training(stages: dict[str, Stale], expected: bool) -> None:
+    assert init.trains_anew(GRAPH, Changes(stages, {}), {stage.name for stage in GRAPH.stages}) == expected
+
+
+def test_what_a_run_skips_does_not_count() -> None:
+    changes = Changes({"ingest": stale(Change("dependency", "data/raw", "modified"))}, {})
+    assert not init.trains_anew(GRAPH, changes, {"train", "quantize"})
+
+
+SCRATCH, OLD, NEW = (
+    Init(init="scratch"),
+    Init(init="previous", version="lm@v1.0.0", commit="a", files={"config.json": "0"}),
+    Init(init="previous", version="lm@v1.1.0", commit="b"),
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "here", "anew", "versioned", "intact", "expected"),
+    [
+        # It moves with a model that is trained anew, and with that alone.
+        ("previous", OLD, True, True, True, Action.BRING),
+        ("previous", OLD, False, True, True, Action.KEEP),
+        ("previous", NEW, True, True, True, Action.KEEP),
+        ("previous", NEW, True, True, False, Action.BRING),
+        ("previous", OLD, False, True, False, Action.RESTORE),
+        ("previous", None, False, True, False, Action.RESTORE),
+        # Another train.init is another training.
+        ("previous", SCRATCH, True, True, True, Action.BRING),
+        ("scratch", OLD, True, True, True, Action.BRING),
+        ("scratch", SCRATCH, True, True, True, Action.KEEP),
+        ("scratch", None, False, True, False, Action.RESTORE),
+        ("scratch", None, True, False, True, Action.BRING),
+        # A checkpoint comes with what is collected.
+        ("models/x", Init(init="models/x"), True, True, True, Action.KEEP),
+        ("models/x", None, True, True, False, Action.RESTORE),
+        ("models/x", None, True, False, True, Action.KEEP),
+    ],
+)
+def test_what_training_starts_from_moves_only_with_another_training(
+    wanted: str, here: Init | None, anew: bool, versioned: bool, intact: bool, expected: Action
+) -> None:
+    assert init.plan(wanted, here, NEW, anew, versioned, intact) == expected
+
+
+def overnight(clone: Clone) -> dict[str, str]:
+    """Runs ``overnight run`` and returns the outcome of each row of its table."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OVERNIGHT_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "run"],
+        cwd=clone.root,
+        env={**kept, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) > 1 and row[1] in ("ran", "cached", "skipped", "failed")}
+
+
+TRAIN = """
+import json, pathlib
+record = json.loads(pathlib.Path("models/init/init.json").read_text())
+folder = pathlib.Path("models/float")
+folder.mkdir(parents=True)
+(folder / "config.json").write_text(str(record["version"]))
+"""
+
+
+@pytest.fixture
+def trained(published: Clone) -> Clone:
+    """The project with a stage that reads what training starts from; its last version, v1.2.0, is in production."""
+    yaml = YAML()
+    pipeline = yaml.load(published.root / "dvc.yaml")
+    pipeline["stages"]["train"] = {
+        "cmd": "python train.py",
+        "deps": ["data/raw", "models/init", "train.py"],
+        "params": ["train.learning_rate", "train.init"],
+        "outs": ["models/float"],
+    }
+    yaml.dump(pipeline, published.root / "dvc.yaml")
+    (published.root / "train.py").write_text(TRAIN)
+    published.set("train", "learning_rate", 0.3)
+    published.set("collect", "sources", [{"name": "s", "uri": "texts", "format": "txt", "licence": "none"}])
+    (published.root / "texts").mkdir()
+    (published.root / "texts/a.txt").write_text("A text.")
+    (published.root / "data/raw/s").mkdir()
+    published.write("s/a.txt", "A text.")
+    init.bring(published.root, "scratch")
+    with patch.dict(os.environ, dvc.environment(os.environ)), Repo(str(published.root)) as repo:
+        repo.add(str(paths.INIT))
+    published.run()
+    published.commit("With a training")
+    publish(published.root)
+    return published
+
+
+def test_the_version_in_production_is_what_the_next_training_starts_from(trained: Clone) -> None:
+    assert read_init() == Init(init="scratch")
+    trained.set("train", "init", "previous")
+    outcomes = overnight(trained)
+    assert (outcomes["init"], outcomes["train"]) == ("ran", "ran")
+    record = read_init()
+    version = registry.champion(trained.root)
+    assert version is not None
+    assert (record.version, record.commit) == (version.tag, version.commit) == ("lm@v1.2.0", version.commit)
+    assert list(record.files) == ["config.json"]
+    assert (paths.INIT / "config.json").read_text() == "None"
+    assert (paths.FLOAT / "config.json").read_text() == "lm@v1.2.0"
+    changes = dvc.changes(trained.root)
+    assert not changes.stages
+    assert not changes.data
+
+    # Nothing is new: neither the promotion of another version nor a second run trains anew.
+    registry.promote(trained.root, registry.resolve(trained.root, "v1.0.0"), "By hand.")
+    before = {name: Path(name).read_bytes() for name in (init.POINTER, "dvc.lock")}
+    assert "ran" not in overnight(trained).values()
+    assert {name: Path(name).read_bytes() for name in before} == before
+
+    # That version has no float model.
+    with pytest.raises(UserMistake, match=r"train.init: lm@v1\.0\.0 cannot be had: commit .* records no models/float"):
+        init.bring(trained.root, "previous")
+    assert (paths.INIT / "config.json").is_file()
+
+
+def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(trained: Clone) -> None:
+    write_checkpoint(trained.root / "given")
+    trained.set("train", "init", "given")
+    assert overnight(trained)["train"] == "ran"
+    assert read_init().init == "given"
+    pointer = init.POINTER.read_bytes()
+    (trained.root / "given/chat_template.jinja").write_text("{{ other }}")
+    outcomes = overnight(trained)
+    assert (outcomes["collect"], outcomes["train"]) == ("ran", "ran")
+    assert init.POINTER.read_bytes() != pointer
+    assert json.loads(paths.INIT_RECORD.read_text())["files"].keys() > {"config.json", "model.safetensors"}
+
+    # Lost here and gone there, it comes from DVC's cache.
+    shutil.rmtree(trained.root / "given")
+    shutil.rmtree(paths.INIT)
+    shutil.rmtree(paths.FLOAT)
+    assert overnight(trained)["train"] == "cached"
+    assert (paths.INIT / "chat_template.jinja").read_text() == "{{ other }}"

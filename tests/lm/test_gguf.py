@@ -1,0 +1,253 @@
+"""GGUF: llama.cpp writes and reads the same tokens as the model that went in, and the same model comes out again."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import odd
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from texts import HARD, write_trained_tokenizer
+from tokenizers import Tokenizer
+
+from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
+from lm.config import Llama3Scaling
+from lm.gguf_tensors import Unfit
+from lm.model import LanguageModel
+from tasks.shard.tokenizer import BytePairTokenizer, train
+
+SIZE = 330
+IDS = {"vocab_size": SIZE, "bos_token_id": SIZE - 1, "eos_token_id": SIZE - 1}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": (odd.make_grouped, {}),
+    "llama, stretched and tied": (odd.make_grouped, {"rope_scaling": LLAMA_3, "tie_word_embeddings": True}),
+    "qwen2": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96}),
+    "qwen3, one head of keys": (odd.make_grouped, {"model_type": "qwen3", "num_key_value_heads": 1}),
+    "latent": (odd.make_model, {}),
+    "latent, query latent and groups": (odd.make_model, {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
+    "latent, dense only": (odd.make_model, {"first_k_dense_replace": 3}),
+    "latent, not normalized": (odd.make_model, {"first_k_dense_replace": 0, "norm_topk_prob": False}),
+    "latent, 26 layers": (odd.make_model, {"num_hidden_layers": 26, "n_shared_experts": 1}),
+}
+PROMPTS = torch.randint(0, SIZE - 1, (2, 20), generator=torch.Generator().manual_seed(1)).tolist()
+NEW = 20
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Path]:
+    make, changes = request.param
+    return make_checkpoint(tmp_path_factory.mktemp("model"), make, **changes)
+
+
+def make_checkpoint(folder: Path, make=odd.make_grouped, pre="llama-bpe", **changes) -> tuple[LanguageModel, Path]:
+    model = make(**{**IDS, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter *= torch.linspace(0.5, 1.5, len(parameter))
+    write_trained_tokenizer(folder / "tokenizer", gguf_tokenizer.PIECES[pre], SIZE)
+    hugging_face.save(model, folder / "tokenizer", folder)
+    return model, folder
+
+
+def greedy(model: LanguageModel, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+    """The likeliest token of ``model`` after each prompt and each beginning of its answer."""
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    with torch.no_grad():
+        likeliest = model(torch.tensor(texts))[:, len(prompts[0]) - 1 : -1].argmax(dim=-1)
+    return likeliest.tolist()
+
+
+def written(folder: Path, kind: gguf_write.Kind = "f32") -> Path:
+    path = folder / f"{kind}.gguf"
+    gguf_write.write(folder, path, kind, {"general.name": "tiny"})
+    return path
+
+
+def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]) -> None:
+    model, folder = checkpoint
+    answers = llama_cpp.continued(written(folder), PROMPTS, NEW)
+    assert [len(answer) for answer in answers] == [NEW, NEW]
+    assert answers == greedy(model, PROMPTS, answers)
+
+
+def test_a_model_that_comes_back_is_the_one_that_went(checkpoint: tuple[LanguageModel, Path]) -> None:
+    model, folder = checkpoint
+    loaded = gguf_file.load(written(folder))
+    assert loaded.config == model.config
+    state = model.state_dict()
+    assert loaded.state.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded.state[name], tensor), name
+    LanguageModel(loaded.config).load_state_dict(loaded.state)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+def test_smaller_types_are_near_and_llama_cpp_runs_them(kind: gguf_write.Kind, tmp_path: Path) -> None:
+    # Widths of 64 fill Q8_0's blocks of 32; those of 48 and 22 do not.
+    model, folder = make_checkpoint(tmp_path, odd.make_model, hidden_size=64, q_lora_rank=32)
+    path = written(folder, kind)
+    types = {tensor.name: GGMLQuantizationType(tensor.tensor_type).name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["token_embd.weight"] == kind.upper()
+    assert types["blk.1.ffn_down_exps.weight"] == ("F16" if kind == "q8_0" else kind.upper())
+    assert types["blk.1.ffn_gate_inp.weight"] == types["blk.1.exp_probs_b.bias"] == types["output_norm.weight"] == "F32"
+    state = gguf_file.load(path).state
+    for name, tensor in model.state_dict().items():
+        step = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254}[kind] * tensor.abs().max()
+        assert (state[name] - tensor).abs().max() <= step * 1.15, name
+    assert [len(tokens) for tokens in llama_cpp.continued(path, PROMPTS, 4)] == [4, 4]
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    first = written(folder, "q8_0").read_bytes()
+    assert written(folder, "q8_0").read_bytes() == first
+
+
+@pytest.mark.parametrize("pre", gguf_tokenizer.PIECES)
+def test_llama_cpp_reads_texts_in_the_same_tokens(pre: str, tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, pre=pre)
+    path = written(folder, "f16")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = [tokenizer.encode(text).ids for text in HARD]
+    assert llama_cpp.tokenized(path, HARD) == expected
+    content = gguf_file.load(path).tokenizer
+    assert content is not None
+    assert [Tokenizer.from_str(content).encode(text).ids for text in HARD] == expected
+
+
+def test_llama_cpp_reads_texts_in_the_tokens_of_our_own_tokenizer(tmp_path: Path) -> None:
+    own = train([*HARD, "and it came to pass, in the 12 days; "], SIZE)
+    hugging_face.save(odd.make_grouped(**IDS), write(tmp_path / "tokenizer", own.to_json()), tmp_path)
+    expected = [[SIZE - 1, *ids] for ids in own.encode(HARD)]
+    assert llama_cpp.tokenized(written(tmp_path), HARD) == expected
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+def test_llama_cpp_and_tiktoken_agree_on_what_is_a_letter_a_digit_and_a_space(tmp_path: Path) -> None:
+    # As in tests/tasks/test_shard.py: a merge shows whether a character joined its neighbour's piece.
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for neighbour in b"a1! ":
+        for lead in range(0x80, 0x100):
+            ranks[bytes([neighbour, lead])] = len(ranks)
+    probe = BytePairTokenizer(ranks)
+    size = {"vocab_size": len(ranks) + 1, "bos_token_id": len(ranks), "eos_token_id": len(ranks)}
+    hugging_face.save(odd.make_grouped(**size), write(tmp_path / "tokenizer", probe.to_json()), tmp_path)
+    # What Python's Unicode does not know yet, llama.cpp may know or not.
+    known = [char for char in map(chr, range(0x80, 0x32000, 5)) if unicodedata.category(char) not in ("Cn", "Cs")]
+    texts = ["".join(f"{neighbour}{char}x\n" for char in known) for neighbour in "a1! "]
+    expected = [[len(ranks), *ids] for ids in probe.encode(texts)]
+    assert llama_cpp.tokenized(written(tmp_path), texts) == expected
+
+
+def changed(tokenizer: Path, **changes: object) -> str:
+    return json.dumps({**json.loads(tokenizer.read_text()), **changes})
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    path = folder / "tokenizer.json"
+    other = {"type": "Sequence", "pretokenizers": [gguf_tokenizer.PIECES["llama-bpe"][1]]}
+    for content, message in (
+        (changed(path, pre_tokenizer=other), "it cuts texts as none of the ways that llama.cpp knows does; known are "),
+        (changed(path, normalizer={"type": "Lowercase"}), "it changes texts before it cuts them"),
+        ("{}", "it is no tokenizer"),
+    ):
+        path.write_text(content)
+        with pytest.raises(Unfit, match=f"^{path}: {message}"):
+            written(folder)
+
+
+def test_ids_beyond_the_tokenizer_are_unused_ones(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, vocab_size=SIZE + 2)
+    loaded = gguf_file.load(written(folder))
+    assert loaded.config.vocab_size == SIZE + 2
+    assert loaded.tokenizer is not None
+    assert Tokenizer.from_str(loaded.tokenizer).get_vocab_size() == SIZE
+
+
+def edited(source: Path, path: Path, values: dict[str, object], drop: str = "", add: str = "") -> Path:
+    """Copies a GGUF file with other metadata, without the tensor ``drop`` and with one called ``add``."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(
+        path, str(values.pop("general.architecture", reader.fields["general.architecture"].contents()))
+    )
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind, sub = field.types[0], field.types[-1]
+            value = values.get(key, field.contents())
+            writer.add_key_value(key, value, kind, sub if len(field.types) > 1 else None)
+    for key in values.keys() - reader.fields.keys():
+        writer.add_string(key, str(values[key]))
+    for tensor in reader.tensors:
+        if tensor.name != drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    if add:
+        writer.add_tensor(add, np.zeros(3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "falcon"}, "its architecture is 'falcon'; known are deepseek2, llama, qwen2, qwen3"),
+        ({"drop": "blk.1.ffn_up.weight"}, "it lacks blk.1.ffn_up.weight"),
+        ({"add": "blk.9.what"}, "it has, beyond what its configuration says, blk.9.what"),
+        ({"llama.block_count": 2}, "it has, beyond what its configuration says, blk.2.attn_k.weight, "),
+        ({"llama.feed_forward_length": 71}, r"model.layers.0.mlp.gate_proj.weight would have the shape \(70, 42\)"),
+        ({"llama.rope.scaling.type": "yarn"}, "its rope.scaling.type is yarn; a model with none alone can be read"),
+        ({"llama.attention.head_count": 5}, "its metadata make no model: num_attention_heads 5 does not divide"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_with_its_fault(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    names = {name: str(changes.pop(name)) for name in ("drop", "add") if name in changes}
+    path = edited(written(folder), tmp_path / "other.gguf", dict(changes), **names)
+    with pytest.raises(Unfit, match=rf"^{path}: {message}"):
+        gguf_file.load(path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    whole = written(folder).read_bytes()
+    path = tmp_path / "damaged.gguf"
+    for content in (b"no GGUF file at all", whole[: len(whole) // 2], whole[:40]):
+        path.write_bytes(content)
+        with pytest.raises(Unfit, match=rf"^{path}: damaged, or no GGUF file"):
+            gguf_file.load(path)
+
+
+def test_rope_factors_of_llama_3_are_read_without_our_keys(tmp_path: Path) -> None:
+    scaling = {**LLAMA_3, "factor": 32.0, "original_max_position_embeddings": 8192}
+    model, folder = make_checkpoint(tmp_path, rope_theta=500000.0, head_dim=64, rope_scaling=scaling)
+    path = written(folder)
+    reader = gguf.GGUFReader(path)
+    assert all(f"overnight.{name}" in reader.fields for name in Llama3Scaling.model_fields)
+    foreign = edited_without_own(path, tmp_path / "foreign.gguf")
+    assert gguf_file.load(foreign).config == model.config.model_copy(update={"initializer_range": 0.02})
+
+
+def edited_without_own(source: Path, path: Path) -> Path:
+    path.write_bytes(source.read_bytes().replace(b"overnight.", b"elsewhere."))
+    return path

@@ -1,0 +1,95 @@
+"""``config.json`` as published checkpoints have it."""
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from lm.config import Llama3Scaling, YarnScaling
+from lm.hugging_face_config import Unusable, config_from_json, config_to_json
+
+# As older releases of transformers wrote it: no head_dim, a flat base, a type of the weights under its old name.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 96, "hidden_act": "silu", "vocab_size": 300,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": [2, 5], "torch_dtype": "bfloat16",
+    "pretraining_tp": 1, "use_cache": True, "rope_theta": 500000, "tie_word_embeddings": True,
+}  # fmt: skip
+DEEPSEEK = {
+    "model_type": "deepseek_v2", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "kv_lora_rank": 20, "q_lora_rank": None, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 14,
+    "intermediate_size": 70, "first_k_dense_replace": 1, "moe_intermediate_size": 22, "n_routed_experts": 8,
+    "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+    "norm_topk_prob": False, "scoring_func": "softmax", "routed_scaling_factor": 1, "rms_norm_eps": 1e-06,
+    "vocab_size": 101, "max_position_embeddings": 160, "bos_token_id": 100, "eos_token_id": 99, "rope_theta": 10000,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 32, "type": "yarn",
+    },
+}  # fmt: skip
+
+
+def test_what_an_older_file_leaves_out_has_its_default() -> None:
+    config = config_from_json(LLAMA)
+    assert (config.head_dim, config.num_key_value_heads) == (16, 4)
+    assert (config.rope_theta, config.rope_scaling) == (500000, None)
+    assert (config.rms_norm_eps, config.initializer_range, config.tie_word_embeddings) == (1e-6, 0.02, True)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert config_from_json({**LLAMA, "model_type": "qwen3"}).head_dim == 128
+
+
+def test_a_flat_stretching_of_any_age_is_read() -> None:
+    llama3 = {
+        "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
+    }  # fmt: skip
+    for name in ("type", "rope_type"):
+        config = config_from_json({**LLAMA, "rope_scaling": {**llama3, name: "llama3"}})
+        assert config.rope_scaling == Llama3Scaling(rope_type="llama3", **llama3)
+    # Qwen's cards say to add this one; it has no length of its own beside that of the model.
+    stretched = config_from_json({**LLAMA, "model_type": "qwen2", "rope_scaling": {"factor": 4.0, "type": "yarn"}})
+    assert stretched.rope_scaling == YarnScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
+    deepseek = config_from_json(DEEPSEEK).rope_scaling
+    assert isinstance(deepseek, YarnScaling)
+    assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
+
+
+@pytest.mark.parametrize("content", [LLAMA, DEEPSEEK, {**DEEPSEEK, "n_group": 4, "topk_group": 2}])
+def test_what_is_written_is_what_was_read(content: dict[str, Any], tmp_path: Any) -> None:
+    config = config_from_json(content)
+    written = config_to_json(config)
+    assert config_from_json(written) == config
+    theirs = AutoConfig.for_model(**written)
+    assert config_from_json(theirs.to_dict()) == config
+    assert "training_length" not in written
+    shorter = config.model_copy(update={"training_length": 9})
+    assert config_from_json(config_to_json(shorter)).window == 9
+
+
+def test_greedy_experts_have_no_groups() -> None:
+    assert config_from_json({**DEEPSEEK, "n_group": 4, "topk_group": 2}).n_group == 1
+    limited = {**DEEPSEEK, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+    assert config_from_json(limited).n_group == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'; the families that are built here are deepseek_v2"),
+        ({"attention_bias": True}, "attention_bias is True; of a llama, False is built here"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: the weights are quantized"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is of the type 'dynamic'"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"bos_token_id": None, "eos_token_id": None}, "neither bos_token_id nor eos_token_id"),
+        ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer, found 'many'"),
+        ({"head_dim": 24}, "head_dim is 24"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unusable, match=f"^config.json: .*{said}"):
+        config_from_json({**LLAMA, **changes})
+
+
+def test_a_missing_size_is_named() -> None:
+    with pytest.raises(Unusable, match="vocab_size is missing; kv_lora_rank is missing"):
+        config_from_json({key: value for key, value in DEEPSEEK.items() if key not in ("kv_lora_rank", "vocab_size")})

@@ -1,0 +1,237 @@
+"""Training that goes on from a checkpoint: how it comes into the project, what is kept of it, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from odd import make_grouped, make_model, write_checkpoint
+from safetensors.torch import load_file, save_file
+from texts import write_trained_tokenizer
+from tokenizers import Tokenizer
+
+from lm import gguf_write, hugging_face
+from lm.gguf_tokenizer import PIECES
+from lm.runtime import Generator
+from tasks import init, paths
+from tasks.collect.init import collect_init
+from tasks.errors import BadInput, BadParameter, UserMistake
+from tasks.section import read_section
+from tasks.shard.params import ShardParams
+from tasks.shard.shard import shard
+from tasks.shards import read_manifest
+from tasks.train import start
+from tasks.train.params import TrainParams
+
+CHECKPOINT = {"train__init": "given", "train__model": None, "shard__vocab_size": None, "train__world_size": 1}
+
+
+@pytest.fixture
+def corpus(project: Path) -> Path:
+    """A project with a little text, in which training starts from the checkpoint in `given`."""
+    tiny.write_params(
+        project, **CHECKPOINT, quantize__world_size=1, train__learning_rate=1e-6, quantize__scheme="dynamic"
+    )
+    for split, count in (("train", 40), ("valid", 8), ("test", 8)):
+        folder = project / paths.CORPUS / split
+        folder.mkdir(parents=True)
+        rows = [f"The {index}th day: light, and the name <|endoftext|> in it. " * 3 for index in range(count)]
+        pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), folder / "part-00000.parquet")
+    return project
+
+
+@pytest.fixture
+def brought(corpus: Path) -> Path:
+    """That project, with the checkpoint collected and the shards written."""
+    write_checkpoint(corpus / "given")
+    collect_init("given")
+    shard(read_section("shard", ShardParams), init.checkpoint())
+    return corpus
+
+
+def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(corpus: Path) -> None:
+    model = write_checkpoint(corpus / "given")
+    collect_init("given")
+    for stage in ("shard", "train", "quantize"):
+        code, output = tiny.run(stage, corpus)
+        assert code == 0, output
+    trained = hugging_face.load(paths.FLOAT)
+    assert (trained.config.max_position_embeddings, trained.config.window) == (64, 16)
+    for name, tensor in model.state_dict().items():
+        # Twelve steps at a tiny rate: near where it began, and not there any more.
+        assert 0 < (trained.state_dict()[name] - tensor).abs().max() < 1e-3, name
+    for folder in (paths.FLOAT, paths.INT8):
+        for name in ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
+            assert (folder / name).read_bytes() == (corpus / "given" / name).read_bytes()
+    assert json.loads(paths.TRAIN_REPORT.read_text())["started_from"] == "given"
+    generator = Generator(paths.INT8, threads=1)
+    assert (generator.context, generator.window) == (64, 16)
+
+
+def test_shards_are_written_in_the_checkpoint_s_tokens(brought: Path) -> None:
+    manifest = read_manifest()
+    assert (manifest.vocab_size, manifest.bos_token_id) == (tiny.VOCAB, tiny.VOCAB - 1)
+    assert paths.TOKENIZER.read_bytes() == (brought / "given/tokenizer.json").read_bytes()
+    # The name of a special token in a text is text: one token begins each document.
+    (entry,) = manifest.of_split("test")
+    assert entry.tokens == entry.bytes + entry.documents
+
+
+def test_collecting_copies_what_changed_and_keeps_what_has_gone(corpus: Path) -> None:
+    def state() -> str | None:
+        found = collect_init("given")
+        return found and found.state
+
+    write_checkpoint(corpus / "given")
+    (corpus / "given/notes.bin").write_text("not part of the checkpoint")
+    assert [state(), state()] == ["new", "unchanged"]
+    assert not (paths.INIT / "notes.bin").exists()
+    (corpus / "given/chat_template.jinja").write_text("{{ other }}")
+    assert [state(), state()] == ["changed", "unchanged"]
+    (paths.INIT / "config.json").unlink()
+    assert state() == "changed"
+    shutil.rmtree(corpus / "given")
+    told = collect_init("given")
+    assert told is not None
+    assert told.notice == "train.init: given has gone; its copy in models/init is still used"
+    assert init.checkpoint() == paths.INIT
+    assert collect_init("previous") is collect_init("scratch") is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: shutil.rmtree(folder), "train.init: 'given' is neither scratch nor previous, and there is no"),
+        (lambda folder: (folder / "config.json").unlink(), "given: config.json: no such file. Mend the folder"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "given: tokenizer.json: no such file"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"given: pytorch_model\.bin: a pickle",
+        ),
+        (lambda folder: (folder / "config.json").write_text("{"), "given: config.json: not JSON"),
+    ],
+)
+def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
+    spoil: Callable[[Path], Any], said: str, corpus: Path
+) -> None:
+    write_checkpoint(corpus / "given")
+    spoil(corpus / "given")
+    with pytest.raises(UserMistake, match=said):
+        collect_init("given")
+    assert not paths.INIT.exists()
+
+
+def test_a_file_is_no_folder(corpus: Path) -> None:
+    (corpus / "given").touch()
+    with pytest.raises(BadInput, match=r"given: damaged, or no GGUF file .*Name another file in train.init"):
+        collect_init("given")
+
+
+def test_a_gguf_file_is_unpacked_into_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    size = 330
+    model = make_grouped(vocab_size=size, bos_token_id=size - 1, eos_token_id=size - 1)
+    (tmp_path / "source").mkdir()
+    write_trained_tokenizer(tmp_path / "tokenizer.json", PIECES["llama-bpe"], size)
+    hugging_face.save(model, tmp_path / "tokenizer.json", tmp_path / "source")
+    gguf_write.write(tmp_path / "source", corpus / "given.gguf", "f32", {})
+
+    first, again = (collect_init("given.gguf") for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert (first.state, again.state) == ("new", "unchanged")
+    assert init.read().unpacked == init.digest_of(corpus / "given.gguf")
+    unpacked, written = (load_file(folder / "model.safetensors") for folder in (paths.INIT, tmp_path / "source"))
+    assert unpacked.keys() == written.keys()
+    assert all(torch.equal(unpacked[name], tensor) for name, tensor in written.items())
+    ids, expected = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode("Light, 1234 lights.", add_special_tokens=False).ids
+        for folder in (paths.INIT, tmp_path / "source")
+    )
+    assert ids == expected
+    tiny.write_params(corpus, **{**CHECKPOINT, "train__init": "given.gguf"})
+    for stage in ("shard", "train"):
+        code, output = tiny.run(stage, corpus)
+        assert code == 0, output
+
+
+def check() -> Path | None:
+    return start.check(read_section("train", TrainParams), read_manifest())
+
+
+def test_what_contradicts_the_checkpoint_is_named(brought: Path) -> None:
+    assert check() == paths.INIT
+    other = {**tiny.LLAMA, "model_type": "llama"}
+    cases = [
+        ({"train__seq_len": 65}, "train.seq_len 65 is more than the 64 positions"),
+        ({"train__model": other}, r"head_dim|hidden_size 32 \(there 42\)"),
+        ({"train__init": "other"}, "it holds what train.init called 'given', and params.yaml says 'other'"),
+    ]
+    for changes, said in cases:
+        tiny.write_params(brought, **{**CHECKPOINT, **changes})
+        with pytest.raises(UserMistake, match=said):
+            check()
+    tiny.write_params(brought, **{**CHECKPOINT, "shard__vocab_size": 300})
+    with pytest.raises(BadParameter, match=r"shard\.vocab_size is 300, and the tokenizer .* has 257 tokens"):
+        shard(read_section("shard", ShardParams), init.checkpoint())
+
+
+def test_weights_that_do_not_fit_end_before_a_process_starts(brought: Path) -> None:
+    tensors = load_file(paths.INIT / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, paths.INIT / "model.safetensors")
+    with pytest.raises(BadInput, match=r"models/init/model\.safetensors: not what was brought"):
+        check()
+    init.write_record(paths.INIT, init.read())
+    with pytest.raises(BadInput, match=r"models/init: model\.safetensors: without model\.norm\.weight"):
+        check()
+    code, output = tiny.run("train", brought)
+    assert code == 2
+    assert "without model.norm.weight" in tiny.error_line(output)
+
+
+def test_shards_of_another_tokenizer_are_refused(brought: Path) -> None:
+    write_checkpoint(brought / "given", make_model)
+    text = (brought / "given/tokenizer.json").read_text()
+    (brought / "given/tokenizer.json").write_text(text + "\n")
+    collect_init("given")
+    with pytest.raises(BadInput, match=r"not the tokenizer that made data/shards\. Rerun 'shard'"):
+        check()
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused(corpus: Path) -> None:
+    write_checkpoint(corpus / "given")
+    content = json.loads((corpus / "given/tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (corpus / "given/tokenizer.json").write_text(json.dumps(content))
+    collect_init("given")
+    with pytest.raises(BadInput, match="8 of 8 documents of the valid split come back changed"):
+        shard(read_section("shard", ShardParams), init.checkpoint())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(corpus: Path) -> None:
+    write_checkpoint(corpus / "given", vocab_size=250, bos_token_id=1, eos_token_id=2)
+    collect_init("given")
+    with pytest.raises(BadInput, match=r"it has 257 tokens, and config\.json's vocab_size is 250"):
+        shard(read_section("shard", ShardParams), init.checkpoint())
+
+
+def test_without_a_version_in_production_previous_is_from_scratch(project: Path) -> None:
+    tiny.write_params(project, train__init="previous")
+    tiny.write_shards(project)
+    with pytest.raises(BadInput, match=r"models/init/init\.json: no such file"):
+        check()
+    paths.INIT.mkdir(parents=True)
+    init.write_record(paths.INIT, init.Init(init="previous"))
+    assert check() is None
+    tiny.write_params(project, train__init="previous", train__model=None)
+    with pytest.raises(BadParameter, match=r"train\.model is null, and no version is promoted yet"):
+        check()
+    tiny.write_params(project, train__model=None)
+    with pytest.raises(BadParameter, match="train: model is null, but init: scratch needs one"):
+        check()
