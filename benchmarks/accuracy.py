@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lm import gguf_file, hugging_face_config, onnx_model  # noqa: E402
+from lm.calibration import calibrate  # noqa: E402
 from lm.compensation import compensate  # noqa: E402
 from lm.model import LanguageModel  # noqa: E402
 from lm.quantization import PLANS, Plan  # noqa: E402
@@ -58,6 +59,10 @@ SIDES: dict[str, Side] = {
     "dynamic": Side(PLANS["per-token-8"]),
     "dynamic, down_proj float": Side(replace(PLANS["per-token-8"], in_float=DOWN)),
     "dynamic, both": Side(PLANS["per-token-8"], rotated=True, compensated=True),
+    "static": Side(PLANS["static-8"]),
+    "static, rotated": Side(PLANS["static-8"], rotated=True),
+    "static, rotated, down float": Side(replace(PLANS["static-8"], in_float=DOWN), rotated=True),
+    "static, both": Side(PLANS["static-8"], rotated=True, compensated=True),
     "weight-only-8": Side(PLANS["blockwise-8"]),
     "weight-only-8, compensated": Side(PLANS["blockwise-8"], compensated=True),
     "weight-only-8, rotated": Side(PLANS["blockwise-8"], rotated=True),
@@ -82,6 +87,7 @@ def main() -> None:
             plan, quantized = SIDES[side].plan, copy.deepcopy(model)
             if SIDES[side].rotated:
                 rotate(quantized)
+            plan = calibrate(quantized, plan, torch.from_numpy(calibration))
             if SIDES[side].compensated:
                 compensate(quantized, plan, torch.from_numpy(calibration))
             row = compare(quantized, plan, place / side.replace(" ", ""), place / "origin", ids, exact)
@@ -94,8 +100,10 @@ def main() -> None:
     print(json.dumps({"tokens": WINDOWS * LENGTH, **table}))
 
 
-def unpack(folder: Path) -> tuple[LanguageModel, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Returns the model, windows [WINDOWS, LENGTH + 1] to measure on, and others [CALIBRATION, LENGTH] to look at.
+def unpack(
+    folder: Path, others: int = CALIBRATION, length: int = LENGTH
+) -> tuple[LanguageModel, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns the model, windows [WINDOWS, LENGTH + 1] to measure on, and others [others, length] to look at.
 
     ``folder`` gets tokenizer and config.
     """
@@ -121,7 +129,7 @@ def unpack(folder: Path) -> tuple[LanguageModel, npt.NDArray[np.int64], npt.NDAr
         starts = np.linspace(0, len(ids) - length, count).astype(int)
         return np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
 
-    return model, windows(text[:measured], WINDOWS, LENGTH + 1), windows(text[measured:], CALIBRATION, LENGTH)
+    return model, windows(text[:measured], WINDOWS, LENGTH + 1), windows(text[measured:], others, length)
 
 
 def compare(

@@ -17,7 +17,7 @@ from torch import nn
 from lm.linear import Project
 from lm.model import LanguageModel
 from lm.per_token import SMALLEST_SCALE
-from lm.quantization import Plan, layers, prepare
+from lm.quantization import Plan, layers, prepare, replace
 from lm.scheme import Levels
 
 # Of the mean of the moments, added to each: few windows leave directions in which nothing was seen.
@@ -89,8 +89,7 @@ def _round(model: LanguageModel, prefix: str, plan: Plan, run: Callable[[], obje
     for name, layer in chosen.items():
         levels = plan.of(name).levels
         if levels is not None:
-            # An object of its own for each layer: those that are alike would be multiplied as one.
-            layer.project = partial(moments.record, levels, layer.project)
+            replace(name, layer, partial(moments.watch, levels))
     run()
     prepare(model, plan)
     for weight, levels, found in moments.of_weight.values():
@@ -102,6 +101,10 @@ class _Moments:
 
     def __init__(self) -> None:
         self.of_weight: dict[int, tuple[torch.Tensor, Levels, torch.Tensor]] = {}
+
+    def watch(self, levels: Levels, _: str, project: Project) -> Project:
+        # An object of its own for each layer: those that are alike would be multiplied as one.
+        return partial(self.record, levels, project)
 
     def record(self, levels: Levels, project: Project, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2).float()

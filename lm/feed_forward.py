@@ -125,7 +125,8 @@ class Experts(nn.Module):
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.project: Project = F.linear
+        self.project_in: Project = F.linear
+        self.project_out: Project = F.linear
 
     def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Returns [N, D]: for each token the weighted sum of its experts' outputs.
@@ -161,7 +162,7 @@ class Experts(nn.Module):
         return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)
 
     def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return self.project(gated(self.project(x, gate_up)), down)
+        return self.project_out(gated(self.project_in(x, gate_up)), down)
 
 
 class MixtureOfExperts(nn.Module):

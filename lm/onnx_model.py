@@ -134,10 +134,10 @@ def _add_expert(graph: PlannedGraph, name: str, experts: Experts, index: int, x:
     # Only the tokens that chose this expert go through it; with none of them every tensor here has no rows.
     gate = graph.op("Gather", gates, graph.weight(f"index_{index}", np.array(index, np.int64)), axis=1)
     chosen = graph.op("Squeeze", graph.op("NonZero", gate), graph.ints(0))
-    both = graph.product(f"{name}.{index}.gate_up_proj", experts.gate_up_proj[index], x.take(chosen), layer=name)
+    both = graph.expert(name, "gate_up_proj", index, experts.gate_up_proj[index], x.take(chosen))
     left, right = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
     hidden = Rows(graph, _silu_mul(graph, left, right))
-    out = graph.product(f"{name}.{index}.down_proj", experts.down_proj[index], hidden, layer=name)
+    out = graph.expert(name, "down_proj", index, experts.down_proj[index], hidden)
     weighted = graph.op("Mul", out, graph.op("Unsqueeze", graph.op("Gather", gate, chosen), graph.ints(1)))
     return graph.op("ScatterND", y, graph.op("Unsqueeze", chosen, graph.ints(1)), weighted, reduction="add")
 

@@ -22,14 +22,15 @@ class PlannedGraph(Graph):
         self._plan = plan
         self._shapes: dict[tuple[str | int, ...], str] = {}
 
-    def product(self, name: str, weight: torch.Tensor, x: Rows, layer: str | None = None) -> str:
-        """Multiplies ``x`` [N, in] by ``weight`` [out, in] as the plan has it for ``layer``, ``name`` if None."""
-        scheme = self._plan.of(layer or name)
-        return scheme.lower(self, name, weight, x.operand(scheme))
+    def expert(self, name: str, part: str, index: int, weight: torch.Tensor, x: Rows) -> str:
+        """Multiplies ``x`` [N, in] by ``weight`` [out, in], the ``part`` of one expert of the layer ``name``."""
+        scheme = self._plan.of(name, f"{name}.{part}")
+        return scheme.lower(self, f"{name}.{index}.{part}", weight, x.operand(scheme))
 
     def linear(self, name: str, layer: Linear, x: Rows) -> str:
         """[N, in] to [N, out]. Twin of :class:`lm.linear.Linear`."""
-        y = self.product(name, layer.weight, x)
+        scheme = self._plan.of(name)
+        y = scheme.lower(self, name, layer.weight, x.operand(scheme))
         return y if layer.bias is None else self.op("Add", y, self.weight(f"{name}.bias", array(layer.bias)))
 
     def rounded(self, name: str, x: str) -> str:

@@ -1,14 +1,17 @@
 """Which layer of a model is quantized how."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 
 from lm.blockwise import Blockwise
 from lm.feed_forward import Experts
-from lm.linear import Embedding, Linear
+from lm.linear import Embedding, Linear, Project
 from lm.model import LanguageModel
 from lm.per_token import PerToken, fake_quant_rows
 from lm.scheme import Float, Scheme
+from lm.static import Range, Static
 
 _FLOAT = Float()
 
@@ -19,17 +22,22 @@ class Plan:
 
     Patterns are those of a shell, over names as in ``model.layers.0.mlp.down_proj``; a layer's routed experts are one
     name, ``model.layers.1.mlp.experts``. Routers are float in any case; embeddings are INT8, a scale a row.
+    ``ranges`` are those of :class:`lm.static.Static`, by the names of :func:`products`; other schemes need none.
     """
 
     others: Scheme
     head: Scheme
     in_float: tuple[str, ...] = ()
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
-    def of(self, name: str) -> Scheme:
-        """Returns the scheme of the layer ``name``."""
-        if self.matches(name, self.in_float):
+    def of(self, layer: str, product: str | None = None) -> Scheme:
+        """Returns the scheme of the layer ``layer``, or of that one of its products."""
+        if self.matches(layer, self.in_float):
             return _FLOAT
-        return self.head if name == "lm_head" else self.others
+        within = self.ranges.get(product or layer)
+        if within is not None:
+            return _static(within)
+        return self.head if layer == "lm_head" else self.others
 
     @staticmethod
     def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -37,8 +45,15 @@ class Plan:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+@cache
+def _static(within: Range) -> Static:
+    # One object for equal ranges: layers that read the same values round them once, and are multiplied as one.
+    return Static(within)
+
+
 PLANS = {
     "per-token-8": Plan(PerToken(), PerToken()),
+    "static-8": Plan(Static(), Static()),
     "blockwise-8": Plan(Blockwise(8), Blockwise(8)),
     # The head decides on every token, and is a small share of a model that is worth 4 bits.
     "blockwise-4": Plan(Blockwise(4), Blockwise(8)),
@@ -50,10 +65,24 @@ def layers(model: LanguageModel) -> dict[str, Linear | Experts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear | Experts)}
 
 
+def products(name: str, layer: Linear | Experts) -> tuple[str, ...]:
+    """Returns the names of what is multiplied in the layer ``name``: itself, or the two products of all its experts."""
+    return (f"{name}.gate_up_proj", f"{name}.down_proj") if isinstance(layer, Experts) else (name,)
+
+
+def replace(name: str, layer: Linear | Experts, by: Callable[[str, Project], Project]) -> None:
+    """Puts ``by(product, project)`` where the layer ``name`` has ``project`` for the product of that name."""
+    if isinstance(layer, Experts):
+        into, out = products(name, layer)
+        layer.project_in, layer.project_out = by(into, layer.project_in), by(out, layer.project_out)
+    else:
+        layer.project = by(name, layer.project)
+
+
 def prepare(model: LanguageModel, plan: Plan) -> LanguageModel:
     """Makes each linear layer, expert and embedding of ``model`` compute as its graph will; the routers stay float."""
     for name, layer in layers(model).items():
-        layer.project = plan.of(name).project
+        replace(name, layer, lambda product, _: plan.of(name, product).project)  # noqa: B023
     for module in model.modules():
         if isinstance(module, Embedding):
             module.table = fake_quant_rows

@@ -218,9 +218,14 @@ def _evaluation(evidence: Evidence) -> str:
 
 
 _ACTIVATIONS = "Activations: unsigned 8 bits, one scale and zero point a token."
+_FIXED = (
+    "Activations: unsigned 8 bits, one scale and zero point a layer, with the least squared error on calibration "
+    "windows of the training split; what lies outside is clipped."
+)
 _IN_BLOCKS = "Activations: signed 8 bits, one scale a block of 32."
 _SCHEMES = {
     "dynamic": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} No fine-tuning.",
+    "static": f"Weights: signed 8 bits, one scale an output channel. {_FIXED} No fine-tuning.",
     "weight-only-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS} No fine-tuning.",
     "qat": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} ",
     "weight-only-4": f"Weights: 4 bits, one scale a block of 32 inputs; 8 bits in the head. {_IN_BLOCKS} ",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lm import onnx_model
 from lm.model import LanguageModel
 from lm.quantization import PLANS, Plan
+from lm.static import Range
 from tasks import paths
 from tasks.errors import BadInput
 
@@ -22,6 +23,7 @@ class Made(BaseModel):
 
     plan: str
     in_float: tuple[str, ...]
+    ranges: dict[str, Range]
     rotated: bool
     compensated: bool
     fine_tuned: bool
@@ -43,7 +45,9 @@ def post_training(model: LanguageModel) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        onnx_model.export(model, Plan(plan.others, plan.head, made.in_float), folder / paths.INT8_GRAPH.name)
+        onnx_model.export(
+            model, Plan(plan.others, plan.head, made.in_float, made.ranges), folder / paths.INT8_GRAPH.name
+        )
         for beside in ("config.json", "tokenizer.json"):
             shutil.copy(paths.INT8 / beside, folder / beside)
         yield folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from pydantic import BaseModel, ConfigDict
 
 from lm import blockwise
@@ -17,7 +17,8 @@ from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from lm.quantization import Plan, layers
-from lm.scheme import Float
+from lm.scheme import Float, Scheme
+from lm.static import Range, Static
 from tasks.errors import Refused
 
 _FLOAT_PRODUCTS = {"MatMul", "Gemm"}
@@ -49,15 +50,13 @@ class Audit(BaseModel):
 
 def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
     """Returns the tensors that the graph of ``model`` must multiply by, each with the operator that must do it."""
-    expected = {}
-    for name, layer in layers(model).items():
-        scheme = plan.of(name)
-        parts = list(_of_experts(name, layer)) if isinstance(layer, Experts) else [name]
-        # Absorbed into the products around it, which read it as it was rounded.
-        absorbed = name.endswith(".kv_b_proj") and not isinstance(scheme, Float)
-        operator = "Cast" if absorbed else scheme.operator
-        expected.update({scheme.stored(part): operator for part in parts})
-    return expected
+    # The expansion of latents is absorbed into the products around it, which read it as it was rounded.
+    return {
+        scheme.stored(name): "Cast"
+        if name.endswith(".kv_b_proj") and not isinstance(scheme, Float)
+        else scheme.operator
+        for name, scheme in _schemes(model, plan).items()
+    }
 
 
 def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
@@ -68,7 +67,7 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     meant = _routers(model) | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
     faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(graph, tensors)) - meant)]
     faults += _missing_products(graph, tensors, expected | dict.fromkeys(sorted(_routers(model)), "MatMul"))
-    faults += _other_numerics(graph, tensors, expected) + _coarse_scales(tensors, model, plan)
+    faults += _other_numerics(graph, tensors, model, plan) + _coarse_scales(tensors, model, plan)
     faults += _float_embeddings(graph, tensors, model)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
@@ -115,16 +114,21 @@ def _missing_products(
 
 
 def _other_numerics(
-    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], expected: dict[str, str]
+    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan
 ) -> list[str]:
     """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
     makers = {output: node for node in graph.node for output in node.output}
+    schemes = {scheme.stored(name): scheme for name, scheme in _schemes(model, plan).items()}
     faults = []
     for node in graph.node:
-        for weight in expected.keys() & set(node.input):
+        for weight in schemes.keys() & set(node.input):
+            scheme = schemes[weight]
             if node.op_type == "MatMulInteger" and tensors[weight].data_type != TensorProto.INT8:
                 faults.append(f"{weight} is not signed, so its product runs 3 times slower")
-            if node.op_type == "MatMulInteger" and not _has_a_scale_a_token(makers, tensors, node.input[0]):
+            if node.op_type == "MatMulInteger" and isinstance(scheme, Static):
+                if not _lies_within(scheme.within, makers, tensors, node):
+                    faults.append(f"{weight} meets activations that are not unsigned 8 bits of its calibrated range")
+            elif node.op_type == "MatMulInteger" and not _has_a_scale_a_token(makers, tensors, node.input[0]):
                 faults.append(f"{weight} meets activations without a scale a token in unsigned 8 bits")
             if node.op_type == "MatMulNBits":
                 level = next((one.i for one in node.attribute if one.name == "accuracy_level"), 0)
@@ -136,15 +140,37 @@ def _other_numerics(
 def _has_a_scale_a_token(
     makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], activations: str
 ) -> bool:
-    node = makers.get(activations)
-    while node is not None and node.op_type == "Gather":
-        # An expert takes its tokens from those that are quantized already.
-        node = makers.get(node.input[0])
-    if node is None or node.op_type != "QuantizeLinear":
+    node = _quantizes(makers, activations)
+    if node is None:
         return False
     point = makers.get(node.input[2])
     by_token = any(one.name == "axis" and one.i == 0 for one in node.attribute) and node.input[1] not in tensors
     return by_token and point is not None and any(one.i == TensorProto.UINT8 for one in point.attribute)
+
+
+def _lies_within(
+    within: Range | None,
+    makers: dict[str, onnx.NodeProto],
+    tensors: dict[str, onnx.TensorProto],
+    product: onnx.NodeProto,
+) -> bool:
+    node = _quantizes(makers, product.input[0])
+    if node is None or within is None:
+        return False
+    # The product takes out the zero point that the activations were given.
+    numbers = [tensors.get(name) for name in (*node.input[1:], *product.input[2:])]
+    types = [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.UINT8]
+    if [number.data_type for number in numbers if number is not None and not number.dims] != types:
+        return False
+    return [numpy_helper.to_array(number) for number in numbers] == [within.scale, within.zero, within.zero]
+
+
+def _quantizes(makers: dict[str, onnx.NodeProto], activations: str) -> onnx.NodeProto | None:
+    node = makers.get(activations)
+    while node is not None and node.op_type == "Gather":
+        # An expert takes its tokens from those that are quantized already.
+        node = makers.get(node.input[0])
+    return node if node is not None and node.op_type == "QuantizeLinear" else None
 
 
 def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan) -> list[str]:
@@ -164,6 +190,17 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
         for name, count in wanted.items()
         if (found := math.prod(tensors[name].dims) if name in tensors else 0) != count
     ]
+
+
+def _schemes(model: LanguageModel, plan: Plan) -> dict[str, Scheme]:
+    """The scheme of each weight that is a product's alone: of each layer, and of each expert's two parts."""
+    found: dict[str, Scheme] = {}
+    for name, layer in layers(model).items():
+        if isinstance(layer, Experts):
+            found |= {part: plan.of(name, f"{name}.{part.rpartition('.')[2]}") for part in _of_experts(name, layer)}
+        else:
+            found[name] = plan.of(name)
+    return found
 
 
 def _of_experts(name: str, experts: Experts) -> dict[str, torch.Tensor]:

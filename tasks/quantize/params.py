@@ -10,7 +10,7 @@ from tasks.training_params import TrainingParams
 # What a checkpoint depends on besides parameters and code.
 CHECKPOINT_INPUTS = (paths.MANIFEST, paths.FLOAT / "model.safetensors")
 
-SchemeName = Literal["dynamic", "weight-only-8", "qat", "weight-only-4"]
+SchemeName = Literal["dynamic", "static", "weight-only-8", "qat", "weight-only-4"]
 # From the cheapest up. Not `dynamic`: blocks are nearer to float, and quicker where text is written.
 AUTO: tuple[SchemeName, ...] = ("weight-only-8", "qat")
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lm.model import LanguageModel
 from lm.quantization import PLANS, Plan, layers
+from lm.static import Range
 from tasks.bootstrap import Bootstrap, Estimate, Values
 from tasks.errors import BadParameter
 from tasks.quantize.params import QuantizeParams, SchemeName
@@ -30,6 +31,7 @@ class Scheme:
 
 SCHEMES: dict[SchemeName, Scheme] = {
     "dynamic": Scheme("per-token-8", fine_tuned=False),
+    "static": Scheme("static-8", fine_tuned=False),
     "weight-only-8": Scheme("blockwise-8", fine_tuned=False),
     "qat": Scheme("per-token-8", fine_tuned=True),
     "weight-only-4": Scheme("blockwise-4", fine_tuned=True),
@@ -55,6 +57,7 @@ class Quantization(BaseModel):
     """``models/int8/quantization.json``: the scheme of the model, and all that was tried on the way to it.
 
     ``rotated``, ``compensated``, ``fine_tuned``: what makes it more than the float model rounded as ``plan`` says.
+    ``ranges``: by product, what that rounding needs to know where it is ``static``; a turned model has others.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,12 +69,13 @@ class Quantization(BaseModel):
     compensated: bool
     fine_tuned: bool
     in_float: tuple[str, ...]
+    ranges: dict[str, Range]
     windows: int
     trials: tuple[Trial, ...]
 
 
 def plan_of(name: SchemeName, params: QuantizeParams) -> Plan:
-    """Returns the scheme of each layer."""
+    """Returns the scheme of each layer, without the ranges that ``static`` needs."""
     return dataclasses.replace(PLANS[SCHEMES[name].plan], in_float=params.in_float)
 
 

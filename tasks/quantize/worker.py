@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from lm import hugging_face, onnx_model
+from lm.calibration import calibrate
 from lm.compensation import compensate
 from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
@@ -26,13 +27,13 @@ COPIED = ("config.json", "tokenizer.json")
 def main() -> None:
     params = read_section("quantize", QuantizeParams)
     with world.joined(params) as here, progress("quantize", here.is_first) as shown:
-        model, found, curve = quantize(params, here, shown)
+        model, plan, found, curve = quantize(params, here, shown)
         if here.is_first:
-            write(model.cpu(), plan_of(found.scheme, params), found, curve)
+            write(model.cpu(), plan, found, curve)
 
 
-def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[LanguageModel, Quantization, Curve]:
-    """Returns the model of the first candidate that loses little enough, else that of the last one.
+def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[LanguageModel, Plan, Quantization, Curve]:
+    """Returns the model and the plan of the first candidate that loses little enough, else those of the last one.
 
     A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth.
     """
@@ -45,10 +46,12 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     length = original.config.window
     read, held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in ("train", "valid"))
     measure = Measure(original, held_out, params, here)
+    seen = calibration_windows(read, params, here)
     trials: list[Trial] = []
     curve = Curve()
     for name in params.candidates:
-        model = rounded(hugging_face.load(paths.FLOAT), plan_of(name, params), params, read, here, shown)
+        plain = calibrate(original.to(here.device), plan_of(name, params), seen)
+        model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, shown)
         trials.append(measure.trial(name, "post-training", model))
         if SCHEMES[name].fine_tuned:
             curve = train(model, params, read, held_out, checkpoints, here, shown, "quantize")
@@ -64,26 +67,34 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         compensated=params.compensate,
         fine_tuned=SCHEMES[name].fine_tuned,
         in_float=params.in_float,
+        ranges=dict(plain.ranges),
         windows=measure.count,
         trials=tuple(trials),
     )
-    return model, found, curve
+    return model, plan, found, curve
+
+
+def calibration_windows(windows: WindowReader, params: QuantizeParams, here: World) -> torch.Tensor:
+    """Returns token ids [n, T], spread evenly over ``windows``, the same in every process: no state has to be sent."""
+    count = min(params.calibration_windows, len(windows))
+    chosen = torch.from_numpy(windows.batch(np.arange(count) * len(windows) // count)).to(here.device)
+    return chosen.long()[:, :-1]
 
 
 def rounded(
-    model: LanguageModel, plan: Plan, params: QuantizeParams, windows: WindowReader, here: World, shown: Progress
-) -> LanguageModel:
-    """Prepares the float ``model`` for ``plan`` in place: its spaces turned and its weights rounded as params say."""
+    model: LanguageModel, plan: Plan, params: QuantizeParams, seen: torch.Tensor, shown: Progress
+) -> tuple[LanguageModel, Plan]:
+    """Prepares the float ``model`` in place, its spaces turned and its weights rounded as params say.
+
+    Returns it, and ``plan`` with the ranges of the turned model where it has any. ``seen`` are calibration windows.
+    """
     if params.rotate:
-        rotate(model)
-    model.to(here.device)
+        plan = calibrate(rotate(model).to(seen.device), plan, seen)
+    model.to(seen.device)
     if not params.compensate:
-        return prepare(model, plan)
-    count = min(params.calibration_windows, len(windows))
-    # Spread evenly over the training split. Every process does the same, so that no state has to be sent.
-    chosen = torch.from_numpy(windows.batch(np.arange(count) * len(windows) // count)).to(here.device).long()
+        return prepare(model, plan), plan
     shown.begin("rounding")
-    return compensate(model, plan, chosen[:, :-1], lambda done, blocks: shown.update(done, blocks, "blocks"))
+    return compensate(model, plan, seen, lambda done, blocks: shown.update(done, blocks, "blocks")), plan
 
 
 def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -> None:

@@ -10,19 +10,24 @@ from odd import make_model
 
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
+from lm.calibration import calibrate
 from lm.graph import FLOAT, Graph
 from lm.model import LanguageModel
 from lm.per_token import PerToken
 from lm.quantization import PLANS, Plan, prepare
 from lm.scheme import Float, Rows, Scheme
+from lm.static import Range, Static
 
 EIGHT = PLANS["per-token-8"]
 SCHEMES = {
     "per token": PerToken(),
     "blocks of 8 bits": Blockwise(8),
     "blocks of 4 bits": Blockwise(4),
+    # Most of what the test multiplies lies within, and some beyond either end.
+    "fixed ranges": Static(Range.over(-40.0, 900.0)),
     "float": Float(),
 }
+CALIBRATION = torch.randint(0, 100, (6, 24), generator=torch.Generator().manual_seed(8))
 
 
 @pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
@@ -83,6 +88,7 @@ def test_a_product_is_that_of_fake_quantization(scheme: Scheme, shape: tuple[int
 def test_the_graph_computes_what_fake_quantization_learned(
     model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
 ) -> None:
+    plan = calibrate(model, plan, CALIBRATION)
     session = _session(model, tmp_path, plan)
     with torch.no_grad():
         expected_float = model(ids).numpy()
@@ -105,6 +111,7 @@ def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(plan: Plan,
     model = make_model(**SMALL)
     # So few values that none of them lies on a boundary.
     ids = torch.tensor([[3, 77, 12]])
+    plan = calibrate(model, plan, ids)
     computed, _ = _run(_session(model, tmp_path, plan), ids)
     with torch.no_grad():
         floating = model(ids).numpy()
@@ -127,6 +134,7 @@ def test_a_layer_that_is_named_stays_float(model: LanguageModel, ids: torch.Tens
 def test_a_tokens_logits_do_not_depend_on_its_batch(
     model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
 ) -> None:
+    plan = calibrate(model, plan, CALIBRATION)
     session = _session(model, tmp_path, plan)
     together, _ = _run(session, torch.cat([ids, 100 * torch.ones_like(ids[:1])]))
     alone, _ = _run(session, ids[:1, :9])
@@ -136,6 +144,7 @@ def test_a_tokens_logits_do_not_depend_on_its_batch(
 def test_decoding_token_by_token_continues_the_prefill(
     model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
 ) -> None:
+    plan = calibrate(model, plan, CALIBRATION)
     session = _session(model, tmp_path, plan)
     whole, cache = _run(session, ids)
     steps, past = [], None
@@ -151,6 +160,7 @@ def test_decoding_token_by_token_continues_the_prefill(
 
 
 def test_exporting_twice_gives_the_same_bytes(model: LanguageModel, plan: Plan, tmp_path: Path) -> None:
+    plan = calibrate(model, plan, CALIBRATION)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         onnx_model.export(model, plan, tmp_path / name / "model.onnx")
@@ -183,6 +193,14 @@ def test_the_gradient_passes_straight_through_the_rounding() -> None:
     assert weight.grad is not None
     torch.testing.assert_close(x.grad, per_token.fake_quant_rows(weight).sum(dim=0).expand(5, 8))
     torch.testing.assert_close(weight.grad, per_token.fake_quant_tokens(x).sum(dim=0).expand(3, 8))
+
+
+def test_the_gradient_passes_through_a_fixed_range_but_not_where_it_clips() -> None:
+    within = Range.over(-1.0, 2.0)
+    x = torch.tensor([[-1.2, -0.9, 0.0, 1.9, 2.3]], requires_grad=True)
+    Static(within).project(x, torch.ones(1, 5)).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]]))
 
 
 def test_rounding_to_int8_is_within_half_a_level() -> None:

@@ -1,5 +1,6 @@
 """Evaluation: each part against a computation by hand, and the stage on a tiny project."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -195,6 +196,30 @@ def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp
         code, output = tiny.run(stage, folder)
         assert code == 0, output
     assert json.loads((folder / "models/evaluation.json").read_text())["models"]["post_training"] is None
+
+
+def test_fixed_ranges_are_those_of_the_float_model_where_it_is_only_rounded(candidate: Path, tmp_path: Path) -> None:
+    import torch
+
+    from lm import hugging_face
+    from lm.calibration import calibrate
+    from lm.quantization import PLANS
+    from tasks.shards import Shards, read_manifest
+
+    folder = tmp_path / "project"
+    shutil.copytree(candidate, folder)
+    tiny.write_champion(folder)
+    tiny.write_params(folder, quantize__scheme="static")
+    for stage in ("quantize", "evaluate"):
+        code, output = tiny.run(stage, folder)
+        assert code == 0, output
+    measured = json.loads((folder / "models/evaluation.json").read_text())["models"]
+    assert 0 < measured["post_training"]["kl_divergence"]["value"] < 0.1
+    shards = Shards(folder / "data/shards", read_manifest(folder / "data/shards"), "train").reader(16)
+    seen = torch.from_numpy(shards.batch(np.arange(16) * len(shards) // 16)).long()[:, :-1]
+    expected = calibrate(hugging_face.load(folder / "models/float"), PLANS["static-8"], seen).ranges
+    found = json.loads((folder / "models/int8/quantization.json").read_text())["ranges"]
+    assert found == {name: dataclasses.asdict(within) for name, within in expected.items()}
 
 
 def test_a_folder_that_does_not_say_how_it_was_made_names_the_stage_to_run(candidate: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from odd import make_model
 from onnx import numpy_helper
 
 from lm import blockwise, hugging_face, onnx_model
+from lm.calibration import calibrate
 from lm.model import LanguageModel
 from lm.quantization import PLANS, prepare
 from tasks.errors import Refused
@@ -206,6 +207,50 @@ def test_what_quantizers_do_in_silence_is_refused(
         audit(graph, model, PLAN)
 
 
+def _scale_a_token(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    planted.graph.node.append(onnx.helper.make_node("Abs", [quantize.input[0]], ["by_token"]))
+    quantize.input[1] = "by_token"
+
+
+def _zero_point_forgotten(planted: onnx.ModelProto) -> None:
+    del _reader(planted, f"{UP}.int8").input[2]
+
+
+def _signed_range(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    planted.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), "signed"))
+    quantize.input[2] = product.input[2] = "signed"
+
+
+@pytest.mark.parametrize(
+    "plant", [_scale_a_tensor, _one_constant_scale, _scale_a_token, _zero_point_forgotten, _signed_range]
+)
+def test_only_the_range_that_was_calibrated_is_right_for_static(
+    plant: Callable[[onnx.ModelProto], None], model: LanguageModel, tmp_path: Path
+) -> None:
+    ids = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
+    plan, path = calibrate(model, PLANS["static-8"], ids), tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    found = audit(path, model, plan)
+    assert found.operators["MatMulInteger"] == [*expected_products(model, plan).values()].count("MatMulInteger")
+    assert found.float_products == ["model.layers.1.mlp.gate.weight"]
+    planted = onnx.load(path)
+    plant(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=rf"{UP}\.int8 meets activations that are not unsigned 8 bits of its calibrated"):
+        audit(path, model, plan)
+
+
+def test_fixed_ranges_are_a_trap_where_no_range_was_asked_for(model: LanguageModel, tmp_path: Path) -> None:
+    ids = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
+    onnx_model.export(model, calibrate(model, PLANS["static-8"], ids), tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=rf"{UP}\.int8 meets activations without a scale a token"):
+        audit(tmp_path / "model.onnx", model, PLAN)
+
+
 def test_blocks_that_are_multiplied_at_another_level_are_refused(model: LanguageModel, tmp_path: Path) -> None:
     plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
     onnx_model.export(model, plan, path)
@@ -235,6 +280,7 @@ def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp
     ("asked", "limit", "kept", "tried"),
     [
         ("dynamic", 1.0, "dynamic", ["dynamic post-training"]),
+        ("static", 1.0, "static", ["static post-training"]),
         ("weight-only-8", -1.0, "weight-only-8", ["weight-only-8 post-training"]),
         ("weight-only-4", 1.0, "weight-only-4", ["weight-only-4 post-training", "weight-only-4 fine-tuning"]),
         ("auto", 1.0, "weight-only-8", ["weight-only-8 post-training"]),
@@ -265,6 +311,7 @@ def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
     assert asked != "weight-only-4" or divergences[kept]["low"] > 0
     operators = json.loads((trained / "models/int8/audit.json").read_text())["operators"]
     assert ("MatMulNBits" in operators) == kept.startswith("weight-only")
+    assert ("model.layers.1.mlp.experts.down_proj" in found["ranges"]) == (kept == "static")
 
 
 class _Alone(World):

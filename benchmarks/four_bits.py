@@ -1,0 +1,99 @@
+"""What fine-tuning wins back in 4 bits on a model that people deploy: ``python benchmarks/four_bits.py``.
+
+Model, text and measures are those of ``benchmarks/accuracy.py``. The model is rotated and compensated for
+``weight-only-4``, then fine-tuned as the stage ``quantize`` does it, on pages of the same manual that nothing is
+measured on: once for the loss of the text, once for the divergence from the float model's own predictions
+(``--objective``). It prints a line before fine-tuning and one after each; the last line is one JSON object.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accuracy import ROOT, compare, told, unpack
+
+from lm.compensation import compensate
+from lm.model import LanguageModel
+from lm.quantization import PLANS
+from lm.rotation import rotate
+from tasks.quantize.params import QuantizeParams
+from tasks.section import read_section
+from tasks.training import learning_rate_at, make_optimizer
+
+PLAN = PLANS["blockwise-4"]
+LENGTH = 256
+Objective = Literal["text", "float"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--objective", action="append", choices=["text", "float"], help="only this one")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens a step")
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    asked = parser.parse_args()
+    section = read_section("quantize", QuantizeParams, ROOT / "params.yaml")
+    params = section.model_copy(
+        update={"steps": asked.steps, "learning_rate": asked.learning_rate, "global_batch": asked.batch}
+    )
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        model, ids, calibration = unpack(place / "origin")
+        _, _, pages = unpack(place / "pages", asked.steps * asked.batch, LENGTH + 1)
+        with torch.no_grad():
+            exact = torch.cat([F.log_softmax(model(window[None, :-1]), dim=-1) for window in torch.from_numpy(ids)])
+        started = compensate(rotate(copy.deepcopy(model)), PLAN, torch.from_numpy(calibration))
+        table = {"before": compare(started, PLAN, place / "before", place / "origin", ids, exact)}
+        show("before", table["before"])
+        for objective in asked.objective or ["text", "float"]:
+            tuned, began = copy.deepcopy(started), time.monotonic()
+            fine_tune(tuned, model, objective, torch.from_numpy(pages), params)
+            seconds = time.monotonic() - began
+            table[objective] = compare(tuned, PLAN, place / objective, place / "origin", ids, exact)
+            show(f"{objective}, {asked.steps} steps in {seconds:.0f} s", table[objective])
+    print(json.dumps({**vars(asked), **table}))
+
+
+def fine_tune(
+    model: LanguageModel, teacher: LanguageModel, objective: Objective, pages: torch.Tensor, params: QuantizeParams
+) -> None:
+    """Takes ``params.steps`` steps on ``model``, prepared for its plan; ``pages`` [windows, T + 1] are seen once."""
+    optimizer = make_optimizer(model, params)
+    order = np.random.default_rng(params.seed).permutation(len(pages)).reshape(params.steps, params.global_batch)
+    model.train()
+    for step, chosen in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, params)
+        windows = pages[chosen]
+        if objective == "text":
+            loss = model.loss(windows)
+        else:
+            with torch.no_grad():
+                wanted = F.log_softmax(teacher(windows[:, :-1]), dim=-1).flatten(0, 1)
+            ours = F.log_softmax(model(windows[:, :-1]), dim=-1).flatten(0, 1)
+            loss = F.kl_div(ours, wanted, reduction="batchmean", log_target=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"  {objective} {step + 1}: {float(loss):.4f}", file=sys.stderr, flush=True)
+
+
+def show(what: str, row: dict[str, object]) -> None:
+    print(
+        f"{what:<28} loss {told(row['loss'], '{:+.2%}')}, KLD {told(row['kld'], '{:.4f}')}, "
+        f"same first {told(row['same_first'], '{:.1%}')}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
