@@ -91,7 +91,7 @@ def train(
     Continues from the newest intact checkpoint. Raises :class:`BadParameter` when the loss stops being finite.
     """
     run = _Run(model, params, train_windows, valid_windows, world)
-    done = run.restore(checkpoints.load_latest())
+    done = run.restore(_agreed(checkpoints, world))
     progress.begin("training", done)
     started, first = time.monotonic(), done
     while done < params.steps:
@@ -102,9 +102,21 @@ def train(
         if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps):
             checkpoints.save(done, run.state(done))
         progress.update(done, params.steps, "steps", loss=loss, **run.latest())
+    checkpoints.finish()
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
     return run.curve
+
+
+def _agreed(checkpoints: Checkpoints, world: World) -> dict[str, Any] | None:
+    """Returns the newest state that every process has: a machine's disk may lack one that another has, or damage it."""
+    limit = None
+    while True:
+        state = checkpoints.load_latest(limit)
+        step = state["step"] if state is not None else 0
+        limit = world.lowest(step)
+        if world.lowest(-step) == -limit:
+            return state
 
 
 class _Run:

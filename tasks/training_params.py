@@ -28,6 +28,7 @@ class TrainingParams(Section):
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
     checkpoint_every: int = operational(ge=1)
+    keep_checkpoints: int = operational(default=2, ge=1)
 
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:

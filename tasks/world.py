@@ -33,6 +33,12 @@ class World:
         """bf16 for matrix products where the precision is bf16, else nothing."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def lowest(self, value: int) -> int:
+        """Returns the lowest ``value`` of all processes."""
+        held = torch.tensor(value, device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MIN)
+        return int(held)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums ``values`` over all processes, in place."""
         dist.all_reduce(values)

@@ -37,7 +37,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth.
     """
     manifest = read_manifest()
-    checkpoints = Checkpoints("quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS))
+    checkpoints = Checkpoints("quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS), params.keep_checkpoints)
     if here.is_first:
         checkpoints.forget_others()
     original = hugging_face.load(paths.FLOAT)

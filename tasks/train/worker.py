@@ -19,7 +19,7 @@ def main() -> None:
     manifest = read_manifest()
     origin = init.checkpoint()
     given = [path for path in CHECKPOINT_INPUTS if path != paths.INIT_RECORD or origin is not None]
-    checkpoints = Checkpoints("train", inputs.key("train", params, given))
+    checkpoints = Checkpoints("train", inputs.key("train", params, given), params.keep_checkpoints)
     with world.joined(params) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()
