@@ -28,6 +28,8 @@ class TrainingParams(Section):
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
     checkpoint_every: int = operational(ge=1)
+    max_skipped_steps: int = operational(default=3, ge=0)
+    hang_timeout_seconds: float = operational(default=600.0, gt=0)
     keep_checkpoints: int = operational(default=2, ge=1)
 
     @model_validator(mode="after")

@@ -100,4 +100,4 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run_rank(main)

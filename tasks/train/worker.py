@@ -50,6 +50,7 @@ def write(
         "train_loss": round(curve.last("train_loss"), 6),
         "valid_loss": round(curve.last("valid_loss"), 6),
         "expert_imbalance": round(curve.last("expert_imbalance"), 4),
+        "skipped_steps": len(curve.skipped),
     }
     if origin is not None:
         record = init.read(origin)
@@ -58,4 +59,4 @@ def write(
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run_rank(main)
