@@ -23,9 +23,10 @@ class Checkpoints:
     rename. DVC deletes a stage's outputs before it reruns the stage; these lie elsewhere and survive that.
     """
 
-    def __init__(self, stage: str, key: str, kept: int, root: Path = paths.CHECKPOINTS) -> None:
+    def __init__(self, stage: str, key: str, kept: int, elastic: bool = False, root: Path = paths.CHECKPOINTS) -> None:
+        """``kept`` are left of a run. ``elastic``: those that another number of processes has left are loaded too."""
         self._stage = root / stage
-        self._kept = kept
+        self._kept, self._elastic = kept, elastic
         self.folder = self._stage / key
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -58,13 +59,16 @@ class Checkpoints:
 
         A damaged or foreign file is passed over, which one process of each machine reports.
         """
-        for file in reversed(self._files()):
+        own = self.folder.name
+        pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
+        found = sorted(self._stage.glob(f"{pattern}/step-*.pt"), key=lambda file: (file.name, file.parent.name == own))
+        for file in reversed(found):
             if at_most is not None and _step(file) > at_most:
                 continue
             content = file.read_bytes()
             if xxhash.xxh3_128_hexdigest(content) == file.stem.rpartition("-")[2]:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-                if state.pop("key") == self.folder.name:
+                if state.pop("key") == file.parent.name:
                     return state
                 fault = "checkpoint of other inputs"
             else:

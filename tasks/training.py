@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,8 @@ class Curve:
 
     rows: list[tuple[float, ...]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    # How many processes there were, one number for each stretch of steps with another number than before.
+    processes: list[int] = field(default_factory=list)
 
     def to_csv(self) -> str:
         lines = [",".join(COLUMNS), *(",".join(f"{value:.6g}" for value in row) for row in self.rows)]
@@ -104,6 +107,8 @@ def train(
     """
     run = _Run(model, params, train_windows, valid_windows, world, progress)
     done = run.restore(_agreed(checkpoints, world))
+    if done < params.steps and run.curve.processes[-1:] != [world.size]:
+        run.curve.processes.append(world.size)
     progress.begin("training", done)
     started, first = time.monotonic(), done
     with stopping.noted() as stop, heartbeat.beating(world.rank, world.size, params.hang_timeout_seconds) as run.here:
@@ -180,6 +185,9 @@ class _Run:
         Sets ``told_to_stop``, on all of them alike, when one had been told to before the end of the step.
         """
         self.here.at(step + 1, "the gradients")
+        # What draws at random within a step depends on nothing before it, and no state has to be kept.
+        drawn = np.random.SeedSequence([self.params.seed, step, self.world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.params)
         samples = batch_of_rank(
@@ -292,6 +300,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve.rows,
             "skipped": self.curve.skipped,
+            "processes": self.curve.processes,
             "losses": self.losses,
             "load": self.load,
             "steps_since_row": self.steps_since_row,
@@ -304,7 +313,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve.rows = [tuple(row) for row in state["curve"]]
-        self.curve.skipped = list(state["skipped"])
+        self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.losses.copy_(state["losses"])
         self.load.copy_(state["load"])
         self.steps_since_row = state["steps_since_row"]

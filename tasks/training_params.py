@@ -10,6 +10,8 @@ from tasks.section import Section, operational
 class TrainingParams(Section):
     """One run of the optimizer over shards."""
 
+    CUT = ("world_size", "threads_per_process")
+
     seed: int = Field(ge=0, lt=2**63)
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
@@ -28,6 +30,7 @@ class TrainingParams(Section):
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
     checkpoint_every: int = operational(ge=1)
+    elastic: bool = operational(default=False)
     max_skipped_steps: int = operational(default=3, ge=0)
     hang_timeout_seconds: float = operational(default=600.0, gt=0)
     keep_checkpoints: int = operational(default=2, ge=1)

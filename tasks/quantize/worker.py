@@ -37,7 +37,9 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth.
     """
     manifest = read_manifest()
-    checkpoints = Checkpoints("quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS), params.keep_checkpoints)
+    checkpoints = Checkpoints(
+        "quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS), params.keep_checkpoints, params.elastic
+    )
     if here.is_first:
         checkpoints.forget_others()
     original = hugging_face.load(paths.FLOAT)

@@ -81,6 +81,43 @@ def linger() -> None:
     WindowReader.batch = lingering  # type: ignore[method-assign]
 
 
+def record() -> None:
+    """Appends each step that is taken and this rank's windows of it to ``seen-RANK``."""
+    import json
+
+    from tasks import training
+
+    step, batch_of_rank = training._Run.step, training.batch_of_rank
+    last: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        batch = batch_of_rank(*arguments)
+        last[:] = [arguments[0], batch.flatten().tolist()]
+        return batch
+
+    def recorded(self: training._Run, *arguments: Any) -> float:
+        loss = step(self, *arguments)
+        with Path(f"seen-{self.world.rank}").open("a") as seen:
+            seen.write(json.dumps(last) + "\n")
+        return loss
+
+    training.batch_of_rank, training._Run.step = remembered, recorded  # type: ignore[method-assign]
+
+
+def draw() -> None:
+    """Makes training draw at random within its steps, as dropout would."""
+    import torch
+
+    from lm.model import LanguageModel
+
+    loss = LanguageModel.loss
+
+    def noisy(self: LanguageModel, windows: Any) -> Any:
+        return loss(self, windows) * (1 + torch.rand(()) if self.training else 1.0)
+
+    LanguageModel.loss = noisy  # type: ignore[method-assign]
+
+
 def _work(
     folder: Path,
     rank: int,
