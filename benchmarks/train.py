@@ -144,10 +144,12 @@ class _TimedProgress(Progress, Stopwatch):
 
 
 class _NoCheckpoints:
-    def load_latest(self) -> None:
+    def load_latest(self, at_most: int | None = None) -> None:
         return None
 
     def save(self, step: int, state: object) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 def run_ours(params: TrainParams, folder: Path) -> float:

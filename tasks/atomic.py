@@ -74,7 +74,7 @@ def file(path: Path) -> Iterator[BinaryIO]:
         _sync(path.parent)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Writes ``content`` to ``path``, whole or not at all."""
     with file(path) as opened:
         opened.write(content)

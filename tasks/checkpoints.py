@@ -1,8 +1,10 @@
 """Checkpoints of a long stage: kept outside the DVC outputs, keyed by the stage's inputs, verified when loaded."""
 
 import io
+import os
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import xxhash
 
 from tasks import atomic, paths
 
-KEPT_PER_RUN = 2
 KEPT_RUNS = 3
 
 
@@ -22,31 +23,58 @@ class Checkpoints:
     rename. DVC deletes a stage's outputs before it reruns the stage; these lie elsewhere and survive that.
     """
 
-    def __init__(self, stage: str, key: str, root: Path = paths.CHECKPOINTS) -> None:
+    def __init__(self, stage: str, key: str, kept: int, elastic: bool = False, root: Path = paths.CHECKPOINTS) -> None:
+        """``kept`` are left of a run. ``elastic``: those that another number of processes has left are loaded too."""
         self._stage = root / stage
+        self._kept, self._elastic = kept, elastic
         self.folder = self._stage / key
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes ``state`` as the checkpoint after ``step`` steps and removes all but the last two of this run."""
+        """Copies ``state`` as the checkpoint after ``step`` steps; it is written while training goes on.
+
+        Waits only while the one before is being written, and raises what that one raised. All but the last ``kept`` of
+        this run are removed.
+        """
+        self.finish()
+        self._writing = self._writer.submit(self._write, step, _copy({**state, "key": self.folder.name}))
+
+    def finish(self) -> None:
+        """Returns when the last checkpoint is on the disk. Raises :class:`tasks.errors.DiskFull` when it is full."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
-        torch.save({**state, "key": self.folder.name}, buffer)
-        content = buffer.getvalue()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
         atomic.write_bytes(self.folder / f"step-{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt", content)
-        for old in self._files()[:-KEPT_PER_RUN]:
+        for old in self._files()[: -self._kept]:
             old.unlink(missing_ok=True)
 
-    def load_latest(self) -> dict[str, Any] | None:
-        """Returns the newest intact state, or None. A damaged or foreign file is reported and passed over."""
-        for file in reversed(self._files()):
+    def load_latest(self, at_most: int | None = None) -> dict[str, Any] | None:
+        """Returns the newest intact state, after ``at_most`` steps if that is given, or None.
+
+        A damaged or foreign file is passed over, which one process of each machine reports.
+        """
+        own = self.folder.name
+        pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
+        found = sorted(self._stage.glob(f"{pattern}/step-*.pt"), key=lambda file: (file.name, file.parent.name == own))
+        for file in reversed(found):
+            if at_most is not None and _step(file) > at_most:
+                continue
             content = file.read_bytes()
             if xxhash.xxh3_128_hexdigest(content) == file.stem.rpartition("-")[2]:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-                if state.pop("key") == self.folder.name:
+                if state.pop("key") == file.parent.name:
                     return state
                 fault = "checkpoint of other inputs"
             else:
                 fault = "damaged checkpoint"
-            print(f"warning: {file}: {fault}; going back to the one before", file=sys.stderr, flush=True)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"warning: {file}: {fault}; going back to the one before", file=sys.stderr, flush=True)
         return None
 
     def forget_others(self) -> None:
@@ -61,3 +89,18 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
+
+
+def _step(file: Path) -> int:
+    return int(file.name.split("-")[1])
+
+
+def _copy(value: Any) -> Any:
+    """Returns ``value`` with its lists and dictionaries copied, and each tensor copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copy(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy, value))
+    return value

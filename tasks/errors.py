@@ -6,6 +6,10 @@ and a retry may help. 1: a check refused what the stage made, or, with a traceba
 
 EXIT_USER_MISTAKE = 2
 EXIT_TRY_AGAIN = 75
+# Between a stage's processes; the one that started them tells it in words and ends with the above. EX_IOERR: this one
+# lost its connection to another. The other: it was told to end, and has left a checkpoint if there was time.
+EXIT_PEER_LOST = 74
+EXIT_STOPPED = 80
 
 
 class UserMistake(Exception):

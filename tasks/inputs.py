@@ -12,12 +12,17 @@ PROJECT = Path(__file__).parent.parent
 
 
 def key(stage: str, section: Section, files: Iterable[Path]) -> str:
-    """Returns 32 hexadecimal digits that change with the parameters, ``files``, the locked packages and the code."""
+    """Returns 32 hexadecimal digits that change with the parameters, ``files``, the locked packages and the code.
+
+    They are followed by how the work is cut (``-2-1``: two processes, one thread each), where a section has that.
+    """
+    identity = section.identity()
+    cut = [identity.pop(name) for name in section.CUT]
     whole = hashlib.sha256()
-    whole.update(json.dumps(section.identity(), sort_keys=True).encode())
+    whole.update(json.dumps(identity, sort_keys=True).encode())
     for file in [*files, paths.LOCK, *code_of(stage)]:
         whole.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return whole.hexdigest()[:32]
+    return "-".join([whole.hexdigest()[:32], *map(str, cut)])
 
 
 def code_of(stage: str) -> list[Path]:

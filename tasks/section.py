@@ -8,7 +8,7 @@ on it and it is no part of a version's identity. Every other field is named in `
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -25,6 +25,9 @@ class Section(BaseModel):
     """A part of ``params.yaml``."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    # Fields that say how the work is cut. Work begun with others can be gone on with, only not to the same bytes.
+    CUT: ClassVar[tuple[str, ...]] = ()
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what the stage writes, as plain values."""

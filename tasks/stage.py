@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from tasks.errors import EXIT_TRY_AGAIN, Refused, TryAgain, UserMistake
@@ -29,6 +30,23 @@ def run(stage: Callable[[], None]) -> None:
             flush=True,
         )
         sys.exit(EXIT_TRY_AGAIN)
+
+
+def run_rank(main: Callable[[], None]) -> None:
+    """Runs ``main`` as :func:`run` does, in one of the processes that work together.
+
+    One that fails ends at once. An exception keeps the model's reducer alive beyond its process group, and taking that
+    apart afterwards waits for a thread that waits for the interpreter: two processes in eight hung there for ever.
+    """
+    try:
+        run(main)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _machine_is_short(error: OSError | RuntimeError) -> bool:

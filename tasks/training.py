@@ -6,18 +6,21 @@ the optimizer, the number of steps done and the curve so far.
 
 import math
 import resource
+import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
-from tasks import atomic, out_of_memory, paths
+from tasks import atomic, heartbeat, out_of_memory, paths, stopping
 from tasks.checkpoints import Checkpoints
-from tasks.errors import BadParameter
+from tasks.errors import EXIT_STOPPED, BadParameter
+from tasks.heartbeat import Heartbeat
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.progress import Progress
@@ -26,6 +29,7 @@ from tasks.schedule import learning_rate_at
 from tasks.shards import WindowReader
 from tasks.step_log import StepLog
 from tasks.step_meter import StepMeter, StepReport
+from tasks.stopping import Stop
 from tasks.training_params import TrainingParams
 from tasks.world import World
 
@@ -37,10 +41,13 @@ class Curve:
     """What is recorded at every validation: one row of ``COLUMNS`` each, losses in nats a token.
 
     ``expert_imbalance`` is the busiest expert's tokens over the mean expert's since the last row, averaged over layers;
-    1 is perfect balance.
+    1 is perfect balance. ``skipped`` are the steps, counted from 1, whose loss or gradient was not finite.
     """
 
     rows: list[tuple[float, ...]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    # How many processes there were, one number for each stretch of steps with another number than before.
+    processes: list[int] = field(default_factory=list)
 
     def to_csv(self) -> str:
         lines = [",".join(COLUMNS), *(",".join(f"{value:.6g}" for value in row) for row in self.rows)]
@@ -48,6 +55,13 @@ class Curve:
 
     def last(self, column: str) -> float:
         return self.rows[-1][COLUMNS.index(column)]
+
+    def skipped_in_a_row(self) -> int:
+        """Returns how many steps were skipped without a break up to the last one that was."""
+        count = 0
+        while count < len(self.skipped) and self.skipped[-1 - count] == self.skipped[-1] - count:
+            count += 1
+        return count
 
 
 class _Loss(nn.Module):
@@ -72,25 +86,34 @@ def train(
 ) -> Curve:
     """Runs ``params.steps`` optimizer steps on ``model`` (in place, on every process) and returns the curve.
 
-    Continues from the newest intact checkpoint. Raises :class:`BadParameter` when the loss stops being finite.
+    Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
+    :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row.
     """
     out_of_memory.remember_allocations(world.device)
-    run = _Run(model, params, train_windows, valid_windows, world)
-    done = run.restore(checkpoints.load_latest())
+    run = _Run(model, params, train_windows, valid_windows, world, progress)
+    done = run.restore(_agreed(checkpoints, world))
+    if done < params.steps and run.curve.processes[-1:] != [world.size]:
+        run.curve.processes.append(world.size)
     progress.begin("training", done)
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
-    while done < params.steps:
-        with out_of_memory.told(stage, model, params, train_windows.length, world.precision):
-            report = run.step(done)
-        done += 1
-        if log:
-            log.write(report)
-        if done % params.validate_every == 0 or done == params.steps:
-            run.record(done)
-        if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps):
-            checkpoints.save(done, run.state(done))
-        progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
+    with stopping.noted() as stop, heartbeat.beating(world.rank, world.size, params.hang_timeout_seconds) as run.here:
+        while done < params.steps:
+            with out_of_memory.told(stage, model, params, train_windows.length, world.precision):
+                report = run.step(done, stop)
+            done += 1
+            if log:
+                log.write(report)
+            if done % params.validate_every == 0 or done == params.steps:
+                run.record(done)
+            stopped = run.told_to_stop and done < params.steps
+            if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps or stopped):
+                run.here.at(done, "the checkpoint")
+                checkpoints.save(done, run.state(done))
+            progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
+            if stopped:
+                _stop(checkpoints, world, progress, done)
+    checkpoints.finish()
     if log:
         log.close()
     if world.is_first and done > first:
@@ -98,6 +121,25 @@ def train(
         if told := run.meter.waited_too_long():
             progress.notice(told)
     return run.curve
+
+
+def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int) -> NoReturn:
+    checkpoints.finish()
+    # Nobody ends before the checkpoint is on the disk: the first one to end takes the others along.
+    world.lowest(0)
+    progress.notice(f"told to end (SIGTERM): stopped after step {done:,}, where another attempt goes on")
+    sys.exit(EXIT_STOPPED)
+
+
+def _agreed(checkpoints: Checkpoints, world: World) -> dict[str, Any] | None:
+    """Returns the newest state that every process has: a machine's disk may lack one that another has, or damage it."""
+    limit = None
+    while True:
+        state = checkpoints.load_latest(limit)
+        step = state["step"] if state is not None else 0
+        limit = world.lowest(step)
+        if world.lowest(-step) == -limit:
+            return state
 
 
 class _Run:
@@ -108,8 +150,9 @@ class _Run:
         train_windows: WindowReader,
         valid_windows: WindowReader,
         world: World,
+        progress: Progress,
     ) -> None:
-        self.model, self.params, self.world = model.to(world.device), params, world
+        self.model, self.params, self.world, self.progress = model.to(world.device), params, world, progress
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         recompute(model, params.activation_checkpointing)
@@ -127,10 +170,19 @@ class _Run:
         experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
         self.load = torch.zeros(len(model.routers()), experts, device=world.device)
         self.steps_since_row = 0
+        self.told_to_stop = False
+        self.here = Heartbeat()
 
-    def step(self, step: int) -> StepReport:
-        """Takes one optimizer step; returns what it came to, its loss the mean over all processes."""
+    def step(self, step: int, stop: Stop) -> StepReport:
+        """Takes one optimizer step; returns what it came to, its loss the mean over all processes.
+
+        Sets ``told_to_stop``, on all of them alike, when one had been told to before the end of the step.
+        """
         self.meter.begin()
+        self.here.at(step + 1, "the gradients")
+        # What draws at random within a step depends on nothing before it, and no state has to be kept.
+        drawn = np.random.SeedSequence([self.params.seed, step, self.world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.params, group["initial_lr"])
         with self.meter.waiting_for_data():
@@ -144,26 +196,54 @@ class _Run:
             self.parallel.require_backward_grad_sync = index == self.passes - 1
             with self.meter.waiting_for_data():
                 windows = self._read(self.train_windows, micro)
+            self.here.batch()
             with self.world.autocast():
                 loss = self.parallel(windows) / self.passes
+            self.here.batch()
             loss.backward()
             total += loss.detach()
         self.meter.reduced()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
-        if not math.isfinite(norm):
-            raise BadParameter(
-                f"params.yaml: the gradient is not finite at step {step + 1} (loss {total:.4g}). "
-                f"Halve learning_rate (now {self.params.learning_rate:g}) or lengthen warmup_fraction."
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        load = self._balance()
+        # What the processes have to agree on, summed over them.
+        spoilt = ~(norm.isfinite() & total.isfinite())
+        self.here.at(step + 1, "the agreement")
         with self.meter.communicating():
-            mean = self.world.sum(total) / self.world.size
-        self.losses += torch.stack([mean, norm]).double()
-        self.steps_since_row += 1
+            agreed = self.world.sum(torch.stack([total, total.new_tensor(float(stop.told)), spoilt.to(total)]))
+        mean = agreed[0] / self.world.size
+        told, spoilt_in = agreed[1:].tolist()
+        self.told_to_stop = told > 0
+        load: list[float] = []
+        if spoilt_in:
+            self._skip(step, float(mean))
+        else:
+            self.optimizer.step()
+            load = self._balance()
+            self.losses += torch.stack([mean, norm]).double()
+            self.steps_since_row += 1
+        self.optimizer.zero_grad()
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
         return self.meter.end(step + 1, float(mean), float(norm), rate, load)
+
+    def _skip(self, step: int, loss: float) -> None:
+        """Leaves all as it was before ``step``; raises :class:`BadParameter` when that happens once too often."""
+        for router in self.model.routers():
+            router.tokens_per_expert.zero_()
+        self.curve.skipped.append(step + 1)
+        in_a_row = self.curve.skipped_in_a_row()
+        batch = batch_of_rank(
+            step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch, 0, 1
+        )
+        where = f"step {step + 1:,} (loss {loss:.4g}, windows {', '.join(map(str, sorted(batch.flatten().tolist())))})"
+        # Nothing was learned when there was no other step.
+        if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:
+            self.world.fail(
+                BadParameter(
+                    f"params.yaml: the gradient is not finite at {where}, step {in_a_row} of a row. Halve "
+                    f"learning_rate (now {self.params.learning_rate:g}), lengthen warmup_fraction, or look at that "
+                    "text; with max_skipped_steps raised it goes on."
+                )
+            )
+        self.progress.notice(f"skipped {where}: the gradient is not finite")
 
     def _balance(self) -> list[float]:
         """Moves the routers' biases; returns the busiest expert's tokens over the mean's of each layer that routes."""
@@ -181,10 +261,20 @@ class _Run:
 
     def record(self, step: int) -> None:
         """Validates and adds a row to the curve."""
-        train_loss, norm = (self.losses / self.steps_since_row).tolist()
-        busiest = self.load.amax(dim=1) / self.load.mean(dim=1) if len(self.load) else torch.ones(1)
+        self.here.at(step, "the validation")
         rate = learning_rate_at(step - 1, self.params, self.params.learning_rate)
-        self.curve.rows.append((step, rate, train_loss, self.validate(), norm, busiest.mean().item()))
+        if self.steps_since_row:
+            train_loss, norm = (self.losses / self.steps_since_row).tolist()
+            busiest = self.load.amax(dim=1) / self.load.mean(dim=1) if len(self.load) else torch.ones(1)
+            imbalance = busiest.mean().item()
+        else:
+            # All were skipped.
+            known = bool(self.curve.rows)
+            train_loss, norm, imbalance = (
+                self.curve.last(column) if known else math.nan
+                for column in ("train_loss", "grad_norm", "expert_imbalance")
+            )
+        self.curve.rows.append((step, rate, train_loss, self.validate(), norm, imbalance))
         self.losses.zero_()
         self.load.zero_()
         self.steps_since_row = 0
@@ -214,6 +304,8 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve.rows,
+            "skipped": self.curve.skipped,
+            "processes": self.curve.processes,
             "losses": self.losses,
             "load": self.load,
             "steps_since_row": self.steps_since_row,
@@ -226,13 +318,16 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve.rows = [tuple(row) for row in state["curve"]]
+        self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.losses.copy_(state["losses"])
         self.load.copy_(state["load"])
         self.steps_since_row = state["steps_since_row"]
         return int(state["step"])
 
     def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
-        return torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
+        batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
+        self.here.move()
+        return batch
 
 
 def _shown(report: StepReport) -> dict[str, float]:

@@ -10,6 +10,8 @@ from tasks.section import Section, operational
 class TrainingParams(Section):
     """One run of the optimizer over shards."""
 
+    CUT = ("world_size", "threads_per_process")
+
     seed: int = Field(ge=0, lt=2**63)
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
@@ -34,6 +36,10 @@ class TrainingParams(Section):
     # Gradients keep their bits.
     activation_checkpointing: Literal["none", "selective", "full"] = operational()
     checkpoint_every: int = operational(ge=1)
+    elastic: bool = operational(default=False)
+    max_skipped_steps: int = operational(default=3, ge=0)
+    hang_timeout_seconds: float = operational(default=600.0, gt=0)
+    keep_checkpoints: int = operational(default=2, ge=1)
 
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:

@@ -4,16 +4,23 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from tasks.errors import EXIT_PEER_LOST, UserMistake
 from tasks.training_params import TrainingParams
 
 _PR_SET_PDEATHSIG = 1
+_SECONDS_TO_TELL = 1.0
+_SECONDS_OF_PATIENCE = 1800.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,20 @@ class World:
         """bf16 for matrix products where the precision is bf16, else nothing."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def lowest(self, value: int) -> int:
+        """Returns the lowest ``value`` of all processes."""
+        held = torch.tensor(value, device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MIN)
+        return int(held)
+
+    def fail(self, error: UserMistake) -> NoReturn:
+        """Ends all processes, which have all met ``error``; the first one tells it."""
+        if self.is_first:
+            raise error
+        # Whoever ends first takes the others along.
+        time.sleep(_SECONDS_TO_TELL)
+        sys.exit(error.exit_code)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums ``values`` over all processes, in place."""
         dist.all_reduce(values)
@@ -51,11 +72,23 @@ def joined(params: TrainingParams) -> Iterator[World]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if params.device == "cuda" else "gloo")
+    # The heartbeat of a training knows more than the group, so it has to be the first to lose patience.
+    patience = timedelta(seconds=max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds))
+    dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
     try:
         yield World(rank, int(os.environ["WORLD_SIZE"]), device, resolve_precision(params))
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        print(f"warning: rank {rank}: another process is gone: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_PEER_LOST)
+    # A process that fails leaves the group by its end, since there may be nobody left to take leave of.
+    dist.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    # gloo has only the words.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def resolve_precision(params: TrainingParams) -> str:

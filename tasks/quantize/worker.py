@@ -38,7 +38,9 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth.
     """
     manifest = read_manifest()
-    checkpoints = Checkpoints("quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS))
+    checkpoints = Checkpoints(
+        "quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS), params.keep_checkpoints, params.elastic
+    )
     if here.is_first:
         checkpoints.forget_others()
     original = hugging_face.load(paths.FLOAT)
@@ -111,4 +113,4 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run_rank(main)

@@ -19,7 +19,7 @@ def main() -> None:
     manifest = read_manifest()
     origin = init.checkpoint()
     given = [path for path in CHECKPOINT_INPUTS if path != paths.INIT_RECORD or origin is not None]
-    checkpoints = Checkpoints("train", inputs.key("train", params, given))
+    checkpoints = Checkpoints("train", inputs.key("train", params, given), params.keep_checkpoints, params.elastic)
     with world.joined(params) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()
@@ -50,7 +50,11 @@ def write(
         "train_loss": round(curve.last("train_loss"), 6),
         "valid_loss": round(curve.last("valid_loss"), 6),
         "expert_imbalance": round(curve.last("expert_imbalance"), 4),
+        "skipped_steps": len(curve.skipped),
     }
+    if curve.processes != [params.world_size]:
+        # What a rebuild would have to repeat (`elastic`).
+        report["processes_in_turn"] = curve.processes
     if origin is not None:
         record = init.read(origin)
         report["started_from"] = record.version or record.init
@@ -58,4 +62,4 @@ def write(
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run_rank(main)

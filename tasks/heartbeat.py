@@ -1,0 +1,185 @@
+"""Who keeps the others waiting: each process says where it is, and one that waits too long names who did not arrive.
+
+A collective only knows that somebody is missing (gloo after half an hour), or ends the process (NCCL). So every
+process writes its place and a beat into the store that the group met at, from a thread of its own. One that has been at
+the same place for too long looks up the others: whose beat stands still is stopped or gone, who beats at an earlier
+place is held up there. It tells that in one line, kills what lies still on its machine, and ends.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, get_args
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
+from tasks.errors import EXIT_TRY_AGAIN
+
+# What a step consists of, in this order.
+Part = Literal["the gradients", "the agreement", "the validation", "the checkpoint"]
+_PARTS: tuple[Part, ...] = get_args(Part)
+_PREFIX = "overnight/heartbeat"
+_SECONDS_TO_TELL = 2.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process has written last: how often it had written, how often it had moved, and where it is.
+
+    ``batches`` counts within the gradients of a step, where all processes have the same number of them.
+    """
+
+    number: int
+    moves: int
+    step: int
+    part: int
+    batches: int
+    host: str
+    process: int
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        return self.step, self.part, self.batches
+
+    @property
+    def place(self) -> str:
+        return f"{_PARTS[self.part]} of step {self.step:,}"
+
+
+def verdict(rank: int, before: Mapping[int, Beat | None], after: Mapping[int, Beat | None]) -> tuple[str, list[int]]:
+    """Returns what holds up ``rank``, in words, and the ranks whose beat stood still between the two looks.
+
+    The words are empty when something has moved meanwhile.
+    """
+    if any(beat is not None and was is not None and beat.moves != was.moves for was, beat in _pairs(before, after)):
+        return "", []
+    here = after[rank]
+    assert here is not None
+    still = [other for other, beat in after.items() if beat is None or beat == before[other]]
+    if still:
+        return f"{_ranks(still)} did not come through {here.place}: stopped, or gone", still
+    there = {other: beat for other, beat in after.items() if beat is not None}
+    earliest, furthest = (choose(there.values(), key=lambda beat: beat.position) for choose in (min, max))
+    late = _ranks([other for other, beat in there.items() if beat.position == earliest.position])
+    if earliest.position == furthest.position:
+        return f"no process came through {here.place}: the network between them, or a disk, does not answer", []
+    if earliest.place == furthest.place:
+        return f"{late} is held up in {here.place}, where the others wait", []
+    return f"{late} did not arrive at {furthest.place}: still at {earliest.place}", []
+
+
+class Heartbeat:
+    """Where this process is. Made by :func:`beating`."""
+
+    def __init__(self) -> None:
+        self.step, self.part, self.batches = 0, 0, 0
+        self.moves, self.moved = 0, time.monotonic()
+
+    def at(self, step: int, part: Part) -> None:
+        """Says that this process begins ``part`` of ``step``, counted from 1."""
+        self.step, self.part, self.batches = step, _PARTS.index(part), 0
+        self.move()
+
+    def batch(self) -> None:
+        """Says that this process has read another batch, or has computed its loss."""
+        self.batches += 1
+        self.move()
+
+    def move(self) -> None:
+        """Says that it gets on."""
+        self.moves, self.moved = self.moves + 1, time.monotonic()
+
+
+@contextlib.contextmanager
+def beating(rank: int, size: int, seconds: float) -> Iterator[Heartbeat]:
+    """Yields a :class:`Heartbeat` of one of ``size`` processes, which ends when it makes no move for ``seconds``."""
+    here, over = Heartbeat(), threading.Event()
+    # A connection of its own: the group's is busy as long as somebody waits in it.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+    thread = threading.Thread(target=_Watch(store, here, over, rank, size, seconds).run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield here
+    finally:
+        over.set()
+        thread.join()
+
+
+class _Watch:
+    def __init__(
+        self, store: Store, here: Heartbeat, over: threading.Event, rank: int, size: int, seconds: float
+    ) -> None:
+        self.store, self.here, self.over = store, here, over
+        self.rank, self.size, self.seconds = rank, size, seconds
+        self.interval = min(1.0, seconds / 5)
+        self.beats = 0
+
+    def run(self) -> None:
+        # Without the store, whoever keeps it is gone: the next collective fails by itself, and the launcher sees it.
+        with contextlib.suppress(DistError):
+            while True:
+                self.beat()
+                if time.monotonic() - self.here.moved > self.seconds:
+                    self.look()
+                if self.over.wait(self.interval):
+                    return
+
+    def beat(self) -> None:
+        self.beats += 1
+        here = self.here
+        beat = Beat(self.beats, here.moves, here.step, here.part, here.batches, socket.gethostname(), os.getpid())
+        self.store.set(f"{_PREFIX}/{self.rank}", json.dumps(list(vars(beat).values())))
+
+    def look(self) -> None:
+        before = self.beats_of_all()
+        for _ in range(3):
+            if self.over.wait(self.interval):
+                return
+            self.beat()
+        after = self.beats_of_all()
+        told, still = verdict(self.rank, before, after)
+        if not told or self.over.is_set():
+            return
+        if self.store.add(f"{_PREFIX}/told", 1) == 1:
+            print(
+                f"error: {told}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "
+                "Run again to go on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            for beat in (after[rank] for rank in still):
+                # Stopped, it would not even end when it is told to.
+                if beat is not None and beat.host == socket.gethostname():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(beat.process, signal.SIGKILL)
+        else:
+            # Whoever ends first takes the others along, and another one tells it.
+            time.sleep(_SECONDS_TO_TELL)
+        os._exit(EXIT_TRY_AGAIN)
+
+    def beats_of_all(self) -> dict[int, Beat | None]:
+        keys = {rank: f"{_PREFIX}/{rank}" for rank in range(self.size)}
+        return {
+            rank: Beat(*json.loads(self.store.get(key))) if self.store.check([key]) else None
+            for rank, key in keys.items()
+        }
+
+
+def _pairs(
+    before: Mapping[int, Beat | None], after: Mapping[int, Beat | None]
+) -> Iterator[tuple[Beat | None, Beat | None]]:
+    return ((before[rank], after[rank]) for rank in after)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,0 +1,54 @@
+"""What a training process does when it is told to end (SIGTERM): a spot machine is taken away, or the run is stopped.
+
+The signal only leaves a note. The processes agree at the end of a step that one of them has it, save a checkpoint of
+that same step, and end. Who is stuck in a step, be it in a collective that waits for another process for ever, ends
+without after ``SECONDS_TO_STOP``: the last checkpoint is there.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+from tasks.errors import EXIT_STOPPED
+
+# Clouds give 30 s and more between the notice and the end.
+SECONDS_TO_STOP = 20.0
+
+
+class Stop:
+    """Whether this process was told to end."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+
+@contextlib.contextmanager
+def noted(seconds: float = SECONDS_TO_STOP) -> Iterator[Stop]:
+    """Yields a :class:`Stop`, which SIGTERM sets. The block has ``seconds`` from then on, or the process ends."""
+    stop, left = Stop(), threading.Event()
+    awake, wake = os.pipe()
+    os.set_blocking(wake, False)
+
+    def watch() -> None:
+        # A thread, because a handler in Python waits for the main one, which may sit in a collective.
+        while numbers := os.read(awake, 64):
+            if signal.SIGTERM in numbers:
+                stop.told = True
+                if not left.wait(seconds):
+                    os._exit(EXIT_STOPPED)
+        os.close(awake)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    other = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="stopping", daemon=True)
+    watcher.start()
+    try:
+        yield stop
+    finally:
+        left.set()
+        signal.set_wakeup_fd(other)
+        signal.signal(signal.SIGTERM, before)
+        os.close(wake)
+        watcher.join()

@@ -1,0 +1,141 @@
+"""Training processes that cost a fork and not an import of torch, for tests that start them many times."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tasks.train.worker"])
+
+
+def _nothing() -> None:
+    pass
+
+
+def start(
+    folders: Sequence[Path], log: Path, prepare: Callable[[], None] = _nothing, **environment: str
+) -> list[BaseProcess]:
+    """Starts one rank of ``tasks.train`` in each of ``folders``, which may be the same, as torchrun would.
+
+    Each calls ``prepare``, a function of a module in ``tests/support``, first; what they print is appended to ``log``.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [(folder, rank, len(folders), port, log, prepare, environment) for rank, folder in enumerate(folders)]
+    ranks = [_CONTEXT.Process(target=_work, args=one) for one in arguments]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def end(ranks: Sequence[BaseProcess], seconds: float = 60.0) -> list[int | None]:
+    """Returns the exit codes of ``ranks``; one that does not end in time is killed, its stacks in the log."""
+    for rank in ranks:
+        rank.join(seconds)
+        if rank.is_alive() and rank.pid is not None:
+            os.kill(rank.pid, signal.SIGABRT)
+            rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def spoil() -> None:
+    """Makes the loss not finite wherever training sees one of the windows in the variable ``SPOILT``."""
+    from lm.model import LanguageModel
+    from tasks.shards import WindowReader
+
+    spoilt = set(map(int, os.environ["SPOILT"].split(",")))
+    batch, loss = WindowReader.batch, LanguageModel.loss
+    seen: set[int] = set()
+
+    def remembered(self: WindowReader, indices: Any) -> Any:
+        seen.clear()
+        seen.update(indices.tolist())
+        return batch(self, indices)
+
+    def spoiling(self: LanguageModel, windows: Any) -> Any:
+        return loss(self, windows) * (float("inf") if self.training and seen & spoilt else 1.0)
+
+    WindowReader.batch, LanguageModel.loss = remembered, spoiling  # type: ignore[method-assign]
+
+
+def linger() -> None:
+    """Makes rank 1 read for ever when it comes to the windows in the variable ``LINGERS``."""
+    import threading
+
+    from tasks.shards import WindowReader
+
+    lingers = set(map(int, os.environ["LINGERS"].split(",")))
+    batch = WindowReader.batch
+
+    def lingering(self: WindowReader, indices: Any) -> Any:
+        if os.environ["RANK"] == "1" and lingers == set(indices.tolist()):
+            threading.Event().wait()
+        return batch(self, indices)
+
+    WindowReader.batch = lingering  # type: ignore[method-assign]
+
+
+def record() -> None:
+    """Appends each step that is taken and this rank's windows of it to ``seen-RANK``."""
+    import json
+
+    from tasks import training
+
+    step, batch_of_rank = training._Run.step, training.batch_of_rank
+    last: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        batch = batch_of_rank(*arguments)
+        last[:] = [arguments[0], batch.flatten().tolist()]
+        return batch
+
+    def recorded(self: training._Run, *arguments: Any) -> float:
+        loss = step(self, *arguments)
+        with Path(f"seen-{self.world.rank}").open("a") as seen:
+            seen.write(json.dumps(last) + "\n")
+        return loss
+
+    training.batch_of_rank, training._Run.step = remembered, recorded  # type: ignore[method-assign]
+
+
+def draw() -> None:
+    """Makes training draw at random within its steps, as dropout would."""
+    import torch
+
+    from lm.model import LanguageModel
+
+    loss = LanguageModel.loss
+
+    def noisy(self: LanguageModel, windows: Any) -> Any:
+        return loss(self, windows) * (1 + torch.rand(()) if self.training else 1.0)
+
+    LanguageModel.loss = noisy  # type: ignore[method-assign]
+
+
+def _work(
+    folder: Path,
+    rank: int,
+    size: int,
+    port: int,
+    log: Path,
+    prepare: Callable[[], None],
+    environment: Mapping[str, str],
+) -> None:
+    os.chdir(folder)
+    with log.open("ab") as opened:
+        os.dup2(opened.fileno(), 1)
+        os.dup2(opened.fileno(), 2)
+    faulthandler.enable()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in {**where, **environment}.items()})
+    prepare()
+    from tasks import stage
+    from tasks.train import worker
+
+    stage.run_rank(worker.main)

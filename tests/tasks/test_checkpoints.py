@@ -1,0 +1,116 @@
+"""Checkpoints: whole or not there, proven by their digest, written beside the training that they must not disturb."""
+
+import errno
+import shutil
+import threading
+from pathlib import Path
+
+import forked
+import pytest
+import tiny
+import torch
+
+from tasks import atomic
+from tasks.checkpoints import Checkpoints
+from tasks.errors import DiskFull
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints("train", "inputs", kept=3, root=tmp_path)
+
+
+def steps(checkpoints: Checkpoints) -> list[int]:
+    return [int(path.name.split("-")[1]) for path in sorted(checkpoints.folder.iterdir())]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_last_ones_are_kept_and_the_newest_intact_one_is_loaded(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoints.load_latest() is None
+    for step in range(1, 6):
+        checkpoints.save(step, {"step": step, "model": {"weight": torch.full((4,), step)}})
+    checkpoints.finish()
+    assert steps(checkpoints) == [3, 4, 5]
+    newest, before = sorted(checkpoints.folder.iterdir(), reverse=True)[:2]
+    flip_a_bit(newest)
+    before.write_bytes(before.read_bytes()[:-1])
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert (state["step"], state["model"]["weight"].tolist()) == (3, [3] * 4)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"warning: {file}: damaged checkpoint; going back to the one before" for file in (newest, before)]
+
+
+def test_what_training_does_meanwhile_is_in_no_checkpoint(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), atomic.write_bytes
+    monkeypatch.setattr(atomic, "write_bytes", lambda *arguments: may_write.wait(30) and write(*arguments))
+    weight, rows = torch.ones(4), [(1, 2.0)]
+    # Returns although nothing can be written.
+    checkpoints.save(1, {"step": 1, "weight": weight, "rows": rows})
+    weight.zero_()
+    rows.append((2, 1.0))
+    may_write.set()
+    checkpoints.finish()
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert (state["weight"].tolist(), state["rows"]) == ([1.0] * 4, [(1, 2.0)])
+
+
+def test_those_of_another_number_of_processes_count_only_where_that_is_wanted(tmp_path: Path) -> None:
+    two = Checkpoints("train", "inputs-2-1", kept=2, root=tmp_path)
+    two.save(5, {"step": 5})
+    two.finish()
+    assert Checkpoints("train", "inputs-1-1", kept=2, root=tmp_path).load_latest() is None
+    assert Checkpoints("train", "others-1-1", kept=2, elastic=True, root=tmp_path).load_latest() is None
+    one = Checkpoints("train", "inputs-1-1", kept=2, elastic=True, root=tmp_path)
+    assert one.load_latest() == {"step": 5}
+    one.save(7, {"step": 7})
+    one.finish()
+    assert Checkpoints("train", "inputs-2-1", kept=2, elastic=True, root=tmp_path).load_latest() == {"step": 7}
+    assert two.load_latest() == {"step": 5}
+
+
+def test_a_full_disk_is_told_by_the_next_checkpoint_or_the_end(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        with atomic.disk_full_is_told(path):
+            raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(atomic, "write_bytes", full)
+    checkpoints.save(1, {"step": 1})
+    with pytest.raises(DiskFull, match="the disk is full"):
+        checkpoints.save(2, {"step": 2})
+    checkpoints.save(3, {"step": 3})
+    with pytest.raises(DiskFull, match="the disk is full"):
+        checkpoints.finish()
+
+
+def test_processes_whose_disks_differ_go_on_from_the_newest_state_that_all_have(tmp_path: Path) -> None:
+    first, second, log = tmp_path / "first", tmp_path / "second", tmp_path / "log"
+    first.mkdir()
+    tiny.write_params(first, train__keep_checkpoints=3)
+    tiny.write_shards(first)
+    assert forked.end(forked.start([first, first], log)) == [0, 0], log.read_text()
+    expected = tiny.files_of(first / "models")
+    assert [int(path.name[5:14]) for path in newest_first(first)] == [12, 10, 8]
+    shutil.copytree(first, second)
+    # They have 10 and 12 as their newest, and both 8. Had each begun at its own, one would wait for the other for ever.
+    flip_a_bit(newest_first(first)[0])
+    flip_a_bit(newest_first(second)[1])
+    shutil.rmtree(first / "models")
+    assert forked.end(forked.start([first, second], log)) == [0, 0], log.read_text()
+    assert tiny.files_of(first / "models") == expected
+
+
+def newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".overnight/checkpoints/train/*/*.pt"), reverse=True)

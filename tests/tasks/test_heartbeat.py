@@ -1,0 +1,119 @@
+"""A process that keeps the others waiting is named, and the stage asks to be tried again."""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import forked
+import psutil
+import pytest
+import tiny
+
+from tasks.errors import EXIT_TRY_AGAIN
+from tasks.heartbeat import Beat, verdict
+from tasks.order import batch_of_rank
+from tasks.section import read_section
+from tasks.shards import Shards, read_manifest
+from tasks.train.params import TrainParams
+
+GRADIENTS, AGREEMENT = 0, 1
+
+
+def beat(moves: int, step: int, part: int, batches: int = 0) -> Beat:
+    return Beat(1, moves, step, part, batches, "host", 1)
+
+
+def later(beat: Beat | None) -> Beat | None:
+    return None if beat is None else dataclasses.replace(beat, number=beat.number + 3)
+
+
+@pytest.mark.parametrize(
+    ("beats", "stopped", "expected", "still"),
+    [
+        (
+            [beat(9, 8, AGREEMENT), beat(8, 8, GRADIENTS), beat(9, 8, AGREEMENT)],
+            [],
+            "rank 1 did not arrive at the agreement of step 8: still at the gradients of step 8",
+            [],
+        ),
+        (
+            [beat(9, 8, GRADIENTS), beat(9, 8, GRADIENTS), beat(7, 7, AGREEMENT)],
+            [1, 2],
+            "ranks 1, 2 did not come through the gradients of step 8: stopped, or gone",
+            [1, 2],
+        ),
+        (
+            [beat(9, 8, GRADIENTS, 4), beat(7, 8, GRADIENTS, 2)],
+            [],
+            "rank 1 is held up in the gradients of step 8, where the others wait",
+            [],
+        ),
+        ([beat(1, 1, GRADIENTS), None], [], "rank 1 did not come through the gradients of step 1", [1]),
+        ([beat(9, 8, AGREEMENT), beat(5, 8, AGREEMENT)], [], "no process came through the agreement of step 8", []),
+    ],
+)
+def test_who_is_late_follows_from_two_looks(
+    beats: list[Beat | None], stopped: list[int], expected: str, still: list[int]
+) -> None:
+    before = dict(enumerate(beats))
+    after = {rank: one if rank in stopped else later(one) for rank, one in before.items()}
+    told, found = verdict(0, before, after)
+    assert told.startswith(expected)
+    assert found == still
+
+
+def test_nobody_is_late_while_something_moves() -> None:
+    before = {0: beat(9, 8, AGREEMENT), 1: beat(8, 8, GRADIENTS)}
+    assert verdict(0, before, {0: later(before[0]), 1: beat(9, 8, GRADIENTS)}) == ("", [])
+
+
+def test_a_stopped_process_is_named_and_the_stage_ends(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__steps=100000, train__hang_timeout_seconds=5.0)
+    tiny.write_shards(tmp_path)
+    process = tiny.stage("train", tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children()
+    (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    second.send_signal(signal.SIGSTOP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_TRY_AGAIN, output
+    told = tiny.error_line(output)
+    assert told.startswith("rank 1 did not come through the ")
+    assert "; nothing has moved for 5 s (hang_timeout_seconds). Run again to go on from the last checkpoint." in told
+    assert not psutil.pid_exists(second.pid)
+
+
+def test_a_process_that_is_held_up_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=3.0, train__micro_batch=4)
+    tiny.write_shards(tmp_path)
+    params = read_section("train", TrainParams)
+    count = len(Shards(Path("data/shards"), read_manifest(), "train").reader(params.seq_len))
+    windows = batch_of_rank(2, count, params.seed, params.global_batch, params.micro_batch, 1, 2)[0]
+    log = tmp_path / "log"
+    variables = {"LINGERS": ",".join(map(str, windows))}
+    codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.linger, **variables), 30)
+    assert EXIT_TRY_AGAIN in codes
+    assert tiny.error_line(log.read_text()).startswith("rank 1 is held up in the gradients of step 3, ")
+
+
+def test_a_lost_process_is_one_line_for_those_that_remain(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__steps=100000)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    ranks = forked.start([tmp_path, tmp_path], log)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert ranks[1].pid is not None
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert forked.end(ranks) == [74, -9]
+    assert "warning: rank 0: another process is gone: " in log.read_text()
+    assert "Traceback" not in log.read_text()

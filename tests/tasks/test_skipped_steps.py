@@ -1,0 +1,73 @@
+"""Steps whose loss or gradient is not finite: left out on all processes alike, counted, and too many end the run."""
+
+import json
+from pathlib import Path
+
+import forked
+import pytest
+import tiny
+import torch
+
+from lm import hugging_face
+from tasks.order import batch_of_rank
+from tasks.section import read_section
+from tasks.shards import Shards, read_manifest
+from tasks.train.params import TrainParams
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_params(tmp_path, train__max_skipped_steps=2, train__keep_checkpoints=12, train__checkpoint_every=1)
+    tiny.write_shards(tmp_path)
+    return tmp_path
+
+
+def windows_of(step: int, rank: int) -> list[int]:
+    """The windows that ``rank`` of two sees in ``step``, counted from 1."""
+    params = read_section("train", TrainParams)
+    count = len(Shards(Path("data/shards"), read_manifest(), "train").reader(params.seq_len))
+    batch = batch_of_rank(step - 1, count, params.seed, params.global_batch, params.micro_batch, rank, 2)
+    return sorted(batch.flatten().tolist())
+
+
+def train(project: Path, spoilt: list[int]) -> tuple[list[int | None], str]:
+    log = project / "log"
+    log.unlink(missing_ok=True)
+    variables = {"SPOILT": ",".join(map(str, spoilt)), "OVERNIGHT_EVENTS": "events"}
+    codes = forked.end(forked.start([project, project], log, forked.spoil, **variables))
+    return codes, log.read_text()
+
+
+def test_a_step_that_one_process_finds_not_finite_is_left_out_by_both(project: Path) -> None:
+    spoilt = [windows_of(5, rank=1)[0], windows_of(12, rank=0)[0]]
+    codes, told = train(project, spoilt)
+    assert codes == [0, 0], told
+    assert json.loads((project / "models/train.json").read_text())["skipped_steps"] == 2
+    model = hugging_face.load(project / "models/float")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    notices = [event["notice"] for event in map(json.loads, (project / "events").open()) if event["notice"]]
+    windows = ", ".join(map(str, sorted(windows_of(5, 0) + windows_of(5, 1))))
+    assert notices[0] == f"skipped step 5 (loss inf, windows {windows}): the gradient is not finite"
+    assert len(notices) == 2
+    expected = tiny.files_of(project / "models")
+    files = {int(path.name[5:14]): path for path in project.glob(".overnight/checkpoints/train/*/*.pt")}
+    before, after = (torch.load(files[step], weights_only=True) for step in (11, 12))
+    assert all(torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
+    for index, moments in before["optimizer"]["state"].items():
+        assert all(torch.equal(after["optimizer"]["state"][index][name], moments[name]) for name in moments)
+    for step in range(7, 13):
+        files[step].unlink()
+    assert train(project, spoilt)[0] == [0, 0]
+    assert tiny.files_of(project / "models") == expected
+
+
+def test_too_many_in_a_row_name_the_batch_and_are_counted_across_a_resume(project: Path) -> None:
+    spoilt = [windows_of(step, step % 2)[0] for step in (3, 6, 7, 8)]
+    codes, told = train(project, spoilt)
+    assert codes == [2, 2]
+    windows = ", ".join(map(str, sorted(windows_of(8, 0) + windows_of(8, 1))))
+    complaint = tiny.error_line(told)
+    assert f"the gradient is not finite at step 8 (loss inf, windows {windows}), step 3 of a row" in complaint
+    # It goes on after step 6, the first of the row.
+    assert tiny.error_line(train(project, spoilt)[1]) == complaint

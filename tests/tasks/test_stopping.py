@@ -1,0 +1,106 @@
+"""SIGTERM: a spot machine is taken away. The training leaves a checkpoint of the step it is in, and goes on there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import tiny
+
+from tasks.errors import EXIT_STOPPED
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    # No checkpoint is due before the end: what lies there is the signal's.
+    tiny.write_params(tmp_path, train__checkpoint_every=1000, train__steps=60)
+    tiny.write_shards(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny.write_params(folder, train__checkpoint_every=1000, train__steps=60)
+    tiny.write_shards(folder)
+    assert forked.end(forked.start([folder, folder], folder / "log")) == [0, 0], (folder / "log").read_text()
+    return tiny.files_of(folder / "models")
+
+
+def await_step(events: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not events.exists() or not any(json.loads(line)["done"] >= step for line in events.read_text().splitlines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def saved(project: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in project.glob(".overnight/checkpoints/train/*/*.pt"))
+
+
+def test_a_launcher_told_to_end_leaves_a_checkpoint_and_asks_to_be_tried_again(
+    project: Path, undisturbed: dict[str, bytes]
+) -> None:
+    events = project / "events"
+    process = tiny.stage("train", project, OVERNIGHT_EVENTS=str(events))
+    await_step(events, 1)
+    process.terminate()
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 75, output
+    assert tiny.error_line(output) == "told to end (SIGTERM). Run again to go on from the last checkpoint."
+    (step,) = saved(project)
+    assert json.loads(events.read_text().splitlines()[-1])["notice"].startswith("told to end (SIGTERM): stopped after")
+    events.unlink()
+    code, output = tiny.run("train", project, OVERNIGHT_EVENTS=str(events))
+    assert code == 0, output
+    assert json.loads(events.read_text().splitlines()[0])["done"] == step + 1
+    assert tiny.files_of(project / "models") == undisturbed
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_all_stop_at_one_step_when_one_is_told(project: Path, undisturbed: dict[str, bytes], told: int) -> None:
+    log = project / "log"
+    ranks = forked.start([project, project], log, OVERNIGHT_EVENTS="events")
+    await_step(project / "events", 1)
+    ranks[told].terminate()
+    assert forked.end(ranks) == [EXIT_STOPPED] * 2, log.read_text()
+    (step,) = saved(project)
+    assert 1 <= step < 60
+    assert "Traceback" not in log.read_text()
+    assert forked.end(forked.start([project, project], log)) == [0, 0], log.read_text()
+    assert tiny.files_of(project / "models") == undisturbed
+
+
+STUCK = """
+import threading
+from tasks import stopping
+with stopping.noted(0.2):
+    print("there", flush=True)
+    threading.Event().wait(30)
+"""
+
+
+def test_who_is_stuck_in_a_step_ends_without_its_end() -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.terminate()
+    assert process.wait(10) == EXIT_STOPPED
+
+
+def test_afterwards_the_signal_does_what_it_did() -> None:
+    from tasks import stopping
+
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.noted(60) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not stop.told:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGTERM) == before
