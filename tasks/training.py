@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
 from tasks import atomic, paths
 from tasks.checkpoints import Checkpoints
 from tasks.errors import BadParameter
 from tasks.order import batch_of_rank
+from tasks.parallel.parallelize import parallelize
 from tasks.progress import Progress
 from tasks.shards import WindowReader
 from tasks.training_params import TrainingParams
@@ -43,16 +43,6 @@ class Curve:
 
     def last(self, column: str) -> float:
         return self.rows[-1][COLUMNS.index(column)]
-
-
-class _Loss(nn.Module):
-    # DistributedDataParallel prepares its reduction in forward, so forward has to end in the loss.
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(windows)
 
 
 def learning_rate_at(step: int, params: TrainingParams) -> float:
@@ -99,9 +89,13 @@ def train(
         done += 1
         if done % params.validate_every == 0 or done == params.steps:
             run.record(done)
-        if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps):
-            checkpoints.save(done, run.state(done))
+        if done % params.checkpoint_every == 0 or done == params.steps:
+            # Each process has a part in the state, even if one alone writes it.
+            state = run.state(done)
+            if world.is_first:
+                checkpoints.save(done, state)
         progress.update(done, params.steps, "steps", loss=loss, **run.latest())
+    run.parallel.finish()
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
     return run.curve
@@ -116,16 +110,14 @@ class _Run:
         valid_windows: WindowReader,
         world: World,
     ) -> None:
-        self.model, self.params, self.world = model.to(world.device), params, world
+        self.params, self.world = params, world
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
-        self.optimizer = make_optimizer(model, params)
-        # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
-        # first step is another one, would sum in another order: with three or more processes its bytes would differ.
-        self.parallel = DistributedDataParallel(
-            _Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-        )
-        self.passes = params.global_batch // (params.micro_batch * world.size)
+        self.parallel = parallelize(model, world)
+        self.model = self.parallel.model
+        self.optimizer = make_optimizer(self.model, params)
+        self.parallel.adopt(self.optimizer)
+        self.passes = params.global_batch // (params.micro_batch * world.data_size)
         self.tokens_per_step = params.global_batch * train_windows.length
         self.seconds_for_data = 0.0
         # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
@@ -140,18 +132,18 @@ class _Run:
             group["lr"] = learning_rate_at(step, self.params)
         samples = batch_of_rank(
             step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
-            self.world.rank, self.world.size,
+            self.world.data_rank, self.world.data_size,
         )  # fmt: skip
         total = torch.zeros((), device=self.world.device)
         for index, micro in enumerate(samples):
             # All passes but the last only add up gradients; the last one reduces them over the processes.
-            self.parallel.require_backward_grad_sync = index == self.passes - 1
+            self.parallel.reduce_in_backward(index == self.passes - 1)
             windows = self._read(self.train_windows, micro)
             with self.world.autocast():
-                loss = self.parallel(windows) / self.passes
+                loss = self.parallel.loss(windows) / self.passes
             loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
+        norm = self.parallel.clip(self.params.clip_grad_norm)
         if not math.isfinite(norm):
             raise BadParameter(
                 f"params.yaml: the gradient is not finite at step {step + 1} (loss {total:.4g}). "
@@ -160,7 +152,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._balance()
-        mean = self.world.sum(total) / self.world.size
+        mean = self.world.sum(total) / self.world.data_size
         self.losses += torch.stack([mean, norm]).double()
         self.steps_since_row += 1
         return float(mean)
@@ -191,13 +183,16 @@ class _Run:
         available = len(self.valid_windows)
         wanted = min(self.params.validation_windows, available)
         chosen = torch.arange(wanted) * available // wanted
-        mine = chosen[self.world.rank :: self.world.size].numpy()
+        mine = chosen[self.world.data_rank :: self.world.data_size].numpy()
+        # Each process computes as often as the first one, which has most: the parts of a layer come from all of them.
+        most = len(chosen[:: self.world.data_size])
         summed = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.model.eval()
-        for start in range(0, len(mine), self.params.micro_batch):
-            windows = self._read(self.valid_windows, mine[start : start + self.params.micro_batch])
+        for start in range(0, most, self.params.micro_batch):
+            share = mine[start : start + self.params.micro_batch]
+            windows = self._read(self.valid_windows, share if len(share) else chosen[:1].numpy())
             with self.world.autocast():
-                summed += self.model.loss(windows).double() * len(windows)
+                summed += self.model.loss(windows).double() * len(share)
         self.model.train()
         return float(self.world.sum(summed) / wanted)
 
@@ -205,10 +200,11 @@ class _Run:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
 
     def state(self, step: int) -> dict[str, Any]:
+        model, optimizer = self.parallel.state(self.optimizer)
         return {
             "step": step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "curve": self.curve.rows,
             "losses": self.losses,
             "load": self.load,
@@ -219,8 +215,7 @@ class _Run:
         """Takes over ``state``; returns how many steps are done."""
         if state is None:
             return 0
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.parallel.load_state(self.optimizer, state["model"], state["optimizer"])
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.losses.copy_(state["losses"])
         self.load.copy_(state["load"])

@@ -29,12 +29,18 @@ class TrainingParams(Section):
     threads_per_process: int = Field(ge=1, le=1024)
     checkpoint_every: int = operational(ge=1)
 
+    @property
+    def data_size(self) -> int:
+        """Among how many the windows of a step are dealt out."""
+        return self.world_size
+
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:
-        per_pass = self.micro_batch * self.world_size
+        per_pass = self.micro_batch * self.data_size
+        dealt_to = "world_size" if self.data_size == self.world_size else "world_size / mesh.tensor"
         if self.global_batch % per_pass:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "
-                f"world_size {self.world_size}; make it {max(1, self.global_batch // per_pass) * per_pass}"
+                f"{dealt_to} {self.data_size}; make it {max(1, self.global_batch // per_pass) * per_pass}"
             )
         return self

@@ -16,7 +16,7 @@ def main() -> None:
     params = read_section("train", TrainParams)
     manifest = read_manifest()
     checkpoints = Checkpoints("train", inputs.key("train", params, CHECKPOINT_INPUTS))
-    with world.joined(params) as here, progress("train", here.is_first) as shown:
+    with world.joined(params, params.mesh) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()
         model = LanguageModel(model_config(params, manifest))

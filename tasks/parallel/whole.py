@@ -1,0 +1,106 @@
+"""Tensors that lie in parts over the processes, and the whole of them: for checkpoints, the final model, and norms.
+
+Everything here is collective: each process calls it, for the same tensors in the same order.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+State = dict[str, Any]
+Groups = list[list[nn.Parameter]]
+
+
+def whole(value: Any) -> Any:
+    """Returns a copy of ``value`` on the CPU, put together from its parts if it has any."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns what this process keeps of the whole ``value``, in the layout of ``like``."""
+    if isinstance(like, DTensor):
+        # Every process has read the whole, so that nothing has to be sent.
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value.to(like.device)
+
+
+def model_state(model: nn.Module) -> State:
+    """Returns the whole state of ``model``; tensors that are tied in it are one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    gathered = {parameter: whole(parameter.detach()) for parameter in model.parameters()}
+    return {
+        name: gathered[parameters[name]] if name in parameters else whole(value)
+        for name, value in model.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_model_state(model: nn.Module, state: State) -> None:
+    """Takes over the whole ``state``."""
+    for name, own in model.state_dict().items():
+        own.copy_(part(state[name], own))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, groups: Groups) -> State:
+    """Returns what ``optimizer.state_dict()`` would be if each tensor were whole and ``groups`` its groups."""
+    numbers = {parameter: number for number, parameter in enumerate(p for group in groups for p in group)}
+    hyper = {group["params"][0]: group for group in optimizer.param_groups}
+    return {
+        "state": {
+            number: {key: whole(value) for key, value in optimizer.state[parameter].items()}
+            for parameter, number in numbers.items()
+            if parameter in optimizer.state
+        },
+        "param_groups": [
+            {**hyper[group[0]], "params": [numbers[parameter] for parameter in group]} for group in groups if group
+        ],
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, groups: Groups, state: State) -> None:
+    """Takes over what :func:`optimizer_state` returned."""
+    numbered = [parameter for group in groups for parameter in group]
+    for number, entries in state["state"].items():
+        parameter = numbered[number]
+        optimizer.state[parameter] = {
+            # Scalars, such as the count of steps, belong to a parameter and not to its elements.
+            key: part(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+            for key, value in entries.items()
+        }
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales the gradients so that their norm over all of them is at most ``max_norm``; returns what it was.
+
+    torch's own takes only tensors of one mesh.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares: dict[tuple[dist.ProcessGroup, ...], torch.Tensor] = {}
+    for gradient in gradients:
+        groups: tuple[dist.ProcessGroup, ...] = ()
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            groups = tuple(
+                mesh.get_group(axis) for axis, place in enumerate(gradient.placements) if not place.is_replicate()
+            )
+        square = _local(gradient).double().square().sum()
+        squares[groups] = squares[groups] + square if groups in squares else square
+    for groups, square in squares.items():
+        for group in groups:
+            dist.all_reduce(square, group=group)
+    norm = torch.stack(list(squares.values())).sum().sqrt().float()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        _local(gradient).mul_(scale)
+    return norm
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
