@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -92,6 +93,8 @@ def device_mesh(mesh: Mesh, device: torch.device) -> Meshes | None:
     """Returns torch's meshes for ``mesh``, or None where there is nothing but replicas."""
     if mesh.is_replicated:
         return None
+    # It warns of each tensor that two axes cut and that takes two gathers: at checkpoints, where speed is no matter.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
     cut = mesh.shard * mesh.expert
     return Meshes(

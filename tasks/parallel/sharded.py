@@ -11,9 +11,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 
+from lm.feed_forward import MixtureOfExperts
 from lm.model import LanguageModel
 from tasks.parallel import whole
+from tasks.parallel.expert import deal_out
+from tasks.parallel.tensor import cut_regions
 from tasks.world import Meshes, World
 
 State = dict[str, Any]
@@ -79,8 +83,14 @@ class Sharded:
 
 
 def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
-    dense = mesh.dense["replicate", "dense"]
+    dense, experts = mesh.dense["replicate", "dense"], mesh.experts["replicate", "shard"]
+    if mesh.dense["tensor"].size() > 1:
+        cut_regions(model, mesh.dense["tensor"])
     for layer, source in zip(model.model.layers, original.model.layers, strict=True):
+        if mesh.experts["expert"].size() > 1 and isinstance(layer.mlp, MixtureOfExperts):
+            deal_out(layer.mlp.experts, mesh.experts["expert"])
+            # Along another dimension than `expert` cuts.
+            fully_shard(layer.mlp.experts, mesh=experts, shard_placement_fn=lambda _: Shard(1))
         fully_shard(layer, mesh=dense)
         _release(source)
     fully_shard(model, mesh=dense)

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Replicate
 
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
+from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks.mesh import MeshParams
-from tasks.parallel import whole
+from tasks.parallel import tensor, whole
 from tasks.training import _Run, learning_rate_at, make_optimizer
 from tasks.training_params import TrainingParams
 from tasks.world import World, device_mesh
@@ -193,8 +195,14 @@ def _replaced(place: Any, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(place, name, before)
 
 
-def _no_sum_over_replicas(run: _Run) -> None:
-    run.model.set_requires_all_reduce(False)  # type: ignore[operator]
+def _no_sum_over_replicas(run: _Run) -> Callable[[], None]:
+    assert run.world.mesh is not None
+    replicas, reduce = run.world.mesh.dense["replicate"].get_group(), dist.all_reduce
+
+    def skipping(*values: Any, group: Any = None, **options: Any) -> Any:
+        return None if group is replicas else reduce(*values, group=group, **options)
+
+    return _replaced(dist, "all_reduce", skipping)
 
 
 def _no_mean(run: _Run) -> None:
@@ -205,10 +213,27 @@ def _norm_of_a_part(run: _Run) -> Callable[[], None]:
     return _replaced(whole.dist, "all_reduce", lambda *_, **__: None)
 
 
+def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
+    return _replaced(tensor, "Partial", Replicate)
+
+
+def _experts_divided_alone(run: _Run) -> None:
+    for module in run.model.modules():
+        if isinstance(module, Experts):
+            module.set_gradient_divide_factor(2.0)  # type: ignore[operator]
+
+
+def _own_statistics(run: _Run) -> None:
+    object.__setattr__(run.world, "sum", lambda values: values)
+
+
 MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the replicas' gradients are not summed": _no_sum_over_replicas,
     "the gradients are summed, not averaged": _no_mean,
     "each process clips by the norm of its part": _norm_of_a_part,
+    "parts of an output are not summed over tensor": _no_sum_over_tensor,
+    "the experts' gradients are divided again": _experts_divided_alone,
+    "each process counts its own tokens alone": _own_statistics,
 }
 
 
