@@ -81,14 +81,19 @@ def _check_experts(mesh: Mesh, model: LatentArchitecture | GroupedArchitecture) 
     if mesh.expert == 1:
         return
     if isinstance(model, GroupedArchitecture) or model.first_k_dense_replace == model.num_hidden_layers:
-        raise ValueError(f"mesh.expert is {mesh.expert}, and this model has no layer with experts; set mesh.expert to 1")
+        raise ValueError(
+            f"mesh.expert is {mesh.expert}, and this model has no layer with experts; set mesh.expert to 1"
+        )
     if model.n_routed_experts % mesh.expert:
         raise ValueError(
             f"n_routed_experts {model.n_routed_experts} does not divide over mesh.expert {mesh.expert}; "
             "make one a multiple of the other"
         )
     # With the experts over one axis, what is left of each is cut along its next dimension, in equal parts.
-    for name, size in (("hidden_size", model.hidden_size), ("2 x moe_intermediate_size", 2 * model.moe_intermediate_size)):
+    for name, size in (
+        ("hidden_size", model.hidden_size),
+        ("2 x moe_intermediate_size", 2 * model.moe_intermediate_size),
+    ):
         if size % mesh.shard:
             raise ValueError(
                 f"{name} {size} does not divide over mesh.shard {mesh.shard}, as it must with mesh.expert above 1; "

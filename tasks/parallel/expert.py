@@ -7,6 +7,7 @@ import functools
 
 import torch
 import torch.distributed as dist
+
 # The successor that torch names for torch.distributed.nn.functional's, which is deprecated.
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh

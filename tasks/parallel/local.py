@@ -4,9 +4,8 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
-
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 
 
 def cut(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:

@@ -4,6 +4,7 @@
 starts this compares it with :func:`alone`, a plain loop over whole batches that shares no parallel code.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -42,6 +43,8 @@ _GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": None}
 MODELS: dict[str, ModelConfig] = {
     "latent": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-compressed": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": 8}),
+    # Nobody chooses the last two of four experts.
+    "latent-uneven": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "qwen2": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False}
     ),
@@ -113,6 +116,8 @@ def model_of(case: Case) -> LanguageModel:
                 value += 0.2 * torch.randn(value.shape, generator=generator)
         for router in model.routers():
             router.e_score_correction_bias += 0.1 * torch.randn(4, generator=generator)
+            if case.model == "latent-uneven":
+                router.e_score_correction_bias[:2] += 10
     return model
 
 
@@ -176,7 +181,7 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
         seen: list[Any] = [None] * size
         dist.all_gather_object(seen, reader.seen)
         # The processes along `tensor` read the same.
-        result.samples.append(sorted(sum(seen[:: size // world.data_size], [])))
+        result.samples.append(sorted(itertools.chain(*seen[:: size // world.data_size])))
         done += 1
     result.valid_loss = run.validate()
     states.append(run.state(done))
@@ -224,7 +229,9 @@ def _experts_divided_alone(run: _Run) -> None:
 
 
 def _own_statistics(run: _Run) -> None:
-    object.__setattr__(run.world, "sum", lambda values: values)
+    summed = run.world.sum
+    # What is counted is a matrix, layers by experts; what else is summed is a number.
+    object.__setattr__(run.world, "sum", lambda values: values if values.dim() == 2 else summed(values))
 
 
 MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
