@@ -90,7 +90,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
             groups = tuple(
                 mesh.get_group(axis) for axis, place in enumerate(gradient.placements) if not place.is_replicate()
             )
-        square = _local(gradient).double().square().sum()
+        square = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
         squares[groups] = squares[groups] + square if groups in squares else square
     for groups, square in squares.items():
         for group in groups:

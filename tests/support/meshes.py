@@ -121,10 +121,11 @@ def model_of(case: Case) -> LanguageModel:
     return model
 
 
-def alone(case: Case) -> Result:
+def alone(model_name: str, steps: int) -> Result:
     """Trains in this process: each step is one pass over the whole batch."""
     from tasks.order import batch_of_rank
 
+    case = Case({}, model_name, steps=steps)
     result, params, model = Result(), params_of(case, 1), model_of(case)
     optimizer = make_optimizer(model, params)
     reader, held_out = Reader(1, WINDOWS), Reader(2, 7)

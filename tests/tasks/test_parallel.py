@@ -54,14 +54,14 @@ RESUMED = [
     Case({"shard": 2}, resume=3),
 ]
 WRONG = [
-    Case({"shard": 2}, mistake="the replicas' gradients are not summed"),
-    Case({"shard": 4}, mistake="the gradients are summed, not averaged"),
-    Case({"shard": 4}, mistake="each process clips by the norm of its part"),
-    Case({"shard": 2, "tensor": 2}, mistake="parts of an output are not summed over tensor"),
-    Case({"shard": 2, "expert": 2}, mistake="the experts' gradients are divided again"),
-    Case({"expert": 4}, mistake="each process counts its own tokens alone"),
+    Case({"shard": 2}, steps=3, mistake="the replicas' gradients are not summed"),
+    Case({"shard": 4}, steps=3, mistake="the gradients are summed, not averaged"),
+    Case({"shard": 4}, steps=3, mistake="each process clips by the norm of its part"),
+    Case({"shard": 2, "tensor": 2}, steps=3, mistake="parts of an output are not summed over tensor"),
+    Case({"shard": 2, "expert": 2}, steps=3, mistake="the experts' gradients are divided again"),
+    Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
 ]
-alone = functools.lru_cache(lambda model: meshes.alone(Case({}, model)))
+alone = functools.lru_cache(lambda model, steps=meshes.STEPS: meshes.alone(model, steps))
 
 
 def name_of(case: Case) -> str:
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(number: int, two: list[Resu
 @pytest.mark.parametrize("case", WRONG, ids=name_of)
 def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None:
     with pytest.raises(AssertionError):
-        check_equal(four[len(FOUR) + WRONG.index(case)], alone(case.model))
+        check_equal(four[len(FOUR) + WRONG.index(case)], alone(case.model, case.steps))
 
 
 def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None:
