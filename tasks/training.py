@@ -116,7 +116,6 @@ class _Run:
         self.parallel = parallelize(model, world)
         self.model = self.parallel.model
         self.optimizer = make_optimizer(self.model, params)
-        self.parallel.adopt(self.optimizer)
         self.passes = params.global_batch // (params.micro_batch * world.data_size)
         self.tokens_per_step = params.global_batch * train_windows.length
         self.seconds_for_data = 0.0

@@ -29,9 +29,6 @@ class Parallel(Protocol):
     def reduce_in_backward(self, reduce: bool) -> None:
         """Says whether the next backward pass sums its gradients over the processes, or only adds up its own."""
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes ``optimizer``, made over ``model`` and still without state, fit for it."""
-
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
@@ -77,9 +74,6 @@ class Replicated:
 
     def reduce_in_backward(self, reduce: bool) -> None:
         self._parallel.require_backward_grad_sync = reduce
-
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        pass
 
     def clip(self, max_norm: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)

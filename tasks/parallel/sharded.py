@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -30,7 +29,6 @@ class Sharded:
         assert world.mesh is not None
         self._whole, self._data_size = model, world.data_size
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
-        self._groups: whole.Groups = []
         # The modules twice, the weights once: laying out replaces those of the copy.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         _shard(self.model, model, world.mesh)
@@ -46,25 +44,16 @@ class Sharded:
         for module in _sharded_modules(self.model):
             module.set_requires_gradient_sync(reduce, recurse=False)
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        # One call of a fused optimizer takes tensors of one mesh.
-        optimizer.param_groups[:] = [
-            {**group, "params": [parameter for parameter in group["params"] if _mesh_of(parameter) == mesh]}
-            for group in optimizer.param_groups
-            for mesh in dict.fromkeys(_mesh_of(parameter) for parameter in group["params"])
-        ]
-
     def clip(self, max_norm: float) -> torch.Tensor:
         return whole.clip_grad_norm(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        return self._whole_weights(), whole.optimizer_state(optimizer, self._groups)
+        return self._whole_weights(), whole.optimizer_state(optimizer)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
         whole.load_model_state(self.model, model_state)
-        whole.load_optimizer_state(optimizer, self._groups, optimizer_state)
+        whole.load_optimizer_state(optimizer, optimizer_state)
 
     def finish(self) -> None:
         state = self._whole_weights()
@@ -105,10 +94,6 @@ def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
 def _release(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def _mesh_of(parameter: nn.Parameter) -> DeviceMesh:
-    return parameter.device_mesh  # type: ignore[attr-defined]
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 State = dict[str, Any]
-Groups = list[list[nn.Parameter]]
 
 
 def whole(value: Any) -> Any:
@@ -47,32 +46,22 @@ def load_model_state(model: nn.Module, state: State) -> None:
         own.copy_(part(state[name], own))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, groups: Groups) -> State:
-    """Returns what ``optimizer.state_dict()`` would be if each tensor were whole and ``groups`` its groups."""
-    numbers = {parameter: number for number, parameter in enumerate(p for group in groups for p in group)}
-    hyper = {group["params"][0]: group for group in optimizer.param_groups}
-    return {
-        "state": {
-            number: {key: whole(value) for key, value in optimizer.state[parameter].items()}
-            for parameter, number in numbers.items()
-            if parameter in optimizer.state
-        },
-        "param_groups": [
-            {**hyper[group[0]], "params": [numbers[parameter] for parameter in group]} for group in groups if group
-        ],
+def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """Returns ``optimizer.state_dict()`` with whole tensors."""
+    state = optimizer.state_dict()
+    entries = {number: {key: whole(value) for key, value in own.items()} for number, own in state["state"].items()}
+    return {**state, "state": entries}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Takes over what :func:`optimizer_state` returned, or the state of an optimizer over whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        # Scalars, such as the count of steps, belong to a parameter and not to its elements.
+        number: {key: part(value, parameters[number]) if value.dim() else value for key, value in own.items()}
+        for number, own in state["state"].items()
     }
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, groups: Groups, state: State) -> None:
-    """Takes over what :func:`optimizer_state` returned."""
-    numbered = [parameter for group in groups for parameter in group]
-    for number, entries in state["state"].items():
-        parameter = numbered[number]
-        optimizer.state[parameter] = {
-            # Scalars, such as the count of steps, belong to a parameter and not to its elements.
-            key: part(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
-            for key, value in entries.items()
-        }
+    optimizer.load_state_dict({**state, "state": entries})
 
 
 @torch.no_grad()
