@@ -33,7 +33,7 @@ class Parallel(Protocol):
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        """Returns the whole state of model and optimizer, the same on any mesh."""
+        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least."""
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         """Takes over what :meth:`state` returned, on this mesh or another."""

@@ -27,7 +27,7 @@ class Sharded:
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         assert world.mesh is not None
-        self._whole, self._data_size = model, world.data_size
+        self._whole, self._data_size, self._is_first = model, world.data_size, world.is_first
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
         # The modules twice, the weights once: laying out replaces those of the copy.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -48,7 +48,8 @@ class Sharded:
         return whole.clip_grad_norm(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        return self._whole_weights(), whole.optimizer_state(optimizer)
+        weights = self._whole_weights(self._is_first)
+        return weights, whole.optimizer_state(optimizer, self._is_first)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
@@ -56,14 +57,14 @@ class Sharded:
         whole.load_optimizer_state(optimizer, optimizer_state)
 
     def finish(self) -> None:
-        state = self._whole_weights()
+        state = self._whole_weights(True)
         for parameter, shape, device in self._places:
             parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
         self._whole.load_state_dict(state)
 
-    def _whole_weights(self) -> State:
+    def _whole_weights(self, keep: bool) -> State:
         self._cut()
-        return whole.model_state(self.model)
+        return whole.model_state(self.model, keep)
 
     def _cut(self) -> None:
         # After a forward pass alone, as validation is one, the outermost weights stay whole until a backward pass.

@@ -29,12 +29,12 @@ def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like.device)
 
 
-def model_state(model: nn.Module) -> State:
-    """Returns the whole state of ``model``; tensors that are tied in it are one."""
+def model_state(model: nn.Module, keep: bool) -> State:
+    """Returns the whole state of ``model`` where it is to be kept; tensors that are tied in it are one."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    gathered = {parameter: whole(parameter.detach()) for parameter in model.parameters()}
+    gathered = {parameter: _kept(parameter, keep) for parameter in model.parameters()}
     return {
-        name: gathered[parameters[name]] if name in parameters else whole(value)
+        name: gathered[parameters[name]] if name in parameters else _kept(value, keep)
         for name, value in model.state_dict().items()
     }
 
@@ -46,10 +46,12 @@ def load_model_state(model: nn.Module, state: State) -> None:
         own.copy_(part(state[name], own))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """Returns ``optimizer.state_dict()`` with whole tensors."""
+def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> State:
+    """Returns ``optimizer.state_dict()`` with whole tensors where they are to be kept."""
     state = optimizer.state_dict()
-    entries = {number: {key: whole(value) for key, value in own.items()} for number, own in state["state"].items()}
+    entries = {
+        number: {key: _kept(value, keep) for key, value in own.items()} for number, own in state["state"].items()
+    }
     return {**state, "state": entries}
 
 
@@ -89,6 +91,12 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     for gradient in gradients:
         _local(gradient).mul_(scale)
     return norm
+
+
+def _kept(value: Any, keep: bool) -> Any:
+    # One tensor after the other: a process that keeps none has room for one.
+    gathered = whole(value)
+    return gathered if keep else None
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,9 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
         result.samples.append(sorted(itertools.chain(*seen[:: size // world.data_size])))
         done += 1
     result.valid_loss = run.validate()
-    states.append(run.state(done))
+    state = [run.state(done)]
+    dist.broadcast_object_list(state, src=0)
+    states += state
     result.elements = sum(whole._local(value).numel() for value in run.model.parameters())
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
