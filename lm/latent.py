@@ -39,21 +39,22 @@ class LatentAttention(nn.Module):
         """Returns [B, T, D]; ``cos`` and ``sin`` [T, R / 2] hold the rotations of the T positions."""
         config = self.config
         batch, length, _ = x_BTD.shape
-        nope, rope, heads = config.qk_nope_head_dim, config.qk_rope_head_dim, config.num_attention_heads
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
 
         if config.q_lora_rank is None:
             q, compressed = together(x_BTD, self.q_proj, self.kv_a_proj_with_mqa)
         else:
             q, compressed = together(x_BTD, self.q_a_proj, self.kv_a_proj_with_mqa)
             q = self.q_b_proj(self.q_a_layernorm(q))
-        q_BHTN, q_BHTR = q.view(batch, length, heads, -1).transpose(1, 2).split([nope, rope], dim=-1)
+        q_BHTN, q_BHTR = q.view(batch, length, -1, nope + rope).transpose(1, 2).split([nope, rope], dim=-1)
 
         latent_BTC, k_BTR = compressed.split([config.kv_lora_rank, rope], dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC))
-        k_BHTN, v_BHTV = kv.view(batch, length, heads, -1).transpose(1, 2).split([nope, config.v_head_dim], dim=-1)
+        widths = [nope, config.v_head_dim]
+        k_BHTN, v_BHTV = kv.view(batch, length, -1, sum(widths)).transpose(1, 2).split(widths, dim=-1)
 
         # One rotary key serves all heads.
-        k_BHTR = rotate(k_BTR, cos, sin).unsqueeze(1).expand(-1, heads, -1, -1)
+        k_BHTR = rotate(k_BTR, cos, sin).unsqueeze(1).expand(-1, k_BHTN.shape[1], -1, -1)
         q_BHTQ = torch.cat([q_BHTN, rotate(q_BHTR, cos, sin).to(q_BHTN.dtype)], dim=-1)
         k_BHTQ = torch.cat([k_BHTN, k_BHTR.to(k_BHTN.dtype)], dim=-1)
         if config.rope_scaling is not None:

@@ -27,5 +27,5 @@ def key(stage: str, section: Section, files: Iterable[Path]) -> str:
 
 def code_of(stage: str) -> list[Path]:
     """Returns the source files that may decide what ``stage`` writes: its own, the shared ones, and the model's."""
-    folders = [PROJECT / "lm", PROJECT / "tasks" / stage]
+    folders = [PROJECT / "lm", PROJECT / "tasks" / stage, PROJECT / "tasks" / "parallel"]
     return sorted([*(file for folder in folders for file in folder.rglob("*.py")), *(PROJECT / "tasks").glob("*.py")])

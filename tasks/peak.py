@@ -32,7 +32,7 @@ def peak(world: World) -> tuple[float, str]:
             if known in name:
                 return found * world.size, f"data sheet of {known}"
     # At the same time in all, as they train: cores that share a memory, or a clock, are then measured as they are.
-    summed = world.sum(torch.tensor(_measured(world), dtype=torch.float64, device=world.device))
+    summed = world.sum_all(torch.tensor(_measured(world), dtype=torch.float64, device=world.device))
     return float(summed), f"{world.precision} product measured here"
 
 

@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
 from tasks import atomic, heartbeat, out_of_memory, paths, stopping
@@ -23,6 +21,7 @@ from tasks.errors import EXIT_STOPPED, BadParameter
 from tasks.heartbeat import Heartbeat
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
+from tasks.parallel.parallelize import parallelize
 from tasks.progress import Progress
 from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
@@ -64,16 +63,6 @@ class Curve:
         return count
 
 
-class _Loss(nn.Module):
-    # DistributedDataParallel prepares its reduction in forward, so forward has to end in the loss.
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(windows)
-
-
 def train(
     model: LanguageModel,
     params: TrainingParams,
@@ -107,13 +96,17 @@ def train(
             if done % params.validate_every == 0 or done == params.steps:
                 run.record(done)
             stopped = run.told_to_stop and done < params.steps
-            if world.is_first and (done % params.checkpoint_every == 0 or done == params.steps or stopped):
+            if done % params.checkpoint_every == 0 or done == params.steps or stopped:
                 run.here.at(done, "the checkpoint")
-                checkpoints.save(done, run.state(done))
+                # Each process has a part in the state, even if one alone writes it.
+                state = run.state(done)
+                if world.is_first:
+                    checkpoints.save(done, state)
             progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
             if stopped:
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
+    run.parallel.finish()
     if log:
         log.close()
     if world.is_first and done > first:
@@ -152,19 +145,17 @@ class _Run:
         world: World,
         progress: Progress,
     ) -> None:
-        self.model, self.params, self.world, self.progress = model.to(world.device), params, world, progress
+        self.params, self.world, self.progress = params, world, progress
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
-        recompute(model, params.activation_checkpointing)
-        self.optimizer = make_optimizer(model, params)
-        # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
-        # first step is another one, would sum in another order: with three or more processes its bytes would differ.
-        self.parallel = DistributedDataParallel(
-            _Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-        )
-        self.passes = params.global_batch // (params.micro_batch * world.size)
         self.tokens_per_step = params.global_batch * train_windows.length
+        # Counts the parameters, while the model is whole.
         self.meter = StepMeter(model, self.tokens_per_step, world)
+        self.parallel = parallelize(model, world)
+        self.model = self.parallel.model
+        recompute(self.model, params.activation_checkpointing)
+        self.optimizer = make_optimizer(self.model, params)
+        self.passes = params.global_batch // (params.micro_batch * world.data_size)
         # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
         experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
@@ -188,27 +179,27 @@ class _Run:
         with self.meter.waiting_for_data():
             samples = batch_of_rank(
                 step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
-                self.world.rank, self.world.size,
+                self.world.data_rank, self.world.data_size,
             )  # fmt: skip
         total = torch.zeros((), device=self.world.device)
         for index, micro in enumerate(samples):
             # All passes but the last only add up gradients; the last one reduces them over the processes.
-            self.parallel.require_backward_grad_sync = index == self.passes - 1
+            self.parallel.reduce_in_backward(index == self.passes - 1)
             with self.meter.waiting_for_data():
                 windows = self._read(self.train_windows, micro)
             self.here.batch()
             with self.world.autocast():
-                loss = self.parallel(windows) / self.passes
+                loss = self.parallel.loss(windows) / self.passes
             self.here.batch()
             loss.backward()
             total += loss.detach()
         self.meter.reduced()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
-        # What the processes have to agree on, summed over them.
+        norm = self.parallel.clip(self.params.clip_grad_norm)
+        # What the processes have to agree on, summed over them; those along `tensor` have the same loss.
         spoilt = ~(norm.isfinite() & total.isfinite())
         self.here.at(step + 1, "the agreement")
         with self.meter.communicating():
-            agreed = self.world.sum(torch.stack([total, total.new_tensor(float(stop.told)), spoilt.to(total)]))
+            agreed = self.world.sum_all(torch.stack([total, total.new_tensor(float(stop.told)), spoilt.to(total)]))
         mean = agreed[0] / self.world.size
         told, spoilt_in = agreed[1:].tolist()
         self.told_to_stop = told > 0
@@ -285,13 +276,16 @@ class _Run:
         available = len(self.valid_windows)
         wanted = min(self.params.validation_windows, available)
         chosen = torch.arange(wanted) * available // wanted
-        mine = chosen[self.world.rank :: self.world.size].numpy()
+        mine = chosen[self.world.data_rank :: self.world.data_size].numpy()
+        # Each process computes as often as the first one, which has most: the parts of a layer come from all of them.
+        most = len(chosen[:: self.world.data_size])
         summed = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.model.eval()
-        for start in range(0, len(mine), self.params.micro_batch):
-            windows = self._read(self.valid_windows, mine[start : start + self.params.micro_batch])
+        for start in range(0, most, self.params.micro_batch):
+            share = mine[start : start + self.params.micro_batch]
+            windows = self._read(self.valid_windows, share if len(share) else chosen[:1].numpy())
             with self.world.autocast():
-                summed += self.model.loss(windows).double() * len(windows)
+                summed += self.model.loss(windows).double() * len(share)
         self.model.train()
         return float(self.world.sum(summed) / wanted)
 
@@ -299,10 +293,11 @@ class _Run:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
 
     def state(self, step: int) -> dict[str, Any]:
+        model, optimizer = self.parallel.state(self.optimizer)
         return {
             "step": step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "curve": self.curve.rows,
             "skipped": self.curve.skipped,
             "processes": self.curve.processes,
@@ -315,8 +310,7 @@ class _Run:
         """Takes over ``state``; returns how many steps are done."""
         if state is None:
             return 0
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.parallel.load_state(self.optimizer, state["model"], state["optimizer"])
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.losses.copy_(state["losses"])

@@ -41,13 +41,19 @@ class TrainingParams(Section):
     hang_timeout_seconds: float = operational(default=600.0, gt=0)
     keep_checkpoints: int = operational(default=2, ge=1)
 
+    @property
+    def data_size(self) -> int:
+        """Among how many the windows of a step are dealt out."""
+        return self.world_size
+
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:
-        per_pass = self.micro_batch * self.world_size
+        per_pass = self.micro_batch * self.data_size
+        dealt_to = "world_size" if self.data_size == self.world_size else "world_size / mesh.tensor"
         if self.global_batch % per_pass:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "
-                f"world_size {self.world_size}; make it {max(1, self.global_batch // per_pass) * per_pass}"
+                f"{dealt_to} {self.data_size}; make it {max(1, self.global_batch // per_pass) * per_pass}"
             )
         return self
 

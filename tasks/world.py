@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import logging
+import math
 import os
 import signal
 import sys
@@ -14,8 +16,10 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tasks.errors import EXIT_PEER_LOST, UserMistake
+from tasks.mesh import AXES, Mesh, MeshParams
 from tasks.training_params import TrainingParams
 
 _PR_SET_PDEATHSIG = 1
@@ -24,17 +28,43 @@ _SECONDS_OF_PATIENCE = 1800.0
 
 
 @dataclass(frozen=True)
+class Meshes:
+    """The same processes, seen three ways; the axes are those of :mod:`tasks.mesh`.
+
+    data: ``data`` (all that take windows of their own) x ``tensor``. dense: ``replicate`` x ``dense`` (over which the
+    weights outside the experts are cut: ``shard`` x ``expert``) x ``tensor``. experts: all four.
+    """
+
+    data: DeviceMesh
+    dense: DeviceMesh
+    experts: DeviceMesh
+
+
+@dataclass(frozen=True)
 class World:
-    """One process's place among ``size`` processes."""
+    """One process's place among ``size`` processes.
+
+    ``mesh`` is None where every process holds the whole model.
+    """
 
     rank: int
     size: int
     device: torch.device
     precision: str
+    mesh: Meshes | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        """Among how many the windows of a step are dealt out: the processes along ``tensor`` compute the same ones."""
+        return self.size if self.mesh is None else self.mesh.data["data"].size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank * self.data_size // self.size
 
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 for matrix products where the precision is bf16, else nothing."""
@@ -54,14 +84,19 @@ class World:
         time.sleep(_SECONDS_TO_TELL)
         sys.exit(error.exit_code)
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_all(self, values: torch.Tensor) -> torch.Tensor:
         """Sums ``values`` over all processes, in place."""
         dist.all_reduce(values)
         return values
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums ``values`` over all processes that take windows of their own, in place."""
+        dist.all_reduce(values, group=None if self.mesh is None else self.mesh.data["data"].get_group())
+        return values
+
 
 @contextlib.contextmanager
-def joined(params: TrainingParams) -> Iterator[World]:
+def joined(params: TrainingParams, mesh: MeshParams = MeshParams()) -> Iterator[World]:  # noqa: B008
     """Yields this process's :class:`World`, joined to the others that torchrun started with it."""
     _die_with_parent()
     torch.set_num_threads(params.threads_per_process)
@@ -75,8 +110,9 @@ def joined(params: TrainingParams) -> Iterator[World]:
     # The heartbeat of a training knows more than the group, so it has to be the first to lose patience.
     patience = timedelta(seconds=max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds))
     dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
+    size = int(os.environ["WORLD_SIZE"])
     try:
-        yield World(rank, int(os.environ["WORLD_SIZE"]), device, resolve_precision(params))
+        yield World(rank, size, device, resolve_precision(params), device_mesh(mesh.over(size), device))
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
@@ -89,6 +125,21 @@ def joined(params: TrainingParams) -> Iterator[World]:
 def _is_lost_peer(error: RuntimeError) -> bool:
     # gloo has only the words.
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def device_mesh(mesh: Mesh, device: torch.device) -> Meshes | None:
+    """Returns torch's meshes for ``mesh``, or None where there is nothing but replicas."""
+    if mesh.is_replicated:
+        return None
+    # It warns of each tensor that two axes cut and that takes two gathers: at checkpoints, where speed is no matter.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
+    cut = mesh.shard * mesh.expert
+    return Meshes(
+        data=processes._unflatten(0, (mesh.data, mesh.tensor), ("data", "tensor")),
+        dense=processes._unflatten(0, (mesh.replicate, cut, mesh.tensor), ("replicate", "dense", "tensor")),
+        experts=processes._unflatten(0, mesh.sizes, AXES),
+    )
 
 
 def resolve_precision(params: TrainingParams) -> str:

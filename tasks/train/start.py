@@ -9,6 +9,7 @@ from lm.hugging_face_files import TOKENIZER
 from lm.model import LanguageModel
 from tasks import init, paths
 from tasks.errors import BadInput, BadParameter
+from tasks.mesh import check_fits
 from tasks.shards import Manifest, digest
 from tasks.train.params import TrainParams
 
@@ -36,6 +37,10 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
         raise BadInput(f"{folder / TOKENIZER}: not the tokenizer that made {paths.SHARDS}. Rerun 'shard'.")
     if params.model is not None:
         _check_model(params, config)
+    try:
+        check_fits(params.mesh.over(params.world_size), architecture_of(config))
+    except ValueError as error:
+        raise BadParameter(f"{paths.PARAMS}: train: {error}.") from None
     if params.seq_len > config.max_position_embeddings:
         raise BadParameter(
             f"{paths.PARAMS}: train.seq_len {params.seq_len} is more than the {config.max_position_embeddings} "

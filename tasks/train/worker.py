@@ -20,7 +20,7 @@ def main() -> None:
     origin = init.checkpoint()
     given = [path for path in CHECKPOINT_INPUTS if path != paths.INIT_RECORD or origin is not None]
     checkpoints = Checkpoints("train", inputs.key("train", params, given), params.keep_checkpoints, params.elastic)
-    with world.joined(params) as here, progress("train", here.is_first) as shown:
+    with world.joined(params, params.mesh) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()
         model = start.load(origin, params, manifest)

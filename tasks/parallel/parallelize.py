@@ -1,0 +1,89 @@
+"""Lays a model over the processes. The model knows nothing of it, and neither does the training loop.
+
+Where every process holds the whole model, torch's DistributedDataParallel averages gradients, as it does everywhere.
+Any other mesh goes through FSDP2: one all-gather a block before it computes, one reduction of its gradients behind it.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lm.model import LanguageModel
+from tasks.parallel.sharded import Sharded
+from tasks.world import World
+
+State = dict[str, Any]
+
+
+class Parallel(Protocol):
+    """A model over all processes. Every method is called on each of them, in the same order."""
+
+    model: LanguageModel
+    """What this process computes with; its parameters are what an optimizer takes."""
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss of this process's ``windows`` [B, T + 1]."""
+
+    def reduce_in_backward(self, reduce: bool) -> None:
+        """Says whether the next backward pass sums its gradients over the processes, or only adds up its own."""
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
+
+    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least."""
+
+    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
+        """Takes over what :meth:`state` returned, on this mesh or another."""
+
+    def finish(self) -> None:
+        """Gives the model that was laid out its weights, whole, on every process."""
+
+
+def parallelize(model: LanguageModel, world: World) -> Parallel:
+    """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``."""
+    return Replicated(model, world) if world.mesh is None else Sharded(model, world)
+
+
+class _Loss(nn.Module):
+    # DistributedDataParallel prepares its reduction in forward, so forward has to end in the loss.
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(windows)
+
+
+class Replicated:
+    """The whole model in every process."""
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        self.model: LanguageModel = model.to(world.device)
+        # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
+        # first step is another one, would sum in another order: with three or more processes its bytes would differ.
+        self._parallel = DistributedDataParallel(
+            _Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self._parallel(windows)
+        return loss
+
+    def reduce_in_backward(self, reduce: bool) -> None:
+        self._parallel.require_backward_grad_sync = reduce
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+        return self.model.state_dict(), optimizer.state_dict()
+
+    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
+        self.model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
+
+    def finish(self) -> None:
+        pass

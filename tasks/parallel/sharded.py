@@ -1,0 +1,101 @@
+"""A model of which each process holds a part: FSDP2, with the other axes beneath it.
+
+Outside the experts, ``shard`` and ``expert`` are one axis over which weights, gradients and moments are cut. An expert
+lies in one place of ``expert``, cut over ``shard``.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+
+from lm.feed_forward import MixtureOfExperts
+from lm.model import LanguageModel
+from tasks.parallel import whole
+from tasks.parallel.expert import deal_out
+from tasks.parallel.tensor import cut_regions
+from tasks.world import Meshes, World
+
+State = dict[str, Any]
+
+
+class Sharded:
+    """A part of the model in each process, and whole blocks only while they compute."""
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        assert world.mesh is not None
+        self._whole, self._data_size, self._is_first = model, world.data_size, world.is_first
+        self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
+        # The modules twice, the weights once: laying out replaces those of the copy.
+        self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        _shard(self.model, model, world.mesh)
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        loss = self.model.loss(windows)
+        if loss.requires_grad:
+            # The mean over the processes: their gradients are summed.
+            loss.register_hook(lambda gradient: gradient / self._data_size)
+        return loss
+
+    def reduce_in_backward(self, reduce: bool) -> None:
+        for module in _sharded_modules(self.model):
+            module.set_requires_gradient_sync(reduce, recurse=False)
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        return whole.clip_grad_norm(self.model.parameters(), max_norm)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+        weights = self._whole_weights(self._is_first)
+        return weights, whole.optimizer_state(optimizer, self._is_first)
+
+    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
+        self._cut()
+        whole.load_model_state(self.model, model_state)
+        whole.load_optimizer_state(optimizer, optimizer_state)
+
+    def finish(self) -> None:
+        state = self._whole_weights(True)
+        for parameter, shape, device in self._places:
+            parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
+        self._whole.load_state_dict(state)
+
+    def _whole_weights(self, keep: bool) -> State:
+        self._cut()
+        return whole.model_state(self.model, keep)
+
+    def _cut(self) -> None:
+        # After a forward pass alone, as validation is one, the outermost weights stay whole until a backward pass.
+        for module in _sharded_modules(self.model):
+            module.reshard()
+
+
+def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
+    dense, experts = mesh.dense["replicate", "dense"], mesh.experts["replicate", "shard"]
+    if mesh.dense["tensor"].size() > 1:
+        cut_regions(model, mesh.dense["tensor"])
+    for layer, source in zip(model.model.layers, original.model.layers, strict=True):
+        if mesh.experts["expert"].size() > 1 and isinstance(layer.mlp, MixtureOfExperts):
+            deal_out(layer.mlp.experts, mesh.experts["expert"])
+            # Along another dimension than `expert` cuts.
+            fully_shard(layer.mlp.experts, mesh=experts, shard_placement_fn=lambda _: Shard(1))
+        fully_shard(layer, mesh=dense)
+        _release(source)
+    fully_shard(model, mesh=dense)
+    _release(original)
+    for module in _sharded_modules(model):
+        # Sums, for `loss` has divided already: an expert's gradient is summed over fewer processes than a dense one and
+        # has to be divided by as many. torch divides twice where a sum and another divisor meet one shard.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _release(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

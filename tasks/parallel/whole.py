@@ -1,0 +1,103 @@
+"""Tensors that lie in parts over the processes, and the whole of them: for checkpoints, the final model, and norms.
+
+Everything here is collective: each process calls it, for the same tensors in the same order.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+State = dict[str, Any]
+
+
+def whole(value: Any) -> Any:
+    """Returns a copy of ``value`` on the CPU, put together from its parts if it has any."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns what this process keeps of the whole ``value``, in the layout of ``like``."""
+    if isinstance(like, DTensor):
+        # Every process has read the whole, so that nothing has to be sent.
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value.to(like.device)
+
+
+def model_state(model: nn.Module, keep: bool) -> State:
+    """Returns the whole state of ``model`` where it is to be kept; tensors that are tied in it are one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    gathered = {parameter: _kept(parameter, keep) for parameter in model.parameters()}
+    return {
+        name: gathered[parameters[name]] if name in parameters else _kept(value, keep)
+        for name, value in model.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_model_state(model: nn.Module, state: State) -> None:
+    """Takes over the whole ``state``."""
+    for name, own in model.state_dict().items():
+        own.copy_(part(state[name], own))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> State:
+    """Returns ``optimizer.state_dict()`` with whole tensors where they are to be kept."""
+    state = optimizer.state_dict()
+    entries = {
+        number: {key: _kept(value, keep) for key, value in own.items()} for number, own in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Takes over what :func:`optimizer_state` returned, or the state of an optimizer over whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        # Scalars, such as the count of steps, belong to a parameter and not to its elements.
+        number: {key: part(value, parameters[number]) if value.dim() else value for key, value in own.items()}
+        for number, own in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": entries})
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales the gradients so that their norm over all of them is at most ``max_norm``; returns what it was.
+
+    torch's own takes only tensors of one mesh.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares: dict[tuple[dist.ProcessGroup, ...], torch.Tensor] = {}
+    for gradient in gradients:
+        groups: tuple[dist.ProcessGroup, ...] = ()
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            groups = tuple(
+                mesh.get_group(axis) for axis, place in enumerate(gradient.placements) if not place.is_replicate()
+            )
+        square = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
+        squares[groups] = squares[groups] + square if groups in squares else square
+    for groups, square in squares.items():
+        for group in groups:
+            dist.all_reduce(square, group=group)
+    norm = torch.stack(list(squares.values())).sum().sqrt().float()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        _local(gradient).mul_(scale)
+    return norm
+
+
+def _kept(value: Any, keep: bool) -> Any:
+    # One tensor after the other: a process that keeps none has room for one.
+    gathered = whole(value)
+    return gathered if keep else None
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,276 @@
+"""One process of several that train a tiny model on several meshes, one after the other: ``meshes.py CASES RESULTS``.
+
+``CASES`` is a JSON list of :class:`Case`; the first process writes what each of them gave to ``RESULTS``. The test that
+starts this compares it with :func:`alone`, a plain loop over whole batches that shares no parallel code.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate
+
+from lm.config import GroupedConfig, LatentConfig, ModelConfig
+from lm.feed_forward import Experts
+from lm.model import LanguageModel
+from tasks.mesh import MeshParams
+from tasks.optimizers import make_optimizer
+from tasks.parallel import tensor, whole
+from tasks.progress import Lines, Progress
+from tasks.schedule import learning_rate_at
+from tasks.stopping import Stop
+from tasks.training import _Run
+from tasks.training_params import TrainingParams
+from tasks.world import World, device_mesh
+
+VOCAB, LENGTH, WINDOWS, BATCH, STEPS = 31, 6, 24, 8, 10
+_TOKENS = {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 0}
+_ANY = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "rope_theta": 1e4,
+    "initializer_range": 0.2, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+_LATENT = {
+    "model_type": "deepseek_v3", "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": None}
+MODELS: dict[str, ModelConfig] = {
+    "latent": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
+    "latent-compressed": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": 8}),
+    # Nobody chooses the last two of four experts.
+    "latent-uneven": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
+    "qwen2": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False}
+    ),
+    "qwen3": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
+    ),
+}
+
+
+@dataclass
+class Case:
+    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with."""
+
+    mesh: dict[str, int]
+    model: str = "latent"
+    micro_batch: int = 2
+    steps: int = STEPS
+    resume: int | None = None
+    mistake: str = ""
+
+
+@dataclass
+class Result:
+    """What a training gave; ``gradients`` are those of its first step, before they are clipped."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    valid_loss: float = 0.0
+    samples: list[list[int]] = field(default_factory=list)
+    elements: int = 0
+
+
+class Reader:
+    """Windows of random tokens."""
+
+    length = LENGTH
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._tokens = np.random.default_rng(seed).integers(0, VOCAB, (count, LENGTH + 1))
+        self.seen: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def batch(self, indices: Any) -> Any:
+        self.seen.extend(indices.tolist())
+        return self._tokens[indices]
+
+
+def params_of(case: Case, world_size: int) -> TrainingParams:
+    return TrainingParams(
+        seed=3, steps=STEPS, global_batch=BATCH, micro_batch=case.micro_batch, learning_rate=0.01,
+        min_learning_rate_ratio=0.1, warmup_fraction=0.2, weight_decay=0.1, clip_grad_norm=0.5, bias_update_rate=0.02,
+        validate_every=5, validation_windows=5, device="cpu", precision="fp32", world_size=world_size,
+        threads_per_process=1, checkpoint_every=5, optimizer="adamw", muon_learning_rate=0.02, schedule="cosine",
+        decay_fraction=0.2, activation_checkpointing="none",
+    )  # fmt: skip
+
+
+def model_of(case: Case) -> LanguageModel:
+    model = LanguageModel(MODELS[case.model])
+    model.initialize(7)
+    # Biases, norms and the routers' biases that are 0 or 1 would hide what is done to them.
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.dim() == 1:
+                value += 0.2 * torch.randn(value.shape, generator=generator)
+        for router in model.routers():
+            router.e_score_correction_bias += 0.1 * torch.randn(4, generator=generator)
+            if case.model == "latent-uneven":
+                router.e_score_correction_bias[:2] += 10
+    return model
+
+
+def alone(model_name: str, steps: int) -> Result:
+    """Trains in this process: each step is one pass over the whole batch."""
+    from tasks.order import batch_of_rank
+
+    case = Case({}, model_name, steps=steps)
+    result, params, model = Result(), params_of(case, 1), model_of(case)
+    optimizer = make_optimizer(model, params)
+    reader, held_out = Reader(1, WINDOWS), Reader(2, 7)
+    for step in range(case.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, params, group["initial_lr"])
+        samples = batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH, 0, 1)[0]
+        result.samples.append(sorted(samples.tolist()))
+        loss = model.loss(torch.from_numpy(reader.batch(samples)))
+        loss.backward()
+        result.losses.append(loss.item())
+        if not step:
+            result.gradients = {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
+        result.norms.append(nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        for router in model.routers():
+            router.rebalance(params.bias_update_rate)
+    model.eval()
+    with torch.no_grad():
+        chosen = held_out.batch(torch.arange(5) * 7 // 5)
+        result.valid_loss = model.loss(torch.from_numpy(chosen)).item()
+    result.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    result.elements = sum(value.numel() for value in model.parameters())
+    return result
+
+
+def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
+    """Trains with all processes that run this, and leaves the state of the training behind ``states``."""
+    result = Result()
+    world = World(
+        rank, size, torch.device("cpu"), "fp32",
+        device_mesh(MeshParams(**case.mesh).over(size), torch.device("cpu")),
+    )  # fmt: skip
+    model, reader = model_of(case), Reader(1, WINDOWS)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    run = _Run(
+        model,
+        params_of(case, world.data_size),
+        reader,
+        Reader(2, 7),
+        world,
+        Progress("train", Lines(lambda line: None)),
+    )  # type: ignore[arg-type]
+    done = run.restore(None if case.resume is None else states[case.resume])
+    clip = run.parallel.clip
+
+    def watched(max_norm: float) -> torch.Tensor:
+        if not result.gradients:
+            named = run.model.named_parameters()
+            result.gradients = {name: whole.whole(value.grad).clone() for name, value in named}
+        norm = clip(max_norm)
+        result.norms.append(norm.item())
+        return norm
+
+    run.parallel.clip = watched  # type: ignore[method-assign]
+    undo = MISTAKES[case.mistake](run) if case.mistake else None
+    while done < case.steps:
+        reader.seen.clear()
+        result.losses.append(run.step(done, Stop()).loss)
+        seen: list[Any] = [None] * size
+        dist.all_gather_object(seen, reader.seen)
+        # The processes along `tensor` read the same.
+        result.samples.append(sorted(itertools.chain(*seen[:: size // world.data_size])))
+        done += 1
+    result.valid_loss = run.validate()
+    state = [run.state(done)]
+    dist.broadcast_object_list(state, src=0)
+    states += state
+    result.elements = sum(whole._local(value).numel() for value in run.model.parameters())
+    run.parallel.finish()
+    result.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {name: value.shape for name, value in result.weights.items()} == shapes
+    if undo:
+        undo()
+    return result
+
+
+def _replaced(place: Any, name: str, value: Any) -> Callable[[], None]:
+    before = getattr(place, name)
+    setattr(place, name, value)
+    return lambda: setattr(place, name, before)
+
+
+def _no_sum_over_replicas(run: _Run) -> Callable[[], None]:
+    assert run.world.mesh is not None
+    replicas, reduce = run.world.mesh.dense["replicate"].get_group(), dist.all_reduce
+
+    def skipping(*values: Any, group: Any = None, **options: Any) -> Any:
+        return None if group is replicas else reduce(*values, group=group, **options)
+
+    return _replaced(dist, "all_reduce", skipping)
+
+
+def _no_mean(run: _Run) -> None:
+    run.parallel._data_size = 1  # type: ignore[attr-defined]
+
+
+def _norm_of_a_part(run: _Run) -> Callable[[], None]:
+    return _replaced(whole.dist, "all_reduce", lambda *_, **__: None)
+
+
+def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
+    return _replaced(tensor, "Partial", Replicate)
+
+
+def _experts_divided_alone(run: _Run) -> None:
+    for module in run.model.modules():
+        if isinstance(module, Experts):
+            module.set_gradient_divide_factor(2.0)  # type: ignore[operator]
+
+
+def _own_statistics(run: _Run) -> None:
+    summed = run.world.sum
+    # What is counted is a matrix, layers by experts; what else is summed is a number.
+    object.__setattr__(run.world, "sum", lambda values: values if values.dim() == 2 else summed(values))
+
+
+MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
+    "the replicas' gradients are not summed": _no_sum_over_replicas,
+    "the gradients are summed, not averaged": _no_mean,
+    "each process clips by the norm of its part": _norm_of_a_part,
+    "parts of an output are not summed over tensor": _no_sum_over_tensor,
+    "the experts' gradients are divided again": _experts_divided_alone,
+    "each process counts its own tokens alone": _own_statistics,
+}
+
+
+def main(cases: Path, results: Path) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{results}.store", rank=rank, world_size=size)
+    states: list[Any] = []
+    found = [asdict(together(Case(**case), rank, size, states)) for case in json.loads(cases.read_text())]
+    if rank == 0:
+        torch.save(found, results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

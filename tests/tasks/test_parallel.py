@@ -1,0 +1,210 @@
+"""Every mesh trains as one process does. Tolerances are for fp32 and sums in another order, nothing else."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import meshes
+import pytest
+import tiny
+import torch
+from meshes import Case, Result
+
+from lm import hugging_face
+from tasks.errors import BadParameter
+from tasks.section import read_section
+from tasks.train.params import TrainParams
+
+ROOT = Path(__file__).parents[2]
+Trained = Callable[[Case], Result]
+
+TWO = [
+    Case({}),
+    Case({}, micro_batch=4),
+    Case({"shard": 2}, micro_batch=4),
+    Case({"shard": 2}, "qwen3"),
+    Case({"expert": 2}, micro_batch=1),
+    Case({"expert": 2}, "latent-uneven"),
+    Case({"tensor": 2}, "qwen2"),
+    Case({"tensor": 2}, "qwen3", micro_batch=4),
+    Case({"tensor": 2}, "latent-compressed"),
+]
+# Four processes: what the axes leave is `replicate`.
+FOUR = [
+    Case({}),
+    Case({"shard": 4}, micro_batch=1),
+    Case({"shard": 2}),
+    Case({"expert": 2}),
+    Case({"shard": 2, "expert": 2}, micro_batch=1),
+    Case({"tensor": 2}),
+    Case({"expert": 2, "tensor": 2}, micro_batch=4),
+    Case({"shard": 2, "tensor": 2}, "qwen3"),
+]
+# Each takes over what the case of that number left after five steps.
+HALVES = [Case({"shard": 2}, steps=5), Case({"expert": 2}, steps=5), Case({"tensor": 2}, steps=5), Case({}, steps=5)]
+RESUMED = [
+    Case({}, resume=0),
+    Case({"tensor": 2}, resume=1),
+    Case({"expert": 2}, resume=2),
+    Case({"shard": 2}, resume=3),
+]
+WRONG = [
+    Case({"shard": 2}, steps=3, mistake="the replicas' gradients are not summed"),
+    Case({"shard": 4}, steps=3, mistake="the gradients are summed, not averaged"),
+    Case({"shard": 4}, steps=3, mistake="each process clips by the norm of its part"),
+    Case({"shard": 2, "tensor": 2}, steps=3, mistake="parts of an output are not summed over tensor"),
+    Case({"shard": 2, "expert": 2}, steps=3, mistake="the experts' gradients are divided again"),
+    Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
+]
+alone = functools.lru_cache(lambda model, steps=meshes.STEPS: meshes.alone(model, steps))
+
+
+def name_of(case: Case) -> str:
+    mesh = "-".join(f"{axis}{size}" for axis, size in case.mesh.items()) or "replicate"
+    return f"{case.model}-{mesh}-{case.micro_batch}" + (f"-{case.mistake}" if case.mistake else "")
+
+
+def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
+    """Returns what each of ``cases`` gave on so many processes."""
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+    command = [sys.executable, meshes.__file__, str(folder / "cases.json"), str(folder / "results.pt")]
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": str(processes)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert not any(process.returncode for process in started), "\n".join(outputs)
+    return [Result(**found) for found in torch.load(folder / "results.pt", weights_only=True)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO])
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG])
+
+
+def check_equal(result: Result, expected: Result) -> None:
+    """Fails unless losses, norms, first gradients, statistics and samples are those of one process."""
+    assert result.samples == expected.samples
+    assert result.losses == pytest.approx(expected.losses, rel=2e-6)
+    assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert result.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        # Relative to the largest of the tensor: an element may be the rest of a sum that cancels.
+        largest = gradient.abs().max().clamp(min=1e-12)
+        torch.testing.assert_close(result.gradients[name] / largest, gradient / largest, atol=5e-6, rtol=0)
+    check_weights(result, expected)
+    assert result.valid_loss == pytest.approx(expected.valid_loss, rel=2e-6)
+
+
+def check_weights(result: Result, expected: Result) -> None:
+    assert result.weights.keys() == expected.weights.keys()
+    for name, weights in expected.weights.items():
+        # Adam makes steps of a gradient that is nothing but rounding, as that of a key's bias nearly is.
+        torch.testing.assert_close(result.weights[name], weights, atol=2e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", TWO, ids=name_of)
+def test_two_processes_train_as_one_does(case: Case, two: list[Result]) -> None:
+    check_equal(two[len(HALVES + RESUMED) + TWO.index(case)], alone(case.model))
+
+
+@pytest.mark.parametrize("case", FOUR, ids=name_of)
+def test_four_processes_train_as_one_does(case: Case, four: list[Result]) -> None:
+    check_equal(four[FOUR.index(case)], alone(case.model))
+
+
+@pytest.mark.parametrize("number", range(len(RESUMED)))
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(number: int, two: list[Result]) -> None:
+    resumed, expected = two[len(HALVES) + number], alone("latent")
+    assert resumed.losses == pytest.approx(expected.losses[5:], rel=2e-6)
+    check_weights(resumed, expected)
+
+
+@pytest.mark.parametrize("case", WRONG, ids=name_of)
+def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None:
+    with pytest.raises(AssertionError):
+        check_equal(four[len(FOUR) + WRONG.index(case)], alone(case.model, case.steps))
+
+
+def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None:
+    share = {
+        name_of(case): result.elements / alone(case.model).elements for case, result in zip(FOUR, four, strict=False)
+    }
+    assert share["latent-shard4-1"] == pytest.approx(1 / 4, abs=0.02)
+    assert share["latent-shard2-2"] == pytest.approx(1 / 2, abs=0.02)
+    assert share["latent-shard2-expert2-1"] == pytest.approx(1 / 4, abs=0.02)
+    assert share["qwen3-shard2-tensor2-2"] < 0.3
+
+
+def test_nobody_chooses_the_experts_that_the_uneven_model_leaves_idle() -> None:
+    # Else the case above would not show what a process does that no token comes to.
+    gradients = alone("latent-uneven").gradients["model.layers.1.mlp.experts.down_proj"]
+    assert gradients[:2].abs().amax() > 0
+    assert not gradients[2:].any()
+
+
+def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__mesh={"replicate": 1, "shard": 2, "expert": 1, "tensor": 1})
+    tiny.write_shards(tmp_path)
+    code, output = tiny.run("train", tmp_path)
+    assert code == 0, output
+    expected = tiny.files_of(tmp_path / "models")
+    max(tmp_path.glob(".overnight/checkpoints/train/*/step-*.pt")).unlink()
+    assert tiny.run("train", tmp_path)[0] == 0
+    assert tiny.files_of(tmp_path / "models") == expected
+    assert hugging_face.load(tmp_path / "models/float").parameter_counts()[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "reason"),
+    [
+        ({"shard": 3}, {}, "takes 3 processes or a multiple of that, and world_size is 2; set world_size to 3"),
+        ({"replicate": 2, "shard": 2}, {}, "x replicate 2 is 4 processes, and world_size is 2; set world_size to 4"),
+        ({"shard": 0}, {}, "train.mesh.shard: input should be greater than or equal to 1, found 0"),
+        ({"pipe": 2}, {}, "train.mesh.pipe: unknown key"),
+        ({"expert": 2}, {"train__model": tiny.LLAMA}, "this model has no layer with experts; set mesh.expert to 1"),
+        ({"expert": 2}, {"train__model__n_routed_experts": 5}, "n_routed_experts 5 does not divide over mesh.expert 2"),
+        ({"tensor": 2}, {"train__model__num_attention_heads": 3}, "num_attention_heads 3 does not divide over mesh.t"),
+        ({"tensor": 2}, {"train__model__intermediate_size": 49}, "intermediate_size 49 does not divide over mesh.t"),
+        (
+            {"tensor": 2},
+            {"train__model": {**tiny.LLAMA, "num_key_value_heads": 1}},
+            "num_key_value_heads 1 does not divide over mesh.tensor 2",
+        ),
+        (
+            {"shard": 5, "expert": 2},
+            {"train__world_size": 10, "train__global_batch": 20},
+            "hidden_size 32 does not divide over mesh.shard 5, as it must with mesh.expert above 1",
+        ),
+        (
+            {"tensor": 2},
+            {"train__global_batch": 7},
+            "global_batch 7 is not a multiple of micro_batch 2 x world_size / mesh.tensor 1; make it 6",
+        ),
+    ],
+)
+def test_an_impossible_mesh_is_one_line_with_its_reason(
+    mesh: dict[str, object], changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    # `python -m tasks.train` reads its section before it starts a process: see test_train.
+    tiny.write_params(tmp_path, train__mesh=mesh, **changes)
+    with pytest.raises(BadParameter) as refused:
+        read_section("train", TrainParams, tmp_path / "params.yaml")
+    assert reason in str(refused.value)
