@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
 from lm.feed_forward import MixtureOfExperts
@@ -84,6 +84,8 @@ def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
         fully_shard(layer, mesh=dense)
         _release(source)
     fully_shard(model, mesh=dense)
+    # The loss reads the head's weights itself.
+    register_fsdp_forward_method(model, "loss")
     _release(original)
     for module in _sharded_modules(model):
         # Sums, for `loss` has divided already: an expert's gradient is summed over fewer processes than a dense one and

@@ -7,7 +7,7 @@ from tasks.bootstrap import Bootstrap, Values
 from tasks.evaluate import gate, report
 from tasks.evaluate.params import EvaluateParams
 from tasks.evaluate.report import Check, Gate
-from tasks.evaluate.score import COLUMNS, Scores
+from tasks.evaluate.score import Marks, Quantized, Scores
 
 BYTES = 300.0
 
@@ -25,14 +25,14 @@ def decide(
         seed=0, bootstrap_samples=500, max_relative_loss=0.02, max_regression=max_regression,
         max_bits_per_byte=max_bits_per_byte, ngram_order=2, threads=1,
     )  # fmt: skip
-    table = np.ones((len(float_nats), len(COLUMNS)))
-    table[:, COLUMNS.index("bytes")] = BYTES
-    table[:, COLUMNS.index("nats_float")] = float_nats
-    table[:, COLUMNS.index("nats_int8")] = int8
-    scores, bootstrap = Scores(table), Bootstrap(len(float_nats), limits.bootstrap_samples, limits.seed)
+    documents = len(float_nats)
+    ones = np.ones(documents)
+    quantized = Quantized(int8, ones, [np.zeros(1)] * documents, ones, np.zeros((documents, 0)))
+    scores = Scores(ones, np.full(documents, BYTES), Marks(float_nats, ones), {"int8": quantized})
+    bootstrap = Bootstrap(documents, limits.bootstrap_samples, limits.seed)
     against = None if champion is None else report.champion("lm@v1.2.0", champion, scores, bootstrap, same_split)
-    bits = report.models(scores, bootstrap).int8.bits_per_byte
-    return gate.decide(report.relative_loss(scores, bootstrap), against, bits, limits)
+    measured = report.models(scores, bootstrap, ()).int8
+    return gate.decide(measured.relative_loss, against, measured.bits_per_byte, limits)
 
 
 def check(gate: Gate, name: str) -> Check:
