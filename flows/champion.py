@@ -93,6 +93,8 @@ def fetch(root: Path, commit: str, output: Path, folder: Path, names: Collection
     if not outputs:
         raise UserMistake(f"commit {commit[:12]} records no {output}")
     scratch = root / paths.SCRATCH / "champion"
+    # An attempt that was interrupted may have been at another version.
+    shutil.rmtree(scratch, ignore_errors=True)
     with dvc.store(root, restore.remote(root)) as store:
         fetched = restore.place(store, outputs, scratch, root, lambda done, total: None)
     for one in fetched:

@@ -23,7 +23,7 @@ from tasks.errors import BadInput, UserMistake
 FOLDER = paths.SCRATCH / "export"
 FORMATS = ("gguf", "hf", "onnx")
 DEFAULT_TYPE = "f16"
-FLOAT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FLOAT_FILES = ("config.json", "tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from tasks import paths
 from tasks.champion import read as read_champion
 from tasks.collect.report import read as read_report
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
+from tasks.init import read as read_init
 from tasks.params import FlowParams, Params
 from tasks.progress import Event
 
@@ -237,7 +238,7 @@ class Night:
             self._restore_raw(pointer)
         if (root / init.POINTER).exists() and not (root / paths.INIT).exists():
             # As with the text: a checkpoint that has gone from where it was is still that of the project.
-            self._execute(COLLECT, dvc.checkout_command(root, self._params.publish.data_remote, init.POINTER))
+            self._ask_remote(COLLECT, dvc.checkout_command(root, self._params.publish.data_remote, init.POINTER))
         command = [sys.executable, "-m", "tasks.collect", "--relative-to", str(worktree.main(root))]
         self._execute(COLLECT, command, dvc.classify_stage)
         report = read_report(root)
@@ -270,7 +271,9 @@ class Night:
         root, wanted = self.site.root, self._params.train.init
         try:
             action = init.look(root, wanted, graph, self._changes or self._look(), running)
-            brought = init.bring(root, wanted) if action == champion.Action.BRING else None
+            if action == champion.Action.BRING:
+                log = root / self.site.log(INIT)
+                remotely.bring_init(root, wanted, log, self._params.publish.stall_minutes)
         except (UserMistake, TryAgain) as error:
             remember(self.site, INIT, dvc.Result("failed", error.exit_code, str(error)))
             raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
@@ -279,12 +282,12 @@ class Night:
                 failures.forget(root, INIT)
                 return Completed(name="Cached", message="unchanged", data="cached")
             case champion.Action.RESTORE:
-                self._execute(INIT, dvc.pull_command(init.POINTER))
+                self._ask_remote(INIT, dvc.pull_command(init.POINTER))
             case champion.Action.BRING:
                 self._execute(INIT, dvc.add_command(paths.INIT))
         # What was seen is stale itself by now.
         self._changes = None
-        if brought is not None and brought.version is None:
+        if action == champion.Action.BRING and read_init(root / paths.INIT).version is None:
             return Completed(name="Cached", message="from scratch", data="cached")
         return Completed(name="Ran", data="ran")
 

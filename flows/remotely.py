@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flows import champion, contents, dvc, dvc_fork, execute, objects, raw
+from flows import champion, contents, dvc, dvc_fork, execute, init, objects, raw
 from tasks.atomic import disk_full_is_told
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 
@@ -35,6 +35,11 @@ def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> N
 def bring_champion(root: Path, log: Path, minutes: float) -> None:
     """Does what :func:`flows.champion.bring` does. Raises as that and :func:`lacks` do."""
     _ask("champion", root, log, minutes)
+
+
+def bring_init(root: Path, wanted: str, log: Path, minutes: float) -> None:
+    """Does what :func:`flows.init.bring` does. Raises as that and :func:`lacks` do."""
+    _ask("init", root, log, minutes, wanted)
 
 
 def merge_text(root: Path, remote: str | None, log: Path, minutes: float) -> None:
@@ -88,6 +93,11 @@ def _champion(root: Path) -> int:
     return 0
 
 
+def _init(root: Path, wanted: str) -> int:
+    init.bring(root, wanted)
+    return 0
+
+
 def _text(root: Path, remote: str | None = None) -> int:
     raw.resolve(root, remote)
     return 0
@@ -97,6 +107,7 @@ _STEPS: Mapping[str, Callable[..., int]] = {
     "lacks": _lacks,
     "verify": _verify,
     "champion": _champion,
+    "init": _init,
     "text": _text,
 }
 

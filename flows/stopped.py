@@ -4,10 +4,12 @@ import contextlib
 from pathlib import Path
 
 from flows import running, runs
+from lm.hugging_face_config import Unusable
 from tasks import inputs, paths
+from tasks.errors import UserMistake
 from tasks.params import Params, read
-from tasks.quantize.params import CHECKPOINT_INPUTS as QUANTIZE_INPUTS
-from tasks.train.params import CHECKPOINT_INPUTS as TRAIN_INPUTS
+from tasks.quantize import params as quantize
+from tasks.train import params as train
 
 
 def place(root: Path, last: runs.Run | None) -> Path:
@@ -27,13 +29,16 @@ def recall(root: Path, params: Params, last: runs.Run | None = None) -> dict[str
     where, told = place(root, last), ""
     if last is not None and where != root:
         params, told = read(where / paths.PARAMS), f" (run {last.run})"
-    trainings = {"train": (params.train, TRAIN_INPUTS), "quantize": (params.quantize, QUANTIZE_INPUTS)}
-    for stage, (section, files) in trainings.items():
+    trainings = {
+        "train": (params.train, train.checkpoint_inputs),
+        "quantize": (params.quantize, quantize.checkpoint_inputs),
+    }
+    for stage, (section, checkpoint_inputs) in trainings.items():
         try:
             # The locked packages take part, those that lie there.
             with contextlib.chdir(where):
-                key = inputs.key(stage, section, files)
-        except OSError:
+                key = inputs.key(stage, section, checkpoint_inputs())
+        except (OSError, UserMistake, Unusable):
             # What it reads is not there, so it has not begun.
             continue
         saved = [file.name.split("-")[1] for file in (where / paths.CHECKPOINTS / stage / key).glob("step-*.pt")]

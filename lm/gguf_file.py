@@ -20,12 +20,14 @@ from lm.model import LanguageModel
 class Loaded(NamedTuple):
     """What a GGUF file holds: the model's shape, its fp32 state in :mod:`lm`'s names, and its ``tokenizer.json``.
 
-    ``tokenizer`` is None where the file has none, or one that cuts texts in a way that is not known here.
+    ``tokenizer`` is None where the file has none, or one that cuts texts in a way that is not known here;
+    ``chat_template`` where it has none.
     """
 
     config: ModelConfig
     state: dict[str, torch.Tensor]
     tokenizer: str | None
+    chat_template: str | None
 
 
 def load(path: Path) -> Loaded:
@@ -68,7 +70,7 @@ def _load(path: Path) -> Loaded:
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     _check_shapes(config, state)
-    return Loaded(config, state, _tokenizer(found, config))
+    return Loaded(config, state, _tokenizer(found, config), found.get("tokenizer.chat_template"))
 
 
 def _content(field: gguf.ReaderField) -> Any:

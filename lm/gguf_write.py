@@ -22,7 +22,7 @@ from lm.gguf_metadata import Value, architecture, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
 from lm.hugging_face_config import Unusable, config_from_json
-from lm.hugging_face_files import weight_files
+from lm.hugging_face_files import CHAT_TEMPLATE, weight_files
 
 Encoded = npt.NDArray[Any]
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -55,6 +55,8 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
         values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **described}
         _add(writer, values)
         _add_tokenizer(writer, folder / "tokenizer.json", config)
+        if (template := folder / CHAT_TEMPLATE).is_file():
+            writer.add_chat_template(template.read_text(encoding="utf-8"))
         _write_tensors(writer, folder, config, kind)
     finally:
         writer.close()

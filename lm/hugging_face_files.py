@@ -11,13 +11,14 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 # What else says how the tokenizer is used, a chat is written, and text is generated.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "vocab.json",
     "merges.txt",

@@ -97,5 +97,7 @@ def projected_cross_entropy(
     rows = max(1, LOGITS_HELD // vocabulary)
     if len(x_ND) <= rows:
         return cross_entropy(head(x_ND), targets_N)
-    result: torch.Tensor = _ProjectedCrossEntropy.apply(head, x_ND, targets_N, rows, *head.parameters())
+    # Within the function autograd is off, also where a gradient is wanted.
+    weights = head.parameters() if torch.is_grad_enabled() else ()
+    result: torch.Tensor = _ProjectedCrossEntropy.apply(head, x_ND, targets_N, rows, *weights)
     return result

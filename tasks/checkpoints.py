@@ -61,7 +61,9 @@ class Checkpoints:
         """
         own = self.folder.name
         pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
-        found = sorted(self._stage.glob(f"{pattern}/step-*.pt"), key=lambda file: (file.name, file.parent.name == own))
+        found = sorted(
+            self._stage.glob(f"{pattern}/step-*.pt"), key=lambda file: (_step(file), file.parent.name == own)
+        )
         for file in reversed(found):
             if at_most is not None and _step(file) > at_most:
                 continue

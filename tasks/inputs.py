@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tasks import paths
@@ -14,15 +14,17 @@ PROJECT = Path(__file__).parent.parent
 def key(stage: str, section: Section, files: Iterable[Path]) -> str:
     """Returns 32 hexadecimal digits that change with the parameters, ``files``, the locked packages and the code.
 
-    They are followed by how the work is cut (``-2-1``: two processes, one thread each), where a section has that.
+    They are followed by how the work is cut (``-2-1``: two processes, one thread each; ``-4-1-autox4x1x1``: and the
+    sizes of the mesh), where a section has that.
     """
     identity = section.identity()
     cut = [identity.pop(name) for name in section.CUT]
+    parts = ["x".join(map(str, part.values())) if isinstance(part, Mapping) else str(part) for part in cut]
     whole = hashlib.sha256()
     whole.update(json.dumps(identity, sort_keys=True).encode())
     for file in [*files, paths.LOCK, *code_of(stage)]:
         whole.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return "-".join([whole.hexdigest()[:32], *map(str, cut)])
+    return "-".join([whole.hexdigest()[:32], *parts])
 
 
 def code_of(stage: str) -> list[Path]:

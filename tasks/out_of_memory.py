@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import torch
@@ -155,8 +156,10 @@ def _write_account(stage: str) -> str:
     """Writes torch's summary and snapshot; returns the sentence that says where."""
     if not torch.cuda.is_initialized():
         return ""
-    summary = paths.MEASUREMENTS / f"{stage}-memory.txt"
-    snapshot = paths.MEASUREMENTS / f"{stage}-memory.pickle"
+    # Several processes may run out at once.
+    rank = os.environ.get("RANK", "0")
+    summary = paths.MEASUREMENTS / f"{stage}-memory-{rank}.txt"
+    snapshot = paths.MEASUREMENTS / f"{stage}-memory-{rank}.pickle"
     atomic.write_text(summary, torch.cuda.memory_summary())
     torch.cuda.memory._dump_snapshot(str(snapshot))
     return f" torch's account: {summary}, and {snapshot} for https://pytorch.org/memory_viz."

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 
-from lm.config import LatentConfig
 from lm.model import LanguageModel
 from tasks import paths
 from tasks.peak import peak
@@ -175,6 +174,6 @@ def _between(first: Mark, last: Mark) -> float:
 def active_in_products(model: LanguageModel) -> int:
     """Returns how many parameters multiply each token: the active ones, but for an embedding that is only looked up."""
     _, active = model.parameter_counts()
-    config = model.config
-    looked_up = isinstance(config, LatentConfig) or not config.tie_word_embeddings
+    # Turned before it is rounded, a model has a head of its own, whatever its configuration says.
+    looked_up = model.lm_head.weight is not model.model.embed_tokens.weight
     return active - (model.model.embed_tokens.weight.numel() if looked_up else 0)

@@ -88,7 +88,7 @@ def train(
     log = StepLog(stage, done) if world.is_first else None
     with stopping.noted() as stop, heartbeat.beating(world.rank, world.size, params.hang_timeout_seconds) as run.here:
         while done < params.steps:
-            with out_of_memory.told(stage, model, params, train_windows.length, world.precision):
+            with out_of_memory.told(stage, run.model, params, train_windows.length, world.precision):
                 report = run.step(done, stop)
             done += 1
             if log:

@@ -1,6 +1,6 @@
 """The knobs of a distributed training run, shared by the sections ``train`` and ``quantize`` of ``params.yaml``."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from tasks.section import Section, operational
 class TrainingParams(Section):
     """One run of the optimizer over shards."""
 
-    CUT = ("world_size", "threads_per_process")
+    CUT: ClassVar[tuple[str, ...]] = ("world_size", "threads_per_process")
 
     seed: int = Field(ge=0, lt=2**63)
     steps: int = Field(ge=1)

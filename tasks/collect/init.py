@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from lm.gguf_tensors import Unfit
-from lm.hugging_face_files import checkpoint_files
+from lm.hugging_face_files import CHAT_TEMPLATE, checkpoint_files
 from tasks import atomic, init, paths
 from tasks.collect.report import InitReport
 from tasks.errors import BadInput, BadParameter
@@ -73,6 +73,8 @@ def _unpack(source: Path, folder: Path) -> None:
         tokenizer = Path(scratch) / "tokenizer.json"
         tokenizer.write_text(loaded.tokenizer)
         hugging_face.save(model, tokenizer, folder)
+    if loaded.chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(loaded.chat_template, encoding="utf-8")
 
 
 def _held(root: Path, wanted: str) -> init.Init | None:

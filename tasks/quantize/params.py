@@ -1,14 +1,22 @@
 """The section ``quantize`` of ``params.yaml``."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from lm.hugging_face_files import weight_files
 from tasks import paths
 from tasks.training_params import TrainingParams
 
-# What a checkpoint depends on besides parameters and code.
-CHECKPOINT_INPUTS = (paths.MANIFEST, paths.FLOAT / "model.safetensors")
+
+def checkpoint_inputs() -> list[Path]:
+    """Returns the files that a checkpoint depends on, besides parameters and code.
+
+    Raises :class:`lm.hugging_face_config.Unusable` where there is no model.
+    """
+    return [paths.MANIFEST, *weight_files(paths.FLOAT)]
+
 
 SchemeName = Literal["dynamic", "static", "weight-only-8", "qat", "weight-only-4"]
 # From the cheapest up. Not `dynamic`: blocks are nearer to float, and quicker where text is written.

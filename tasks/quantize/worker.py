@@ -14,7 +14,7 @@ from tasks import atomic, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import Progress, progress
 from tasks.quantize.audit import audit
-from tasks.quantize.params import CHECKPOINT_INPUTS, QuantizeParams
+from tasks.quantize.params import QuantizeParams, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
 from tasks.section import read_section
 from tasks.shards import Shards, WindowReader, read_manifest
@@ -39,7 +39,10 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     """
     manifest = read_manifest()
     checkpoints = Checkpoints(
-        "quantize", inputs.key("quantize", params, CHECKPOINT_INPUTS), params.keep_checkpoints, params.elastic
+        "quantize",
+        inputs.key("quantize", params, checkpoint_inputs()),
+        params.keep_checkpoints,
+        params.elastic,
     )
     if here.is_first:
         checkpoints.forget_others()

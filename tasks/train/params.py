@@ -1,6 +1,7 @@
 """The section ``train`` of ``params.yaml``."""
 
-from typing import Annotated, Self
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -9,12 +10,19 @@ from tasks import init, paths
 from tasks.mesh import MeshParams, check_fits
 from tasks.training_params import TrainingParams
 
-# What a checkpoint depends on besides parameters and code.
-CHECKPOINT_INPUTS = (paths.MANIFEST, paths.INIT_RECORD)
+
+def checkpoint_inputs() -> list[Path]:
+    """Returns the files that a checkpoint depends on, besides parameters and code.
+
+    Raises :class:`tasks.errors.BadInput` where ``models/init`` is not what ``train.init`` says.
+    """
+    return [paths.MANIFEST, *([] if init.checkpoint() is None else [paths.INIT_RECORD])]
 
 
 class TrainParams(TrainingParams):
     """Training from scratch, or on from the model that ``init`` names."""
+
+    CUT: ClassVar[tuple[str, ...]] = (*TrainingParams.CUT, "mesh")
 
     init: str = Field(default=init.SCRATCH, min_length=1)
     seq_len: int = Field(ge=2)
@@ -30,6 +38,12 @@ class TrainParams(TrainingParams):
     def _there_is_a_model(self) -> Self:
         if self.model is None and self.init == init.SCRATCH:
             raise ValueError("model is null, but init: scratch needs one; describe it, or name a checkpoint in init")
+        return self
+
+    @model_validator(mode="after")
+    def _the_optimizer_fits_the_mesh(self) -> Self:
+        if self.optimizer == "muon" and not self.mesh.over(self.world_size).is_replicated:
+            raise ValueError("optimizer muon takes whole matrices, and the mesh cuts them; set optimizer to adamw")
         return self
 
     @model_validator(mode="after")

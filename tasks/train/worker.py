@@ -10,7 +10,7 @@ from tasks.progress import progress
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
 from tasks.train import start
-from tasks.train.params import CHECKPOINT_INPUTS, TrainParams
+from tasks.train.params import TrainParams, checkpoint_inputs
 from tasks.training import Curve, train
 
 
@@ -18,8 +18,8 @@ def main() -> None:
     params = read_section("train", TrainParams)
     manifest = read_manifest()
     origin = init.checkpoint()
-    given = [path for path in CHECKPOINT_INPUTS if path != paths.INIT_RECORD or origin is not None]
-    checkpoints = Checkpoints("train", inputs.key("train", params, given), params.keep_checkpoints, params.elastic)
+    key = inputs.key("train", params, checkpoint_inputs())
+    checkpoints = Checkpoints("train", key, params.keep_checkpoints, params.elastic)
     with world.joined(params, params.mesh) as here, progress("train", here.is_first) as shown:
         if here.is_first:
             checkpoints.forget_others()

@@ -180,6 +180,7 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         ({"shard": 0}, {}, "train.mesh.shard: input should be greater than or equal to 1, found 0"),
         ({"pipe": 2}, {}, "train.mesh.pipe: unknown key"),
         ({"expert": 2}, {"train__model": tiny.LLAMA}, "this model has no layer with experts; set mesh.expert to 1"),
+        ({"shard": 2}, {"train__optimizer": "muon"}, "optimizer muon takes whole matrices, and the mesh cuts them"),
         ({"expert": 2}, {"train__model__n_routed_experts": 5}, "n_routed_experts 5 does not divide over mesh.expert 2"),
         ({"tensor": 2}, {"train__model__num_attention_heads": 3}, "num_attention_heads 3 does not divide over mesh.t"),
         ({"tensor": 2}, {"train__model__intermediate_size": 49}, "intermediate_size 49 does not divide over mesh.t"),
