@@ -53,7 +53,12 @@ _UNSAID: dict[str, Value | None] = {
 }
 # What llama.cpp has no key for: ours, so that a model that comes back is the one that went.
 _OWN = "overnight."
-_LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def architecture(config: ModelConfig) -> str:

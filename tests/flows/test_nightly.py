@@ -25,6 +25,7 @@ from flows import crashed, lock, lost, nightly, project, runs
 from flows.dvc import Changes, Stale
 from flows.execute import Site
 from flows.git import git
+from flows.graph import Graph
 from flows.nightly import Outcome
 from flows.overnight import Night
 from flows.rerun import rerun
@@ -133,7 +134,7 @@ def test_a_second_measurement_looks_again_at_what_is_stale(root: Path, monkeypat
     night._changes = night._look()
     assert set(night.stale()) == {"train"}
     monkeypatch.setattr(night, "_run", lambda *arguments: None)
-    night.collect(wanted=True)
+    night.collect(Graph(()), wanted=True)
     assert set(night.stale()) == {"evaluate"}
 
 

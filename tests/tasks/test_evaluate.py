@@ -237,4 +237,4 @@ def test_a_missing_model_names_the_stage_to_run(tmp_path: Path) -> None:
     tiny.write_shards(tmp_path)
     code, output = tiny.run("evaluate", tmp_path)
     assert code == 2
-    assert "models/float/model.safetensors: no such file. Run the stage 'train' first." in tiny.error_line(output)
+    assert "models/float/config.json: no such file. Run the stage 'train' first." in tiny.error_line(output)

@@ -104,7 +104,7 @@ def test_torch_s_summary_and_snapshot_are_written_on_a_gpu(project: Path, monkey
     remember_allocations(torch.device("cuda"))
     assert recorded
     told_line = message(params_with(project), odd.make_model())
-    for name, content in {"train-memory.txt": b"the summary", "train-memory.pickle": b"the snapshot"}.items():
+    for name, content in {"train-memory-0.txt": b"the summary", "train-memory-0.pickle": b"the snapshot"}.items():
         assert f".overnight/measurements/{name}" in told_line
         assert (project / ".overnight/measurements" / name).read_bytes() == content
 
@@ -124,7 +124,7 @@ def test_a_training_ends_in_that_line(project: Path) -> None:
         "if 'tasks.train.worker' in sys.orig_argv:\n"
         "    import torch\n"
         "    from tasks import training\n"
-        "    def step(run, number):\n"
+        "    def step(run, number, stop):\n"
         f"        raise torch.OutOfMemoryError({ERROR!r})\n"
         "    training._Run.step = step\n"
     )
