@@ -60,6 +60,30 @@ def test_stages_killed_and_terminated_change_nothing_in_the_end(
     assert listed.split("\t")[2] == "completed"
 
 
+def test_collecting_killed_and_terminated_changes_nothing_in_the_end(
+    fresh: Chain, server: str, reference: "Reference"
+) -> None:
+    chain = fresh.at(server)
+    draw = random.Random(SEED)
+    command = "run"
+    for number in SIGNALS:
+        running = chain.start(command)
+        process = running.stage_process("collect")
+        assert process is not None
+        moment = draw.uniform(0, 0.2)
+        print(f"collect: {number.name} after {moment:.3f} s (seed {SEED})")
+        assert signal_at(process, number, moment)
+        ended = running.end()
+        assert ended.code == 1, ended.err
+        assert ended.complaint().startswith(f"collect: its process was killed by {number.name}")
+        assert ended.outcomes()["collect"] == "failed"
+        command = "rerun"
+    ended = chain.overnight("rerun")
+    assert ended.code == 0, ended.err
+    assert set(ended.outcomes().values()) == {"ran"}
+    assert chain.version() == reference.version
+
+
 def stop_twice(
     chain: Chain, command: list[str], stage: str, signals: list[signal.Signals], moments: list[float]
 ) -> Ended:
