@@ -20,8 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-# A training that is told to end saves a checkpoint first. A run that was stopped is to be gone within ten seconds.
-GRACE_SECONDS = 7.0
+GRACE_SECONDS = 3.0
 STOPPED = 128 + signal.SIGTERM
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -228,7 +228,10 @@ def terminal(root: Path, *arguments: str) -> Iterator[Terminal]:
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path: Path) -> None:
     export_to_chat(lay_out_project(tmp_path) / "models/int8", context=32_000)
     # No token ends an answer.
-    (tmp_path / "models/int8/generation_config.json").write_text(json.dumps({"eos_token_id": 9999}))
+    config = json.loads((tmp_path / "models/int8/config.json").read_text())
+    ends = {"bos_token_id": 9999, "eos_token_id": 9999}
+    (tmp_path / "models/int8/config.json").write_text(json.dumps({**config, **ends}))
+    (tmp_path / "models/int8/generation_config.json").write_text(json.dumps(ends))
     refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('We do not say no') }}{% endif %}"
     (tmp_path / "models/int8/chat_template.jinja").write_text(refusing + tiny.CHATML)
     with terminal(tmp_path, "--max-new-tokens", "30000", "--temperature", "0") as shown:
