@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from lm.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+sys.path.insert(0, str(ROOT))
+# Last: what is installed goes before a test support of the same name.
+sys.path.append(str(ROOT / "tests/support"))
 
 PREFILL, DECODE, WARM_UP = 512, 64, 4
 BATCH, BATCH_PREFILL = 8, 64
@@ -34,7 +36,8 @@ MOST_TOKENS = PREFILL + 2 * DECODE + WARM_UP
 THREADS = 2
 
 _COMMON = {"initializer_range": 0.02, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024}
-_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+WORDS = 330
+_TOKENS = {"bos_token_id": WORDS - 1, "eos_token_id": WORDS - 1}
 SHAPES = {
     "SmolLM2-135M": {
         "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -176,9 +179,10 @@ def config_of(shape: str) -> "ModelConfig":
 
 def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
     """Writes the model below ``folder`` as each side reads it; returns the sizes of their files in MB."""
-    import tiny
+    from texts import write_trained_tokenizer
 
     from lm import gguf_write, hugging_face, onnx_model
+    from lm.gguf_tokenizer import PIECES
     from lm.model import LanguageModel
     from lm.quantization import PLANS, Plan
     from lm.scheme import Float
@@ -186,7 +190,7 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
     model = LanguageModel(config_of(shape))
     model.initialize(0)
     tokenizer, checkpoint = folder / "tokenizer.json", folder / "checkpoint"
-    tiny.write_tokenizer(tokenizer)
+    write_trained_tokenizer(tokenizer, PIECES["llama-bpe"], WORDS)
     checkpoint.mkdir()
     hugging_face.save(model, tokenizer, checkpoint)
     for side in sides:

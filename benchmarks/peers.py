@@ -118,7 +118,7 @@ class LlamaCpp:
         import llama_cpp
 
         self._c = c = llama_cpp
-        c.llama_log_set(_SILENT(lambda *_: None), ctypes.c_void_p(0))
+        c.llama_log_set(_QUIET, ctypes.c_void_p(0))
         c.llama_backend_init()
         self._model = c.llama_model_load_from_file(str(file).encode(), c.llama_model_default_params())
         params = c.llama_context_default_params()
@@ -156,7 +156,8 @@ class LlamaCpp:
         self._next = np.array([[one.argmax()] for one in found], np.int64)
 
 
-_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+# Kept, since llama.cpp calls it for as long as it lives.
+_QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
 class GenAI:
@@ -204,7 +205,7 @@ def quantize_gguf(source: Path, target: Path, kind: str) -> None:
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}[kind]
-    llama_cpp.llama_log_set(_SILENT(lambda *_: None), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp does not quantize {source} to {kind}")
 
