@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,49 +270,47 @@ class Night:
 
     def _init(self, graph: Graph, running: Collection[str]) -> State[Any]:
         root, wanted = self.site.root, self._params.train.init
-        try:
-            action = init.look(root, wanted, graph, self._changes or self._look(), running)
-            if action == champion.Action.BRING:
-                log = root / self.site.log(INIT)
-                remotely.bring_init(root, wanted, log, self._params.publish.stall_minutes)
-        except (UserMistake, TryAgain) as error:
-            remember(self.site, INIT, dvc.Result("failed", error.exit_code, str(error)))
-            raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
-        match action:
-            case champion.Action.KEEP:
-                failures.forget(root, INIT)
-                return Completed(name="Cached", message="unchanged", data="cached")
-            case champion.Action.RESTORE:
-                self._ask_remote(INIT, dvc.pull_command(init.POINTER))
-            case champion.Action.BRING:
-                self._execute(INIT, dvc.add_command(paths.INIT))
-        # What was seen is stale itself by now.
-        self._changes = None
-        if action == champion.Action.BRING and read_init(root / paths.INIT).version is None:
-            return Completed(name="Cached", message="from scratch", data="cached")
-        return Completed(name="Ran", data="ran")
+        action = self._bring(
+            INIT, paths.INIT, init.POINTER,
+            lambda: init.look(root, wanted, graph, self._changes or self._look(), running),
+            partial(remotely.bring_init, root, wanted),
+        )  # fmt: skip
+        if action != champion.Action.KEEP:
+            # What was seen is stale itself by now.
+            self._changes = None
+        nothing = action == champion.Action.BRING and read_init(root / paths.INIT).version is None
+        return _brought(action, "from scratch" if nothing else None)
 
     def _champion(self, stage: Stage) -> State[Any]:
         root = self.site.root
+        action = self._bring(
+            CHAMPION, paths.CHAMPION, champion.POINTER,
+            lambda: champion.look(root, stage.name, self._look()),
+            partial(remotely.bring_champion, root),
+        )  # fmt: skip
+        nothing = action == champion.Action.BRING and read_champion(root / paths.CHAMPION).version is None
+        return _brought(action, "no champion yet" if nothing else None)
+
+    def _bring(
+        self, name: str, folder: Path, pointer: Path,
+        look: Callable[[], champion.Action], bring: Callable[[Path, float], None],
+    ) -> champion.Action:  # fmt: skip
+        """Does what ``look`` says about a ``folder`` that a version brings along, and returns what that was."""
         try:
-            action = champion.look(root, stage.name, self._look())
+            action = look()
             if action == champion.Action.BRING:
-                log = root / self.site.log(CHAMPION)
-                remotely.bring_champion(root, log, self._params.publish.stall_minutes)
+                bring(self.site.root / self.site.log(name), self._params.publish.stall_minutes)
         except (UserMistake, TryAgain) as error:
-            remember(self.site, CHAMPION, dvc.Result("failed", error.exit_code, str(error)))
+            remember(self.site, name, dvc.Result("failed", error.exit_code, str(error)))
             raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
         match action:
             case champion.Action.KEEP:
-                failures.forget(root, CHAMPION)
-                return Completed(name="Cached", message="unchanged", data="cached")
+                failures.forget(self.site.root, name)
             case champion.Action.RESTORE:
-                self._ask_remote(CHAMPION, dvc.pull_command(champion.POINTER))
+                self._ask_remote(name, dvc.pull_command(pointer))
             case champion.Action.BRING:
-                self._execute(CHAMPION, dvc.add_command(paths.CHAMPION))
-        if action == champion.Action.BRING and read_champion(root / paths.CHAMPION).version is None:
-            return Completed(name="Cached", message="no champion yet", data="cached")
-        return Completed(name="Ran", data="ran")
+                self._execute(name, dvc.add_command(folder))
+        return action
 
     def _forget_checkpoints(self, stage: Stage) -> None:
         shutil.rmtree(self.site.root / paths.CHECKPOINTS / stage.name, ignore_errors=True)
@@ -339,6 +338,12 @@ class Night:
         if result.outcome == "failed":
             raise StageFailed(result.message, result.mendable, result.exit_code)
         return result
+
+
+def _brought(action: champion.Action, nothing: str | None) -> State[Any]:
+    if action == champion.Action.KEEP or nothing:
+        return Completed(name="Cached", message=nothing or "unchanged", data="cached")
+    return Completed(name="Ran", data="ran")
 
 
 _OUTCOMES: Mapping[str, Outcome] = {"Ran": "ran", "Cached": "cached", "Skipped": "skipped"}
