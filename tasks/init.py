@@ -14,7 +14,6 @@ from typing import Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lm.hugging_face_config import Unusable
 from tasks import atomic, paths
 from tasks.errors import BadInput
 from tasks.section import read_yaml
@@ -118,7 +117,9 @@ def digest_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def unusable_is_told(folder: Path, do: str) -> Iterator[None]:
-    """Turns :class:`Unusable` into :class:`BadInput` that names ``folder`` and what to ``do``."""
+    """Turns :class:`lm.hugging_face_config.Unusable` into :class:`BadInput`: names ``folder``, and what to ``do``."""
+    from lm.hugging_face_config import Unusable
+
     try:
         yield
     except Unusable as error:

@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lm.gguf_tensors import Unfit
-from lm.hugging_face_files import CHAT_TEMPLATE, checkpoint_files
 from tasks import atomic, init, paths
 from tasks.collect.report import InitReport
 from tasks.errors import BadInput, BadParameter
@@ -23,6 +21,9 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
     """
     if init.kind(wanted) != "checkpoint":
         return None
+    # Each night collects, and few of them a checkpoint.
+    from lm.hugging_face_files import checkpoint_files
+
     held = _held(root, wanted)
     source = _place(wanted, root if relative_to is None else relative_to)
     if not source.exists():
@@ -56,6 +57,8 @@ def _unpack(source: Path, folder: Path) -> None:
     """Writes the model in a GGUF file into ``folder`` as a checkpoint in Hugging Face layout, in fp32."""
     # They import torch, which takes seconds.
     from lm import gguf_file, hugging_face
+    from lm.gguf_tensors import Unfit
+    from lm.hugging_face_files import CHAT_TEMPLATE
     from lm.model import LanguageModel
 
     try:

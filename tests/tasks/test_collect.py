@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import tiny
 
 from tasks.collect import report as reports
 from tasks.collect.collect import collect
@@ -393,3 +394,9 @@ def test_the_command_ends_with_one_line_when_a_file_is_missing(  # type: ignore[
     assert not (project / reports.REPORT).exists()
     with pytest.raises(BadInput, match="no report of collecting"):
         reports.read(project)
+
+
+def test_a_night_without_a_checkpoint_waits_for_no_model_code() -> None:
+    told = "import sys, tasks.collect.__main__; print(sorted({'numpy', 'torch', 'lm.config'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", told], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
