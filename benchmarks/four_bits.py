@@ -24,9 +24,10 @@ from lm.compensation import compensate
 from lm.model import LanguageModel
 from lm.quantization import PLANS
 from lm.rotation import rotate
+from tasks.optimizers import make_optimizer
 from tasks.quantize.params import QuantizeParams
+from tasks.schedule import learning_rate_at
 from tasks.section import read_section
-from tasks.training import learning_rate_at, make_optimizer
 
 PLAN = PLANS["blockwise-4"]
 LENGTH = 256
@@ -71,7 +72,7 @@ def fine_tune(
     model.train()
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, params)
+            group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         windows = pages[chosen]
         if objective == "text":
             loss = model.loss(windows)

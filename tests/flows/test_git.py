@@ -30,7 +30,9 @@ def test_a_remote_that_never_answers_is_given_up(repository: Path, monkeypatch: 
     with pytest.raises(GitFailed, match=r"^git ls-remote origin in .* has not ended within") as caught:
         git(repository, "ls-remote", "origin")
     assert "\n" not in str(caught.value)
-    assert not [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == waiting]
+    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == waiting]
+    # A killed process stays for the moment that the kernel needs.
+    assert not psutil.wait_procs(left, timeout=10)[1]
 
 
 def test_ssh_asks_nobody_unless_the_user_has_a_command_of_their_own(
