@@ -10,6 +10,7 @@ import torch
 from lm.graph import INT32
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
+from lm.packing import siblings
 from lm.planned_graph import PlannedGraph, array
 from lm.scheme import Rows
 
@@ -55,17 +56,15 @@ def latent(
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     rank, width = config.kv_lora_rank, config.cache_width
     rows = Rows(graph, x)
-    if config.q_lora_rank is None:
-        q = graph.linear(f"{name}.q_proj", attention.q_proj, rows)
-    else:
-        q = graph.linear(f"{name}.q_a_proj", attention.q_a_proj, rows)
+    layers = siblings(attention)
+    widths = graph.ints(len(next(iter(layers.values())).weight), rank, rope)
+    q, new, k_rope = graph.ops("Split", graph.packed(name, layers, rows), widths, outputs=3, axis=-1)
+    if config.q_lora_rank is not None:
         q = graph.norm(f"{name}.q_a_layernorm", attention.q_a_layernorm, q)
         q = graph.linear(f"{name}.q_b_proj", attention.q_b_proj, Rows(graph, q))
     q = graph.op("Transpose", graph.unflat(q, places.positions, heads, config.qk_head_dim), perm=[0, 2, 1, 3])
     q_nope, q_rope = graph.ops("Split", q, graph.ints(nope, rope), outputs=2, axis=-1)
 
-    compressed = graph.linear(f"{name}.kv_a_proj_with_mqa", attention.kv_a_proj_with_mqa, rows)
-    new, k_rope = graph.ops("Split", compressed, graph.ints(rank, rope), outputs=2, axis=-1)
     new = graph.rounded(f"{name}.kv_b_proj", graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new))
     new = graph.op("Concat", new, _rotate(graph, k_rope, *places.of_keys), axis=-1)
     present = graph.op("ScatterND", *pasts, places.in_cache, new)
@@ -115,17 +114,19 @@ def grouped(
     config = attention.config
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     rows = Rows(graph, x)
-    q = graph.linear(f"{name}.q_proj", attention.q_proj, rows)
-    k = graph.linear(f"{name}.k_proj", attention.k_proj, rows)
-    v = graph.linear(f"{name}.v_proj", attention.v_proj, rows)
+    packed = graph.packed(name, siblings(attention), rows)
     if config.norms_heads:
+        sizes = graph.ints(heads * width, groups * width, groups * width)
+        q, k, v = graph.ops("Split", packed, sizes, outputs=3, axis=-1)
         q = graph.norm(f"{name}.q_norm", attention.q_norm, graph.unflat(q, places.positions, heads, width))
         k = graph.norm(f"{name}.k_norm", attention.k_norm, graph.unflat(k, places.positions, groups, width))
-    q, k, v = (
-        graph.unflat(part, places.positions, count * width) for part, count in ((q, heads), (k, groups), (v, groups))
-    )
+        parts = ((q, heads), (k, groups), (v, groups))
+        operands = [graph.unflat(part, places.positions, count * width) for part, count in parts]
+    else:
+        # The operator takes the three side by side as well.
+        operands = [graph.unflat(packed, places.positions, (heads + 2 * groups) * width), "", ""]
     out, *presents = graph.ops(
-        "GroupQueryAttention", q, k, v, *pasts, places.last, places.total, places.cos, places.sin, outputs=3,
+        "GroupQueryAttention", *operands, *pasts, places.last, places.total, places.cos, places.sin, outputs=3,
         domain="com.microsoft", num_heads=heads, kv_num_heads=groups, do_rotary=1,
     )  # fmt: skip
     out = graph.op("Reshape", out, graph.ints(-1, heads * width))

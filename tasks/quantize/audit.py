@@ -5,6 +5,7 @@ Reads the file itself, not what the exporter believes it wrote: tools that quant
 
 import math
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from lm import blockwise
 from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.model import LanguageModel
+from lm.packing import packed_products
 from lm.quantization import Plan, layers
 from lm.scheme import Float, Scheme
 from lm.static import Range, Static
@@ -52,10 +54,10 @@ def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
     """Returns the tensors that the graph of ``model`` must multiply by, each with the operator that must do it."""
     # The expansion of latents is absorbed into the products around it, which read it as it was rounded.
     return {
-        scheme.stored(name): "Cast"
-        if name.endswith(".kv_b_proj") and not isinstance(scheme, Float)
-        else scheme.operator
-        for name, scheme in _schemes(model, plan).items()
+        product.scheme.stored(name): "Cast"
+        if name.endswith(".kv_b_proj") and not isinstance(product.scheme, Float)
+        else product.scheme.operator
+        for name, product in _products(model, plan).items()
     }
 
 
@@ -118,7 +120,7 @@ def _other_numerics(
 ) -> list[str]:
     """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
     makers = {output: node for node in graph.node for output in node.output}
-    schemes = {scheme.stored(name): scheme for name, scheme in _schemes(model, plan).items()}
+    schemes = {product.scheme.stored(name): product.scheme for name, product in _products(model, plan).items()}
     faults = []
     for node in graph.node:
         for weight in schemes.keys() & set(node.input):
@@ -178,13 +180,9 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     wanted = {
         f"{name}.scales": len(module.weight) for name, module in model.named_modules() if isinstance(module, Embedding)
     }
-    for name, layer in layers(model).items():
-        levels = plan.of(name).levels
-        if levels is None:
-            continue
-        weights = {name: layer.weight} if not isinstance(layer, Experts) else _of_experts(name, layer)
-        for part, weight in weights.items():
-            wanted[f"{part}.scales"] = len(weight) * math.ceil(weight.shape[1] / (levels.group or weight.shape[1]))
+    for name, product in _products(model, plan).items():
+        if (levels := product.scheme.levels) is not None:
+            wanted[f"{name}.scales"] = product.outputs * math.ceil(product.inputs / (levels.group or product.inputs))
     return [
         f"{name} holds {found} scales, not {count}"
         for name, count in wanted.items()
@@ -192,14 +190,25 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     ]
 
 
-def _schemes(model: LanguageModel, plan: Plan) -> dict[str, Scheme]:
-    """The scheme of each weight that is a product's alone: of each layer, and of each expert's two parts."""
-    found: dict[str, Scheme] = {}
+@dataclass(frozen=True)
+class _Product:
+    scheme: Scheme
+    outputs: int
+    inputs: int
+
+
+def _products(model: LanguageModel, plan: Plan) -> dict[str, _Product]:
+    """What the graph multiplies by: a layer, layers that are packed into one, and each expert's two parts."""
+    found: dict[str, _Product] = {}
     for name, layer in layers(model).items():
         if isinstance(layer, Experts):
-            found |= {part: plan.of(name, f"{name}.{part.rpartition('.')[2]}") for part in _of_experts(name, layer)}
+            for part, weight in _of_experts(name, layer).items():
+                found[part] = _Product(plan.of(name, f"{name}.{part.rpartition('.')[2]}"), *weight.shape)
         else:
-            found[name] = plan.of(name)
+            found[name] = _Product(plan.of(name), *layer.weight.shape)
+    for name, parts in packed_products(model, plan).items():
+        packed = [found.pop(part) for part in parts]
+        found[name] = replace(packed[0], outputs=sum(part.outputs for part in packed))
     return found
 
 
