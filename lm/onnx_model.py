@@ -47,7 +47,11 @@ def export(model: LanguageModel, plan: Plan, path: Path) -> None:
         for index in range(config.num_hidden_layers)
     ]
     with graph.scope("places"):
-        places = (LatentPlaces if isinstance(config, LatentConfig) else GroupedPlaces)(graph, positions, rotations)
+        places: LatentPlaces | GroupedPlaces
+        if isinstance(config, LatentConfig):
+            places = LatentPlaces(graph, positions, rotations, config)
+        else:
+            places = GroupedPlaces(graph, positions, rotations)
     x = _embed(graph, model, ids)
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, Block)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lm import blockwise
 from lm.feed_forward import Experts
+from lm.graph import nodes_of
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from lm.packing import packed_products
@@ -78,7 +79,7 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     for weight in weights:
         sizes[weight.type] += weight.bytes
     return Audit(
-        operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        operators=dict(sorted(Counter(node.op_type for node in nodes_of(graph)).items())),
         bytes_by_type=dict(sorted(sizes.items())),
         quantized_share_of_bytes=round((sizes["int8"] + sizes["uint8"]) / sizes.total(), 4),
         quantized_products=sum(operator not in _FLOAT_PRODUCTS for operator in expected.values()),
@@ -94,7 +95,7 @@ def _routers(model: LanguageModel) -> set[str]:
 def _float_weights(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> list[str]:
     return [
         name
-        for node in graph.node
+        for node in nodes_of(graph)
         if node.op_type in _FLOAT_PRODUCTS
         for name in node.input
         if name in tensors and tensors[name].data_type == TensorProto.FLOAT and len(tensors[name].dims) >= 2
@@ -106,7 +107,7 @@ def _missing_products(
 ) -> list[str]:
     multiplied = {
         (name, node.op_type)
-        for node in graph.node
+        for node in nodes_of(graph)
         for name in node.input
         if name in tensors and (node.op_type in _FLOAT_PRODUCTS or tensors[name].data_type != TensorProto.FLOAT)
     }
@@ -119,10 +120,10 @@ def _other_numerics(
     graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan
 ) -> list[str]:
     """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
-    makers = {output: node for node in graph.node for output in node.output}
+    makers = {output: node for node in nodes_of(graph) for output in node.output}
     schemes = {product.scheme.stored(name): product.scheme for name, product in _products(model, plan).items()}
     faults = []
-    for node in graph.node:
+    for node in nodes_of(graph):
         for weight in schemes.keys() & set(node.input):
             scheme = schemes[weight]
             if node.op_type == "MatMulInteger" and tensors[weight].data_type != TensorProto.INT8:
@@ -224,7 +225,7 @@ def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProt
     shapes = [list(module.weight.shape) for module in model.modules() if isinstance(module, Embedding)]
     return [
         f"{node.input[0]} is looked up in float"
-        for node in graph.node
+        for node in nodes_of(graph)
         if node.op_type == "Gather" and node.input[0] in tensors
         if tensors[node.input[0]].data_type == TensorProto.FLOAT and list(tensors[node.input[0]].dims) in shapes
     ]
