@@ -227,10 +227,9 @@ class _Run:
         spoilt = ~(norm.isfinite() & total.isfinite())
         self.here.at(step + 1, "the agreement")
         with self.meter.communicating():
-            agreed = self.exchange.near.sum_all(
-                torch.stack([total, total.new_tensor(float(stop.told)), spoilt.to(total)])
-            )
-        mean = agreed[0] / self.exchange.near.size
+            near, told_here = self.exchange.near, total.new_tensor(float(stop.told))
+            agreed = near.sum_all(torch.stack([total, told_here, spoilt.to(total)]))
+        mean = agreed[0] / near.size
         told, spoilt_in = agreed[1:].tolist()
         if not self.exchange.apart:
             self.told_to_stop = told > 0
@@ -244,7 +243,7 @@ class _Run:
             self.steps_since_row += 1
         self.optimizer.zero_grad()
         if self.exchange.due(step + 1, self.params.steps):
-            self.here.at(step + 1, "the exchange between replicas")
+            self.here.at(step + 1, "the agreement")
             with self.meter.communicating():
                 self._meet(step + 1, stop)
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
@@ -280,7 +279,7 @@ class _Run:
         self.progress.notice(f"skipped {where}: the gradient is not finite")
 
     def _end_if_too_many(self, where: str) -> None:
-        """Raises :class:`BadParameter` on all processes when a step was skipped, at last at ``where``, once too often."""
+        """Raises :class:`BadParameter` on all processes when a step was skipped once too often, ``where``."""
         in_a_row = self.curve.skipped_in_a_row()
         # Nothing was learned when there was no other step.
         if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:

@@ -86,7 +86,7 @@ def _name(group: ProcessGroup) -> str:
 
 
 def _entries(device: torch.device) -> list[dict[str, Any]]:
-    c10d = torch._C._distributed_c10d
+    c10d: Any = torch._C._distributed_c10d
     # Collectives, but not the stacks that they were called from.
     dump = c10d._dump_nccl_trace if device.type == "cuda" else c10d._dump_fr_trace
     return list(pickle.loads(dump(True, False, False)).get("entries", []))
