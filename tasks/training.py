@@ -173,10 +173,10 @@ class _Run:
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * train_windows.length
+        self.traffic = Traffic(world.device)
         # Counts the parameters, while the model is whole.
         self.meter = StepMeter(model, self.tokens_per_step, world)
         self.parallel, self.exchange = lay_out(model, world, params)
-        self.traffic = Traffic(world.device)
         self.model = self.parallel.model
         recompute(self.model, params.activation_checkpointing)
         self.optimizer = make_optimizer(self.model, params)

@@ -25,11 +25,12 @@ def record() -> None:
 
 
 class Traffic:
-    """Counts what this process sends, from its first collective on."""
+    """Counts what this process sends from now on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._seen = -1
+        earlier = _entries(device)
+        self._seen = earlier[-1]["record_id"] if earlier else -1
         self._steps, self._between = 0, 1
         self._sent: int | None = 0
 
@@ -49,8 +50,9 @@ class Traffic:
     def _read(self) -> int:
         entries = [entry for entry in _entries(self._device) if entry["record_id"] > self._seen]
         if not entries:
-            # Something was summed in each step.
-            self._sent = None
+            # Replicas may train apart, but not without having agreed on where to start.
+            if self._seen < 0:
+                self._sent = None
             return 0
         if entries[0]["record_id"] != self._seen + 1:
             self._sent = None
