@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="a process and step")
     parser.add_argument("--rank", type=int, default=4, help="of powersgd")
     parser.add_argument("--inner-steps", type=int, default=20, help="of diloco; divides --validate-every")
+    parser.add_argument("--outer-learning-rate", type=float, default=0.7, help="of diloco")
+    parser.add_argument("--outer-momentum", type=float, default=0.5, help="of diloco, for the few meetings here")
     parser.add_argument("--sides", nargs="+", choices=[name for name in SIDES if name != "plain DDP"], default=None)
     parser.add_argument("--picture", type=Path, default=Path("compression.png"), help="of the curves")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -85,7 +87,11 @@ def changes_of(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "global_batch": 2 * arguments.windows, "world_size": 2, "compression_rank": arguments.rank,
     }  # fmt: skip
     if "diloco" in changes:
-        changes["diloco"] = {"inner_steps": arguments.inner_steps}
+        changes["diloco"] = {
+            "inner_steps": arguments.inner_steps,
+            "outer_learning_rate": arguments.outer_learning_rate,
+            "outer_momentum": arguments.outer_momentum,
+        }
     return changes
 
 
