@@ -6,20 +6,22 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import exchanges
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 
 from tasks.checkpoints import Checkpoints
 from tasks.errors import BadParameter
-from tasks.parallel.compressed import packed_int8, pays, unpacked_int8
+from tasks.parallel.compressed import compressed, packed_int8, pays, unpacked_int8
 from tasks.parallel.traffic import sent_by
 from tasks.section import read_section
 from tasks.train.params import TrainParams
 from tasks.training import _newest
+from tasks.world import World
 
 ROOT = Path(__file__).parents[2]
 SAVING = ["powersgd", "int8", "diloco"]
@@ -91,6 +93,30 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_in_the_error(
     assert spoilt["skipped"] == [3]
     assert spoilt["weights"][0] == spoilt["weights"][1]
     assert loss(spoilt) < 1.2 * loss(trained[kind])
+
+
+@pytest.mark.parametrize("compression", ["powersgd", "int8"])
+def test_what_a_step_could_not_say_is_said_later(compression: Literal["powersgd", "int8"]) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = exchanges.model_of()
+        exchange = compressed(model, World(0, 1, torch.device("cpu"), "fp32"), compression, rank=2, seed=1)
+        generator = torch.Generator().manual_seed(1)
+        meant, said, first = 0.0, 0.0, 0.0
+        # The same gradient again and again: what is left out of a step would be missing in their sum.
+        constant = [torch.randn(value.shape, generator=generator) for value in model.parameters()]
+        for step in range(40):
+            for parameter, gradient in zip(model.parameters(), constant, strict=True):
+                parameter.grad = gradient.clone()
+            meant += torch.cat([value.grad.flatten() for value in model.parameters()])
+            exchange.reduce(torch.tensor(1.0))
+            said += torch.cat([value.grad.flatten() for value in model.parameters()])
+            if not step:
+                first = (said - meant).norm() / meant.norm()
+        assert first > 1e-3
+        assert (said - meant).norm() / meant.norm() < first / 2
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bytes_are_rounded_to_half_a_step_of_their_block() -> None:
