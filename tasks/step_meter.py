@@ -32,7 +32,8 @@ class StepReport:
 
     ``mfu`` counts 6 operations for each parameter that works on a token (attention's own products are left out) against
     the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at most, else resident.
-    ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
+    ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes. ``bytes_sent`` are those
+    of the first process since it started, as they were last counted (:mod:`tasks.parallel.traffic`).
     """
 
     step: int
@@ -46,6 +47,7 @@ class StepReport:
     seconds_for_communication: float
     memory_mib: float
     expert_load: tuple[float, ...]
+    bytes_sent: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON knows no NaN: what is not finite becomes null."""

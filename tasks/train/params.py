@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
+from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams, check_fits
 from tasks.training_params import TrainingParams
 
@@ -29,10 +30,17 @@ class TrainParams(TrainingParams):
     # None: that of the model that training starts from.
     model: Annotated[LatentArchitecture | GroupedArchitecture, Field(discriminator="model_type")] | None
     mesh: MeshParams
+    compression: Compression = "none"
+    compression_rank: int = Field(default=4, ge=1)
+    diloco: DilocoParams = DilocoParams()
 
     @property
     def data_size(self) -> int:
         return self.mesh.over(self.world_size).data
+
+    @property
+    def exchange(self) -> ExchangeParams:
+        return ExchangeParams(compression=self.compression, rank=self.compression_rank, diloco=self.diloco)
 
     @model_validator(mode="after")
     def _there_is_a_model(self) -> Self:
@@ -44,6 +52,55 @@ class TrainParams(TrainingParams):
     def _the_optimizer_fits_the_mesh(self) -> Self:
         if self.optimizer == "muon" and not self.mesh.over(self.world_size).is_replicated:
             raise ValueError("optimizer muon takes whole matrices, and the mesh cuts them; set optimizer to adamw")
+        return self
+
+    @model_validator(mode="after")
+    def _the_compression_fits(self) -> Self:
+        if self.compression == "none":
+            return self
+        if not self.mesh.over(self.world_size).is_replicated:
+            raise ValueError(
+                f"compression {self.compression} takes whole gradients, and the mesh cuts them; set compression to "
+                "none, or every axis of mesh but replicate to 1"
+            )
+        if self.diloco.inner_steps:
+            raise ValueError(
+                f"compression {self.compression} is of the gradients of each step, and with diloco none are exchanged; "
+                "set compression to none or diloco.inner_steps to 0"
+            )
+        if self.elastic:
+            raise ValueError(
+                f"compression {self.compression} leaves each process an error of its own, which another world_size "
+                "cannot take over; set elastic to false or compression to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _diloco_fits(self) -> Self:
+        every, mesh = self.diloco.inner_steps, self.mesh.over(self.world_size)
+        if not every:
+            return self
+        if mesh.replicate * mesh.shard != self.world_size:
+            raise ValueError(
+                "diloco takes replicas that are whole or cut by shard; set every axis of mesh but replicate and shard "
+                "to 1, or diloco.inner_steps to 0"
+            )
+        if mesh.replicate == 1:
+            raise ValueError(
+                "diloco exchanges between replicas, and mesh makes one; raise world_size, or set diloco.inner_steps "
+                "to 0"
+            )
+        for name in ("validate_every", "checkpoint_every"):
+            if (steps := getattr(self, name)) % every:
+                raise ValueError(
+                    f"{name} {steps} is not a multiple of diloco.inner_steps {every}, after which alone the replicas "
+                    f"are equal; make it {max(1, steps // every) * every}"
+                )
+        if self.elastic:
+            raise ValueError(
+                "diloco leaves each replica moments of its own, which another world_size cannot take over; set elastic "
+                "to false or diloco.inner_steps to 0"
+            )
         return self
 
     @model_validator(mode="after")
