@@ -7,7 +7,10 @@ from pydantic import Field, model_validator
 
 from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
+from tasks.errors import BadParameter
 from tasks.mesh import MeshParams, check_fits
+from tasks.section import validate
+from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
 
 
@@ -29,10 +32,37 @@ class TrainParams(TrainingParams):
     # None: that of the model that training starts from.
     model: Annotated[LatentArchitecture | GroupedArchitecture, Field(discriminator="model_type")] | None
     mesh: MeshParams
+    communication: CommunicationParams = CommunicationParams()
 
     @property
     def data_size(self) -> int:
         return self.mesh.over(self.world_size).data
+
+    def on(self, processes: int) -> "TrainParams":
+        """Returns the same training on so many processes, as torchrun has found them.
+
+        Raises :class:`BadParameter` when they are not ``world_size`` and the training is not elastic, or when it
+        cannot be cut so.
+        """
+        if processes == self.world_size:
+            return self
+        if not self.elastic:
+            raise BadParameter(
+                f"{paths.PARAMS}: train.world_size is {self.world_size}, and {processes} processes were started. "
+                f"Set it to {processes}, or train.elastic to true."
+            )
+        return validate(TrainParams, {**self.model_dump(), "world_size": processes}, paths.PARAMS, "train")
+
+    @model_validator(mode="after")
+    def _the_group_is_patient_enough(self) -> Self:
+        seconds = self.communication.timeout_seconds
+        # The heartbeat knows more than the group, so it has to be the first to lose patience.
+        if seconds is not None and seconds <= self.hang_timeout_seconds:
+            raise ValueError(
+                f"communication.timeout_seconds {seconds:g} is not above hang_timeout_seconds "
+                f"{self.hang_timeout_seconds:g}; raise it, or lower that one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _there_is_a_model(self) -> Self:
