@@ -30,6 +30,9 @@ from tasks.launch import SIGNALS_TO_HANDLE, sigterm_passed_on, tell, worker_envi
 from tasks.train.communication import address_here
 from tasks.train.params import TrainParams
 
+# torchrun's own: until a process that is told to end is killed.
+_SECONDS_TO_STOP = 30
+
 
 def asked(params: TrainParams, variables: Mapping[str, str]) -> LaunchConfig | None:
     """Returns what ``variables`` ask torchrun for, or None where they ask for this machine alone.
@@ -92,7 +95,12 @@ class _Agent(LocalElasticAgent):
     """torchrun's agent, which knows what the exit codes of our workers mean."""
 
     def __init__(self, spec: WorkerSpec, config: LaunchConfig, told: threading.Event) -> None:
-        super().__init__(spec=spec, logs_specs=config.logs_specs, start_method=config.start_method)  # type: ignore[arg-type]
+        super().__init__(
+            spec=spec,
+            logs_specs=config.logs_specs,  # type: ignore[arg-type]
+            start_method=config.start_method,
+            shutdown_timeout=config.shutdown_timeout or _SECONDS_TO_STOP,
+        )
         self._told = told
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -136,7 +144,8 @@ def _run(config: LaunchConfig, module: str, told: threading.Event) -> None:
     )
     try:
         result = _Agent(spec, config, told).run()
-        if result.is_failed():
+        # None: there were enough machines without this one, and they have finished.
+        if result is not None and result.is_failed():
             raise ChildFailedError(name=module, failures=result.failures)
     except SignalException:
         told.set()

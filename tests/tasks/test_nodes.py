@@ -6,11 +6,13 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -19,8 +21,9 @@ import psutil
 import pytest
 import tiny
 import torch
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from tasks.errors import EXIT_STOPPED, EXIT_TRY_AGAIN, BadParameter
+from tasks.errors import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_TRY_AGAIN, EXIT_USER_MISTAKE, BadParameter
 from tasks.order import batch_of_rank
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
@@ -48,7 +51,12 @@ def write(project: Path, world_size: int, **changes: Any) -> None:
     tiny.write_params(project, **{**kept, **changes})
 
 
-def start(project: Path, log: Path, port: int) -> BaseProcess:
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def start(project: Path, log: Path, port: int, **changes: str) -> BaseProcess:
     """Starts one machine of one to three, each with one process."""
     variables = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}",
@@ -58,6 +66,7 @@ def start(project: Path, log: Path, port: int) -> BaseProcess:
         "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}",
         "PET_RDZV_CONF": "last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=2",
         "PET_MAX_RESTARTS": "5",
+        **changes,
     }
     return forked.call(machine.run, project, log, variables)
 
@@ -96,8 +105,7 @@ def test_a_machine_is_lost_and_no_window_with_it(tmp_path: Path, monkeypatch: py
     write(tmp_path, 3)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     machines = [start(tmp_path, log, port) for _ in range(3)]
     try:
         # A process dies: its machine starts it again, and all go on from the last checkpoint.
@@ -162,6 +170,46 @@ def test_a_machine_is_lost_and_no_window_with_it(tmp_path: Path, monkeypatch: py
         windows = batch_of_rank(step, count, params.seed, params.global_batch, params.micro_batch, 0, 1)
         assert sorted(itertools.chain(*(line[5] for line in last))) == sorted(windows.flatten().tolist())
         assert last[0][2] == len(last) == (4 if step >= stopped_after else len(last))
+
+
+def test_two_machines_write_what_one_does(tmp_path: Path) -> None:
+    alone, apart = tmp_path / "alone", tmp_path / "apart"
+    for project in (alone, apart):
+        project.mkdir()
+        tiny.write_params(project)
+        tiny.write_shards(project)
+    assert forked.end(forked.start([alone, alone], tmp_path / "log")) == [0, 0]
+    port = free_port()
+    machines = [start(apart, tmp_path / "log", port, PET_NNODES="2", SECONDS_A_STEP="0") for _ in range(2)]
+    assert forked.end(machines, 120) == [0, 0], (tmp_path / "log").read_text()
+    assert tiny.files_of(apart / "models") == tiny.files_of(alone / "models")
+
+
+@pytest.mark.parametrize(
+    ("codes", "told", "left"),
+    [
+        ([-9], False, 3),
+        ([EXIT_PEER_LOST], False, 3),
+        ([EXIT_TRY_AGAIN], False, 3),
+        # Another machine was told to end.
+        ([EXIT_STOPPED, EXIT_STOPPED], False, 4),
+        # This one was.
+        ([EXIT_STOPPED], True, 0),
+        ([-9, EXIT_USER_MISTAKE], False, 0),
+    ],
+)
+def test_a_machine_starts_again_for_what_may_pass(
+    codes: list[int], told: bool, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
+    result = SimpleNamespace(is_failed=lambda: True, failures=failures)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)
+    agent = nodes._Agent.__new__(nodes._Agent)
+    agent._remaining_restarts, agent._told = 3, threading.Event()
+    if told:
+        agent._told.set()
+    agent._monitor_workers(None)  # type: ignore[arg-type]
+    assert agent._remaining_restarts == left
 
 
 MANY = {"PET_NNODES": "1:3", "PET_RDZV_ENDPOINT": "127.0.0.1:1"}
