@@ -97,8 +97,15 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(params: TrainingParams, mesh: MeshParams = MeshParams()) -> Iterator[World]:  # noqa: B008
-    """Yields this process's :class:`World`, joined to the others that torchrun started with it."""
+def joined(
+    params: TrainingParams,
+    mesh: MeshParams = MeshParams(),  # noqa: B008
+    timeout_seconds: float | None = None,
+) -> Iterator[World]:
+    """Yields this process's :class:`World`, joined to the others that torchrun started with it.
+
+    ``timeout_seconds``: of a collective; None: half an hour, or twice what a hanging step may take.
+    """
     _die_with_parent()
     traffic.record()
     torch.set_num_threads(params.threads_per_process)
@@ -110,7 +117,8 @@ def joined(params: TrainingParams, mesh: MeshParams = MeshParams()) -> Iterator[
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # The heartbeat of a training knows more than the group, so it has to be the first to lose patience.
-    patience = timedelta(seconds=max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds))
+    usual = max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds)
+    patience = timedelta(seconds=usual if timeout_seconds is None else timeout_seconds)
     dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
     size = int(os.environ["WORLD_SIZE"])
     try:

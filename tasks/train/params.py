@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
+from tasks.errors import BadParameter
 from tasks.mesh import MeshParams, check_fits
+from tasks.section import validate
+from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
 
 
@@ -33,6 +36,7 @@ class TrainParams(TrainingParams):
     compression: Compression = "none"
     compression_rank: int = Field(default=4, ge=1)
     diloco: DilocoParams = DilocoParams()
+    communication: CommunicationParams = CommunicationParams()
 
     @property
     def data_size(self) -> int:
@@ -41,6 +45,31 @@ class TrainParams(TrainingParams):
     @property
     def exchange(self) -> ExchangeParams:
         return ExchangeParams(compression=self.compression, rank=self.compression_rank, diloco=self.diloco)
+    def on(self, processes: int) -> "TrainParams":
+        """Returns the same training on so many processes, as torchrun has found them.
+
+        Raises :class:`BadParameter` when they are not ``world_size`` and the training is not elastic, or when it
+        cannot be cut so.
+        """
+        if processes == self.world_size:
+            return self
+        if not self.elastic:
+            raise BadParameter(
+                f"{paths.PARAMS}: train.world_size is {self.world_size}, and {processes} processes were started. "
+                f"Set it to {processes}, or train.elastic to true."
+            )
+        return validate(TrainParams, {**self.model_dump(), "world_size": processes}, paths.PARAMS, "train")
+
+    @model_validator(mode="after")
+    def _the_group_is_patient_enough(self) -> Self:
+        seconds = self.communication.timeout_seconds
+        # The heartbeat knows more than the group, so it has to be the first to lose patience.
+        if seconds is not None and seconds <= self.hang_timeout_seconds:
+            raise ValueError(
+                f"communication.timeout_seconds {seconds:g} is not above hang_timeout_seconds "
+                f"{self.hang_timeout_seconds:g}; raise it, or lower that one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _there_is_a_model(self) -> Self:

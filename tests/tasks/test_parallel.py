@@ -173,6 +173,8 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     tiny.write_shards(tmp_path)
     code, output = tiny.run("train", tmp_path)
     assert code == 0, output
+    assert "train     shard x2: all-reduce " in output
+    assert "replicate x" not in output
     expected = tiny.files_of(tmp_path / "models")
     max(tmp_path.glob(".overnight/checkpoints/train/*/step-*.pt")).unlink()
     assert tiny.run("train", tmp_path)[0] == 0
