@@ -2,6 +2,7 @@
 
 Where every process holds the whole model, torch's DistributedDataParallel averages gradients, as it does everywhere.
 Any other mesh goes through FSDP2: one all-gather a block before it computes, one reduction of its gradients behind it.
+Of a pipeline each stage does so by itself.
 """
 
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
+from tasks.order import Indices
+from tasks.parallel.pipeline import Pipelined
 from tasks.parallel.sharded import Sharded
 from tasks.world import World
 
@@ -23,8 +26,17 @@ class Parallel(Protocol):
     model: LanguageModel
     """What this process computes with; its parameters are what an optimizer takes."""
 
+    def grouped(self, samples: Indices) -> Indices:
+        """Returns a step's ``samples`` [passes, micro-batch] of this process, a row for each call of :meth:`loss`."""
+
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean loss of this process's ``windows`` [B, T + 1]."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds up the gradients of what :meth:`loss` returned last, scaled as ``loss`` is."""
+
+    def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss of ``windows`` without a thought of gradients; of a pipeline, 0 but at its end."""
 
     def reduce_in_backward(self, reduce: bool) -> None:
         """Says whether the next backward pass sums its gradients over the processes, or only adds up its own."""
@@ -44,7 +56,9 @@ class Parallel(Protocol):
 
 def parallelize(model: LanguageModel, world: World) -> Parallel:
     """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``."""
-    return Replicated(model, world) if world.mesh is None else Sharded(model, world)
+    if world.mesh is None:
+        return Replicated(model, world)
+    return Sharded(model, world) if world.stages_group is None else Pipelined(model, world)
 
 
 class _Loss(nn.Module):
@@ -68,9 +82,18 @@ class Replicated:
             _Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
         )
 
+    def grouped(self, samples: Indices) -> Indices:
+        return samples
+
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self._parallel(windows)
         return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(windows)
 
     def reduce_in_backward(self, reduce: bool) -> None:
         self._parallel.require_backward_grad_sync = reduce

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
-from tasks.mesh import MeshParams, check_fits
+from tasks.mesh import MeshParams, check_fits, check_micro_batches
 from tasks.training_params import TrainingParams
 
 
@@ -44,6 +44,17 @@ class TrainParams(TrainingParams):
     def _the_optimizer_fits_the_mesh(self) -> Self:
         if self.optimizer == "muon" and not self.mesh.over(self.world_size).is_replicated:
             raise ValueError("optimizer muon takes whole matrices, and the mesh cuts them; set optimizer to adamw")
+        return self
+
+    @model_validator(mode="after")
+    def _the_micro_batches_fit_the_mesh(self) -> Self:
+        mesh = self.mesh.over(self.world_size)
+        check_micro_batches(mesh, self.global_batch // (self.micro_batch * mesh.data))
+        if mesh.schedule == "zero-bubble" and mesh.pipeline > 1 and self.activation_checkpointing != "none":
+            raise ValueError(
+                "mesh.pipeline_schedule zero-bubble computes gradients in two passes, and activation_checkpointing "
+                f"{self.activation_checkpointing} keeps nothing for the second; set that to none, or take 1f1b"
+            )
         return self
 
     @model_validator(mode="after")

@@ -62,7 +62,7 @@ MODELS: dict[str, ModelConfig] = {
 class Case:
     """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with."""
 
-    mesh: dict[str, int]
+    mesh: dict[str, Any]
     model: str = "latent"
     micro_batch: int = 2
     steps: int = STEPS
@@ -181,7 +181,13 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     def watched(max_norm: float) -> torch.Tensor:
         if not result.gradients:
             named = run.model.named_parameters()
-            result.gradients = {name: whole.whole(value.grad).clone() for name, value in named}
+            own = {name: whole.whole(value.grad).clone() for name, value in named}
+            stages: list[Any] = [None] * size
+            dist.all_gather_object(stages, own)
+            for found in reversed(stages if world.stages_group else [own]):
+                result.gradients.update(found)
+            if model.config.tie_word_embeddings:
+                result.gradients.pop("lm_head.weight", None)
         norm = clip(max_norm)
         result.norms.append(norm.item())
         return norm
@@ -193,14 +199,15 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
         result.losses.append(run.step(done, Stop()).loss)
         seen: list[Any] = [None] * size
         dist.all_gather_object(seen, reader.seen)
-        # The processes along `tensor` read the same.
-        result.samples.append(sorted(itertools.chain(*seen[:: size // world.data_size])))
+        # The processes along `tensor` and `pipeline` read the same.
+        windows = size // (world.mesh.layout.pipeline if world.mesh else 1)
+        result.samples.append(sorted(itertools.chain(*seen[: windows : windows // world.data_size])))
         done += 1
     result.valid_loss = run.validate()
     state = [run.state(done)]
     dist.broadcast_object_list(state, src=0)
     states += state
-    result.elements = sum(whole._local(value).numel() for value in run.model.parameters())
+    result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
