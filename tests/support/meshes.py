@@ -4,6 +4,7 @@
 starts this compares it with :func:`alone`, a plain loop over whole batches that shares no parallel code.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from lm.model import LanguageModel
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
 from tasks.parallel import tensor, whole
+from tasks.parallel.stages import Stage
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
 from tasks.stopping import Stop
@@ -49,6 +51,13 @@ MODELS: dict[str, ModelConfig] = {
     "latent-compressed": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": 8}),
     # Nobody chooses the last two of four experts.
     "latent-uneven": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
+    # Four layers, for two stages a process.
+    "latent-deep": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
+    ),
+    "qwen3-deep": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "num_hidden_layers": 4}
+    ),
     "qwen2": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False}
     ),
@@ -60,13 +69,17 @@ MODELS: dict[str, ModelConfig] = {
 
 @dataclass
 class Case:
-    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with."""
+    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with.
+
+    The loss of the step ``spoilt``, from 0, is infinite (of a pipeline).
+    """
 
     mesh: dict[str, Any]
     model: str = "latent"
     micro_batch: int = 2
     steps: int = STEPS
     resume: int | None = None
+    spoilt: int | None = None
     mistake: str = ""
 
 
@@ -81,6 +94,7 @@ class Result:
     valid_loss: float = 0.0
     samples: list[list[int]] = field(default_factory=list)
     elements: int = 0
+    skipped: list[int] = field(default_factory=list)
 
 
 class Reader:
@@ -175,7 +189,8 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
         world,
         Progress("train", Lines(lambda line: None)),
     )  # type: ignore[arg-type]
-    done = run.restore(None if case.resume is None else states[case.resume])
+    # An optimizer goes on in the very tensors that it is given.
+    done = run.restore(None if case.resume is None else copy.deepcopy(states[case.resume]))
     clip = run.parallel.clip
 
     def watched(max_norm: float) -> torch.Tensor:
@@ -196,13 +211,19 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     undo = MISTAKES[case.mistake](run) if case.mistake else None
     while done < case.steps:
         reader.seen.clear()
+        mend = _infinite_loss() if done == case.spoilt else None
         result.losses.append(run.step(done, Stop()).loss)
+        if mend:
+            mend()
         seen: list[Any] = [None] * size
         dist.all_gather_object(seen, reader.seen)
         # The processes along `tensor` and `pipeline` read the same.
         windows = size // (world.mesh.layout.pipeline if world.mesh else 1)
         result.samples.append(sorted(itertools.chain(*seen[: windows : windows // world.data_size])))
         done += 1
+    skipped: list[Any] = [None] * size
+    dist.all_gather_object(skipped, run.curve.skipped)
+    result.skipped = list(itertools.chain(*skipped))
     result.valid_loss = run.validate()
     state = [run.state(done)]
     dist.broadcast_object_list(state, src=0)
@@ -250,6 +271,25 @@ def _experts_divided_alone(run: _Run) -> None:
             module.set_gradient_divide_factor(2.0)  # type: ignore[operator]
 
 
+def _infinite_loss() -> Callable[[], None]:
+    loss = Stage.loss
+    return _replaced(Stage, "loss", lambda *arguments: loss(*arguments) * float("inf"))
+
+
+def _no_gradient_of_one(run: _Run) -> Callable[[], None]:
+    loss, calls = Stage.loss, itertools.count()
+
+    def without(*arguments: Any) -> torch.Tensor:
+        found = loss(*arguments)
+        return found.detach() + 0 * found if next(calls) == 1 else found
+
+    return _replaced(Stage, "loss", without)
+
+
+def _copies_apart(run: _Run) -> None:
+    run.parallel._add_up_tied = lambda: None  # type: ignore[attr-defined]
+
+
 def _own_statistics(run: _Run) -> None:
     summed = run.world.sum
     # What is counted is a matrix, layers by experts; what else is summed is a number.
@@ -263,6 +303,8 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "parts of an output are not summed over tensor": _no_sum_over_tensor,
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,
+    "the gradient of one micro-batch is missing": _no_gradient_of_one,
+    "the copies of tied weights have gradients of their own": _copies_apart,
 }
 
 
