@@ -8,9 +8,10 @@ all routers' biases, which are small and move alike everywhere. Tied weights are
 different stages': their gradients are summed, so that they stay equal.
 """
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ from tasks.world import World
 State = dict[str, Any]
 Running = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@contextlib.contextmanager
+def cause_told() -> Iterator[None]:
+    """Raises what went wrong in a stage: torch puts it behind an account of the stage's tensors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
 
 
 class Pipelined:
@@ -70,7 +82,7 @@ class Pipelined:
         running = self._schedule(windows)
         ids, targets = windows[:, :-1], windows[:, 1:]
         losses: list[torch.Tensor] = []
-        with torch.autocast(self._world.device.type, enabled=False):
+        with torch.autocast(self._world.device.type, enabled=False), cause_told():
             running.step(
                 *([ids] if 0 in self._stages else []),
                 target=targets if self._last in self._stages else None,

@@ -18,6 +18,7 @@ from meshes import Case, Result
 from lm import hugging_face
 from lm.model import LanguageModel
 from tasks.errors import BadParameter
+from tasks.parallel.pipeline import cause_told
 from tasks.parallel.stages import balanced, stages_of
 from tasks.section import read_section
 from tasks.train.params import TrainParams
@@ -306,3 +307,11 @@ def test_a_large_vocabulary_takes_layers_off_the_last_stage() -> None:
     small, large = (LanguageModel(config.model_copy(update={"vocab_size": size})) for size in (8, 600))
     assert stages_of(small, 2) == [range(2), range(2, 4)]
     assert stages_of(large, 2) == [range(3), range(3, 4)]
+
+
+def test_what_goes_wrong_in_a_stage_is_told_as_it_is() -> None:
+    lost = RuntimeError("gloo/transport: connection closed")
+    with pytest.raises(RuntimeError, match="connection closed"), cause_told():
+        raise RuntimeError("stage 1 failed to run forward") from lost
+    with pytest.raises(RuntimeError, match="of its own"), cause_told():
+        raise RuntimeError("of its own")
