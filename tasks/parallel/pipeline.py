@@ -31,6 +31,7 @@ from tasks.parallel import whole
 from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
 from tasks.parallel.stages import Stage, stages_of
 from tasks.parallel.tensor import cut_regions
+from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import World
 
 State = dict[str, Any]
@@ -176,7 +177,9 @@ class Pipelined:
     def _shard(self) -> None:
         assert self._world.mesh is not None
         if self._layout.tensor > 1:
-            cut_regions(self.model, self._world.mesh.dense["tensor"])
+            tensor = self._world.mesh.dense["tensor"]
+            cut_regions(self.model, tensor)
+            cut_vocabulary(self.model, tensor, self._layout.shard * self._layout.expert)
         for stage in self._stages.values():
             for layer in stage.layers:
                 # A gather for each micro-batch and pass would cost more than the weights that lie there meanwhile.

@@ -18,6 +18,7 @@ from tasks.order import Indices
 from tasks.parallel import whole
 from tasks.parallel.expert import deal_out
 from tasks.parallel.tensor import cut_regions
+from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import Meshes, World
 
 State = dict[str, Any]
@@ -85,6 +86,7 @@ class Sharded:
 def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
     if mesh.dense["tensor"].size() > 1:
         cut_regions(model, mesh.dense["tensor"])
+        cut_vocabulary(model, mesh.dense["tensor"], mesh.layout.shard * mesh.layout.expert)
     for layer, source in zip(model.model.layers, original.model.layers, strict=True):
         shard_layer(layer, mesh)
         release(source)

@@ -8,7 +8,6 @@ from torch import nn
 
 from lm.config import LatentConfig
 from lm.feed_forward import Experts
-from lm.loss import projected_cross_entropy
 from lm.model import LanguageModel
 from tasks.world import World
 
@@ -21,7 +20,8 @@ class Stage(nn.Module):
 
     def __init__(self, model: LanguageModel, layers: range, world: World) -> None:
         super().__init__()
-        self._world, self._vocabulary = world, model.config.vocab_size
+        # Looked up when it is called, for it may be laid out later; in a list, for a module's parts are its own.
+        self._world, self._whole = world, [model]
         self.embed_tokens = model.model.embed_tokens if not layers.start else None
         self.layers = nn.ModuleList(model.model.layers[layer] for layer in layers)
         is_last = layers.stop == len(model.model.layers)
@@ -41,9 +41,8 @@ class Stage(nn.Module):
 
     def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy of what the last stage made, in nats."""
-        assert self.lm_head is not None
         with self._world.autocast():
-            return projected_cross_entropy(self.lm_head, x_BTD.flatten(0, 1), targets_BT.flatten(), self._vocabulary)
+            return self._whole[0].loss_of(x_BTD, targets_BT)
 
 
 def stages_of(model: LanguageModel, stages: int) -> list[range]:

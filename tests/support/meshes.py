@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate
 
+from lm import loss
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
+from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
-from tasks.parallel import tensor, whole
+from tasks.parallel import tensor, vocabulary, whole
 from tasks.parallel.stages import Stage
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
@@ -58,8 +60,12 @@ MODELS: dict[str, ModelConfig] = {
     "qwen3-deep": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "num_hidden_layers": 4}
     ),
+    # Words that divide over the processes.
+    "qwen3-even": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "vocab_size": VOCAB + 1}
+    ),
     "qwen2": GroupedConfig.model_validate(
-        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False}
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": VOCAB + 1}
     ),
     "qwen3": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
@@ -71,7 +77,7 @@ MODELS: dict[str, ModelConfig] = {
 class Case:
     """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with.
 
-    The loss of the step ``spoilt``, from 0, is infinite (of a pipeline).
+    The loss of the step ``spoilt``, from 0, is infinite (of a pipeline). At most ``logits_held`` are there at once.
     """
 
     mesh: dict[str, Any]
@@ -80,6 +86,7 @@ class Case:
     steps: int = STEPS
     resume: int | None = None
     spoilt: int | None = None
+    logits_held: int = LOGITS_HELD
     mistake: str = ""
 
 
@@ -95,6 +102,7 @@ class Result:
     samples: list[list[int]] = field(default_factory=list)
     elements: int = 0
     skipped: list[int] = field(default_factory=list)
+    logits: int = 0
 
 
 class Reader:
@@ -153,9 +161,9 @@ def alone(model_name: str, steps: int) -> Result:
             group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         samples = batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH, 0, 1)[0]
         result.samples.append(sorted(samples.tolist()))
-        loss = model.loss(torch.from_numpy(reader.batch(samples)))
-        loss.backward()
-        result.losses.append(loss.item())
+        mean = model.loss(torch.from_numpy(reader.batch(samples)))
+        mean.backward()
+        result.losses.append(mean.item())
         if not step:
             result.gradients = {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
         result.norms.append(nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm).item())
@@ -209,6 +217,13 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
 
     run.parallel.clip = watched  # type: ignore[method-assign]
     undo = MISTAKES[case.mistake](run) if case.mistake else None
+    cross_entropy, loss.LOGITS_HELD = vocabulary._cross_entropy, case.logits_held
+
+    def counted(group: Any, logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        result.logits = max(result.logits, logits.numel())
+        return cross_entropy(group, logits, own)
+
+    vocabulary._cross_entropy = counted
     while done < case.steps:
         reader.seen.clear()
         mend = _infinite_loss() if done == case.spoilt else None
@@ -232,6 +247,7 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
+    vocabulary._cross_entropy, loss.LOGITS_HELD = cross_entropy, LOGITS_HELD
     if undo:
         undo()
     return result
@@ -265,6 +281,10 @@ def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
     return _replaced(tensor, "Partial", Replicate)
 
 
+def _no_sum_over_words(run: _Run) -> Callable[[], None]:
+    return _replaced(vocabulary, "Partial", Replicate)
+
+
 def _experts_divided_alone(run: _Run) -> None:
     for module in run.model.modules():
         if isinstance(module, Experts):
@@ -272,15 +292,15 @@ def _experts_divided_alone(run: _Run) -> None:
 
 
 def _infinite_loss() -> Callable[[], None]:
-    loss = Stage.loss
-    return _replaced(Stage, "loss", lambda *arguments: loss(*arguments) * float("inf"))
+    finite = Stage.loss
+    return _replaced(Stage, "loss", lambda *arguments: finite(*arguments) * float("inf"))
 
 
 def _no_gradient_of_one(run: _Run) -> Callable[[], None]:
-    loss, calls = Stage.loss, itertools.count()
+    whole_loss, calls = Stage.loss, itertools.count()
 
     def without(*arguments: Any) -> torch.Tensor:
-        found = loss(*arguments)
+        found = whole_loss(*arguments)
         return found.detach() + 0 * found if next(calls) == 1 else found
 
     return _replaced(Stage, "loss", without)
@@ -301,6 +321,7 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the gradients are summed, not averaged": _no_mean,
     "each process clips by the norm of its part": _norm_of_a_part,
     "parts of an output are not summed over tensor": _no_sum_over_tensor,
+    "parts of the logits' gradient are not summed over tensor": _no_sum_over_words,
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,
     "the gradient of one micro-batch is missing": _no_gradient_of_one,

@@ -34,6 +34,7 @@ TWO = [
     Case({"expert": 2}, micro_batch=1),
     Case({"expert": 2}, "latent-uneven"),
     Case({"tensor": 2}, "qwen2"),
+    Case({"tensor": 2}, "qwen3-even", logits_held=64),
     Case({"tensor": 2}, "qwen3", micro_batch=4),
     Case({"tensor": 2}, "latent-compressed"),
     Case({"pipeline": 2}),
@@ -51,9 +52,9 @@ FOUR = [
     Case({"shard": 2, "expert": 2}, micro_batch=1),
     Case({"tensor": 2}),
     Case({"expert": 2, "tensor": 2}, micro_batch=4),
-    Case({"shard": 2, "tensor": 2}, "qwen3"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even"),
     Case({"pipeline": 2}),
-    Case({"pipeline": 2, "tensor": 2}, "qwen3"),
+    Case({"pipeline": 2, "tensor": 2}, "qwen3-even"),
     Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
 ]
@@ -80,6 +81,7 @@ WRONG = [
     Case({"shard": 4}, steps=3, mistake="the gradients are summed, not averaged"),
     Case({"shard": 4}, steps=3, mistake="each process clips by the norm of its part"),
     Case({"shard": 2, "tensor": 2}, steps=3, mistake="parts of an output are not summed over tensor"),
+    Case({"tensor": 2}, "qwen3-even", steps=3, mistake="parts of the logits' gradient are not summed over tensor"),
     Case({"shard": 2, "expert": 2}, steps=3, mistake="the experts' gradients are divided again"),
     Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
     Case({"pipeline": 2}, steps=3, mistake="the gradient of one micro-batch is missing"),
@@ -168,6 +170,13 @@ def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None
         check_equal(four[len(FOUR) + WRONG.index(case)], alone(case.model, case.steps))
 
 
+def test_no_process_has_the_logits_of_all_words_or_tokens(two: list[Result]) -> None:
+    whole, in_pieces = (case for case in TWO if case.model in ("qwen2", "qwen3-even") and "tensor" in case.mesh)
+    words = meshes.MODELS["qwen2"].vocab_size // 2
+    assert two[len(HALVES + RESUMED) + TWO.index(whole)].logits == 2 * meshes.LENGTH * words
+    assert two[len(HALVES + RESUMED) + TWO.index(in_pieces)].logits == 64 // words * words
+
+
 def test_a_pipeline_resumes_to_the_same_bits(two: list[Result]) -> None:
     undisturbed, resumed = two[len(HALVES + RESUMED) + TWO.index(Case({"pipeline": 2}))], two[len(HALVES + RESUMED) - 1]
     assert resumed.losses == undisturbed.losses[5:]
@@ -187,7 +196,7 @@ def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None
     assert share["latent-shard4-1"] == pytest.approx(1 / 4, abs=0.02)
     assert share["latent-shard2-2"] == pytest.approx(1 / 2, abs=0.02)
     assert share["latent-shard2-expert2-1"] == pytest.approx(1 / 4, abs=0.02)
-    assert share["qwen3-shard2-tensor2-2"] < 0.3
+    assert share["qwen3-even-shard2-tensor2-2"] < 0.3
     assert share["latent-pipeline2-2"] < 0.6
     assert share["qwen3-deep-pipeline2-shard2-zero-bubble-2"] < 0.3
 
