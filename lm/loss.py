@@ -4,14 +4,17 @@ Where even that is much (a vocabulary of 129,280 and 8 windows of 4,096 tokens: 
 the pieces too, and neither all logits nor their gradient are ever there at once.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+Project = Callable[[torch.Tensor], torch.Tensor]
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # 1 MiB of fp32 at a time: what a core's second-level cache holds.
-_LOGITS_AT_A_TIME = 2**18
+LOGITS_AT_A_TIME = 2**18
 # 256 MiB of fp32. Below, the head is one product; above, several, whose gradients are added up.
 LOGITS_HELD = 2**26
 
@@ -22,7 +25,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         count, vocabulary = logits_NV.shape
-        rows = max(1, _LOGITS_AT_A_TIME // vocabulary)
+        rows = max(1, LOGITS_AT_A_TIME // vocabulary)
         gradient_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         for start in range(0, count, rows):
@@ -58,19 +61,19 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     # Gradients are computed on the way forward, while a piece's logits are there; backward only scales them.
     @staticmethod
     def forward(
-        ctx: Any, head: nn.Module, x_ND: torch.Tensor, targets_N: torch.Tensor, rows: int, *weights: Any
+        ctx: Any, head: Project, measure: Measure, x_ND: torch.Tensor, targets_N: torch.Tensor, rows: int, *weights: Any
     ) -> Any:
         count = len(x_ND)
         wanted = [weight for weight in weights if weight.requires_grad]
         ctx.wanted = [weight.requires_grad for weight in weights]
-        differentiates = ctx.needs_input_grad[1] or any(ctx.wanted)
+        differentiates = ctx.needs_input_grad[2] or any(ctx.wanted)
         grad_x = torch.empty_like(x_ND)
         grads = [torch.zeros_like(weight) for weight in wanted]
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         for start in range(0, count, rows):
             x = x_ND[start : start + rows].detach().requires_grad_(differentiates)
             with torch.set_grad_enabled(differentiates):
-                share = cross_entropy(head(x), targets_N[start : start + rows]) * (len(x) / count)
+                share = measure(head(x), targets_N[start : start + rows]) * (len(x) / count)
             total += share.detach()
             if differentiates:
                 grad_x[start : start + rows], *found = torch.autograd.grad(share, [x, *wanted])
@@ -84,20 +87,28 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         grad_x, *grads = ctx.saved_tensors
         found = iter(grads)
-        return None, grad_x * grad, None, None, *(next(found) * grad if wanted else None for wanted in ctx.wanted)
+        return None, None, grad_x * grad, None, None, *(next(found) * grad if wanted else None for wanted in ctx.wanted)
 
 
 def projected_cross_entropy(
-    head: nn.Module, x_ND: torch.Tensor, targets_N: torch.Tensor, vocabulary: int
+    head: Project,
+    x_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    vocabulary: int,
+    measure: Measure = cross_entropy,
+    weights: Iterable[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Returns :func:`cross_entropy` of ``head(x)`` [N, ``vocabulary``] without ever holding more than 2^26 logits.
 
+    ``measure`` takes its place. ``weights`` are what a ``head`` computes with that is no module.
     Hooks that want to see the head's whole input (per-sample gradients) see pieces of it above that size.
     """
     rows = max(1, LOGITS_HELD // vocabulary)
     if len(x_ND) <= rows:
-        return cross_entropy(head(x_ND), targets_N)
+        return measure(head(x_ND), targets_N)
+    if isinstance(head, nn.Module):
+        weights = head.parameters()
     # Within the function autograd is off, also where a gradient is wanted.
-    weights = head.parameters() if torch.is_grad_enabled() else ()
-    result: torch.Tensor = _ProjectedCrossEntropy.apply(head, x_ND, targets_N, rows, *weights)
+    wanted = weights if torch.is_grad_enabled() else ()
+    result: torch.Tensor = _ProjectedCrossEntropy.apply(head, measure, x_ND, targets_N, rows, *wanted)
     return result

@@ -69,8 +69,11 @@ class LanguageModel(nn.Module):
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens."""
-        x_ND = self.model(windows[:, :-1]).flatten(0, 1)
-        return projected_cross_entropy(self.lm_head, x_ND, windows[:, 1:].flatten(), self.config.vocab_size)
+        return self.loss_of(self.model(windows[:, :-1]), windows[:, 1:])
+
+    def loss_of(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Returns the mean cross-entropy in nats of predicting the targets from the decoder's hidden states."""
+        return projected_cross_entropy(self.lm_head, x_BTD.flatten(0, 1), targets_BT.flatten(), self.config.vocab_size)
 
     def initialize(self, seed: int) -> None:
         """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, biases 0."""

@@ -14,8 +14,8 @@ PROJECT = Path(__file__).parent.parent
 def key(stage: str, section: Section, files: Iterable[Path]) -> str:
     """Returns 32 hexadecimal digits that change with the parameters, ``files``, the locked packages and the code.
 
-    They are followed by how the work is cut (``-2-1``: two processes, one thread each; ``-4-1-autox4x1x1``: and the
-    sizes of the mesh), where a section has that.
+    They are followed by how the work is cut (``-2-1``: two processes, one thread each; ``-4-1-1x1f1bxautox4x1x1``: and
+    the mesh), where a section has that.
     """
     identity = section.identity()
     cut = [identity.pop(name) for name in section.CUT]

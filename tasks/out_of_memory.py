@@ -86,9 +86,9 @@ def _where_the_model_is(model: LanguageModel) -> str:
 
 
 def _optimizer(model: LanguageModel, params: TrainingParams, weights: int) -> Use:
-    outside = sum(module.weight.numel() for module in model.modules() if isinstance(module, Embedding))
-    if not model.config.tie_word_embeddings:
-        outside += model.lm_head.weight.numel()
+    ends = [module for module in model.modules() if isinstance(module, Embedding) or module is model.lm_head]
+    # Tied ones are one; a pipeline's stage has one of them, or none.
+    outside = sum(weight.numel() for weight in {weight for end in ends for weight in end.parameters()})
     muon = 8 * outside + 4 * (weights - outside)
     if params.optimizer == "muon":
         return Use("state of the optimizer", muon, "goes with the weights")

@@ -180,7 +180,6 @@ class _Run:
         self.model = self.parallel.model
         recompute(self.model, params.activation_checkpointing)
         self.optimizer = make_optimizer(self.model, params)
-        self.passes = params.global_batch // (params.micro_batch * world.data_size)
         # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
         experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
@@ -208,17 +207,18 @@ class _Run:
                 step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
                 self.world.data_rank, self.world.data_size,
             )  # fmt: skip
+        samples = self.parallel.grouped(samples)
         total = torch.zeros((), device=self.world.device)
         for index, micro in enumerate(samples):
             # All passes but the last only add up gradients; the last one reduces them over the processes.
-            self.parallel.reduce_in_backward(index == self.passes - 1)
+            self.parallel.reduce_in_backward(index == len(samples) - 1)
             with self.meter.waiting_for_data():
                 windows = self._read(self.train_windows, micro)
             self.here.batch()
             with self.world.autocast():
-                loss = self.parallel.loss(windows) / self.passes
+                loss = self.parallel.loss(windows) / len(samples)
             self.here.batch()
-            loss.backward()
+            self.parallel.backward(loss)
             total += loss.detach()
         self.exchange.reduce(total)
         self.meter.reduced()
@@ -340,7 +340,7 @@ class _Run:
             share = mine[start : start + self.params.micro_batch]
             windows = self._read(self.valid_windows, share if len(share) else chosen[:1].numpy())
             with self.world.autocast():
-                summed += self.model.loss(windows).double() * len(share)
+                summed += self.parallel.evaluate(windows).double() * len(share)
         self.model.train()
         return float(self.world.sum(summed) / wanted)
 

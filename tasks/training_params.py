@@ -55,7 +55,7 @@ class TrainingParams(Section):
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:
         per_pass = self.micro_batch * self.data_size
-        dealt_to = "world_size" if self.data_size == self.world_size else "world_size / mesh.tensor"
+        dealt_to = "world_size" if self.data_size == self.world_size else "world_size / (mesh.tensor x mesh.pipeline)"
         if self.global_batch % per_pass:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "

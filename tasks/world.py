@@ -32,10 +32,12 @@ _SECONDS_OF_PATIENCE = 1800.0
 class Meshes:
     """The same processes, seen three ways; the axes are those of :mod:`tasks.mesh`.
 
-    data: ``data`` (all that take windows of their own) x ``tensor``. dense: ``replicate`` x ``dense`` (over which the
-    weights outside the experts are cut: ``shard`` x ``expert``) x ``tensor``. experts: all four.
+    Each begins with ``pipeline`` and ends with ``tensor``. data: between them ``data`` (all that take windows of their
+    own). dense: ``replicate`` x ``dense`` (over which the weights outside the experts are cut: ``shard`` x ``expert``).
+    experts: ``replicate`` x ``shard`` x ``expert``.
     """
 
+    layout: Mesh
     data: DeviceMesh
     dense: DeviceMesh
     experts: DeviceMesh
@@ -65,7 +67,14 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        return self.rank * self.data_size // self.size
+        return self.rank if self.mesh is None else self.mesh.data["data"].get_local_rank()
+
+    @property
+    def stages_group(self) -> dist.ProcessGroup | None:
+        """The processes of this one's pipeline, each with other layers; None where each has all of them."""
+        if self.mesh is None or self.mesh.layout.pipeline == 1:
+            return None
+        return self.mesh.data["pipeline"].get_group()
 
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 for matrix products where the precision is bf16, else nothing."""
@@ -91,8 +100,13 @@ class World:
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums ``values`` over all processes that take windows of their own, in place."""
+        """Sums ``values`` over all processes that take windows of their own, in place, and over a pipeline's stages.
+
+        Of a pipeline, what one stage knows is 0 in the others.
+        """
         dist.all_reduce(values, group=None if self.mesh is None else self.mesh.data["data"].get_group())
+        if self.stages_group is not None:
+            dist.all_reduce(values, group=self.stages_group)
         return values
 
 
@@ -150,8 +164,11 @@ def seen(processes: DeviceMesh, mesh: Mesh) -> Meshes:
     """Returns ``processes``, one axis of torch's, as ``mesh`` sees them."""
     cut = mesh.shard * mesh.expert
     return Meshes(
-        data=processes._unflatten(0, (mesh.data, mesh.tensor), ("data", "tensor")),
-        dense=processes._unflatten(0, (mesh.replicate, cut, mesh.tensor), ("replicate", "dense", "tensor")),
+        layout=mesh,
+        data=processes._unflatten(0, (mesh.pipeline, mesh.data, mesh.tensor), ("pipeline", "data", "tensor")),
+        dense=processes._unflatten(
+            0, (mesh.pipeline, mesh.replicate, cut, mesh.tensor), ("pipeline", "replicate", "dense", "tensor")
+        ),
         experts=processes._unflatten(0, mesh.sizes, AXES),
     )
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lm.model import LanguageModel
+from tasks.order import Indices
 from tasks.parallel.exchange import State
 from tasks.world import World
 
@@ -14,7 +15,16 @@ class Alone:
     def __init__(self, model: LanguageModel, world: World) -> None:
         self.model: LanguageModel = model.to(world.device)
 
+    def grouped(self, samples: Indices) -> Indices:
+        return samples
+
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(windows)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
         return self.model.loss(windows)
 
     def reduce_in_backward(self, reduce: bool) -> None:

@@ -2,6 +2,7 @@
 
 Where every process holds the whole model, torch's DistributedDataParallel averages gradients, as it does everywhere.
 Any other mesh goes through FSDP2: one all-gather a block before it computes, one reduction of its gradients behind it.
+Of a pipeline each stage does so by itself.
 """
 
 from typing import Protocol
@@ -11,10 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
+from tasks.order import Indices
 from tasks.parallel.alone import Alone
 from tasks.parallel.compressed import compressed
 from tasks.parallel.diloco import Diloco, replica_of
 from tasks.parallel.exchange import Exchange, State
+from tasks.parallel.pipeline import Pipelined
 from tasks.parallel.sharded import Sharded
 from tasks.training_params import TrainingParams
 from tasks.world import World
@@ -26,8 +29,17 @@ class Parallel(Protocol):
     model: LanguageModel
     """What this process computes with; its parameters are what an optimizer takes."""
 
+    def grouped(self, samples: Indices) -> Indices:
+        """Returns a step's ``samples`` [passes, micro-batch] of this process, a row for each call of :meth:`loss`."""
+
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean loss of this process's ``windows`` [B, T + 1]."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds up the gradients of what :meth:`loss` returned last, scaled as ``loss`` is."""
+
+    def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss of ``windows`` without a thought of gradients; of a pipeline, 0 but at its end."""
 
     def reduce_in_backward(self, reduce: bool) -> None:
         """Says whether the next backward pass sums its gradients over the processes, or only adds up its own."""
@@ -60,7 +72,9 @@ def lay_out(model: LanguageModel, world: World, params: TrainingParams) -> tuple
 
 def parallelize(model: LanguageModel, world: World) -> Parallel:
     """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``."""
-    return Replicated(model, world) if world.mesh is None else Sharded(model, world)
+    if world.mesh is None:
+        return Replicated(model, world)
+    return Sharded(model, world) if world.stages_group is None else Pipelined(model, world)
 
 
 class _Loss(nn.Module):

@@ -14,9 +14,11 @@ from torch.distributed.tensor import Shard
 
 from lm.feed_forward import MixtureOfExperts
 from lm.model import LanguageModel
+from tasks.order import Indices
 from tasks.parallel import whole
 from tasks.parallel.expert import deal_out
 from tasks.parallel.tensor import cut_regions
+from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import Meshes, World
 
 State = dict[str, Any]
@@ -41,8 +43,17 @@ class Sharded:
         return loss
 
     def reduce_in_backward(self, reduce: bool) -> None:
-        for module in _sharded_modules(self.model):
+        for module in sharded_modules(self.model):
             module.set_requires_gradient_sync(reduce, recurse=False)
+
+    def grouped(self, samples: Indices) -> Indices:
+        return samples
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(windows)
 
     def clip(self, max_norm: float) -> torch.Tensor:
         return whole.clip_grad_norm(self.model.parameters(), max_norm)
@@ -68,36 +79,52 @@ class Sharded:
 
     def _cut(self) -> None:
         # After a forward pass alone, as validation is one, the outermost weights stay whole until a backward pass.
-        for module in _sharded_modules(self.model):
+        for module in sharded_modules(self.model):
             module.reshard()
 
 
 def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
-    dense, experts = mesh.dense["replicate", "dense"], mesh.experts["replicate", "shard"]
     if mesh.dense["tensor"].size() > 1:
         cut_regions(model, mesh.dense["tensor"])
+        cut_vocabulary(model, mesh.dense["tensor"], mesh.layout.shard * mesh.layout.expert)
     for layer, source in zip(model.model.layers, original.model.layers, strict=True):
-        if mesh.experts["expert"].size() > 1 and isinstance(layer.mlp, MixtureOfExperts):
-            deal_out(layer.mlp.experts, mesh.experts["expert"])
-            # Along another dimension than `expert` cuts.
-            fully_shard(layer.mlp.experts, mesh=experts, shard_placement_fn=lambda _: Shard(1))
-        fully_shard(layer, mesh=dense)
-        _release(source)
-    fully_shard(model, mesh=dense)
+        shard_layer(layer, mesh)
+        release(source)
+    fully_shard(model, mesh=mesh.dense["replicate", "dense"])
     # The loss reads the head's weights itself.
     register_fsdp_forward_method(model, "loss")
-    _release(original)
-    for module in _sharded_modules(model):
+    release(original)
+    sum_gradients(model)
+
+
+def shard_layer(layer: nn.Module, mesh: Meshes, gather_again: bool = True) -> None:
+    """Cuts a block in place. ``gather_again``: its weights are whole while it computes, not until the backward pass."""
+    if mesh.experts["expert"].size() > 1 and isinstance(layer.mlp, MixtureOfExperts):
+        deal_out(layer.mlp.experts, mesh.experts["expert"])
+        # Along another dimension than `expert` cuts.
+        fully_shard(
+            layer.mlp.experts,
+            mesh=mesh.experts["replicate", "shard"],
+            shard_placement_fn=lambda _: Shard(1),
+            reshard_after_forward=gather_again,
+        )
+    fully_shard(layer, mesh=mesh.dense["replicate", "dense"], reshard_after_forward=gather_again)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Makes FSDP sum the gradients of ``model`` over the processes, without a divisor."""
+    for module in sharded_modules(model):
         # Sums, for `loss` has divided already: an expert's gradient is summed over fewer processes than a dense one and
         # has to be divided by as many. torch divides twice where a sum and another divisor meet one shard.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _release(module: nn.Module) -> None:
+def release(module: nn.Module) -> None:
+    """Gives up the memory of a module's weights."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
 
 
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,8 +1,8 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): heads and inner columns are cut, tokens are not.
 
 A region (an attention, a dense feed-forward) computes a part of its output in each process, from the same input: its
-outputs are summed, and so are the gradients of its input. The routed experts, norms between regions, embedding and head
-are whole in each process.
+outputs are summed, and so are the gradients of its input. Embedding and head are cut over their words
+(:mod:`tasks.parallel.vocabulary`). The routed experts and the norms between regions are whole in each process.
 """
 
 import functools

@@ -14,6 +14,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 State = dict[str, Any]
 
 
+def gathered(value: torch.Tensor) -> torch.Tensor:
+    """Returns ``value``, put together from its parts if it has any."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """Returns the part of ``value`` that this process has."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def whole(value: Any) -> Any:
     """Returns a copy of ``value`` on the CPU, put together from its parts if it has any."""
     if isinstance(value, DTensor):
@@ -32,9 +42,9 @@ def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def model_state(model: nn.Module, keep: bool) -> State:
     """Returns the whole state of ``model`` where it is to be kept; tensors that are tied in it are one."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    gathered = {parameter: _kept(parameter, keep) for parameter in model.parameters()}
+    found = {parameter: _kept(parameter, keep) for parameter in model.parameters()}
     return {
-        name: gathered[parameters[name]] if name in parameters else _kept(value, keep)
+        name: found[parameters[name]] if name in parameters else _kept(value, keep)
         for name, value in model.state_dict().items()
     }
 
@@ -67,37 +77,45 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    stages: dist.ProcessGroup | None = None,
+    copy: nn.Parameter | None = None,
+) -> torch.Tensor:
     """Scales the gradients so that their norm over all of them is at most ``max_norm``; returns what it was.
 
-    torch's own takes only tensors of one mesh.
+    ``stages`` are the processes that have other parameters than this one. ``copy`` is one of the parameters that counts
+    elsewhere already. torch's own takes only tensors of one mesh.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for _, gradient in found]
     squares: dict[tuple[dist.ProcessGroup, ...], torch.Tensor] = {}
-    for gradient in gradients:
+    for parameter, gradient in found:
+        if parameter is copy:
+            continue
         groups: tuple[dist.ProcessGroup, ...] = ()
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
             groups = tuple(
                 mesh.get_group(axis) for axis, place in enumerate(gradient.placements) if not place.is_replicate()
             )
-        square = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
+        square = torch.linalg.vector_norm(local(gradient), dtype=torch.float64).square()
         squares[groups] = squares[groups] + square if groups in squares else square
     for groups, square in squares.items():
         for group in groups:
             dist.all_reduce(square, group=group)
-    norm = torch.stack(list(squares.values())).sum().sqrt().float()
+    square = torch.stack(list(squares.values())).sum()
+    if stages is not None:
+        dist.all_reduce(square, group=stages)
+    norm = square.sqrt().float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        _local(gradient).mul_(scale)
+        local(gradient).mul_(scale)
     return norm
 
 
 def _kept(value: Any, keep: bool) -> Any:
     # One tensor after the other: a process that keeps none has room for one.
-    gathered = whole(value)
-    return gathered if keep else None
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    found = whole(value)
+    return found if keep else None

@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
-from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
 from tasks.errors import BadParameter
-from tasks.mesh import MeshParams, check_fits
+from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
+from tasks.mesh import MeshParams, check_fits, check_micro_batches
 from tasks.section import validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
@@ -45,6 +45,7 @@ class TrainParams(TrainingParams):
     @property
     def exchange(self) -> ExchangeParams:
         return ExchangeParams(compression=self.compression, rank=self.compression_rank, diloco=self.diloco)
+
     def on(self, processes: int) -> "TrainParams":
         """Returns the same training on so many processes, as torchrun has found them.
 
@@ -129,6 +130,17 @@ class TrainParams(TrainingParams):
             raise ValueError(
                 "diloco leaves each replica moments of its own, which another world_size cannot take over; set elastic "
                 "to false or diloco.inner_steps to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_micro_batches_fit_the_mesh(self) -> Self:
+        mesh = self.mesh.over(self.world_size)
+        check_micro_batches(mesh, self.global_batch // (self.micro_batch * mesh.data))
+        if mesh.schedule == "zero-bubble" and mesh.pipeline > 1 and self.activation_checkpointing != "none":
+            raise ValueError(
+                "mesh.pipeline_schedule zero-bubble computes gradients in two passes, and activation_checkpointing "
+                f"{self.activation_checkpointing} keeps nothing for the second; set that to none, or take 1f1b"
             )
         return self
 

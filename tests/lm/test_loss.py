@@ -12,7 +12,7 @@ from lm.linear import Linear
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_loss_and_gradient_are_torch_s(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     # Pieces that divide the rows and such that do not.
-    monkeypatch.setattr(loss, "_LOGITS_AT_A_TIME", 50 * 10)
+    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 50 * 10)
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(rows, 50, generator=generator) * 20).requires_grad_()
     targets = torch.randint(0, 50, (rows,), generator=generator)

@@ -20,13 +20,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate
 
+from lm import loss
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
+from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
-from tasks.parallel import tensor, whole
+from tasks.parallel import tensor, vocabulary, whole
+from tasks.parallel.stages import Stage
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
 from tasks.stopping import Stop
@@ -51,8 +54,19 @@ MODELS: dict[str, ModelConfig] = {
     "latent-compressed": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": 8}),
     # Nobody chooses the last two of four experts.
     "latent-uneven": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
+    # Four layers, for two stages a process.
+    "latent-deep": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
+    ),
+    "qwen3-deep": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "num_hidden_layers": 4}
+    ),
+    # Words that divide over the processes.
+    "qwen3-even": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "vocab_size": VOCAB + 1}
+    ),
     "qwen2": GroupedConfig.model_validate(
-        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False}
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": VOCAB + 1}
     ),
     "qwen3": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
@@ -62,13 +76,18 @@ MODELS: dict[str, ModelConfig] = {
 
 @dataclass
 class Case:
-    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with."""
+    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with.
 
-    mesh: dict[str, int]
+    The loss of the step ``spoilt``, from 0, is infinite (of a pipeline). At most ``logits_held`` are there at once.
+    """
+
+    mesh: dict[str, Any]
     model: str = "latent"
     micro_batch: int = 2
     steps: int = STEPS
     resume: int | None = None
+    spoilt: int | None = None
+    logits_held: int = LOGITS_HELD
     mistake: str = ""
     inner_steps: int = 0
 
@@ -84,6 +103,8 @@ class Result:
     valid_loss: float = 0.0
     samples: list[list[int]] = field(default_factory=list)
     elements: int = 0
+    skipped: list[int] = field(default_factory=list)
+    logits: int = 0
 
 
 class Reader:
@@ -152,9 +173,9 @@ def alone(model_name: str, steps: int) -> Result:
             group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         samples = batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH, 0, 1)[0]
         result.samples.append(sorted(samples.tolist()))
-        loss = model.loss(torch.from_numpy(reader.batch(samples)))
-        loss.backward()
-        result.losses.append(loss.item())
+        mean = model.loss(torch.from_numpy(reader.batch(samples)))
+        mean.backward()
+        result.losses.append(mean.item())
         if not step:
             result.gradients = {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
         result.norms.append(nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm).item())
@@ -234,35 +255,57 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
         world,
         Progress("train", Lines(lambda line: None)),
     )  # type: ignore[arg-type]
-    done = run.restore(None if case.resume is None else states[case.resume])
+    # An optimizer goes on in the very tensors that it is given.
+    done = run.restore(None if case.resume is None else copy.deepcopy(states[case.resume]))
     clip = run.parallel.clip
 
     def watched(max_norm: float) -> torch.Tensor:
         if not result.gradients:
             named = run.model.named_parameters()
-            result.gradients = {name: whole.whole(value.grad).clone() for name, value in named}
+            own = {name: whole.whole(value.grad).clone() for name, value in named}
+            stages: list[Any] = [None] * size
+            dist.all_gather_object(stages, own)
+            for found in reversed(stages if world.stages_group else [own]):
+                result.gradients.update(found)
+            if model.config.tie_word_embeddings:
+                result.gradients.pop("lm_head.weight", None)
         norm = clip(max_norm)
         result.norms.append(norm.item())
         return norm
 
     run.parallel.clip = watched  # type: ignore[method-assign]
     undo = MISTAKES[case.mistake](run) if case.mistake else None
+    cross_entropy, loss.LOGITS_HELD = vocabulary._cross_entropy, case.logits_held
+
+    def counted(group: Any, logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        result.logits = max(result.logits, logits.numel())
+        return cross_entropy(group, logits, own)
+
+    vocabulary._cross_entropy = counted
     while done < case.steps:
         reader.seen.clear()
+        mend = _infinite_loss() if done == case.spoilt else None
         result.losses.append(run.step(done, Stop()).loss)
+        if mend:
+            mend()
         seen: list[Any] = [None] * size
         dist.all_gather_object(seen, reader.seen)
-        # The processes along `tensor` read the same.
-        result.samples.append(sorted(itertools.chain(*seen[:: size // world.data_size])))
+        # The processes along `tensor` and `pipeline` read the same.
+        windows = size // (world.mesh.layout.pipeline if world.mesh else 1)
+        result.samples.append(sorted(itertools.chain(*seen[: windows : windows // world.data_size])))
         done += 1
+    skipped: list[Any] = [None] * size
+    dist.all_gather_object(skipped, run.curve.skipped)
+    result.skipped = list(itertools.chain(*skipped))
     result.valid_loss = run.validate()
     state = [run.state(done)]
     dist.broadcast_object_list(state, src=0)
     states += state
-    result.elements = sum(whole._local(value).numel() for value in run.model.parameters())
+    result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
+    vocabulary._cross_entropy, loss.LOGITS_HELD = cross_entropy, LOGITS_HELD
     if undo:
         undo()
     return result
@@ -296,10 +339,33 @@ def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
     return _replaced(tensor, "Partial", Replicate)
 
 
+def _no_sum_over_words(run: _Run) -> Callable[[], None]:
+    return _replaced(vocabulary, "Partial", Replicate)
+
+
 def _experts_divided_alone(run: _Run) -> None:
     for module in run.model.modules():
         if isinstance(module, Experts):
             module.set_gradient_divide_factor(2.0)  # type: ignore[operator]
+
+
+def _infinite_loss() -> Callable[[], None]:
+    finite = Stage.loss
+    return _replaced(Stage, "loss", lambda *arguments: finite(*arguments) * float("inf"))
+
+
+def _no_gradient_of_one(run: _Run) -> Callable[[], None]:
+    whole_loss, calls = Stage.loss, itertools.count()
+
+    def without(*arguments: Any) -> torch.Tensor:
+        found = whole_loss(*arguments)
+        return found.detach() + 0 * found if next(calls) == 1 else found
+
+    return _replaced(Stage, "loss", without)
+
+
+def _copies_apart(run: _Run) -> None:
+    run.parallel._add_up_tied = lambda: None  # type: ignore[attr-defined]
 
 
 def _own_statistics(run: _Run) -> None:
@@ -313,8 +379,11 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the gradients are summed, not averaged": _no_mean,
     "each process clips by the norm of its part": _norm_of_a_part,
     "parts of an output are not summed over tensor": _no_sum_over_tensor,
+    "parts of the logits' gradient are not summed over tensor": _no_sum_over_words,
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,
+    "the gradient of one micro-batch is missing": _no_gradient_of_one,
+    "the copies of tied weights have gradients of their own": _copies_apart,
 }
 
 

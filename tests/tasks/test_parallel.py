@@ -16,7 +16,10 @@ import torch
 from meshes import Case, Result
 
 from lm import hugging_face
+from lm.model import LanguageModel
 from tasks.errors import BadParameter
+from tasks.parallel.pipeline import cause_told
+from tasks.parallel.stages import balanced, stages_of
 from tasks.section import read_section
 from tasks.train.params import TrainParams
 
@@ -31,8 +34,14 @@ TWO = [
     Case({"expert": 2}, micro_batch=1),
     Case({"expert": 2}, "latent-uneven"),
     Case({"tensor": 2}, "qwen2"),
+    Case({"tensor": 2}, "qwen3-even", logits_held=64),
     Case({"tensor": 2}, "qwen3", micro_batch=4),
     Case({"tensor": 2}, "latent-compressed"),
+    Case({"pipeline": 2}),
+    Case({"pipeline": 2}, "qwen3", micro_batch=1),
+    Case({"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"}, "qwen3-deep"),
+    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
+    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep", micro_batch=1),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
@@ -43,23 +52,40 @@ FOUR = [
     Case({"shard": 2, "expert": 2}, micro_batch=1),
     Case({"tensor": 2}),
     Case({"expert": 2, "tensor": 2}, micro_batch=4),
-    Case({"shard": 2, "tensor": 2}, "qwen3"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even"),
+    Case({"pipeline": 2}),
+    Case({"pipeline": 2, "tensor": 2}, "qwen3-even"),
+    Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),
+    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
 ]
 # Each takes over what the case of that number left after five steps.
-HALVES = [Case({"shard": 2}, steps=5), Case({"expert": 2}, steps=5), Case({"tensor": 2}, steps=5), Case({}, steps=5)]
+HALVES = [
+    Case({"shard": 2}, steps=5),
+    Case({"expert": 2}, steps=5),
+    Case({"tensor": 2}, steps=5),
+    Case({}, steps=5),
+    Case({"pipeline": 2}, steps=5),
+]
 RESUMED = [
     Case({}, resume=0),
     Case({"tensor": 2}, resume=1),
     Case({"expert": 2}, resume=2),
     Case({"shard": 2}, resume=3),
+    Case({"pipeline": 2}, resume=0),
+    Case({"expert": 2}, resume=4),
+    Case({"pipeline": 2}, resume=4),
 ]
+SPOILT = [Case({"pipeline": 2}, steps=4, spoilt=3)]
 WRONG = [
     Case({"shard": 2}, steps=3, mistake="the replicas' gradients are not summed"),
     Case({"shard": 4}, steps=3, mistake="the gradients are summed, not averaged"),
     Case({"shard": 4}, steps=3, mistake="each process clips by the norm of its part"),
     Case({"shard": 2, "tensor": 2}, steps=3, mistake="parts of an output are not summed over tensor"),
+    Case({"tensor": 2}, "qwen3-even", steps=3, mistake="parts of the logits' gradient are not summed over tensor"),
     Case({"shard": 2, "expert": 2}, steps=3, mistake="the experts' gradients are divided again"),
     Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
+    Case({"pipeline": 2}, steps=3, mistake="the gradient of one micro-batch is missing"),
+    Case({"pipeline": 4}, "qwen3-deep", steps=3, mistake="the copies of tied weights have gradients of their own"),
 ]
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
@@ -68,7 +94,8 @@ alone = functools.lru_cache(lambda model, steps=meshes.STEPS: meshes.alone(model
 
 
 def name_of(case: Case) -> str:
-    mesh = "-".join(f"{axis}{size}" for axis, size in case.mesh.items()) or "replicate"
+    sizes = (f"{axis}{size}" if isinstance(size, int) else str(size) for axis, size in case.mesh.items())
+    mesh = "-".join(sizes) or "replicate"
     return f"{case.model}-{mesh}-{case.micro_batch}" + (f"-{case.mistake}" if case.mistake else "")
 
 
@@ -94,7 +121,7 @@ def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO, APART])
+    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO, APART, *SPOILT])
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +174,27 @@ def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None
 
 
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
-    check_weights(two[-1], meshes.apart(APART, [[0], [1]]))
+    check_weights(two[len(HALVES + RESUMED + TWO)], meshes.apart(APART, [[0], [1]]))
     check_weights(four[-1], meshes.apart(APART_AND_CUT, [[0, 1], [2, 3]]))
+
+
+def test_no_process_has_the_logits_of_all_words_or_tokens(two: list[Result]) -> None:
+    whole, in_pieces = (case for case in TWO if case.model in ("qwen2", "qwen3-even") and "tensor" in case.mesh)
+    words = meshes.MODELS["qwen2"].vocab_size // 2
+    assert two[len(HALVES + RESUMED) + TWO.index(whole)].logits == 2 * meshes.LENGTH * words
+    assert two[len(HALVES + RESUMED) + TWO.index(in_pieces)].logits == 64 // words * words
+
+
+def test_a_pipeline_resumes_to_the_same_bits(two: list[Result]) -> None:
+    undisturbed, resumed = two[len(HALVES + RESUMED) + TWO.index(Case({"pipeline": 2}))], two[len(HALVES + RESUMED) - 1]
+    assert resumed.losses == undisturbed.losses[5:]
+    assert all(torch.equal(resumed.weights[name], weights) for name, weights in undisturbed.weights.items())
+
+
+def test_a_step_that_one_stage_spoils_is_skipped_by_all(two: list[Result]) -> None:
+    spoilt = two[-1]
+    assert spoilt.skipped == [4, 4]
+    check_weights(spoilt, alone("latent", 3))
 
 
 def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None:
@@ -158,7 +204,9 @@ def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None
     assert share["latent-shard4-1"] == pytest.approx(1 / 4, abs=0.02)
     assert share["latent-shard2-2"] == pytest.approx(1 / 2, abs=0.02)
     assert share["latent-shard2-expert2-1"] == pytest.approx(1 / 4, abs=0.02)
-    assert share["qwen3-shard2-tensor2-2"] < 0.3
+    assert share["qwen3-even-shard2-tensor2-2"] < 0.3
+    assert share["latent-pipeline2-2"] < 0.6
+    assert share["qwen3-deep-pipeline2-shard2-zero-bubble-2"] < 0.3
 
 
 def test_nobody_chooses_the_experts_that_the_uneven_model_leaves_idle() -> None:
@@ -207,8 +255,44 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         (
             {"tensor": 2},
             {"train__global_batch": 7},
-            "global_batch 7 is not a multiple of micro_batch 2 x world_size / mesh.tensor 1; make it 6",
+            "7 is not a multiple of micro_batch 2 x world_size / (mesh.tensor x mesh.pipeline) 1; make it 6",
         ),
+        (
+            {"pipeline": 4},
+            {"train__world_size": 4},
+            "mesh.pipeline 4 makes 4 stages, and num_hidden_layers is 2; lower mesh.pipeline",
+        ),
+        (
+            {"pipeline": 2, "pipeline_schedule": "zero-bubble"},
+            {},
+            "2 makes 4 stages, two a process with pipeline_schedule zero-bubble, and num_hidden_layers is 2",
+        ),
+        (
+            {"pipeline": 2, "pipeline_schedule": "dapple"},
+            {},
+            "mesh.pipeline_schedule: input should be '1f1b', 'i",
+        ),
+        (
+            {"pipeline": 2, "replicate": 2},
+            {},
+            "pipeline 2 x shard 1 x expert 1 x tensor 1 x replicate 2 is 4 processes, and world_size is 2",
+        ),
+        (
+            {"pipeline": 2},
+            {"train__micro_batch": 8},
+            "global_batch makes 1 micro-batches for each pipeline, and mesh.pipeline 2 takes as many or more",
+        ),
+        (
+            {"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"},
+            {"train__global_batch": 6},
+            "3 micro-batches for each pipeline, and pipeline_schedule interleaved-1f1b takes a multiple of mesh.pip",
+        ),
+        (
+            {"pipeline": 2, "pipeline_schedule": "zero-bubble"},
+            {"train__activation_checkpointing": "full", "train__model__num_hidden_layers": 4},
+            "activation_checkpointing full keeps nothing for the second; set that to none, or take 1f1b",
+        ),
+        ({"pipeline": 2}, {"train__optimizer": "muon"}, "optimizer muon takes whole matrices, and the mesh cuts them"),
     ],
 )
 def test_an_impossible_mesh_is_one_line_with_its_reason(
@@ -219,3 +303,34 @@ def test_an_impossible_mesh_is_one_line_with_its_reason(
     with pytest.raises(BadParameter) as refused:
         read_section("train", TrainParams, tmp_path / "params.yaml")
     assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "lengths"),
+    [
+        ([1.0] * 8, 4, [2, 2, 2, 2]),
+        # A head as large as three layers, an embedding as large as one.
+        ([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.0], 3, [3, 4, 1]),
+        ([9.0, 1.0, 1.0, 1.0], 2, [1, 3]),
+        ([1.0, 1.0, 1.0], 3, [1, 1, 1]),
+    ],
+)
+def test_stages_are_cut_so_that_the_largest_is_small(sizes: list[float], parts: int, lengths: list[int]) -> None:
+    cut = balanced(sizes, parts)
+    assert [len(some) for some in cut] == lengths
+    assert [layer for some in cut for layer in some] == list(range(len(sizes)))
+
+
+def test_a_large_vocabulary_takes_layers_off_the_last_stage() -> None:
+    config = meshes.MODELS["latent-deep"]
+    small, large = (LanguageModel(config.model_copy(update={"vocab_size": size})) for size in (8, 600))
+    assert stages_of(small, 2) == [range(2), range(2, 4)]
+    assert stages_of(large, 2) == [range(3), range(3, 4)]
+
+
+def test_what_goes_wrong_in_a_stage_is_told_as_it_is() -> None:
+    lost = RuntimeError("gloo/transport: connection closed")
+    with pytest.raises(RuntimeError, match="connection closed"), cause_told():
+        raise RuntimeError("stage 1 failed to run forward") from lost
+    with pytest.raises(RuntimeError, match="of its own"), cause_told():
+        raise RuntimeError("of its own")

@@ -1,0 +1,327 @@
+"""Pipeline parallelism (GPipe, arXiv 1811.06965): each process has some of the layers, micro-batches go through them.
+
+The order is one of torch.distributed.pipelining: 1F1B and its interleaved form (arXiv 2104.04473, section 2.2), or ZB-V
+(arXiv 2401.10241, section 6), which computes the weights' gradients where a process would wait.
+
+The model of a process keeps the names and modules of the whole, with None for each parameter that another one has, and
+all routers' biases, which are small and move alike everywhere. Tied weights are two copies where embedding and head are
+different stages': their gradients are summed, so that they stay equal.
+"""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from lm.model import LanguageModel
+from tasks.order import Indices
+from tasks.parallel import whole
+from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
+from tasks.parallel.stages import Stage, stages_of
+from tasks.parallel.tensor import cut_regions
+from tasks.parallel.vocabulary import cut_vocabulary
+from tasks.world import World
+
+State = dict[str, Any]
+Running = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@contextlib.contextmanager
+def cause_told() -> Iterator[None]:
+    """Raises what went wrong in a stage: torch puts it behind an account of the stage's tensors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+class Pipelined:
+    """The layers of this process's stages, each laid over the other axes of the mesh."""
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        assert world.mesh is not None
+        assert world.stages_group is not None
+        self._whole, self._world, self._group, self._layout = model, world, world.stages_group, world.mesh.layout
+        self._here = self._group.rank()
+        self._is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+        self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        layers = stages_of(model, self._layout.stages)
+        self._stage_of_layer = {layer: stage for stage, some in enumerate(layers) for layer in some}
+        self.model = self._part(model)
+        release(model)
+        self._stages = {
+            stage: Stage(self.model, some, world) for stage, some in enumerate(layers) if self._is_here(stage)
+        }
+        if self._layout.data * self._layout.tensor > 1:
+            self._shard()
+        self._passes = 0
+        self._running: dict[tuple[int, ...], Running] = {}
+
+    def grouped(self, samples: Indices) -> Indices:
+        # All micro-batches of a step are on their way at once.
+        self._passes = len(samples)
+        return samples.reshape(1, -1)
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss of the pipeline's ``windows``; forward and backward passes have both been made."""
+        running = self._schedule(windows)
+        ids, targets = windows[:, :-1], windows[:, 1:]
+        losses: list[torch.Tensor] = []
+        with torch.autocast(self._world.device.type, enabled=False), cause_told():
+            running.step(
+                *([ids] if 0 in self._stages else []),
+                target=targets if self._last in self._stages else None,
+                losses=losses,
+                return_outputs=False,
+            )
+        if self._is_tied:
+            self._add_up_tied()
+        found = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._world.device)
+        dist.all_reduce(found, group=self._group)
+        return found * self._layout.data
+
+    def reduce_in_backward(self, reduce: bool) -> None:
+        # The schedule knows which backward pass is the last of each stage.
+        pass
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
+        x, place = windows[:, :-1], self._layout.process_of
+        for number, stage in self._stages.items():
+            if number and place(number - 1) != self._here:
+                x = self._hidden(windows, self._world.device)
+                dist.recv(x, group=self._group, group_src=place(number - 1))
+            x = stage(x)
+            if number < self._last and place(number + 1) != self._here:
+                dist.send(x.contiguous(), group=self._group, group_dst=place(number + 1))
+        if self._last not in self._stages:
+            return torch.zeros((), device=self._world.device)
+        return self._stages[self._last].loss(x, windows[:, 1:])
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        copied = self.model.get_parameter(_HEAD) if self._is_tied and self._last in self._stages else None
+        return whole.clip_grad_norm(self.model.parameters(), max_norm, self._group, copied)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+        self._cut()
+        keep = self._world.is_first
+        return self._model_state(keep), self._optimizer_state(optimizer, keep)
+
+    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
+        self._cut()
+        whole.load_model_state(self.model, model_state)
+        numbers = _numbered(self._names_by_group(optimizer))
+        mine = [name for group in self._own_names_by_group(optimizer) for name in group]
+        entries = {
+            own: optimizer_state["state"][numbers[name]]
+            for own, name in enumerate(mine)
+            if numbers[name] in optimizer_state["state"]
+        }
+        groups = [
+            {**group, "params": own["params"]}
+            for group, own in zip(optimizer_state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+        ]
+        whole.load_optimizer_state(optimizer, {"state": entries, "param_groups": groups})
+
+    def finish(self) -> None:
+        self._cut()
+        state = self._model_state(True)
+        for parameter, shape, device in self._places:
+            parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
+        self._whole.load_state_dict(state)
+
+    @property
+    def _last(self) -> int:
+        return self._layout.stages - 1
+
+    def _is_here(self, stage: int) -> bool:
+        return self._layout.process_of(stage) == self._here
+
+    def _stage_of(self, parameter: str) -> int:
+        """Returns the stage that has the parameter of that name."""
+        if parameter.startswith("model.layers."):
+            return self._stage_of_layer[int(parameter.split(".")[2])]
+        return 0 if parameter == _EMBEDDING else self._last
+
+    def _part(self, model: LanguageModel) -> LanguageModel:
+        # The modules twice, the weights once.
+        part = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        for path, module in part.named_modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                full = f"{path}.{name}"
+                kept = None
+                if self._is_here(self._stage_of(full)):
+                    values = value.detach().clone() if self._is_tied and full == _HEAD else value.detach()
+                    kept = nn.Parameter(values, requires_grad=value.requires_grad)
+                module.register_parameter(name, kept)
+        return part.to(self._world.device)
+
+    def _shard(self) -> None:
+        assert self._world.mesh is not None
+        if self._layout.tensor > 1:
+            tensor = self._world.mesh.dense["tensor"]
+            cut_regions(self.model, tensor)
+            cut_vocabulary(self.model, tensor, self._layout.shard * self._layout.expert)
+        for stage in self._stages.values():
+            for layer in stage.layers:
+                # A gather for each micro-batch and pass would cost more than the weights that lie there meanwhile.
+                shard_layer(layer, self._world.mesh, gather_again=False)
+            fully_shard(stage, mesh=self._world.mesh.dense["replicate", "dense"], reshard_after_forward=False)
+            sum_gradients(stage)
+
+    def _cut(self) -> None:
+        # After a validation the weights are still whole.
+        for stage in self._stages.values():
+            for module in sharded_modules(stage):
+                module.reshard()
+
+    def _hidden(self, windows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        return torch.empty(
+            len(windows), windows.shape[1] - 1, self.model.config.hidden_size, dtype=torch.float32, device=device
+        )
+
+    def _schedule(self, windows: torch.Tensor) -> Running:
+        if tuple(windows.shape) not in self._running:
+            micro = windows[: len(windows) // self._passes]
+            hidden = self._hidden(micro, "meta").requires_grad_()
+            stages = [
+                PipelineStage(
+                    stage,
+                    number,
+                    self._layout.stages,
+                    self._world.device,
+                    input_args=hidden if number else micro[:, :-1],
+                    output_args=hidden,
+                    group=self._group,
+                )
+                for number, stage in self._stages.items()
+            ]
+            self._running[tuple(windows.shape)] = self._order(stages)
+        return self._running[tuple(windows.shape)]
+
+    def _order(self, stages: list[PipelineStage]) -> Running:
+        # Scaled here, as for the other meshes: gradients are summed over micro-batches and processes.
+        shares = self._passes * self._layout.data
+        of_last: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda x, targets: (  # noqa: E731
+            self._stages[self._last].loss(x, targets) / shares
+        )
+        if self._layout.schedule == "1f1b":
+            return Schedule1F1B(stages[0], self._passes, of_last, scale_grads=False)
+        kind = ScheduleInterleaved1F1B if self._layout.schedule == "interleaved-1f1b" else ScheduleZBVZeroBubble
+        return kind(stages, self._passes, of_last, scale_grads=False)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _add_up_tied(self) -> None:
+        """Gives both copies of the tied weights the sum of their gradients."""
+        first, last = self._layout.process_of(0), self._layout.process_of(self._last)
+        own = dict(self.model.named_parameters())
+        embedding, head = (
+            whole.local(own[name].grad) if name in own else None  # type: ignore[arg-type]
+            for name in (_EMBEDDING, _HEAD)
+        )
+        if embedding is not None and head is not None:
+            embedding += head
+            head.copy_(embedding)
+        elif embedding is not None:
+            arrived = torch.empty_like(embedding)
+            dist.recv(arrived, group=self._group, group_src=last)
+            embedding += arrived
+            dist.send(embedding, group=self._group, group_dst=last)
+        elif head is not None:
+            dist.send(head, group=self._group, group_dst=first)
+            dist.recv(head, group=self._group, group_src=first)
+
+    def _from_its_stage(self, name: str, shape: Any, kind: torch.dtype, value: torch.Tensor | None, keep: bool) -> Any:
+        """Returns the whole tensor, of which its stage has ``value``, on the CPU; None where it is not to be kept."""
+        source = self._layout.process_of(self._stage_of(name))
+        if source == self._here:
+            assert value is not None
+            sent = whole.gathered(value).to(self._world.device).contiguous()
+        else:
+            sent = torch.empty(tuple(shape), dtype=kind, device=self._world.device)
+        dist.broadcast(sent, group=self._group, group_src=source)
+        return sent.to("cpu", copy=True) if keep else None
+
+    def _model_state(self, keep: bool) -> State:
+        own = dict(self.model.named_parameters())
+        types = {name: parameter.dtype for name, parameter in self._whole.named_parameters()}
+        gathered = {
+            name: self._from_its_stage(name, shape, types[name], own.get(name), keep)
+            for name, shape in self._shapes.items()
+        }
+        if self._is_tied:
+            gathered[_HEAD] = gathered[_EMBEDDING]
+        buffers = dict(self.model.named_buffers())
+        return {
+            name: gathered[name] if name in gathered else whole.whole(buffers[name])
+            for name in self._whole.state_dict()
+        }
+
+    def _optimizer_state(self, optimizer: torch.optim.Optimizer, keep: bool) -> State:
+        own = self._own_names_by_group(optimizer)
+        state = optimizer.state_dict()
+        mine = {
+            name: state["state"][number]
+            for number, name in enumerate(name for group in own for name in group)
+            if number in state["state"]
+        }
+        told = [{name: {key: (tuple(v.shape), v.dtype) for key, v in entry.items()} for name, entry in mine.items()}]
+        found: list[dict[str, Any]] = self._told_by_all(told[0])
+        kinds = {name: entry for one in found for name, entry in one.items()}
+        groups = self._names_by_group(optimizer)
+        numbers = _numbered(groups)
+        entries = {
+            number: {
+                key: self._from_its_stage(name, shape, kind, mine.get(name, {}).get(key), keep)
+                for key, (shape, kind) in kinds[name].items()
+            }
+            for name, number in numbers.items()
+            if name in kinds
+        }
+        return {
+            "state": entries,
+            "param_groups": [
+                {**group, "params": [numbers[name] for name in names]}
+                for group, names in zip(state["param_groups"], groups, strict=True)
+            ],
+        }
+
+    def _own_names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """Returns the names of the parameters in each group; a copy of tied weights has the name of the embedding."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        tied = {_HEAD: _EMBEDDING} if self._is_tied else {}
+        found = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        return [[tied.get(name, name) for name in group] for group in found]
+
+    def _names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """Returns the names of an optimizer's parameters as it would have them for the whole model."""
+        every = self._told_by_all(self._own_names_by_group(optimizer))
+        together = [set().union(*groups) for groups in zip(*every, strict=True)]
+        return [[name for name in self._shapes if name in group] for group in together]
+
+    def _told_by_all(self, own: Any) -> list[Any]:
+        told: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(told, own, group=self._group)
+        return told
+
+
+def _numbered(groups: list[list[str]]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(itertools.chain(*groups))}
