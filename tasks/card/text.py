@@ -164,6 +164,11 @@ def _training(evidence: Evidence) -> str:
         ["last training loss (nats a token)", train.show("train_loss", "{:.4f}")],
         ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
         *([["started from", train.show("started_from")]] if train.get("started_from") else []),
+        *(
+            [["parameters trained (LoRA)", train.show("trained_parameters", "{:,}")]]
+            if train.get("trained_parameters")
+            else []
+        ),
         ["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")],
     ]
     return table(["", ""], rows)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
+from tasks.parallel import whole
 from tasks.parallel.sharded import Sharded
 from tasks.world import World
 
@@ -33,7 +34,10 @@ class Parallel(Protocol):
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least."""
+        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least.
+
+        Without the weights that are frozen: they are what training began with.
+        """
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         """Takes over what :meth:`state` returned, on this mesh or another."""
@@ -79,10 +83,12 @@ class Replicated:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        return self.model.state_dict(), optimizer.state_dict()
+        frozen = whole.frozen(self.model)
+        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        return state, optimizer.state_dict()
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        self.model.load_state_dict(model_state)
+        self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
         optimizer.load_state_dict(optimizer_state)
 
     def finish(self) -> None:

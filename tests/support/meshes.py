@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate
 
+from lm import low_rank
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.model import LanguageModel
@@ -52,6 +53,8 @@ MODELS: dict[str, ModelConfig] = {
     "qwen2": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False}
     ),
+    # Adapted: its own weights are frozen.
+    "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "qwen3": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
     ),
@@ -123,6 +126,12 @@ def model_of(case: Case) -> LanguageModel:
             router.e_score_correction_bias += 0.1 * torch.randn(4, generator=generator)
             if case.model == "latent-uneven":
                 router.e_score_correction_bias[:2] += 10
+    if case.model == "latent-lora":
+        low_rank.adapt(model, ["[qo]_proj", "*.shared_experts.up_proj"], rank=4, alpha=8, seed=9)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                # Factors that are zero would leave the others without a gradient.
+                value += 0.1 * torch.randn(value.shape, generator=generator) if "lora_B" in name else 0.0
     return model
 
 
@@ -143,7 +152,9 @@ def alone(model_name: str, steps: int) -> Result:
         loss.backward()
         result.losses.append(loss.item())
         if not step:
-            result.gradients = {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
+            result.gradients = {
+                name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+            }
         result.norms.append(nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -181,7 +192,9 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     def watched(max_norm: float) -> torch.Tensor:
         if not result.gradients:
             named = run.model.named_parameters()
-            result.gradients = {name: whole.whole(value.grad).clone() for name, value in named}
+            result.gradients = {
+                name: whole.whole(value.grad).clone() for name, value in named if value.grad is not None
+            }
         norm = clip(max_norm)
         result.norms.append(norm.item())
         return norm

@@ -33,6 +33,8 @@ TWO = [
     Case({"tensor": 2}, "qwen2"),
     Case({"tensor": 2}, "qwen3", micro_batch=4),
     Case({"tensor": 2}, "latent-compressed"),
+    Case({}, "latent-lora"),
+    Case({"shard": 2}, "latent-lora", micro_batch=1),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
