@@ -97,7 +97,7 @@ def save(model: LanguageModel, folder: Path) -> None:
         for name, adapter in adapted.items()
         for factor in ("lora_A", "lora_B")
     }
-    # peft#3711: of a model with experts, it takes any feed-forward layer's name for that of the experts' stacks. The name
+    # peft#3711: of a model with experts, it takes any feed-forward layer's name for the experts' stacks. The name
     # of its weight says which one is meant.
     by_weight = [name for name in adapted if ".mlp." in name and isinstance(model.config, LatentConfig)]
     config = {
