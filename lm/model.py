@@ -68,9 +68,21 @@ class LanguageModel(nn.Module):
         return self.lm_head(self.model(ids))
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens."""
-        x_ND = self.model(windows[:, :-1]).flatten(0, 1)
-        return projected_cross_entropy(self.lm_head, x_ND, windows[:, 1:].flatten(), self.config.vocab_size)
+        """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens.
+
+        Of ``windows`` [B, 2, T + 1] the second row says with 1 which tokens count; the others add 0 to the same mean.
+        """
+        learned = None
+        if windows.dim() == 3:
+            windows, learned = windows.unbind(1)
+        x_ND, targets_N = self.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()
+        if learned is None:
+            return projected_cross_entropy(self.lm_head, x_ND, targets_N, self.config.vocab_size)
+        kept = learned[:, 1:].flatten().nonzero().flatten()
+        # Where none counts the head takes part all the same: a process without its gradient would hold up the others.
+        rows = kept if len(kept) else kept.new_zeros(1)
+        mean = projected_cross_entropy(self.lm_head, x_ND[rows], targets_N[rows], self.config.vocab_size)
+        return mean * (len(kept) / len(x_ND))
 
     def initialize(self, seed: int) -> None:
         """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, biases 0."""

@@ -214,6 +214,11 @@ def _evaluation(evidence: Evidence) -> str:
                 " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
                 if "post_training" in sides
                 else ""
+            )
+            + (
+                " Of conversations only the assistant's answers count, read after what came before them."
+                if evidence.manifest.get("has_conversations")
+                else ""
             ),
             table(["", *sides.values()], rows),
             "Others on the same text:",

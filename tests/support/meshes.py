@@ -90,6 +90,7 @@ class Reader:
     """Windows of random tokens."""
 
     length = LENGTH
+    learned = None
 
     def __init__(self, seed: int, count: int) -> None:
         self._tokens = np.random.default_rng(seed).integers(0, VOCAB, (count, LENGTH + 1))
