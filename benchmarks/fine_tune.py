@@ -123,8 +123,8 @@ def bits_per_byte(folder: Path, project: Path, tokens: int) -> float:
     for number, (ids, count) in enumerate(documents[::share]):
         size += count
         for window in windows_of(number, ids.astype("int64"), LENGTH):
-            logits = model(torch.from_numpy(window.inputs)[None])[0, window.first :]
-            nats += float(F.cross_entropy(logits, torch.from_numpy(window.targets[window.first :]), reduction="sum"))
+            logits = model(torch.from_numpy(window.inputs)[None])[0, window.scored]
+            nats += float(F.cross_entropy(logits, torch.from_numpy(window.targets[window.scored]), reduction="sum"))
     return nats / math.log(2) / size
 
 

@@ -28,6 +28,11 @@ Role = Literal["system", "user", "assistant"]
 # Around a control token in a message, while the template is rendered. They stand for no character.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
+# Around what the assistant wrote, while a conversation is rendered to be learned from.
+_BEGIN, _END = "\ufdd2", "\ufdd3"
+_RESERVED = re.compile(f"[{_OPEN}{_CLOSE}{_BEGIN}{_END}]")
+# Templates cut an answer at these, and trim what is left.
+_STARTS = re.compile(r"(?:\A|</?think>)\s*")
 # A model writes these itself, around what it thinks before it answers, so in its own messages they are tokens.
 _THOUGHT = frozenset({"<think>", "</think>"})
 
@@ -85,12 +90,16 @@ class ChatTemplate:
             return None
         return cls(source, _special_tokens(settings), tokenizer, str(place))
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`."""
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
-                **self._special_tokens, messages=conversation, tools=None, documents=None, add_generation_prompt=True
+                **self._special_tokens,
+                messages=conversation,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
             )
         # A template is a program from outside: what it raises is anything.
         except Exception as error:
@@ -99,9 +108,33 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of :meth:`render`: the template's control tokens as such, those in messages as text."""
-        marked = self.render([self._mark(message) for message in messages])
+        return self._located(self.render([self._mark(message) for message in messages]))[0]
+
+    def encode_answers(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Returns the tokens of a whole conversation, and which of them are the assistant's.
+
+        To an answer belongs the control token right behind it, by which a model says that it has ended. Tokens that
+        the template writes around the messages belong to nobody. Raises :class:`Unrenderable`, also where the template
+        makes something else of an answer than a part of it.
+        """
+        marked = [self._mark(message) for message in messages]
+        text = self.render([_mark_answer(message) for message in marked], add_generation_prompt=False)
+        bare = re.sub(f"[{_BEGIN}{_END}]", "", text)
+        if bare != self.render(marked, add_generation_prompt=False):
+            raise Unrenderable("the model's chat template changes the answers, so that they cannot be told apart")
+        spans = [self._with_its_end(_MARKS.sub("", bare), *span) for span in _spans(_MARKS.sub("", text))]
+        ids, places = self._located(bare)
+        return ids, [any(start < last and end > first for first, last in spans) for start, end in places]
+
+    def _with_its_end(self, text: str, first: int, last: int) -> tuple[int, int]:
+        control = self._controls.match(text, last)
+        return first, control.end() if control else last
+
+    def _located(self, marked: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the tokens of ``marked``, and where each lies in it; the marks do not count."""
         if not _MARKS.search(marked):
-            return self._ids(marked)
+            encoding = self._tokenizer.encode(marked, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
         # Each control token of a message leaves a hole, so the tokenizer finds only the template's; what lies between
         # two of these is written anew, without control tokens, where it has a hole. A mark whose partner the template
         # has cut off is a hole of nothing: what is on both sides of it must not become one token either.
@@ -114,10 +147,17 @@ class ChatTemplate:
         holed = re.sub(f"{_OPEN}({self._controls.pattern}){_CLOSE}|{_MARKS.pattern}", leave_hole, marked)
         filling = iter(texts)
         ids: list[int] = []
-        for piece, own in self._pieces(holed):
+        places: list[tuple[int, int]] = []
+        before = 0
+        for piece, own, own_places in self._pieces(holed):
             filled = re.sub(_OPEN, lambda _: next(filling), piece)
-            ids += own if _OPEN not in piece else self._plain.encode(filled, add_special_tokens=False).ids
-        return ids
+            if _OPEN in piece:
+                encoding = self._plain.encode(filled, add_special_tokens=False)
+                own, own_places = encoding.ids, encoding.offsets
+            ids += own
+            places += [(before + start, before + end) for start, end in own_places]
+            before += len(filled)
+        return ids, places
 
     def _mark(self, message: Message) -> Message:
         kept = _THOUGHT if message.role == "assistant" else frozenset()
@@ -125,30 +165,49 @@ class ChatTemplate:
         def mark(found: re.Match[str]) -> str:
             return found[0] if found[0] in kept else f"{_OPEN}{found[0]}{_CLOSE}"
 
-        return Message(message.role, self._controls.sub(mark, _MARKS.sub("\ufffd", message.content)))
+        return Message(message.role, self._controls.sub(mark, _RESERVED.sub("\ufffd", message.content)))
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _pieces(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """Yields ``text`` cut at its added tokens, these too, each piece with its tokens."""
+    def _pieces(self, text: str) -> Iterator[tuple[str, list[int], list[tuple[int, int]]]]:
+        """Yields ``text`` cut at its added tokens, these too, each piece with its tokens and their places in it."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        start, ids = 0, list[int]()
+        start, ids, places = 0, list[int](), list[tuple[int, int]]()
         for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
             if token not in self._added:
                 ids.append(token)
+                places.append((first - start, last - start))
                 continue
-            yield text[start:first], ids
-            yield text[first:last], [token]
-            start, ids = last, []
-        yield text[start:], ids
+            yield text[start:first], ids, places
+            yield text[first:last], [token], [(0, last - first)]
+            start, ids, places = last, [], []
+        yield text[start:], ids, places
 
     @cached_property
     def _plain(self) -> Tokenizer:
         """The tokenizer without its added tokens."""
         description = json.loads(self._tokenizer.to_str())
         return Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
+
+
+def _mark_answer(message: Message) -> Message:
+    """Returns ``message`` with marks around what the assistant wrote; the space around it may be trimmed."""
+    if message.role != "assistant" or not message.content.strip():
+        return message
+    body = message.content.rstrip()
+    marked = _STARTS.sub(lambda found: found[0] + _BEGIN, body)
+    return Message(message.role, marked + _END + message.content[len(body) :])
+
+
+def _spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yields where each answer lies in ``text`` without its marks: from the first _BEGIN to the _END after it."""
+    marks = 0
+    begun: int | None = None
+    for place, character in enumerate(text):
+        if character == _BEGIN:
+            begun = place - marks if begun is None else begun
+        elif character == _END and begun is not None:
+            yield begun, place - marks
+            begun = None
+        marks += character in (_BEGIN, _END)
 
 
 class _Generation(Extension):

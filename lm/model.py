@@ -68,8 +68,18 @@ class LanguageModel(nn.Module):
         return self.lm_head(self.model(ids))
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens."""
-        return self.loss_of(self.model(windows[:, :-1]), windows[:, 1:])
+        """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens.
+
+        Of ``windows`` [B, 2, T + 1] the second row says with 1 which tokens count; the others add 0 to the same mean.
+        """
+        if windows.dim() == 2:
+            return self.loss_of(self.model(windows[:, :-1]), windows[:, 1:])
+        windows, learned = windows.unbind(1)
+        x_ND, targets_N = self.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()
+        kept = learned[:, 1:].flatten().nonzero().flatten()
+        # Where none counts the head takes part all the same: a process without its gradient would hold up the others.
+        rows = kept if len(kept) else kept.new_zeros(1)
+        return self.loss_of(x_ND[rows].unsqueeze(0), targets_N[rows].unsqueeze(0)) * (len(kept) / len(x_ND))
 
     def loss_of(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting the targets from the decoder's hidden states."""

@@ -30,8 +30,8 @@ def make_optimizer(model: LanguageModel, params: TrainingParams) -> torch.optim.
 
 
 def _adamw(parameters: Iterable[nn.Parameter], params: TrainingParams) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone."""
-    every = list(parameters)
+    """AdamW that decays matrices and leaves norms alone, and frozen parameters out."""
+    every = [parameter for parameter in parameters if parameter.requires_grad]
     matrices = [parameter for parameter in every if parameter.dim() > 1]
     vectors = [parameter for parameter in every if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

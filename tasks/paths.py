@@ -16,6 +16,7 @@ MANIFEST = SHARDS / "manifest.json"
 TOKENIZER = SHARDS / "tokenizer.json"
 
 FLOAT = Path("models/float")
+ADAPTER = FLOAT / "adapter"
 TRAIN_REPORT = Path("models/train.json")
 CURVE = Path("models/curve.csv")
 

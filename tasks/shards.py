@@ -2,7 +2,9 @@
 
 A shard holds three one-dimensional datasets: ``tokens`` (uint16, or uint32 for large vocabularies; page-aligned,
 contiguous, uncompressed), ``document_offsets`` (int64, one more than there are documents) and ``document_bytes``
-(int64, UTF-8 bytes of each document's text). Each document begins with the BOS token.
+(int64, UTF-8 bytes of each document's text). Each document begins with the BOS token. Where the corpus has
+conversations there is a fourth one, ``learned`` (uint8, one for each token): 1 where the token is to be learned, 0
+where it is only read, as all but the assistant's answers is; a conversation's bytes are those of its answers.
 
 A reader checks a shard's digest before HDF5 sees the file: a flipped byte in a contiguous dataset is silent, and a
 damaged header can hang libhdf5 (hdf5#1707). After that h5py only tells where the data lies; the tokens are then read by
@@ -12,6 +14,7 @@ memory map, at the cost of ``np.memmap`` (h5py's own slices are about ten times 
 import io
 import itertools
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +31,7 @@ from tasks.errors import BadInput
 PAGE = 4096
 SplitName = Literal["train", "valid", "test"]
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Learned = npt.NDArray[np.uint8]
 
 
 class ShardEntry(BaseModel):
@@ -54,9 +58,11 @@ class Manifest(BaseModel):
     dtype: Literal["uint16", "uint32"]
     tokenizer_digest: str
     shards: list[ShardEntry]
+    # Whether the shards say which tokens are learned.
+    has_conversations: bool = False
 
     def write(self, folder: Path) -> None:
-        atomic.write_json(folder / paths.MANIFEST.name, self.model_dump())
+        atomic.write_json(folder / paths.MANIFEST.name, self.model_dump(exclude_defaults=True))
 
     def of_split(self, split: SplitName) -> list[ShardEntry]:
         return [shard for shard in self.shards if shard.split == split]
@@ -83,7 +89,10 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def encode_shard(
-    tokens: Tokens, document_offsets: npt.NDArray[np.int64], document_bytes: npt.NDArray[np.int64]
+    tokens: Tokens,
+    document_offsets: npt.NDArray[np.int64],
+    document_bytes: npt.NDArray[np.int64],
+    learned: Learned | None = None,
 ) -> bytes:
     """Returns the HDF5 file of one shard, as bytes; equal arguments give equal bytes.
 
@@ -95,6 +104,8 @@ def encode_shard(
         file.create_dataset("tokens", data=tokens)
         file.create_dataset("document_offsets", data=document_offsets)
         file.create_dataset("document_bytes", data=document_bytes)
+        if learned is not None:
+            file.create_dataset("learned", data=learned)
     return image.getvalue()
 
 
@@ -126,7 +137,8 @@ class Shards:
 
         Windows step by ``length``, so each token is a target at most once; a shard's last few tokens are left over.
         """
-        return WindowReader([file.tokens for file in self._files], length)
+        learned = [file.learned for file in self._files if file.learned is not None]
+        return WindowReader([file.tokens for file in self._files], length, learned)
 
     def documents(self) -> list[tuple[Tokens, int]]:
         """Returns each document: its tokens, BOS first, and the UTF-8 bytes of its text."""
@@ -136,12 +148,29 @@ class Shards:
                 found.append((file.tokens[start:end], int(size)))
         return found
 
+    def learned(self) -> list[npt.NDArray[np.bool_]] | None:
+        """Returns which tokens of each document are to be learned; None where all are, but the first."""
+        found = []
+        for file in self._files:
+            if file.learned is None:
+                return None
+            pairs = itertools.pairwise(file.offsets)
+            found += [file.learned[start:end].astype(np.bool_) for start, end in pairs]
+        return found
+
 
 class WindowReader:
-    """Reads windows of ``length`` + 1 tokens by their global index, each from its memory-mapped shard."""
+    """Reads windows of ``length`` + 1 tokens by their global index, each from its memory-mapped shard.
 
-    def __init__(self, shards: list[Tokens], length: int) -> None:
+    ``learned``, one array a shard, says with 1 which tokens are to be learned; without it all are. It is read in the
+    same windows.
+    """
+
+    def __init__(
+        self, shards: Sequence[Tokens] | Sequence[Learned], length: int, learned: Sequence[Learned] = ()
+    ) -> None:
         self.length = length
+        self.learned = WindowReader(learned, length) if learned else None
         # One row a window, rows overlapping by one token: a view, no copy.
         self._shards = [_windows(shard, length) for shard in shards if len(shard) > length]
         self._ends = list(itertools.accumulate(len(shard) for shard in self._shards))
@@ -169,7 +198,15 @@ class WindowReader:
         return batch
 
 
-def _windows(tokens: Tokens, length: int) -> Tokens:
+def share_learned(windows: WindowReader, indices: npt.NDArray[np.int64]) -> float:
+    """Returns the share of the targets in the windows of ``indices`` that are to be learned; never 0, to divide by."""
+    if windows.learned is None:
+        return 1.0
+    targets = windows.learned.batch(indices)[:, 1:]
+    return max(1, int(targets.sum())) / targets.size
+
+
+def _windows(tokens: Tokens | Learned, length: int) -> Tokens:
     count = (len(tokens) - 1) // length
     strides = (length * tokens.itemsize, tokens.itemsize)
     windows: Any = np.lib.stride_tricks.as_strided(tokens, (count, length + 1), strides, writeable=False)
@@ -177,8 +214,14 @@ def _windows(tokens: Tokens, length: int) -> Tokens:
 
 
 class _MappedShard:
-    def __init__(self, tokens: Tokens, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
-        self.tokens, self.offsets, self.bytes = tokens, offsets, sizes
+    def __init__(
+        self,
+        tokens: Tokens,
+        offsets: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+        learned: Learned | None,
+    ) -> None:
+        self.tokens, self.offsets, self.bytes, self.learned = tokens, offsets, sizes, learned
 
 
 def _map_shard(path: Path, entry: ShardEntry, dtype: str) -> _MappedShard:
@@ -194,7 +237,8 @@ def _map_shard(path: Path, entry: ShardEntry, dtype: str) -> _MappedShard:
         )
     with h5py.File(path, "r") as file:
         tokens = _in_place(path, file["tokens"], np.dtype(dtype))
-        return _MappedShard(tokens, file["document_offsets"][:], file["document_bytes"][:])
+        learned: Any = _in_place(path, file["learned"], np.dtype(np.uint8)) if "learned" in file else None
+        return _MappedShard(tokens, file["document_offsets"][:], file["document_bytes"][:], learned)
 
 
 def _in_place(path: Path, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Tokens:

@@ -30,6 +30,8 @@ class Source(Section):
     licence: str = Field(min_length=1)
     # For jsonl, csv and parquet: the field that holds the text.
     text_field: str | None = None
+    # For jsonl, instead: the field that holds a conversation, a list of {role, content}. The answers alone are learned.
+    messages_field: str | None = None
     # Consecutive records with equal values here are joined into one document. Empty: each record is a document.
     document_fields: list[str] = []
     # Documents with equal values here land in the same split. None: each document by itself.
@@ -56,6 +58,13 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _fields_fit_the_format(self) -> Self:
+        if self.messages_field:
+            if self.format != "jsonl" or self.text_field or self.document_fields:
+                raise ValueError(
+                    f"source '{self.name}': messages_field is for format jsonl, without text_field or document_fields; "
+                    "remove those: a conversation is a document by itself"
+                )
+            return self
         tabular = self.format in ("jsonl", "csv", "parquet")
         if tabular and not self.text_field:
             raise ValueError(

@@ -30,10 +30,11 @@ _SECONDS_WORTH_A_WORD = 1.0
 class StepReport:
     """One step: times in seconds, loss in nats a token, the learning rate AdamW's (Muon's keeps its proportion to it).
 
-    ``mfu`` counts 6 operations for each parameter that works on a token (attention's own products are left out) against
-    the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at most, else resident.
-    ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes. ``bytes_sent`` are those
-    of the first process since it started, as they were last counted (:mod:`tasks.parallel.traffic`).
+    ``mfu`` counts 6 operations for each parameter that works on a token, 4 for a frozen one (attention's own products
+    are left out), against the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at
+    most, else resident. ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
+    ``bytes_sent`` are those of the first process since it started, as they were last counted
+    (:mod:`tasks.parallel.traffic`).
     """
 
     step: int
@@ -66,7 +67,7 @@ class StepMeter:
 
     def __init__(self, model: LanguageModel, tokens_per_step: int, world: World) -> None:
         self._world, self._tokens = world, tokens_per_step
-        self._operations = 6 * active_in_products(model)
+        self._operations = 4 * active_in_products(model) + 2 * _trained_in_products(model)
         self.peak, self.peak_source = peak(world)
         self._last_gradient: Mark | None = None
         self._waits: list[tuple[Mark, Mark]] = []
@@ -179,3 +180,9 @@ def active_in_products(model: LanguageModel) -> int:
     # Turned before it is rounded, a model has a head of its own, whatever its configuration says.
     looked_up = model.lm_head.weight is not model.model.embed_tokens.weight
     return active - (model.model.embed_tokens.weight.numel() if looked_up else 0)
+
+
+def _trained_in_products(model: LanguageModel) -> int:
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    # Where some are frozen, what is not is a layer's own factors.
+    return sum(trained) if len(trained) < len(list(model.parameters())) else active_in_products(model)

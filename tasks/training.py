@@ -28,7 +28,7 @@ from tasks.parallel.traffic import Traffic
 from tasks.progress import Progress
 from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
-from tasks.shards import WindowReader
+from tasks.shards import WindowReader, share_learned
 from tasks.step_log import StepLog
 from tasks.step_meter import StepMeter, StepReport
 from tasks.stopping import Stop
@@ -209,6 +209,7 @@ class _Run:
             )  # fmt: skip
         samples = self.parallel.grouped(samples)
         total = torch.zeros((), device=self.world.device)
+        passes = len(samples) * self._share_learned(step)
         for index, micro in enumerate(samples):
             # All passes but the last only add up gradients; the last one reduces them over the processes.
             self.parallel.reduce_in_backward(index == len(samples) - 1)
@@ -216,7 +217,7 @@ class _Run:
                 windows = self._read(self.train_windows, micro)
             self.here.batch()
             with self.world.autocast():
-                loss = self.parallel.loss(windows) / len(samples)
+                loss = self.parallel.loss(windows) / passes
             self.here.batch()
             self.parallel.backward(loss)
             total += loss.detach()
@@ -342,7 +343,7 @@ class _Run:
             with self.world.autocast():
                 summed += self.parallel.evaluate(windows).double() * len(share)
         self.model.train()
-        return float(self.world.sum(summed) / wanted)
+        return float(self.world.sum(summed) / (wanted * share_learned(self.valid_windows, chosen.numpy())))
 
     def latest(self) -> dict[str, float]:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
@@ -380,8 +381,20 @@ class _Run:
         self.steps_since_row = state["steps_since_row"]
         return int(state["step"])
 
+    def _share_learned(self, step: int) -> float:
+        """Returns :func:`share_learned` of the windows of all processes: the loss is the mean over what is learned."""
+        if self.train_windows.learned is None:
+            return 1.0
+        batch = batch_of_rank(
+            step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch, 0, 1
+        )
+        return share_learned(self.train_windows, batch.flatten())
+
     def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
         batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
+        if windows.learned is not None:
+            learned = torch.from_numpy(windows.learned.batch(indices)).to(self.world.device).long()
+            batch = torch.stack([batch, learned], dim=1)
         self.here.move()
         return batch
 

@@ -164,6 +164,11 @@ def _training(evidence: Evidence) -> str:
         ["last training loss (nats a token)", train.show("train_loss", "{:.4f}")],
         ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
         *([["started from", train.show("started_from")]] if train.get("started_from") else []),
+        *(
+            [["parameters trained (LoRA)", train.show("trained_parameters", "{:,}")]]
+            if train.get("trained_parameters")
+            else []
+        ),
         ["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")],
     ]
     return table(["", ""], rows)
@@ -208,6 +213,11 @@ def _evaluation(evidence: Evidence) -> str:
             + (
                 " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
                 if "post_training" in sides
+                else ""
+            )
+            + (
+                " Of conversations only the assistant's answers count, read after what came before them."
+                if evidence.manifest.get("has_conversations")
                 else ""
             ),
             table(["", *sides.values()], rows),

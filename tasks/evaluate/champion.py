@@ -11,9 +11,10 @@ from tasks import champion, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
 from tasks.evaluate import report
-from tasks.evaluate.score import Ids, Scores, Sums, nats_of
+from tasks.evaluate.score import Ids, Learned, Scores, Sums, nats_of
 from tasks.progress import Progress
 from tasks.section import read_yaml
+from tasks.shards import Tokens
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,27 @@ class Opponent:
     model: Generator | None
     same_split: bool
 
-    def nats(self, texts: list[str], threads: int, progress: Progress) -> Sums | None:
-        """Returns its loss on each of ``texts``, in nats [texts]; None without a model. Raises as :func:`encode`."""
+    def nats(
+        self,
+        texts: list[str],
+        documents: list[tuple[Tokens, int]],
+        learned: list[Learned] | None,
+        threads: int,
+        progress: Progress,
+    ) -> Sums | None:
+        """Returns its loss on each of ``texts``, in nats [texts]; None without a model. Raises as :func:`encode`.
+
+        Where only what is ``learned`` of the ``documents`` counts, a text is not all that a model reads: the champion
+        reads the same tokens, and is None where it has another tokenizer.
+        """
         if self.model is None:
             return None
-        return nats_of(self.model, encode(texts), threads, progress)
+        if learned is None:
+            return nats_of(self.model, encode(texts), threads, progress)
+        if (paths.CHAMPION / paths.TOKENIZER.name).read_bytes() != paths.TOKENIZER.read_bytes():
+            return None
+        ids = [tokens.astype(np.int64) for tokens, _ in documents]
+        return nats_of(self.model, ids, threads, progress, learned)
 
     def result(self, nats: Sums, scores: Scores, bootstrap: Bootstrap) -> report.ChampionResult:
         """Returns how it compares with the candidate, whose ``scores`` are of the same documents as ``nats``."""

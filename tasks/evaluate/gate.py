@@ -35,7 +35,8 @@ def _against_float(loss: Estimate, limit: float) -> Check:
 def _against_champion(champion: ChampionResult | None, limit: float, unmeasured: str | None) -> Check:
     if unmeasured is not None:
         told = (
-            f"{unmeasured} was exported by another version of Overnight, so it could not be measured beside this one; "
+            f"{unmeasured} was exported by another version of Overnight, or has another tokenizer for conversations, "
+            "so it could not be measured beside this one; "
             "compare their bits per byte (`overnight versions`), then `overnight promote` this one by hand"
         )
         return Check(name="against_champion", passed=False, limit=limit, reason=told)

@@ -20,17 +20,18 @@ from tasks.shards import Tokens
 WINDOWS_AT_ONCE = 8
 Ids = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]
+Learned = npt.NDArray[np.bool_]
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Window:
-    """``inputs`` of one forward pass; ``targets[i]`` follows ``inputs[i]`` and counts from ``first`` on."""
+    """``inputs`` of one forward pass; ``targets[i]`` follows ``inputs[i]`` and counts where ``i`` is in ``scored``."""
 
     document: int
     inputs: Ids
     targets: Ids
-    first: int
+    scored: Ids
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class Scores:
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
 
 
-def windows_of(document: int, tokens: Ids, context: int) -> Iterator[Window]:
+def windows_of(document: int, tokens: Ids, context: int, learned: Learned | None = None) -> Iterator[Window]:
     """Yields the windows that score each token of ``tokens`` but the first (BOS) exactly once.
+
+    Where ``learned`` [tokens] is given, of these only the tokens that it names: a conversation's answers.
 
     A document longer than ``context`` is walked in half windows: from the second window on, every scored token sees at
     least half a context before it.
@@ -73,7 +76,10 @@ def windows_of(document: int, tokens: Ids, context: int) -> Iterator[Window]:
     scored, start = 1, 0
     while scored < len(tokens):
         end = min(start + context, len(tokens) - 1)
-        yield Window(document, tokens[start:end], tokens[start + 1 : end + 1], scored - start - 1)
+        new = np.arange(scored - start - 1, end - start)
+        if learned is not None:
+            new = new[learned[start + 1 + new]]
+        yield Window(document, tokens[start:end], tokens[start + 1 : end + 1], new)
         scored = end + 1
         start = max(start + 1, scored - 1 - context // 2)
 
@@ -84,14 +90,18 @@ def score(
     documents: list[tuple[Tokens, int]],
     threads: int,
     progress: Progress,
+    learned: list[Learned] | None = None,
 ) -> Scores:
-    """Returns the scores of all models on ``documents`` (tokens with BOS first, UTF-8 bytes). All compute in fp32."""
+    """Returns the scores of all models on ``documents`` (tokens with BOS first, UTF-8 bytes). All compute in fp32.
+
+    ``learned`` says of each document which tokens count; without it all do but the first.
+    """
     ids = [tokens.astype(np.int64) for tokens, _ in documents]
     model.eval()
     progress.begin("scoring")
     routed = FloatRouting(model)
     score_batch = partial(_score_batch, routed, quantized, model.config.eos_token_id)
-    found = _by_window(score_batch, ids, model.config.window, threads, progress)
+    found = _by_window(score_batch, ids, model.config.window, threads, progress, learned)
     # [documents, numbers] of each model, and the divergences of a document's windows one after the other.
     sums = {name: _summed(len(ids), [(window, sides[name][0]) for window, sides in found]) for name in ("", *quantized)}
     divergence: dict[str, list[list[Sums]]] = {name: [[] for _ in ids] for name in quantized}
@@ -99,7 +109,10 @@ def score(
         for name in quantized:
             divergence[name][window.document].append(sides[name][1])
     return Scores(
-        tokens=np.array([len(tokens) - 1 for tokens in ids], dtype=np.float64),
+        tokens=np.array(
+            [len(tokens) - 1 for tokens in ids] if learned is None else [mask[1:].sum() for mask in learned],
+            dtype=np.float64,
+        ),
         bytes=np.array([size for _, size in documents], dtype=np.float64),
         float=Marks(*sums[""].T),
         quantized={
@@ -115,11 +128,16 @@ def score(
     )
 
 
-def nats_of(int8: Generator, documents: list[Ids], threads: int, progress: Progress) -> Sums:
-    """Returns the loss of an INT8 model on each of ``documents`` (its own tokens, BOS first), in nats: [documents]."""
+def nats_of(
+    int8: Generator, documents: list[Ids], threads: int, progress: Progress, learned: list[Learned] | None = None
+) -> Sums:
+    """Returns the loss of an INT8 model on each of ``documents`` (its own tokens, BOS first), in nats: [documents].
+
+    ``learned`` is as in :func:`score`.
+    """
     progress.begin("champion")
     padding = int(documents[0][0])
-    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8.window, threads, progress)
+    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8.window, threads, progress, learned)
     return _summed(len(documents), found)[:, 0]
 
 
@@ -129,13 +147,18 @@ def _by_window(
     context: int,
     threads: int,
     progress: Progress,
+    learned: list[Learned] | None,
 ) -> list[tuple[Window, Found]]:
     """Returns each window of ``documents`` with what ``score_batch`` says of it, always in the same order.
 
     ``threads`` batches are computed at a time, each on one core: faster than one batch on all cores, and no sum depends
     on how many there are.
     """
-    windows = [window for index, tokens in enumerate(documents) for window in windows_of(index, tokens, context)]
+    windows = [
+        window
+        for index, tokens in enumerate(documents)
+        for window in windows_of(index, tokens, context, None if learned is None else learned[index])
+    ]
     windows.sort(key=lambda window: len(window.inputs))
     batches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
     rows: list[Found] = []
@@ -165,7 +188,7 @@ def _score_batch(
     for name, side in {"": None, **quantized}.items():
         logits, experts = (logits_float, experts_float) if side is None else side.run(ids)
         for row, window in enumerate(batch):
-            kept = slice(window.first, len(window.inputs))
+            kept = window.scored
             targets = torch.from_numpy(window.targets[kept])
             log = F.log_softmax(logits[row, kept], dim=-1)
             sums = [F.nll_loss(log, targets, reduction="sum"), (log.argmax(dim=-1) == targets).sum()]
@@ -184,7 +207,7 @@ def _nats_of_batch(int8: Generator, padding: int, batch: list[Window]) -> list[S
     logits = torch.from_numpy(int8.run(ids, int8.new_cache(len(batch))))
     results = []
     for row, window in enumerate(batch):
-        kept = slice(window.first, len(window.inputs))
+        kept = window.scored
         log = F.log_softmax(logits[row, kept], dim=-1)
         results.append(np.array([float(F.nll_loss(log, torch.from_numpy(window.targets[kept]), reduction="sum"))]))
     return results

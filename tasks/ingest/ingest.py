@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
 from tasks import atomic, paths
 from tasks.errors import BadInput
 from tasks.ingest.document import Document, join
@@ -16,7 +18,7 @@ from tasks.ingest.readers import FileReader
 from tasks.ingest.record import Reason, Record, Rejection, size_of
 from tasks.ingest.report import CorpusReport, SourceReport
 from tasks.ingest.split import SPLITS, SplitName, split_of
-from tasks.ingest.tables import CORPUS_SCHEMA, QUARANTINE_SCHEMA, TableWriter
+from tasks.ingest.tables import CHAT_SCHEMA, CORPUS_SCHEMA, QUARANTINE_SCHEMA, Row, TableWriter
 from tasks.ingest.tally import SourceTally, SplitTally
 from tasks.progress import Progress, progress
 from tasks.sources import CollectParams, Source, printable
@@ -70,6 +72,7 @@ class _Corpus:
     """The corpus as it grows: the writers of the splits, their counts, and the digests of what was seen."""
 
     params: IngestParams
+    schema: pa.Schema
     writers: dict[SplitName, TableWriter]
     quarantine: TableWriter
     tallies: dict[SplitName, SplitTally] = field(default_factory=lambda: {name: SplitTally() for name in SPLITS})
@@ -85,7 +88,9 @@ class _Corpus:
         self.seen.add(digest)
         # Without a group the text itself decides: a line's number would change with every line added before it.
         split = split_of(digest if document.group is None else document.group.encode(), self.params.split)
-        row = (document.text, source.name, document.group, f"{source.name}/{name}:{document.line}")
+        row: Row = (document.text, source.name, document.group, f"{source.name}/{name}:{document.line}")
+        if self.schema is CHAT_SCHEMA:
+            row = (*row, source.messages_field is not None)
         self.writers[split].write(row, size.bytes)
         self.tallies[split].add(document, size)
 
@@ -98,9 +103,10 @@ def _write(
     collect: CollectParams, params: IngestParams, files: dict[str, list[Path]], folder: Path, done: _Bytes
 ) -> CorpusReport:
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(TableWriter(_parts(folder / name), CORPUS_SCHEMA)) for name in SPLITS}
+        schema = CHAT_SCHEMA if any(source.messages_field for source in collect.sources) else CORPUS_SCHEMA
+        writers = {name: stack.enter_context(TableWriter(_parts(folder / name), schema)) for name in SPLITS}
         quarantine = TableWriter(iter([folder / paths.QUARANTINE.name]), QUARANTINE_SCHEMA)
-        corpus = _Corpus(params, writers, stack.enter_context(quarantine))
+        corpus = _Corpus(params, schema, writers, stack.enter_context(quarantine))
         sources = [_read_source(source, files[source.name], corpus, done) for source in collect.sources]
         _check_splits(corpus)
         splits = {name: tally.report() for name, tally in corpus.tallies.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
+from tasks.ingest import conversation
 from tasks.ingest.lines import Block
 from tasks.ingest.record import Fields, Record, Rejection, accept, label, missing, mistyped, reject
 
@@ -57,6 +58,11 @@ def _read_line(number: int, line: bytes, fields: Fields) -> Record | Rejection:
         if values.get(name) is None:
             return reject(number, "missing field", line, missing(name, values))
     text = values[fields.text]
+    if fields.holds_messages:
+        try:
+            text = conversation.as_text(text)
+        except ValueError as error:
+            return reject(number, "malformed conversation", line, str(error))
     if not isinstance(text, str):
         return reject(number, "wrong type", line, mistyped(fields.text, text))
     labels: list[str] = []
@@ -79,7 +85,7 @@ def _integer(digits: str) -> int | float:
 
 def _parse(block: Block, fields: Fields) -> pa.Table | None:
     """Returns one row a line of ``block``; None when the block has to go line by line."""
-    if not _is_plain(block):
+    if fields.holds_messages or not _is_plain(block):
         return None
     schema = _schema(block.line(0), fields)
     if schema is None:

@@ -55,8 +55,9 @@ class FileReader:
         source, limit, name = self._source, self._max_line_bytes, str(self._path)
         if source.format in ("txt", "md"):
             return read_text(_WithoutMark(self._stream()), limit, self._block_bytes)
-        assert source.text_field is not None  # Source refuses a tabular format without it.
-        fields = Fields(source.text_field, tuple(source.document_fields), source.group_field)
+        field = source.messages_field or source.text_field
+        assert field is not None  # Source refuses a tabular format without it.
+        fields = Fields(field, tuple(source.document_fields), source.group_field, bool(source.messages_field))
         if source.format == "parquet":
             return self._parquet(fields)
         pieces = cut(_WithoutMark(self._stream()), limit, self._block_bytes)

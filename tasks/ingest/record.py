@@ -16,6 +16,7 @@ Reason = Literal[
     "not UTF-8",
     "line too long",
     "empty text",
+    "malformed conversation",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -79,11 +80,15 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Which fields of a record matter: that of the text, those that make a document, that of the group."""
+    """Which fields of a record matter: that of the text, those that make a document, that of the group.
+
+    Where ``holds_messages``, that of the text holds a conversation.
+    """
 
     text: str
     document: tuple[str, ...]
     group: str | None
+    holds_messages: bool = False
 
     @property
     def all(self) -> tuple[str, ...]:

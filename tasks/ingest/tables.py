@@ -14,6 +14,8 @@ BYTES_PER_PART = 2**27
 CORPUS_SCHEMA = pa.schema(
     {name: pa.field(name, pa.string(), nullable=name == "group") for name in ("text", "source", "group", "id")}.values()
 )
+# Where a source holds conversations: whether this text is one, as :mod:`tasks.ingest.conversation` writes it.
+CHAT_SCHEMA = CORPUS_SCHEMA.append(pa.field("is_conversation", pa.bool_(), nullable=False))
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -26,7 +28,7 @@ QUARANTINE_SCHEMA = pa.schema(
     ]
 )
 
-Row = tuple[str | int | None, ...]
+Row = tuple[str | int | bool | None, ...]
 
 
 class TableWriter(AbstractContextManager["TableWriter"]):

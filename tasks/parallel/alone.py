@@ -5,6 +5,7 @@ from torch import nn
 
 from lm.model import LanguageModel
 from tasks.order import Indices
+from tasks.parallel import whole
 from tasks.parallel.exchange import State
 from tasks.world import World
 
@@ -34,10 +35,12 @@ class Alone:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        return self.model.state_dict(), optimizer.state_dict()
+        frozen = whole.frozen(self.model)
+        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        return state, optimizer.state_dict()
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        self.model.load_state_dict(model_state)
+        self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
         optimizer.load_state_dict(optimizer_state)
 
     def finish(self) -> None:

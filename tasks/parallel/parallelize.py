@@ -48,7 +48,10 @@ class Parallel(Protocol):
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least."""
+        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least.
+
+        Without the weights that are frozen: they are what training began with.
+        """
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         """Takes over what :meth:`state` returned, on this mesh or another."""

@@ -5,6 +5,7 @@ lies in one place of ``expert``, cut over ``shard``.
 """
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Sharded:
         return whole.clip_grad_norm(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        weights = self._whole_weights(self._is_first)
+        weights = self._whole_weights(self._is_first, whole.frozen(self.model))
         return weights, whole.optimizer_state(optimizer, self._is_first)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
@@ -73,9 +74,9 @@ class Sharded:
             parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
         self._whole.load_state_dict(state)
 
-    def _whole_weights(self, keep: bool) -> State:
+    def _whole_weights(self, keep: bool, left_out: Collection[str] = ()) -> State:
         self._cut()
-        return whole.model_state(self.model, keep)
+        return whole.model_state(self.model, keep, left_out)
 
     def _cut(self) -> None:
         # After a forward pass alone, as validation is one, the outermost weights stay whole until a backward pass.

@@ -3,7 +3,7 @@
 Everything here is collective: each process calls it, for the same tensors in the same order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -39,21 +39,33 @@ def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like.device)
 
 
-def model_state(model: nn.Module, keep: bool) -> State:
-    """Returns the whole state of ``model`` where it is to be kept; tensors that are tied in it are one."""
+def frozen(model: nn.Module) -> set[str]:
+    """Returns the names of the parameters of ``model`` that no gradient moves."""
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+
+
+def model_state(model: nn.Module, keep: bool, left_out: Collection[str] = ()) -> State:
+    """Returns the whole state of ``model`` where it is to be kept, without the names ``left_out``.
+
+    Tensors that are tied in it are one.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {parameter: _kept(parameter, keep) for parameter in model.parameters()}
+    wanted = {parameter for name, parameter in parameters.items() if name not in left_out}
+    found = {parameter: _kept(parameter, keep) for parameter in model.parameters() if parameter in wanted}
     return {
         name: found[parameters[name]] if name in parameters else _kept(value, keep)
         for name, value in model.state_dict().items()
+        if name not in left_out
     }
 
 
 @torch.no_grad()
 def load_model_state(model: nn.Module, state: State) -> None:
-    """Takes over the whole ``state``."""
+    """Takes over the whole ``state``, in which what is :func:`frozen` may be missing."""
+    kept = frozen(model) - state.keys()
     for name, own in model.state_dict().items():
-        own.copy_(part(state[name], own))
+        if name not in kept:
+            own.copy_(part(state[name], own))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> State:

@@ -13,18 +13,35 @@ from tasks.shards import SplitName
 
 DOCUMENTS_PER_BATCH = 1024
 _COLUMN = "text"
+_MARK = "is_conversation"
 
 
-def batches(split: SplitName) -> Iterator[list[str]]:
+def batches(split: SplitName) -> Iterator[tuple[list[str], list[bool]]]:
     """Yields the texts of ``split`` in batches of at most 1,024 documents (and of one row group), in order.
 
-    Raises :class:`BadInput` when the split is missing or a file is damaged.
+    With each batch it says which of them are conversations. Raises :class:`BadInput` when the split is missing or a
+    file is damaged.
     """
     for file in _files(split):
         with _damage_is_told(file), pq.ParquetFile(file) as parquet:
+            columns = [_COLUMN, *([_MARK] if _MARK in parquet.schema_arrow.names else [])]
             for group in range(parquet.num_row_groups):
-                for batch in parquet.iter_batches(DOCUMENTS_PER_BATCH, row_groups=[group], columns=[_COLUMN]):
-                    yield batch.column(_COLUMN).to_pylist()
+                for batch in parquet.iter_batches(DOCUMENTS_PER_BATCH, row_groups=[group], columns=columns):
+                    marks = batch.column(_MARK).to_pylist() if _MARK in columns else [False] * len(batch)
+                    yield batch.column(_COLUMN).to_pylist(), marks
+
+
+def has_conversations() -> bool:
+    """Whether a source of the corpus holds conversations. Raises :class:`BadInput` as above."""
+    file = _files("train")[0]
+    with _damage_is_told(file):
+        return _MARK in pq.read_schema(file).names
+
+
+def texts(split: SplitName) -> Iterator[list[str]]:
+    """Yields what :func:`batches` does, without the conversations."""
+    for batch, marks in batches(split):
+        yield [text for text, is_conversation in zip(batch, marks, strict=True) if not is_conversation]
 
 
 def documents(split: SplitName) -> int:

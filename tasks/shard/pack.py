@@ -6,15 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tasks.shards import Tokens
+from tasks.shards import Learned, Tokens
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """The tokens of one document, [tokens], BOS first, and the UTF-8 bytes of its text."""
+    """The tokens of one document, [tokens], BOS first, and the UTF-8 bytes of its text.
+
+    ``learned`` [tokens] is there where the corpus has conversations: see :mod:`tasks.shards`.
+    """
 
     tokens: Tokens
     bytes: int
+    learned: Learned | None = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class PackedShard:
     tokens: Tokens
     document_offsets: npt.NDArray[np.int64]
     document_bytes: npt.NDArray[np.int64]
+    learned: Learned | None
 
 
 def pack(documents: Iterable[EncodedDocument], tokens_per_shard: int) -> Iterator[PackedShard]:
@@ -41,9 +46,11 @@ def pack(documents: Iterable[EncodedDocument], tokens_per_shard: int) -> Iterato
 
 
 def _join(documents: list[EncodedDocument]) -> PackedShard:
+    learned = [document.learned for document in documents if document.learned is not None]
     lengths = [len(document.tokens) for document in documents]
     return PackedShard(
         np.concatenate([document.tokens for document in documents]),
         np.cumsum([0, *lengths], dtype=np.int64),
         np.array([document.bytes for document in documents], dtype=np.int64),
+        np.concatenate(learned) if learned else None,
     )

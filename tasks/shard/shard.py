@@ -11,7 +11,8 @@ from tasks import atomic, paths
 from tasks.errors import BadInput, BadParameter
 from tasks.progress import Progress, progress
 from tasks.shard.checkpoint_tokenizer import CheckpointTokenizer
-from tasks.shard.corpus import batches, documents
+from tasks.shard.conversations import Conversations, of_checkpoint
+from tasks.shard.corpus import batches, documents, has_conversations, texts
 from tasks.shard.pack import EncodedDocument, PackedShard, pack
 from tasks.shard.params import ShardParams
 from tasks.shard.tokenizer import train
@@ -39,22 +40,24 @@ def shard(params: ShardParams, origin: Path | None = None) -> Manifest:
 
     ``origin`` is the folder of the checkpoint that training starts from, whose tokenizer is kept; None trains one.
     Raises :class:`BadInput` for a missing or damaged corpus, or a tokenizer that does not keep its text as it is;
-    :class:`BadParameter` for a vocabulary that the corpus cannot fill, or that is not the checkpoint's;
-    :class:`DiskFull` when there is no room.
+    :class:`BadParameter` for a vocabulary that the corpus cannot fill, or that is not the checkpoint's, and for
+    conversations without a chat template; :class:`DiskFull` when there is no room.
     """
     totals = {split: documents(split) for split in SPLITS}
+    conversations = of_checkpoint(origin) if has_conversations() else None
     with atomic.folder(paths.SHARDS) as folder, progress("shard") as shown:
         tokenizer = _tokenizer(params, origin, shown, totals["train"])
         content = tokenizer.to_json().encode()
         (folder / paths.TOKENIZER.name).write_bytes(content)
         shown.begin("encode")
-        encoding = _Encoding(tokenizer, shown, sum(totals.values()))
+        encoding = _Encoding(tokenizer, conversations, shown, sum(totals.values()))
         manifest = Manifest(
             vocab_size=tokenizer.vocab_size,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             dtype=token_dtype(tokenizer.vocab_size),
             tokenizer_digest=digest(content),
+            has_conversations=conversations is not None,
             shards=[
                 _write(folder, split, index, packed)
                 for split in SPLITS
@@ -62,6 +65,8 @@ def shard(params: ShardParams, origin: Path | None = None) -> Manifest:
             ],
         )
         manifest.write(folder)
+        if conversations is not None and (told := conversations.told()):
+            shown.notice(told)
     return manifest
 
 
@@ -87,10 +92,10 @@ def _tokenizer(params: ShardParams, origin: Path | None, shown: Progress, total:
 def _check_kept(tokenizer: CheckpointTokenizer, split: SplitName) -> None:
     # What is measured on has to be the text: bits per byte count its bytes.
     changed = total = 0
-    for texts in batches(split):
-        total += len(texts)
-        decoded = tokenizer.decode(tokenizer.encode(texts))
-        changed += sum(before != after for before, after in zip(texts, decoded, strict=True))
+    for batch in texts(split):
+        total += len(batch)
+        decoded = tokenizer.decode(tokenizer.encode(batch))
+        changed += sum(before != after for before, after in zip(batch, decoded, strict=True))
     if changed:
         raise BadInput(
             f"{paths.INIT / paths.TOKENIZER.name}: {changed} of {total} documents of the {split} split come back "
@@ -102,37 +107,52 @@ def _check_kept(tokenizer: CheckpointTokenizer, split: SplitName) -> None:
 def _training_texts(shown: Progress, total: int) -> Iterator[str]:
     shown.begin("tokenizer")
     done = 0
-    for texts in batches("train"):
-        yield from texts
-        done += len(texts)
+    for batch in texts("train"):
+        yield from batch
+        done += len(batch)
         shown.update(done, total, "documents")
 
 
 class _Encoding:
     """Encodes one split after the other and counts."""
 
-    def __init__(self, tokenizer: TextTokenizer, shown: Progress, total: int) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, conversations: Conversations | None, shown: Progress, total: int
+    ) -> None:
         self._tokenizer = tokenizer
+        self._conversations = conversations
         self._shown = shown
         self._total = total
         self._done = self._tokens = self._bytes = 0
 
     def documents(self, split: SplitName) -> Iterator[EncodedDocument]:
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        bos = self._tokenizer.bos_token_id
-        for texts in batches(split):
-            for text, ids in zip(texts, self._tokenizer.encode(texts), strict=True):
-                document = EncodedDocument(np.array([bos, *ids], dtype=dtype), len(text.encode()))
-                self._tokens += len(ids)
+        for batch, marks in batches(split):
+            for document in self._encode(batch, marks):
+                self._tokens += len(document.tokens) - 1
                 self._bytes += document.bytes
                 yield document
-            self._done += len(texts)
+            self._done += len(batch)
             bytes_per_token = self._bytes / max(1, self._tokens)
             self._shown.update(self._done, self._total, "documents", bytes_per_token=bytes_per_token)
 
+    def _encode(self, batch: list[str], marks: list[bool]) -> Iterator[EncodedDocument]:
+        dtype = token_dtype(self._tokenizer.vocab_size)
+        bos = self._tokenizer.bos_token_id
+        plain = iter(self._tokenizer.encode([text for text, mark in zip(batch, marks, strict=True) if not mark]))
+        for text, is_conversation in zip(batch, marks, strict=True):
+            if is_conversation:
+                assert self._conversations is not None
+                document = self._conversations.encode(text, bos, dtype)
+                if document is not None:
+                    yield document
+                continue
+            tokens = np.array([bos, *next(plain)], dtype=dtype)
+            learned = None if self._conversations is None else np.ones(len(tokens), dtype=np.uint8)
+            yield EncodedDocument(tokens, len(text.encode()), learned)
+
 
 def _write(folder: Path, split: SplitName, index: int, packed: PackedShard) -> ShardEntry:
-    content = encode_shard(packed.tokens, packed.document_offsets, packed.document_bytes)
+    content = encode_shard(packed.tokens, packed.document_offsets, packed.document_bytes, packed.learned)
     file = f"{split}-{index:05d}.h5"
     (folder / file).write_bytes(content)
     return ShardEntry(

@@ -9,8 +9,8 @@ from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
-from tasks.mesh import MeshParams, check_fits, check_micro_batches
-from tasks.section import validate
+from tasks.mesh import AXES, MeshParams, check_fits, check_micro_batches
+from tasks.section import Section, validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
 
@@ -21,6 +21,18 @@ def checkpoint_inputs() -> list[Path]:
     Raises :class:`tasks.errors.BadInput` where ``models/init`` is not what ``train.init`` says.
     """
     return [paths.MANIFEST, *([] if init.checkpoint() is None else [paths.INIT_RECORD])]
+
+
+class LoraParams(Section):
+    """Low-rank factors beside frozen weights: see :mod:`lm.low_rank`."""
+
+    rank: int = Field(ge=1)
+    # What the factors' product counts for, times rank.
+    alpha: float = Field(gt=0)
+    # Patterns of layers' names, whole (model.layers.0.self_attn.q_proj) or the last part (q_proj).
+    targets: tuple[str, ...] = Field(strict=False, min_length=1)
+    # Whether models/float/adapter keeps the factors too, as the peft library reads them.
+    keep_adapter: bool
 
 
 class TrainParams(TrainingParams):
@@ -37,6 +49,8 @@ class TrainParams(TrainingParams):
     compression_rank: int = Field(default=4, ge=1)
     diloco: DilocoParams = DilocoParams()
     communication: CommunicationParams = CommunicationParams()
+    # None: all weights are trained.
+    lora: LoraParams | None = None
 
     @property
     def data_size(self) -> int:
@@ -76,6 +90,24 @@ class TrainParams(TrainingParams):
     def _there_is_a_model(self) -> Self:
         if self.model is None and self.init == init.SCRATCH:
             raise ValueError("model is null, but init: scratch needs one; describe it, or name a checkpoint in init")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.init == init.SCRATCH:
+            raise ValueError("lora adapts a model that is there, and init: scratch has none; name a checkpoint in init")
+        if self.optimizer != "adamw":
+            raise ValueError(f"lora trains with adamw, and optimizer is {self.optimizer}; set optimizer to adamw")
+        axes = dict(zip(AXES, self.mesh.over(self.world_size).sizes, strict=True))
+        if others := [axis for axis, size in axes.items() if size > 1 and axis not in ("replicate", "shard")]:
+            raise ValueError(f"lora trains over replicate and shard alone; set mesh.{others[0]} to 1")
+        if self.compression != "none" or self.diloco.inner_steps:
+            raise ValueError(
+                "lora has few gradients to exchange, and they are exchanged whole; set compression to none and "
+                "diloco.inner_steps to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lm import hugging_face
+from lm import hugging_face, low_rank
 from lm.config import GroupedConfig, LatentArchitecture, LatentConfig, ModelConfig
 from lm.hugging_face_config import architecture_of
 from lm.hugging_face_files import TOKENIZER
@@ -11,7 +11,7 @@ from tasks import init, paths
 from tasks.errors import BadInput, BadParameter
 from tasks.mesh import check_fits
 from tasks.shards import Manifest, digest
-from tasks.train.params import TrainParams
+from tasks.train.params import LoraParams, TrainParams
 
 _DO = "Name another checkpoint in train.init, or mend that one."
 
@@ -22,12 +22,22 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
     Raises :class:`BadInput` where the checkpoint is damaged, not built here, or not of the shards' tokenizer, and
     :class:`BadParameter` where ``train.model`` or ``train.seq_len`` says something else than it.
     """
+    if manifest.has_conversations and params.mesh.pipeline > 1:
+        raise BadParameter(
+            f"{paths.PARAMS}: train.mesh.pipeline is {params.mesh.pipeline}, and of conversations only the answers are "
+            "learned, which the stages of a pipeline do not tell apart. Set it to 1, and cut the model with shard."
+        )
     folder = init.checkpoint()
     if folder is None:
         if params.model is None:
             raise BadParameter(
                 f"{paths.PARAMS}: train.model is null, and no version is promoted yet that training could start from. "
                 "Describe a model, or name a checkpoint in train.init."
+            )
+        if params.lora is not None:
+            raise BadParameter(
+                f"{paths.PARAMS}: train.lora adapts a model that is there, and no version is promoted yet. Set lora: "
+                "null until one is, or name a checkpoint in train.init."
             )
         return None
     init.verify(folder)
@@ -46,6 +56,8 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
             f"{paths.PARAMS}: train.seq_len {params.seq_len} is more than the {config.max_position_embeddings} "
             "positions of the model that train.init names. Lower it to that."
         )
+    if params.lora is not None:
+        _check_lora(params.lora, params.bias_update_rate, config)
     return folder
 
 
@@ -53,6 +65,8 @@ def load(folder: Path | None, params: TrainParams, manifest: Manifest) -> Langua
     """Returns the checkpoint in ``folder``, which :func:`check` has passed; None: a new model, drawn by the seed."""
     if folder is not None:
         model = hugging_face.load(folder)
+        if params.lora is not None:
+            low_rank.adapt(model, params.lora.targets, params.lora.rank, params.lora.alpha, params.seed)
         shorter = params.seq_len if params.seq_len < model.config.max_position_embeddings else None
         model.config = model.config.model_copy(update={"training_length": shorter})
         return model
@@ -72,6 +86,18 @@ def new_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
         bos_token_id=manifest.bos_token_id,
         eos_token_id=manifest.eos_token_id,
     )
+
+
+def _check_lora(lora: LoraParams, bias_update_rate: float, config: ModelConfig) -> None:
+    try:
+        low_rank.chosen(low_rank.adaptable(config), lora.targets)
+    except ValueError as error:
+        raise BadParameter(f"{paths.PARAMS}: train.lora.targets: {error}.") from None
+    if isinstance(config, LatentConfig) and config.has_bias and bias_update_rate:
+        raise BadParameter(
+            f"{paths.PARAMS}: train.bias_update_rate is {bias_update_rate:g}, and train.lora leaves all but its "
+            "factors as they are, the routers' biases too. Set bias_update_rate: 0.0."
+        )
 
 
 def _check_model(params: TrainParams, config: ModelConfig) -> None:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lm import hugging_face
+from lm import hugging_face, low_rank
 from lm.model import LanguageModel
 from tasks import atomic, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
@@ -39,7 +39,12 @@ def write(
     model: LanguageModel, curve: Curve, params: TrainParams, windows: int, precision: str, origin: Path | None
 ) -> None:
     """Writes the model, its curve and the report of the training, which started from the checkpoint in ``origin``."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with atomic.folder(paths.FLOAT) as folder:
+        if params.lora is not None:
+            if params.lora.keep_adapter:
+                low_rank.save(model, folder / paths.ADAPTER.name)
+            low_rank.merge(model)
         hugging_face.save(model, paths.TOKENIZER, folder, origin)
     atomic.write_text(paths.CURVE, curve.to_csv())
     total, active = model.parameter_counts()
@@ -57,6 +62,8 @@ def write(
         "expert_imbalance": round(curve.last("expert_imbalance"), 4),
         "skipped_steps": len(curve.skipped),
     }
+    if params.lora is not None:
+        report["trained_parameters"] = trained
     if curve.processes != [params.world_size]:
         # What a rebuild would have to repeat (`elastic`).
         report["processes_in_turn"] = curve.processes

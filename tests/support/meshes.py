@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate
 
-from lm import loss
+from lm import loss, low_rank
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
@@ -68,6 +68,8 @@ MODELS: dict[str, ModelConfig] = {
     "qwen2": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": VOCAB + 1}
     ),
+    # Adapted: its own weights are frozen.
+    "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "qwen3": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
     ),
@@ -111,6 +113,7 @@ class Reader:
     """Windows of random tokens."""
 
     length = LENGTH
+    learned = None
 
     def __init__(self, seed: int, count: int) -> None:
         self._tokens = np.random.default_rng(seed).integers(0, VOCAB, (count, LENGTH + 1))
@@ -157,6 +160,12 @@ def model_of(case: Case) -> LanguageModel:
             router.e_score_correction_bias += 0.1 * torch.randn(4, generator=generator)
             if case.model == "latent-uneven":
                 router.e_score_correction_bias[:2] += 10
+    if case.model == "latent-lora":
+        low_rank.adapt(model, ["[qo]_proj", "*.shared_experts.up_proj"], rank=4, alpha=8, seed=9)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                # Factors that are zero would leave the others without a gradient.
+                value += 0.1 * torch.randn(value.shape, generator=generator) if "lora_B" in name else 0.0
     return model
 
 
@@ -177,7 +186,9 @@ def alone(model_name: str, steps: int) -> Result:
         mean.backward()
         result.losses.append(mean.item())
         if not step:
-            result.gradients = {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
+            result.gradients = {
+                name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+            }
         result.norms.append(nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -262,7 +273,7 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     def watched(max_norm: float) -> torch.Tensor:
         if not result.gradients:
             named = run.model.named_parameters()
-            own = {name: whole.whole(value.grad).clone() for name, value in named}
+            own = {name: whole.whole(value.grad).clone() for name, value in named if value.grad is not None}
             stages: list[Any] = [None] * size
             dist.all_gather_object(stages, own)
             for found in reversed(stages if world.stages_group else [own]):

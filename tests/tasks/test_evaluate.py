@@ -23,12 +23,12 @@ from tasks.evaluate.score import Marks, Quantized, Scores, windows_of
 def test_every_token_is_scored_once_with_at_least_half_a_context(length: int, context: int) -> None:
     tokens = np.arange(length, dtype=np.int64)
     windows = list(windows_of(0, tokens, context))
-    scored = [token for window in windows for token in window.targets[window.first :].tolist()]
+    scored = [token for window in windows for token in window.targets[window.scored].tolist()]
     assert scored == list(range(1, length))
     for window in windows:
         assert len(window.inputs) <= context
         assert (window.targets == window.inputs + 1).all()
-    assert all(window.first >= context // 2 for window in windows[1:])
+    assert all(window.scored[0] >= context // 2 for window in windows[1:])
 
 
 def test_a_bigram_model_is_witten_and_bells_by_hand() -> None:
@@ -182,7 +182,7 @@ def test_a_fine_tuned_model_stands_beside_the_float_one_that_was_only_rounded(pr
             ids = torch.from_numpy(document.astype(np.int64))
             for window in windows_of(0, document.astype(np.int64), 16):
                 losses = -model(torch.from_numpy(window.inputs)[None])[0].log_softmax(-1)
-                nats += float(losses[range(len(window.targets)), window.targets][window.first :].sum())
+                nats += float(losses[range(len(window.targets)), window.targets][window.scored].sum())
             tokens += len(ids) - 1
     assert measured["post_training"]["nats_per_token"]["value"] == pytest.approx(nats / tokens, abs=3e-4)
 

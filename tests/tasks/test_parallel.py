@@ -42,6 +42,8 @@ TWO = [
     Case({"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"}, "qwen3-deep"),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep", micro_batch=1),
+    Case({}, "latent-lora"),
+    Case({"shard": 2}, "latent-lora", micro_batch=1),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [

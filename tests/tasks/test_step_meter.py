@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lm import low_rank
 from tasks import step_meter
 from tasks.step_meter import StepMeter, active_in_products
 from tasks.world import World
@@ -75,6 +76,19 @@ def test_utilization_is_six_operations_a_parameter_and_token_over_the_peak(
     report = meter.end(1, 3.0, 1.0, 0.1, [])
     assert report.mfu == pytest.approx(6 * active_in_products(model) * 1000 / report.seconds / 1e9, rel=1e-2)
     assert meter.totals()["peak_is"] == "a test"
+
+
+def test_frozen_weights_count_for_two_thirds(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_meter, "peak", lambda world: (1e9, "a test"))
+    model = odd.make_grouped()
+    low_rank.adapt(model, ["*_proj"], rank=2, alpha=4, seed=1)
+    factors = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    report = StepMeter(model, 1000, alone)
+    report.begin()
+    time.sleep(0.01)
+    found = report.end(1, 3.0, 1.0, 0.1, [])
+    operations = 4 * active_in_products(model) + 2 * factors
+    assert found.mfu == pytest.approx(operations * 1000 / found.seconds / 1e9, rel=1e-2)
 
 
 @pytest.mark.parametrize("tied", [False, True])

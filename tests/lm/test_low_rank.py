@@ -1,0 +1,115 @@
+"""Low-rank factors: what they compute, what is trained of an adapted model, and what peft makes of what is written."""
+
+import fnmatch
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from odd import make_grouped, make_model, write_checkpoint
+from safetensors.torch import load_file
+
+from lm import hugging_face, low_rank
+from lm.model import LanguageModel
+
+IDS = torch.arange(24).view(2, 12) * 7 % 101
+
+
+def adapted(model: LanguageModel, *targets: str) -> LanguageModel:
+    """``model`` with factors that are all random: those that begin as zero too."""
+    low_rank.adapt(model, targets, rank=3, alpha=7.5, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("make", [make_grouped, make_model])
+def test_factors_begin_without_an_effect_and_nothing_else_learns(make: type[LanguageModel]) -> None:
+    expected, model = make()(IDS), make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    low_rank.adapt(model, ["*_proj"], rank=3, alpha=6, seed=5)
+    assert torch.equal(model(IDS), expected)
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    for _ in range(2):
+        model.loss(IDS).backward()
+        optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if name not in before or (value != before[name]).any()}
+    assert moved - {name for name in moved if name.endswith(("lora_A", "lora_B"))} <= {
+        name for name in before if name.endswith("tokens_per_expert")
+    }
+    assert len(optimizer.state) == len([name for name in moved if "lora_" in name]) > 0
+    assert (model(IDS) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [make_grouped, make_model])
+def test_merged_weights_compute_what_the_factors_did(make: type[LanguageModel]) -> None:
+    # Some layers of a product that is taken together, and not the others.
+    model = adapted(make(), "q_proj", "*.1.*up_proj", "o_proj")
+    expected = model(IDS)
+    assert (expected - make()(IDS)).abs().max() > 0.1
+    low_rank.merge(model)
+    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == make().state_dict().keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [(["q_proj", "w1"], "no layer is named w1; those that"), (["lm_head"], "lm_head"), (["gate"], "named gate;")],
+)
+def test_a_pattern_that_matches_no_layer_is_named(targets: list[str], said: str) -> None:
+    names = low_rank.adaptable(make_model().config)
+    with pytest.raises(ValueError, match=said):
+        low_rank.chosen(names, targets)
+
+
+def test_patterns_choose_by_the_last_part_or_the_whole_name() -> None:
+    names = low_rank.adaptable(make_model().config)
+    assert low_rank.chosen(names, ["kv_*"]) == [name for name in names if ".kv_" in name]
+    assert low_rank.chosen(names, ["*.2.mlp.*", "o_proj"]) == [
+        name for name in names if fnmatch.fnmatch(name, "*.2.mlp.*") or name.endswith("o_proj")
+    ]
+
+
+def test_peft_computes_with_the_written_factors_what_the_model_does(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = IDS % tiny.VOCAB
+    for name, make in (("grouped", make_grouped), ("latent", make_model)):
+        base = tmp_path / name
+        model = adapted(
+            write_checkpoint(base, make),
+            "*_proj" if name == "grouped" else "[qko]*_proj*",
+            "down_proj",
+            "*.2.*.gate_proj",
+        )
+        low_rank.save(model, base / "adapter")
+        again = tmp_path / f"{name}-again"
+        low_rank.save(model, again)
+        assert tiny.files_of(again) == tiny.files_of(base / "adapter")
+        written = load_file(base / "adapter" / low_rank.WEIGHTS)
+        assert written.keys() >= {
+            f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"
+        }
+        assert json.loads((base / "adapter" / low_rank.CONFIG).read_text())["r"] == 3
+
+        theirs = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, experts_implementation="eager"), base / "adapter"
+        ).eval()
+        merged = theirs.merge_and_unload()
+        with torch.no_grad():
+            expected = model(ids)
+            torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-5)
+            low_rank.merge(model)
+            (tmp_path / f"{name}-merged").mkdir()
+            hugging_face.save(model, base / "tokenizer.json", tmp_path / f"{name}-merged")
+            ours = AutoModelForCausalLM.from_pretrained(
+                tmp_path / f"{name}-merged", experts_implementation="eager"
+            ).eval()
+            torch.testing.assert_close(ours(ids).logits, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-5)

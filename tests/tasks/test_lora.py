@@ -1,0 +1,115 @@
+"""Training low-rank factors: what is refused, what a stage leaves, and that a killed run ends in the same bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import tiny
+import torch
+from odd import make_grouped, make_model, write_checkpoint
+from safetensors.torch import load_file
+
+from lm import hugging_face, low_rank
+from tasks import init, paths
+from tasks.collect.init import collect_init
+from tasks.errors import BadParameter, UserMistake
+from tasks.section import read_section
+from tasks.shards import read_manifest
+from tasks.train import start
+from tasks.train.params import TrainParams
+
+LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "*.1.mlp.*_proj"], "keep_adapter": True}
+
+
+def write_params(project: Path, lora: dict[str, Any] | None = None, **changes: Any) -> None:
+    given = {"train__init": "given", "train__model": None, "shard__vocab_size": None, "train__learning_rate": 0.01}
+    tiny.write_params(project, **{**given, "train__lora": {**LORA, **(lora or {})}, **changes})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with shards in which training adapts the checkpoint in `given`."""
+    monkeypatch.chdir(tmp_path)
+    write_params(tmp_path)
+    tiny.write_shards(tmp_path)
+    write_checkpoint(tmp_path / "given", make_grouped)
+    (tmp_path / "given/tokenizer.json").write_bytes(paths.TOKENIZER.read_bytes())
+    collect_init("given")
+    return tmp_path
+
+
+def train(project: Path) -> dict[str, bytes]:
+    codes = forked.end(forked.start([project, project], project / "log"))
+    assert codes == [0, 0], (project / "log").read_text()
+    return tiny.files_of(project / "models")
+
+
+@pytest.mark.parametrize("mesh", [{}, {"shard": 2}], ids=str)
+def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(mesh: dict[str, int], project: Path) -> None:
+    write_params(project, train__mesh=mesh)
+    expected = train(project)
+    report = json.loads(paths.TRAIN_REPORT.read_text())
+    # Rank 2: of three q_proj [96, 42]; of one layer's gate_proj and up_proj [70, 42] and down_proj [42, 70].
+    assert report["trained_parameters"] == 2 * (3 * (96 + 42) + 3 * (70 + 42))
+    base, trained = hugging_face.load(paths.INIT).state_dict(), hugging_face.load(paths.FLOAT).state_dict()
+    assert report["parameters"] == sum(tensor.numel() for tensor in base.values())
+    factors = load_file(paths.ADAPTER / low_rank.WEIGHTS)
+    for name, tensor in base.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        added = torch.zeros_like(tensor)
+        if f"{stem}.lora_A.weight" in factors:
+            added = factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"] * 2
+            assert added.abs().max() > 1e-3
+        assert torch.equal(trained[name], tensor + added), name
+
+    saved = sorted(project.glob(".overnight/checkpoints/train/*/step-*.pt"))
+    state = torch.load(saved[-1], weights_only=True)
+    assert {name.rpartition(".")[2] for name in state["model"]} == {"lora_A", "lora_B"}
+    assert len(state["optimizer"]["state"]) == len(state["model"]) == 12
+    saved[-1].unlink()
+    assert train(project) == expected
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes", "said"),
+    [
+        ({}, {"train__init": "scratch"}, "lora adapts a model that is there, and init: scratch has none"),
+        ({}, {"train__optimizer": "muon"}, "lora trains with adamw, and optimizer is muon; set optimizer to adamw"),
+        ({}, {"train__mesh": {"tensor": 2}}, "lora trains over replicate and shard alone; set mesh.tensor to 1"),
+        ({"rank": 0}, {}, r"train\.lora\.rank: input should be greater than or equal to 1, found 0"),
+        ({"targets": []}, {}, r"train\.lora\.targets: .* at least 1 item"),
+        ({"dropout": 0.1}, {}, r"train\.lora\.dropout: unknown key"),
+        (
+            {"targets": ["q_proj", "c_attn"]},
+            {},
+            r"train\.lora\.targets: no layer is named c_attn; .* are down_proj, ga",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(lora: dict[str, Any], changes: dict[str, Any], said: str, project: Path) -> None:
+    changes = {"train__model": tiny.LLAMA, **changes} if "train__init" in changes else changes
+    write_params(project, lora, **changes)
+    with pytest.raises(BadParameter, match=said):
+        start.check(read_section("train", TrainParams), read_manifest())
+
+
+def test_routers_stay_as_they_are_too(project: Path) -> None:
+    write_checkpoint(project / "given", make_model)
+    (project / "given/tokenizer.json").write_bytes(paths.TOKENIZER.read_bytes())
+    collect_init("given")
+    write_params(project)
+    with pytest.raises(BadParameter, match=r"the routers' biases too\. Set bias_update_rate: 0\.0"):
+        start.check(read_section("train", TrainParams), read_manifest())
+    write_params(project, train__bias_update_rate=0.0)
+    assert start.check(read_section("train", TrainParams), read_manifest()) == paths.INIT
+
+
+def test_there_is_nothing_to_adapt_before_the_first_version(project: Path) -> None:
+    write_params(project, train__init="previous", train__model=tiny.LLAMA)
+    for file in paths.INIT.iterdir():
+        file.unlink()
+    init.write_record(paths.INIT, init.Init(init="previous"))
+    with pytest.raises(UserMistake, match=r"train\.lora adapts a model that is there, and no version is promoted yet"):
+        start.check(read_section("train", TrainParams), read_manifest())
