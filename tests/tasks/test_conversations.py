@@ -21,10 +21,11 @@ from tasks.collect.init import collect_init
 from tasks.errors import BadInput, BadParameter
 from tasks.ingest.ingest import REFUSED, ingest
 from tasks.ingest.params import IngestParams
+from tasks.order import batch_of_rank
 from tasks.section import read_section
 from tasks.shard.params import ShardParams
 from tasks.shard.shard import shard
-from tasks.shards import Shards, WindowReader, read_manifest, share_learned
+from tasks.shards import Shards, SplitName, WindowReader, read_manifest, share_learned
 from tasks.sources import CollectParams
 
 WriteJsonl = Callable[[Path, Iterable[object]], None]
@@ -233,11 +234,33 @@ def test_how_the_windows_are_dealt_out_does_not_weigh_the_answers(sharded: Path)
     rows = {}
     for world, micro in ((1, 8), (2, 2)):
         changes = {"train__init": "given", "train__model": None, "shard__vocab_size": None, "train__precision": "fp32"}
-        tiny.write_params(sharded, **changes, train__world_size=world, train__micro_batch=micro, train__steps=4)
+        changes |= {"train__steps": 4, "train__validate_every": 1}
+        tiny.write_params(sharded, **changes, train__world_size=world, train__micro_batch=micro)
         codes = forked.end(forked.start([sharded] * world, sharded / "log"))
         assert codes == [0] * world, (sharded / "log").read_text()
-        rows[world] = [float(value) for value in paths.CURVE.read_text().splitlines()[-1].split(",")]
-    assert rows[2] == pytest.approx(rows[1], rel=2e-5)
+        lines = [line.split(",") for line in paths.CURVE.read_text().splitlines()]
+        rows[world] = [dict(zip(lines[0], map(float, line), strict=True)) for line in lines[1:]]
+    for one, two in zip(rows[1], rows[2], strict=True):
+        assert two == pytest.approx(one, rel=2e-5)
+    first = batch_of_rank(0, len(reader("train")), 1, 8, 8, 0, 1)[0]
+    assert rows[1][0]["train_loss"] == pytest.approx(by_hand(paths.INIT, "train", first), rel=1e-5)
+    spread = np.arange(6) * len(reader("valid")) // 6
+    assert rows[1][-1]["valid_loss"] == pytest.approx(by_hand(paths.FLOAT, "valid", spread), rel=1e-5)
+
+
+def reader(split: SplitName) -> WindowReader:
+    return Shards(paths.SHARDS, read_manifest(), split).reader(16)
+
+
+@torch.no_grad()
+def by_hand(folder: Path, split: SplitName, chosen: Any) -> float:
+    """The mean loss of the model in ``folder`` over what is learned in the windows ``chosen``."""
+    windows = reader(split)
+    assert windows.learned is not None
+    tokens, mask = (torch.from_numpy(one.batch(chosen)).long() for one in (windows, windows.learned))
+    log = hugging_face.load(folder)(tokens[:, :-1]).log_softmax(dim=-1)
+    nats = -log.gather(2, tokens[:, 1:, None])[..., 0]
+    return float(nats[mask[:, 1:] == 1].mean())
 
 
 def test_evaluate_scores_the_answers_alone(sharded: Path) -> None:
