@@ -54,5 +54,5 @@ def test_a_bug_stays_a_traceback(error: Exception) -> None:
 def test_the_launcher_ends_as_the_process_that_has_told_the_fault(codes: list[int], expected: int) -> None:
     failed = SimpleNamespace(failures={rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)})
     with pytest.raises(SystemExit) as caught:
-        launch._tell(failed, False)  # type: ignore[arg-type]
+        launch.tell(failed, False)  # type: ignore[arg-type]
     assert caught.value.code == expected
