@@ -130,8 +130,9 @@ class Pipelined:
         whole.load_model_state(self.model, model_state)
         numbers = _numbered(self._names_by_group(optimizer))
         mine = [name for group in self._own_names_by_group(optimizer) for name in group]
+        # Copies: those of tied weights must not share their moments.
         entries = {
-            own: optimizer_state["state"][numbers[name]]
+            own: {key: value.clone() for key, value in optimizer_state["state"][numbers[name]].items()}
             for own, name in enumerate(mine)
             if numbers[name] in optimizer_state["state"]
         }
