@@ -144,10 +144,10 @@ class _TimedProgress(Progress, Stopwatch):
 
 
 class _NoCheckpoints:
-    def load_latest(self, at_most: int | None = None) -> None:
+    def load_latest(self, at_most: int | None = None, part: int = 0) -> None:
         return None
 
-    def save(self, step: int, state: object) -> None: ...
+    def save(self, step: int, state: object, part: int = 0) -> None: ...
 
     def finish(self) -> None: ...
 

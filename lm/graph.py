@@ -1,7 +1,7 @@
 """A small writer of ONNX graphs: one call a node, names that tell where a node comes from."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,20 @@ class Graph:
         self.nodes.append(helper.make_node(operator, list(inputs), names, name=name, **attributes))
         return names
 
+    def either(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """Adds the nodes of both; a run computes those of ``then`` if ``condition``, of one element, is true.
+
+        Each returns the name of its fp32 result, and may read what was added before. Nothing that either adds can be
+        read outside it, but for initializers.
+        """
+        branches = {}
+        for name, build in (("then_branch", then), ("else_branch", otherwise)):
+            outside, self.nodes = self.nodes, []
+            result = helper.make_tensor_value_info(build(), FLOAT, None)
+            branches[name] = helper.make_graph(self.nodes, name, [], [result])
+            self.nodes = outside
+        return self.op("If", condition, **branches)
+
     def weight(self, name: str, value: npt.NDArray[Any]) -> str:
         """Adds the initializer ``name`` once and returns its name."""
         if name not in self.initializers:
@@ -77,7 +91,7 @@ class Graph:
         graph = helper.make_graph(
             self.nodes, self.name, self.inputs, self.outputs, initializer=list(self.initializers.values())
         )
-        versions = {"": OPSET, **{node.domain: 1 for node in self.nodes if node.domain}}
+        versions = {"": OPSET, **{node.domain: 1 for node in nodes_of(graph) if node.domain}}
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid(domain, version) for domain, version in versions.items()],
@@ -89,6 +103,15 @@ class Graph:
             size_threshold=1024,
         )  # fmt: skip
         onnx.checker.check_model(path, full_check=True)
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yields the nodes of ``graph`` and of the branches in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes_of(attribute.g)
 
 
 FLOAT, INT64, INT32, UINT8, INT8 = (

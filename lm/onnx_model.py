@@ -22,6 +22,7 @@ from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.model import Block, LanguageModel
 from lm.onnx_attention import GroupedPlaces, LatentPlaces, grouped, latent
+from lm.packing import siblings
 from lm.per_token import quantize_weight
 from lm.planned_graph import PlannedGraph, array
 from lm.quantization import Plan
@@ -46,7 +47,11 @@ def export(model: LanguageModel, plan: Plan, path: Path) -> None:
         for index in range(config.num_hidden_layers)
     ]
     with graph.scope("places"):
-        places = (LatentPlaces if isinstance(config, LatentConfig) else GroupedPlaces)(graph, positions, rotations)
+        places: LatentPlaces | GroupedPlaces
+        if isinstance(config, LatentConfig):
+            places = LatentPlaces(graph, positions, rotations, config)
+        else:
+            places = GroupedPlaces(graph, positions, rotations)
     x = _embed(graph, model, ids)
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, Block)
@@ -111,8 +116,8 @@ def _block(
 
 
 def _swiglu(graph: PlannedGraph, name: str, layer: SwiGLU, x: Rows) -> str:
-    gate = graph.linear(f"{name}.gate_proj", layer.gate_proj, x)
-    up = graph.linear(f"{name}.up_proj", layer.up_proj, x)
+    both = graph.packed(name, siblings(layer), x)
+    gate, up = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
     return graph.linear(f"{name}.down_proj", layer.down_proj, Rows(graph, _silu_mul(graph, gate, up)))
 
 

@@ -1,5 +1,7 @@
 """A graph that knows how each layer of its model is quantized, and the parts that all its layers are made of."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -7,6 +9,7 @@ import torch
 from lm.graph import Graph
 from lm.linear import Linear
 from lm.norm import RMSNorm
+from lm.packing import packable, packed_name
 from lm.quantization import Plan
 from lm.scheme import Rows
 
@@ -32,6 +35,23 @@ class PlannedGraph(Graph):
         scheme = self._plan.of(name)
         y = scheme.lower(self, name, layer.weight, x.operand(scheme))
         return y if layer.bias is None else self.op("Add", y, self.weight(f"{name}.bias", array(layer.bias)))
+
+    def packed(self, prefix: str, layers: Mapping[str, Linear], x: Rows) -> str:
+        """[N, in] to [N, sum of the layers' out]: the layers ``prefix.NAME`` side by side, as one product if it can be.
+
+        Twin of :func:`lm.linear.stacked`.
+        """
+        if not packable(self._plan, prefix, layers):
+            apart = [self.linear(f"{prefix}.{name}", layer, x) for name, layer in layers.items()]
+            return self.op("Concat", *apart, axis=-1)
+        name = packed_name(prefix, layers)
+        scheme = self._plan.of(f"{prefix}.{next(iter(layers))}")
+        weight = torch.cat([layer.weight.detach() for layer in layers.values()])
+        y = scheme.lower(self, name, weight, x.operand(scheme))
+        if next(iter(layers.values())).bias is None:
+            return y
+        biases = np.concatenate([array(layer.bias) for layer in layers.values()])
+        return self.op("Add", y, self.weight(f"{name}.bias", biases))
 
     def rounded(self, name: str, x: str) -> str:
         """[N, in] as the product of the layer ``name`` sees it."""

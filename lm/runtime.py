@@ -129,6 +129,7 @@ class Generator:
             if graph is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
+        self._outputs = [value.name for value in self.session.get_outputs()]
         if "positions" not in {value.name for value in self.session.get_inputs()}:
             raise OtherInterface(f"{model}: exported by another version of Overnight; it runs with that one's code")
         with _named(folder / "tokenizer.json") as tokenizer:
@@ -177,8 +178,8 @@ class Generator:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
         cache.lengths = cache.lengths + counts
-        order = [value.name for value in self.session.get_outputs()]
-        logits, *others = (binding.get_outputs()[order.index(name)].numpy() for name in ("logits", *names))
+        found = binding.get_outputs()
+        logits, *others = (found[self._outputs.index(name)].numpy() for name in ("logits", *names))
         return logits, others
 
     def generate(self, request: Request, held: Held | None = None) -> Pieces[str, None, Done]:

@@ -31,14 +31,14 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], part: int = 0) -> None:
         """Copies ``state`` as the checkpoint after ``step`` steps; it is written while training goes on.
 
         Waits only while the one before is being written, and raises what that one raised. All but the last ``kept`` of
-        this run are removed.
+        this run are removed. ``part`` 0 holds what all processes share; another, what some process has of its own.
         """
         self.finish()
-        self._writing = self._writer.submit(self._write, step, _copy({**state, "key": self.folder.name}))
+        self._writing = self._writer.submit(self._write, step, _copy({**state, "key": self.folder.name}), part)
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on the disk. Raises :class:`tasks.errors.DiskFull` when it is full."""
@@ -46,23 +46,28 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], part: int) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        atomic.write_bytes(self.folder / f"step-{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt", content)
-        for old in self._files()[: -self._kept]:
+        name = f"{_prefix(part)}{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt"
+        atomic.write_bytes(self.folder / name, content)
+        for old in sorted(self.folder.glob(f"{_prefix(part)}*.pt"))[: -self._kept]:
             old.unlink(missing_ok=True)
 
-    def load_latest(self, at_most: int | None = None) -> dict[str, Any] | None:
-        """Returns the newest intact state, after ``at_most`` steps if that is given, or None.
+    def keep_one_before(self) -> None:
+        """Keeps two checkpoints at least: one of which every process has its part, while the next is written."""
+        self._kept = max(2, self._kept)
+
+    def load_latest(self, at_most: int | None = None, part: int = 0) -> dict[str, Any] | None:
+        """Returns the newest intact ``part`` of a state, after ``at_most`` steps if that is given, or None.
 
         A damaged or foreign file is passed over, which one process of each machine reports.
         """
         own = self.folder.name
         pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
         found = sorted(
-            self._stage.glob(f"{pattern}/step-*.pt"), key=lambda file: (_step(file), file.parent.name == own)
+            self._stage.glob(f"{pattern}/{_prefix(part)}*.pt"), key=lambda file: (_step(file), file.parent.name == own)
         )
         for file in reversed(found):
             if at_most is not None and _step(file) > at_most:
@@ -89,8 +94,9 @@ class Checkpoints:
         for run in others[: -(KEPT_RUNS - 1)]:
             shutil.rmtree(run, ignore_errors=True)
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.pt"))
+
+def _prefix(part: int) -> str:
+    return f"part{part}-" if part else "step-"
 
 
 def _step(file: Path) -> int:

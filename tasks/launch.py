@@ -25,6 +25,8 @@ from tasks.errors import (
 )
 from tasks.training_params import TrainingParams
 
+# SIGTERM is ours: torch's answer would be to end, and to leave the workers half a minute for it.
+SIGNALS_TO_HANDLE = "SIGINT,SIGHUP,SIGQUIT"
 # Blocks that autograd's thread frees go to an arena of its own, and glibc gives large ones back to the system, which
 # faults them in again the next step. One arena that keeps what it has, in huge pages, took the default model from 3,350
 # to 5,000 tokens a second on one core.
@@ -62,35 +64,38 @@ def launch(module: str, world_size: int, threads: int) -> None:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.1,
-        # SIGTERM is ours: torch's answer would be to end, and to leave the workers half a minute for it.
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle=SIGNALS_TO_HANDLE,
     )
     os.environ.update(worker_environment(threads))
     try:
-        with _sigterm_passed_on() as told:
+        with sigterm_passed_on() as told:
             elastic_launch(config, sys.executable)("-m", module)
     except ChildFailedError as error:
-        _tell(error, told.is_set())
+        tell(error, told.is_set())
         raise
     except SignalException as error:
         # The agent, which has ended its workers; a process without one would have died of it without a word.
         sys.exit(128 + error.sigval)
 
 
-def check_device(section: str, params: TrainingParams) -> None:
-    """Raises :class:`BadParameter` when this machine cannot give every process of ``section`` its device."""
+def check_device(section: str, params: TrainingParams, processes: int | None = None) -> None:
+    """Raises :class:`BadParameter` when this machine cannot give every process of ``section`` its device.
+
+    ``processes`` are those on this machine; None: all of ``world_size``.
+    """
     if params.device == "cpu":
         return
-    found = torch.cuda.device_count()
-    if found < params.world_size:
+    needed, found = processes or params.world_size, torch.cuda.device_count()
+    if found < needed:
+        asked = f"{section}.world_size {needed}" if processes is None else f"{needed} processes are to run on a machine"
         raise BadParameter(
-            f"{paths.PARAMS}: {section}.device is cuda and {section}.world_size {params.world_size}, but torch sees "
-            f"{found} GPUs here. Lower world_size, set device: cpu, or install a CUDA build (see README.md)."
+            f"{paths.PARAMS}: {section}.device is cuda and {asked}, but torch sees {found} GPUs "
+            "here. Lower world_size, set device: cpu, or install a CUDA build (see README.md)."
         )
 
 
 @contextlib.contextmanager
-def _sigterm_passed_on() -> Iterator[threading.Event]:
+def sigterm_passed_on() -> Iterator[threading.Event]:
     """Passes SIGTERM on to the workers, and yields what is set when it came."""
     told = threading.Event()
 
@@ -110,7 +115,8 @@ def _sigterm_passed_on() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _tell(error: ChildFailedError, told_to_end: bool) -> None:
+def tell(error: ChildFailedError, told_to_end: bool) -> None:
+    """Raises, or ends with, what the exit codes of the workers mean; returns when it is a bug of ours."""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     for told in (EXIT_USER_MISTAKE, EXIT_TRY_AGAIN):
         if told in codes.values():

@@ -32,6 +32,9 @@ class Section(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The fields that decide what the stage writes, as plain values."""
         whole = self.model_dump(mode="json")
+        for name in type(self).model_fields:
+            if isinstance(inner := getattr(self, name), Section):
+                whole[name] = inner.identity()
         return {name: whole[name] for name, field in type(self).model_fields.items() if not is_operational(field)}
 
 

@@ -32,8 +32,9 @@ class StepReport:
 
     ``mfu`` counts 6 operations for each parameter that works on a token, 4 for a frozen one (attention's own products
     are left out), against the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at
-    most, else resident.
-    ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
+    most, else resident. ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
+    ``bytes_sent`` are those of the first process since it started, as they were last counted
+    (:mod:`tasks.parallel.traffic`).
     """
 
     step: int
@@ -47,6 +48,7 @@ class StepReport:
     seconds_for_communication: float
     memory_mib: float
     expert_load: tuple[float, ...]
+    bytes_sent: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON knows no NaN: what is not finite becomes null."""

@@ -4,6 +4,7 @@ What a step does depends on the parameters, the shards and the step's number alo
 the optimizer, the number of steps done and the curve so far.
 """
 
+import dataclasses
 import math
 import resource
 import sys
@@ -21,7 +22,9 @@ from tasks.errors import EXIT_STOPPED, BadParameter
 from tasks.heartbeat import Heartbeat
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
-from tasks.parallel.parallelize import parallelize
+from tasks.parallel.exchange import Exchange
+from tasks.parallel.parallelize import lay_out
+from tasks.parallel.traffic import Traffic
 from tasks.progress import Progress
 from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
@@ -80,7 +83,9 @@ def train(
     """
     out_of_memory.remember_allocations(world.device)
     run = _Run(model, params, train_windows, valid_windows, world, progress)
-    done = run.restore(_agreed(checkpoints, world))
+    if run.exchange.in_parts:
+        checkpoints.keep_one_before()
+    done = run.restore(_agreed(checkpoints, world, run.exchange))
     if done < params.steps and run.curve.processes[-1:] != [world.size]:
         run.curve.processes.append(world.size)
     progress.begin("training", done)
@@ -92,7 +97,8 @@ def train(
                 report = run.step(done, stop)
             done += 1
             if log:
-                log.write(report)
+                sent = run.traffic.after_step(done == params.steps or run.told_to_stop)
+                log.write(dataclasses.replace(report, bytes_sent=sent))
             if done % params.validate_every == 0 or done == params.steps:
                 run.record(done)
             stopped = run.told_to_stop and done < params.steps
@@ -100,8 +106,12 @@ def train(
                 run.here.at(done, "the checkpoint")
                 # Each process has a part in the state, even if one alone writes it.
                 state = run.state(done)
-                if world.is_first:
-                    checkpoints.save(done, state)
+                if run.exchange.in_parts:
+                    # Nobody writes the next one before all have this one's predecessor.
+                    checkpoints.finish()
+                    world.lowest(0)
+                if (part := run.exchange.writes) is not None:
+                    checkpoints.save(done, state, part)
             progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
             if stopped:
                 _stop(checkpoints, world, progress, done)
@@ -124,15 +134,29 @@ def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int)
     sys.exit(EXIT_STOPPED)
 
 
-def _agreed(checkpoints: Checkpoints, world: World) -> dict[str, Any] | None:
+def _agreed(checkpoints: Checkpoints, world: World, exchange: Exchange) -> dict[str, Any] | None:
     """Returns the newest state that every process has: a machine's disk may lack one that another has, or damage it."""
     limit = None
     while True:
-        state = checkpoints.load_latest(limit)
+        state = _newest(checkpoints, limit, exchange.reads)
         step = state["step"] if state is not None else 0
         limit = world.lowest(step)
         if world.lowest(-step) == -limit:
             return state
+
+
+def _newest(checkpoints: Checkpoints, limit: int | None, part: int) -> dict[str, Any] | None:
+    """Returns the newest state of which ``part`` is there too, what that holds in the place of the first part's own."""
+    while True:
+        state = checkpoints.load_latest(limit)
+        if state is None or not part:
+            return state
+        own = checkpoints.load_latest(state["step"], part)
+        if own is None:
+            return None
+        if own["step"] == state["step"]:
+            return {**state, **own}
+        limit = own["step"]
 
 
 class _Run:
@@ -149,9 +173,10 @@ class _Run:
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * train_windows.length
+        self.traffic = Traffic(world.device)
         # Counts the parameters, while the model is whole.
         self.meter = StepMeter(model, self.tokens_per_step, world)
-        self.parallel = parallelize(model, world)
+        self.parallel, self.exchange = lay_out(model, world, params)
         self.model = self.parallel.model
         recompute(self.model, params.activation_checkpointing)
         self.optimizer = make_optimizer(self.model, params)
@@ -160,12 +185,14 @@ class _Run:
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
         experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
         self.load = torch.zeros(len(model.routers()), experts, device=world.device)
-        self.steps_since_row = 0
+        self.steps_since_row: float = 0
         self.told_to_stop = False
+        # After how many steps the replicas were last equal, where they train apart.
+        self.met = 0
         self.here = Heartbeat()
 
     def step(self, step: int, stop: Stop) -> StepReport:
-        """Takes one optimizer step; returns what it came to, its loss the mean over all processes.
+        """Takes one optimizer step; returns what it came to, its loss the mean over those that take it together.
 
         Sets ``told_to_stop``, on all of them alike, when one had been told to before the end of the step.
         """
@@ -194,16 +221,19 @@ class _Run:
             self.here.batch()
             loss.backward()
             total += loss.detach()
+        self.exchange.reduce(total)
         self.meter.reduced()
         norm = self.parallel.clip(self.params.clip_grad_norm)
         # What the processes have to agree on, summed over them; those along `tensor` have the same loss.
         spoilt = ~(norm.isfinite() & total.isfinite())
         self.here.at(step + 1, "the agreement")
         with self.meter.communicating():
-            agreed = self.world.sum_all(torch.stack([total, total.new_tensor(float(stop.told)), spoilt.to(total)]))
-        mean = agreed[0] / self.world.size
+            near, told_here = self.exchange.near, total.new_tensor(float(stop.told))
+            agreed = near.sum_all(torch.stack([total, told_here, spoilt.to(total)]))
+        mean = agreed[0] / near.size
         told, spoilt_in = agreed[1:].tolist()
-        self.told_to_stop = told > 0
+        if not self.exchange.apart:
+            self.told_to_stop = told > 0
         load: list[float] = []
         if spoilt_in:
             self._skip(step, float(mean))
@@ -213,19 +243,45 @@ class _Run:
             self.losses += torch.stack([mean, norm]).double()
             self.steps_since_row += 1
         self.optimizer.zero_grad()
+        if self.exchange.due(step + 1, self.params.steps):
+            self.here.at(step + 1, "the agreement")
+            with self.meter.communicating():
+                self._meet(step + 1, stop)
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
         return self.meter.end(step + 1, float(mean), float(norm), rate, load)
 
+    def _meet(self, done: int, stop: Stop) -> None:
+        """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps."""
+        skipped = [float(step in self.curve.skipped) for step in range(self.met + 1, done + 1)]
+        known = [self.losses, self.losses.new_tensor([self.steps_since_row, float(stop.told), *skipped])]
+        means = self.exchange.meet(torch.cat([*known, self.load.double().flatten()])).split(
+            [2, 1, 1, len(skipped), self.load.numel()]
+        )
+        self.losses.copy_(means[0])
+        self.steps_since_row, self.told_to_stop = means[1].item(), means[2].item() > 0
+        self.load.copy_(means[4].view_as(self.load))
+        self.curve.skipped = [step for step in self.curve.skipped if step <= self.met]
+        self.curve.skipped += [self.met + 1 + number for number, share in enumerate(means[3].tolist()) if share]
+        self.met = done
+        if any(means[3].tolist()):
+            self._end_if_too_many(f"step {self.curve.skipped[-1]:,}")
+
     def _skip(self, step: int, loss: float) -> None:
-        """Leaves all as it was before ``step``; raises :class:`BadParameter` when that happens once too often."""
+        """Leaves all as it was before ``step``."""
         for router in self.model.routers():
             router.tokens_per_expert.zero_()
         self.curve.skipped.append(step + 1)
-        in_a_row = self.curve.skipped_in_a_row()
         batch = batch_of_rank(
             step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch, 0, 1
         )
         where = f"step {step + 1:,} (loss {loss:.4g}, windows {', '.join(map(str, sorted(batch.flatten().tolist())))})"
+        if not self.exchange.apart:
+            self._end_if_too_many(where)
+        self.progress.notice(f"skipped {where}: the gradient is not finite")
+
+    def _end_if_too_many(self, where: str) -> None:
+        """Raises :class:`BadParameter` on all processes when a step was skipped once too often, ``where``."""
+        in_a_row = self.curve.skipped_in_a_row()
         # Nothing was learned when there was no other step.
         if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:
             self.world.fail(
@@ -235,7 +291,6 @@ class _Run:
                     "text; with max_skipped_steps raised it goes on."
                 )
             )
-        self.progress.notice(f"skipped {where}: the gradient is not finite")
 
     def _balance(self) -> list[float]:
         """Moves the routers' biases; returns the busiest expert's tokens over the mean's of each layer that routes."""
@@ -243,7 +298,7 @@ class _Run:
         if not routers:
             return []
         with self.meter.communicating():
-            counts = self.world.sum(torch.stack([router.tokens_per_expert for router in routers]))
+            counts = self.exchange.near.sum(torch.stack([router.tokens_per_expert for router in routers]))
         self.load += counts
         load: list[float] = (counts.amax(dim=1) / counts.mean(dim=1)).tolist()
         for router, summed in zip(routers, counts, strict=True):
@@ -295,8 +350,12 @@ class _Run:
 
     def state(self, step: int) -> dict[str, Any]:
         model, optimizer = self.parallel.state(self.optimizer)
+        own = self.exchange.own_state(optimizer)
+        if self.exchange.writes:
+            return {"step": step, "own": own}
         return {
             "step": step,
+            "own": own,
             "model": model,
             "optimizer": optimizer,
             "curve": self.curve.rows,
@@ -311,7 +370,10 @@ class _Run:
         """Takes over ``state``; returns how many steps are done."""
         if state is None:
             return 0
-        self.parallel.load_state(self.optimizer, state["model"], state["optimizer"])
+        own = state["own"]
+        self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
+        self.exchange.load_state(own)
+        self.met = state["step"]
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.losses.copy_(state["losses"])
@@ -354,5 +416,6 @@ def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> N
         "peak_memory_of_a_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "processes": run.world.size,
         "device": run.world.device.type,
+        "bytes_sent": run.traffic.after_step(last=True),
     }
     atomic.write_json(paths.MEASUREMENTS / f"{stage}.json", measured)

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tasks.exchange_params import ExchangeParams
 from tasks.section import Section, operational
 
 
@@ -45,6 +46,11 @@ class TrainingParams(Section):
     def data_size(self) -> int:
         """Among how many the windows of a step are dealt out."""
         return self.world_size
+
+    @property
+    def exchange(self) -> ExchangeParams:
+        """What replicas exchange instead of whole gradients in each step."""
+        return ExchangeParams()
 
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:

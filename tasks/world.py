@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tasks.errors import EXIT_PEER_LOST, UserMistake
 from tasks.mesh import AXES, Mesh, MeshParams
+from tasks.parallel import traffic
 from tasks.training_params import TrainingParams
 
 _PR_SET_PDEATHSIG = 1
@@ -96,9 +97,17 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(params: TrainingParams, mesh: MeshParams = MeshParams()) -> Iterator[World]:  # noqa: B008
-    """Yields this process's :class:`World`, joined to the others that torchrun started with it."""
+def joined(
+    params: TrainingParams,
+    mesh: MeshParams = MeshParams(),  # noqa: B008
+    timeout_seconds: float | None = None,
+) -> Iterator[World]:
+    """Yields this process's :class:`World`, joined to the others that torchrun started with it.
+
+    ``timeout_seconds``: of a collective; None: half an hour, or twice what a hanging step may take.
+    """
     _die_with_parent()
+    traffic.record()
     torch.set_num_threads(params.threads_per_process)
     torch.use_deterministic_algorithms(True)
     rank = int(os.environ["RANK"])
@@ -108,7 +117,8 @@ def joined(params: TrainingParams, mesh: MeshParams = MeshParams()) -> Iterator[
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # The heartbeat of a training knows more than the group, so it has to be the first to lose patience.
-    patience = timedelta(seconds=max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds))
+    usual = max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds)
+    patience = timedelta(seconds=usual if timeout_seconds is None else timeout_seconds)
     dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
     size = int(os.environ["WORLD_SIZE"])
     try:
@@ -133,7 +143,11 @@ def device_mesh(mesh: Mesh, device: torch.device) -> Meshes | None:
         return None
     # It warns of each tensor that two axes cut and that takes two gathers: at checkpoints, where speed is no matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
+    return seen(init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",)), mesh)
+
+
+def seen(processes: DeviceMesh, mesh: Mesh) -> Meshes:
+    """Returns ``processes``, one axis of torch's, as ``mesh`` sees them."""
     cut = mesh.shard * mesh.expert
     return Meshes(
         data=processes._unflatten(0, (mesh.data, mesh.tensor), ("data", "tensor")),

@@ -4,18 +4,20 @@ Where every process holds the whole model, torch's DistributedDataParallel avera
 Any other mesh goes through FSDP2: one all-gather a block before it computes, one reduction of its gradients behind it.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
-from tasks.parallel import whole
+from tasks.parallel.alone import Alone
+from tasks.parallel.compressed import compressed
+from tasks.parallel.diloco import Diloco, replica_of
+from tasks.parallel.exchange import Exchange, State
 from tasks.parallel.sharded import Sharded
+from tasks.training_params import TrainingParams
 from tasks.world import World
-
-State = dict[str, Any]
 
 
 class Parallel(Protocol):
@@ -46,6 +48,19 @@ class Parallel(Protocol):
         """Gives the model that was laid out its weights, whole, on every process."""
 
 
+def lay_out(model: LanguageModel, world: World, params: TrainingParams) -> tuple[Parallel, Exchange]:
+    """Returns ``model`` laid over ``world`` as :func:`parallelize` does, and what its replicas exchange otherwise."""
+    exchange = params.exchange
+    if exchange.diloco.inner_steps:
+        near = replica_of(world)
+        parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near)
+        return parallel, Diloco(parallel.model, near, world, exchange.diloco)
+    if exchange.compression != "none":
+        parallel = Alone(model, world)
+        return parallel, compressed(parallel.model, world, exchange.compression, exchange.rank, params.seed)
+    return parallelize(model, world), Exchange(world)
+
+
 def parallelize(model: LanguageModel, world: World) -> Parallel:
     """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``."""
     return Replicated(model, world) if world.mesh is None else Sharded(model, world)
@@ -61,11 +76,11 @@ class _Loss(nn.Module):
         return self.model.loss(windows)
 
 
-class Replicated:
+class Replicated(Alone):
     """The whole model in every process."""
 
     def __init__(self, model: LanguageModel, world: World) -> None:
-        self.model: LanguageModel = model.to(world.device)
+        super().__init__(model, world)
         # Without find_unused_parameters DDP lays its buckets out anew after the first step, and a resumed run, whose
         # first step is another one, would sum in another order: with three or more processes its bytes would differ.
         self._parallel = DistributedDataParallel(
@@ -78,18 +93,3 @@ class Replicated:
 
     def reduce_in_backward(self, reduce: bool) -> None:
         self._parallel.require_backward_grad_sync = reduce
-
-    def clip(self, max_norm: float) -> torch.Tensor:
-        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-
-    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        frozen = whole.frozen(self.model)
-        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
-        return state, optimizer.state_dict()
-
-    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
-        optimizer.load_state_dict(optimizer_state)
-
-    def finish(self) -> None:
-        pass

@@ -5,6 +5,7 @@ Reads the file itself, not what the exporter believes it wrote: tools that quant
 
 import math
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -14,8 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from lm import blockwise
 from lm.feed_forward import Experts
+from lm.graph import nodes_of
 from lm.linear import Embedding
 from lm.model import LanguageModel
+from lm.packing import packed_products
 from lm.quantization import Plan, layers
 from lm.scheme import Float, Scheme
 from lm.static import Range, Static
@@ -52,10 +55,10 @@ def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
     """Returns the tensors that the graph of ``model`` must multiply by, each with the operator that must do it."""
     # The expansion of latents is absorbed into the products around it, which read it as it was rounded.
     return {
-        scheme.stored(name): "Cast"
-        if name.endswith(".kv_b_proj") and not isinstance(scheme, Float)
-        else scheme.operator
-        for name, scheme in _schemes(model, plan).items()
+        product.scheme.stored(name): "Cast"
+        if name.endswith(".kv_b_proj") and not isinstance(product.scheme, Float)
+        else product.scheme.operator
+        for name, product in _products(model, plan).items()
     }
 
 
@@ -76,7 +79,7 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     for weight in weights:
         sizes[weight.type] += weight.bytes
     return Audit(
-        operators=dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        operators=dict(sorted(Counter(node.op_type for node in nodes_of(graph)).items())),
         bytes_by_type=dict(sorted(sizes.items())),
         quantized_share_of_bytes=round((sizes["int8"] + sizes["uint8"]) / sizes.total(), 4),
         quantized_products=sum(operator not in _FLOAT_PRODUCTS for operator in expected.values()),
@@ -92,7 +95,7 @@ def _routers(model: LanguageModel) -> set[str]:
 def _float_weights(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> list[str]:
     return [
         name
-        for node in graph.node
+        for node in nodes_of(graph)
         if node.op_type in _FLOAT_PRODUCTS
         for name in node.input
         if name in tensors and tensors[name].data_type == TensorProto.FLOAT and len(tensors[name].dims) >= 2
@@ -104,7 +107,7 @@ def _missing_products(
 ) -> list[str]:
     multiplied = {
         (name, node.op_type)
-        for node in graph.node
+        for node in nodes_of(graph)
         for name in node.input
         if name in tensors and (node.op_type in _FLOAT_PRODUCTS or tensors[name].data_type != TensorProto.FLOAT)
     }
@@ -117,10 +120,10 @@ def _other_numerics(
     graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan
 ) -> list[str]:
     """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
-    makers = {output: node for node in graph.node for output in node.output}
-    schemes = {scheme.stored(name): scheme for name, scheme in _schemes(model, plan).items()}
+    makers = {output: node for node in nodes_of(graph) for output in node.output}
+    schemes = {product.scheme.stored(name): product.scheme for name, product in _products(model, plan).items()}
     faults = []
-    for node in graph.node:
+    for node in nodes_of(graph):
         for weight in schemes.keys() & set(node.input):
             scheme = schemes[weight]
             if node.op_type == "MatMulInteger" and tensors[weight].data_type != TensorProto.INT8:
@@ -178,13 +181,9 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     wanted = {
         f"{name}.scales": len(module.weight) for name, module in model.named_modules() if isinstance(module, Embedding)
     }
-    for name, layer in layers(model).items():
-        levels = plan.of(name).levels
-        if levels is None:
-            continue
-        weights = {name: layer.weight} if not isinstance(layer, Experts) else _of_experts(name, layer)
-        for part, weight in weights.items():
-            wanted[f"{part}.scales"] = len(weight) * math.ceil(weight.shape[1] / (levels.group or weight.shape[1]))
+    for name, product in _products(model, plan).items():
+        if (levels := product.scheme.levels) is not None:
+            wanted[f"{name}.scales"] = product.outputs * math.ceil(product.inputs / (levels.group or product.inputs))
     return [
         f"{name} holds {found} scales, not {count}"
         for name, count in wanted.items()
@@ -192,14 +191,25 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     ]
 
 
-def _schemes(model: LanguageModel, plan: Plan) -> dict[str, Scheme]:
-    """The scheme of each weight that is a product's alone: of each layer, and of each expert's two parts."""
-    found: dict[str, Scheme] = {}
+@dataclass(frozen=True)
+class _Product:
+    scheme: Scheme
+    outputs: int
+    inputs: int
+
+
+def _products(model: LanguageModel, plan: Plan) -> dict[str, _Product]:
+    """What the graph multiplies by: a layer, layers that are packed into one, and each expert's two parts."""
+    found: dict[str, _Product] = {}
     for name, layer in layers(model).items():
         if isinstance(layer, Experts):
-            found |= {part: plan.of(name, f"{name}.{part.rpartition('.')[2]}") for part in _of_experts(name, layer)}
+            for part, weight in _of_experts(name, layer).items():
+                found[part] = _Product(plan.of(name, f"{name}.{part.rpartition('.')[2]}"), *weight.shape)
         else:
-            found[name] = plan.of(name)
+            found[name] = _Product(plan.of(name), *layer.weight.shape)
+    for name, parts in packed_products(model, plan).items():
+        packed = [found.pop(part) for part in parts]
+        found[name] = replace(packed[0], outputs=sum(part.outputs for part in packed))
     return found
 
 
@@ -215,7 +225,7 @@ def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProt
     shapes = [list(module.weight.shape) for module in model.modules() if isinstance(module, Embedding)]
     return [
         f"{node.input[0]} is looked up in float"
-        for node in graph.node
+        for node in nodes_of(graph)
         if node.op_type == "Gather" and node.input[0] in tensors
         if tensors[node.input[0]].data_type == TensorProto.FLOAT and list(tensors[node.input[0]].dims) in shapes
     ]

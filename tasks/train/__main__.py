@@ -1,17 +1,24 @@
 """``python -m tasks.train``: checks everything that can be checked, then starts the training processes."""
 
+import os
+import sys
+
 from tasks import paths, stage
 from tasks.errors import BadInput
 from tasks.launch import check_device, launch
 from tasks.section import read_section
 from tasks.shards import Shards, SplitName, read_manifest
-from tasks.train import start
+from tasks.train import communication, nodes, start
 from tasks.train.params import TrainParams
+
+WORKER = "tasks.train.worker"
 
 
 def main() -> None:
     params = read_section("train", TrainParams)
-    check_device("train", params)
+    machines = nodes.asked(params, os.environ)
+    check_device("train", params, machines.nproc_per_node if machines else None)
+    os.environ.update(communication.environment_here(params.communication, params.device))
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)
     start.check(params, manifest)
@@ -24,7 +31,12 @@ def main() -> None:
                 f"and {needed} are needed. Collect more text, or lower train.seq_len or train.global_batch in "
                 f"{paths.PARAMS}."
             )
-    launch("tasks.train.worker", params.world_size, params.threads_per_process)
+    if told := communication.in_force(os.environ):
+        print(f"train     communication: {told}", file=sys.stderr, flush=True)
+    if machines:
+        nodes.launch_on(machines, WORKER, params.threads_per_process)
+    else:
+        launch(WORKER, params.world_size, params.threads_per_process)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from pydantic import Field, model_validator
 
 from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
+from tasks.errors import BadParameter
+from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
 from tasks.mesh import AXES, MeshParams, check_fits
-from tasks.section import Section
+from tasks.section import Section, validate
+from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
 
 
@@ -44,10 +47,44 @@ class TrainParams(TrainingParams):
     mesh: MeshParams
     # None: all weights are trained.
     lora: LoraParams | None = None
+    compression: Compression = "none"
+    compression_rank: int = Field(default=4, ge=1)
+    diloco: DilocoParams = DilocoParams()
+    communication: CommunicationParams = CommunicationParams()
 
     @property
     def data_size(self) -> int:
         return self.mesh.over(self.world_size).data
+
+    @property
+    def exchange(self) -> ExchangeParams:
+        return ExchangeParams(compression=self.compression, rank=self.compression_rank, diloco=self.diloco)
+
+    def on(self, processes: int) -> "TrainParams":
+        """Returns the same training on so many processes, as torchrun has found them.
+
+        Raises :class:`BadParameter` when they are not ``world_size`` and the training is not elastic, or when it
+        cannot be cut so.
+        """
+        if processes == self.world_size:
+            return self
+        if not self.elastic:
+            raise BadParameter(
+                f"{paths.PARAMS}: train.world_size is {self.world_size}, and {processes} processes were started. "
+                f"Set it to {processes}, or train.elastic to true."
+            )
+        return validate(TrainParams, {**self.model_dump(), "world_size": processes}, paths.PARAMS, "train")
+
+    @model_validator(mode="after")
+    def _the_group_is_patient_enough(self) -> Self:
+        seconds = self.communication.timeout_seconds
+        # The heartbeat knows more than the group, so it has to be the first to lose patience.
+        if seconds is not None and seconds <= self.hang_timeout_seconds:
+            raise ValueError(
+                f"communication.timeout_seconds {seconds:g} is not above hang_timeout_seconds "
+                f"{self.hang_timeout_seconds:g}; raise it, or lower that one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _there_is_a_model(self) -> Self:
@@ -66,12 +103,63 @@ class TrainParams(TrainingParams):
         axes = dict(zip(AXES, self.mesh.over(self.world_size).sizes, strict=True))
         if others := [axis for axis, size in axes.items() if size > 1 and axis not in ("replicate", "shard")]:
             raise ValueError(f"lora trains over replicate and shard alone; set mesh.{others[0]} to 1")
+        if self.compression != "none" or self.diloco.inner_steps:
+            raise ValueError("lora's gradients are small as they are; set compression: none and diloco.inner_steps: 0")
         return self
 
     @model_validator(mode="after")
     def _the_optimizer_fits_the_mesh(self) -> Self:
         if self.optimizer == "muon" and not self.mesh.over(self.world_size).is_replicated:
             raise ValueError("optimizer muon takes whole matrices, and the mesh cuts them; set optimizer to adamw")
+        return self
+
+    @model_validator(mode="after")
+    def _the_compression_fits(self) -> Self:
+        if self.compression == "none":
+            return self
+        if not self.mesh.over(self.world_size).is_replicated:
+            raise ValueError(
+                f"compression {self.compression} takes whole gradients, and the mesh cuts them; set compression to "
+                "none, or every axis of mesh but replicate to 1"
+            )
+        if self.diloco.inner_steps:
+            raise ValueError(
+                f"compression {self.compression} is of the gradients of each step, and with diloco none are exchanged; "
+                "set compression to none or diloco.inner_steps to 0"
+            )
+        if self.elastic:
+            raise ValueError(
+                f"compression {self.compression} leaves each process an error of its own, which another world_size "
+                "cannot take over; set elastic to false or compression to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _diloco_fits(self) -> Self:
+        every, mesh = self.diloco.inner_steps, self.mesh.over(self.world_size)
+        if not every:
+            return self
+        if mesh.replicate * mesh.shard != self.world_size:
+            raise ValueError(
+                "diloco takes replicas that are whole or cut by shard; set every axis of mesh but replicate and shard "
+                "to 1, or diloco.inner_steps to 0"
+            )
+        if mesh.replicate == 1:
+            raise ValueError(
+                "diloco exchanges between replicas, and mesh makes one; raise world_size, or set diloco.inner_steps "
+                "to 0"
+            )
+        for name in ("validate_every", "checkpoint_every"):
+            if (steps := getattr(self, name)) % every:
+                raise ValueError(
+                    f"{name} {steps} is not a multiple of diloco.inner_steps {every}, after which alone the replicas "
+                    f"are equal; make it {max(1, steps // every) * every}"
+                )
+        if self.elastic:
+            raise ValueError(
+                "diloco leaves each replica moments of its own, which another world_size cannot take over; set elastic "
+                "to false or diloco.inner_steps to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """One training process, as torchrun starts it; the first one writes ``models/float``."""
 
+import os
 from pathlib import Path
 
 from lm import hugging_face, low_rank
@@ -9,18 +10,20 @@ from tasks.checkpoints import Checkpoints
 from tasks.progress import progress
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
-from tasks.train import start
+from tasks.train import probe, start
 from tasks.train.params import TrainParams, checkpoint_inputs
 from tasks.training import Curve, train
 
 
 def main() -> None:
-    params = read_section("train", TrainParams)
+    params = read_section("train", TrainParams).on(int(os.environ["WORLD_SIZE"]))
     manifest = read_manifest()
     origin = init.checkpoint()
     key = inputs.key("train", params, checkpoint_inputs())
     checkpoints = Checkpoints("train", key, params.keep_checkpoints, params.elastic)
-    with world.joined(params, params.mesh) as here, progress("train", here.is_first) as shown:
+    timeout = params.communication.timeout_seconds
+    with world.joined(params, params.mesh, timeout) as here, progress("train", here.is_first) as shown:
+        probe.report(here, "train")
         if here.is_first:
             checkpoints.forget_others()
         model = start.load(origin, params, manifest)
@@ -28,6 +31,8 @@ def main() -> None:
         curve = train(model, params, readers[0], readers[1], checkpoints, here, shown, "train")
         if here.is_first:
             write(model, curve, params, len(readers[0]), here.precision, origin)
+        # On another machine, the stage has not ended before its files are there.
+        here.lowest(0)
 
 
 def write(

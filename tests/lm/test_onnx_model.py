@@ -51,10 +51,14 @@ Caches = dict[str, np.ndarray]
 
 
 def _run(
-    session: onnxruntime.InferenceSession, ids: torch.Tensor, past: Caches | None = None, start: int = 0
+    session: onnxruntime.InferenceSession,
+    ids: torch.Tensor,
+    past: Caches | None = None,
+    start: int = 0,
+    capacity: int = 40,
 ) -> tuple[np.ndarray, Caches]:
-    """Plain runs, that bind nothing: each returns new caches, with room for 40 tokens."""
-    sizes = {"batch": len(ids), "capacity": 40}
+    """Plain runs, that bind nothing: each returns new caches, with room for ``capacity`` tokens."""
+    sizes = {"batch": len(ids), "capacity": capacity}
     shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_")}
     if past is None:
         past = {name: np.zeros([sizes.get(axis, axis) for axis in shape], np.float32) for name, shape in shapes.items()}
@@ -112,10 +116,13 @@ def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(plan: Plan,
     # So few values that none of them lies on a boundary.
     ids = torch.tensor([[3, 77, 12]])
     plan = calibrate(model, plan, ids)
-    computed, _ = _run(_session(model, tmp_path, plan), ids)
+    session = _session(model, tmp_path, plan)
     with torch.no_grad():
         floating = model(ids).numpy()
         expected = prepare(model, plan)(ids).numpy()
+    # With spare room latents are read as they are, absorbed; without it the prompt's keys and values are expanded.
+    computed, expanded = (_run(session, ids, capacity=capacity)[0] for capacity in (40, ids.shape[1]))
+    assert np.abs(expanded - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(computed - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.abs(floating - expected).max() > 1e-3 * np.abs(expected).max()
 

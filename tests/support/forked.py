@@ -34,6 +34,13 @@ def start(
     return ranks
 
 
+def call(function: Callable[[], None], folder: Path, log: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """Starts a process that calls ``function``, of a module in ``tests/support``, in ``folder``."""
+    process = _CONTEXT.Process(target=_call, args=(function, folder, log, environment))
+    process.start()
+    return process
+
+
 def end(ranks: Sequence[BaseProcess], seconds: float = 60.0) -> list[int | None]:
     """Returns the exit codes of ``ranks``; one that does not end in time is killed, its stacks in the log."""
     for rank in ranks:
@@ -127,15 +134,24 @@ def _work(
     prepare: Callable[[], None],
     environment: Mapping[str, str],
 ) -> None:
-    os.chdir(folder)
-    with log.open("ab") as opened:
-        os.dup2(opened.fileno(), 1)
-        os.dup2(opened.fileno(), 2)
-    faulthandler.enable()
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in {**where, **environment}.items()})
+    _settle(folder, log, {name: str(value) for name, value in {**where, **environment}.items()})
     prepare()
     from tasks import stage
     from tasks.train import worker
 
     stage.run_rank(worker.main)
+
+
+def _call(function: Callable[[], None], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+    _settle(folder, log, environment)
+    function()
+
+
+def _settle(folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+    os.chdir(folder)
+    with log.open("ab") as opened:
+        os.dup2(opened.fileno(), 1)
+        os.dup2(opened.fileno(), 2)
+    faulthandler.enable()
+    os.environ.update(environment)

@@ -4,6 +4,7 @@
 starts this compares it with :func:`alone`, a plain loop over whole batches that shares no parallel code.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from lm import low_rank
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.model import LanguageModel
+from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
 from tasks.parallel import tensor, whole
@@ -71,6 +73,7 @@ class Case:
     steps: int = STEPS
     resume: int | None = None
     mistake: str = ""
+    inner_steps: int = 0
 
 
 @dataclass
@@ -104,13 +107,23 @@ class Reader:
         return self._tokens[indices]
 
 
-def params_of(case: Case, world_size: int) -> TrainingParams:
-    return TrainingParams(
+class Params(TrainingParams):
+    """With replicas that may train apart."""
+
+    inner_steps: int
+
+    @property
+    def exchange(self) -> ExchangeParams:
+        return ExchangeParams(diloco=DilocoParams(inner_steps=self.inner_steps))
+
+
+def params_of(case: Case, world_size: int) -> Params:
+    return Params(
         seed=3, steps=STEPS, global_batch=BATCH, micro_batch=case.micro_batch, learning_rate=0.01,
         min_learning_rate_ratio=0.1, warmup_fraction=0.2, weight_decay=0.1, clip_grad_norm=0.5, bias_update_rate=0.02,
         validate_every=5, validation_windows=5, device="cpu", precision="fp32", world_size=world_size,
         threads_per_process=1, checkpoint_every=5, optimizer="adamw", muon_learning_rate=0.02, schedule="cosine",
-        decay_fraction=0.2, activation_checkpointing="none",
+        decay_fraction=0.2, activation_checkpointing="none", inner_steps=case.inner_steps,
     )  # fmt: skip
 
 
@@ -168,6 +181,52 @@ def alone(model_name: str, steps: int) -> Result:
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     result.elements = sum(value.numel() for value in model.parameters())
     return result
+
+
+def apart(case: Case, processes: list[list[int]]) -> Result:
+    """Trains replicas of those ``processes`` in this one, DiLoCo's equations written out (arXiv 2311.08105)."""
+    from tasks.order import batch_of_rank
+
+    size = sum(map(len, processes))
+    params, reader, model = params_of(case, size), Reader(1, WINDOWS), model_of(case)
+    start = [value.detach().clone() for value in model.parameters()]
+    momentum = [torch.zeros_like(value) for value in start]
+    optimizers = [make_optimizer(model, params).state_dict() for _ in processes]
+    biases = [router.e_score_correction_bias.clone() for router in model.routers()]
+    for first in range(0, case.steps, case.inner_steps):
+        moved, turned = [], []
+        for number, ranks in enumerate(processes):
+            optimizer = make_optimizer(model, params)
+            optimizer.load_state_dict(optimizers[number])
+            _set(model, start, biases)
+            for step in range(first, first + case.inner_steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(step, params, group["initial_lr"])
+                own = [batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH // size, rank, size)[0] for rank in ranks]
+                optimizer.zero_grad()
+                model.loss(torch.from_numpy(reader.batch(np.concatenate(own)))).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm)
+                optimizer.step()
+                for router in model.routers():
+                    router.rebalance(params.bias_update_rate)
+            optimizers[number] = copy.deepcopy(optimizer.state_dict())
+            moved.append([value.detach().clone() for value in model.parameters()])
+            turned.append([router.e_score_correction_bias.clone() for router in model.routers()])
+        biases = [sum(values) / len(values) for values in zip(*turned, strict=True)]
+        for index, ends in enumerate(zip(*moved, strict=True)):
+            gradient = start[index] - sum(ends) / len(ends)
+            momentum[index] = 0.9 * momentum[index] + gradient
+            start[index] = start[index] - 0.7 * (gradient + 0.9 * momentum[index])
+    _set(model, start, biases)
+    return Result(weights={name: value.clone() for name, value in model.state_dict().items()})
+
+
+@torch.no_grad()
+def _set(model: LanguageModel, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
+    for own, value in zip(model.parameters(), weights, strict=True):
+        own.copy_(value)
+    for router, bias in zip(model.routers(), biases, strict=True):
+        router.e_score_correction_bias.copy_(bias)
 
 
 def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:

@@ -15,6 +15,8 @@ from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
 from tasks.train.params import TrainParams
 
+LINKS = Path(".overnight/measurements/train-communication.json")
+
 
 def write(project: Path, world_size: int) -> None:
     tiny.write_params(
@@ -43,7 +45,14 @@ def test_no_window_is_lost_or_repeated(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     tiny.write_shards(tmp_path)
     stop_after(tmp_path, 2, 3)
+    (link,) = json.loads(LINKS.read_text())
+    assert (link["axis"], link["processes"]) == ("replicate", 2)
+    assert 0 < link["latency_us"] < 1e6
+    assert 0 < link["bandwidth_gb_s"] < 1000
+    assert "train     replicate x2: all-reduce " in (tmp_path / "log").read_text()
     stop_after(tmp_path, 1, 20)
+    # One process reaches nobody.
+    assert not LINKS.exists()
     write(tmp_path, 2)
     assert forked.end(forked.start([tmp_path] * 2, tmp_path / "log", forked.record)) == [0, 0]
     assert json.loads(Path("models/train.json").read_text())["processes_in_turn"] == [2, 1, 2]

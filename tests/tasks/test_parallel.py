@@ -63,6 +63,9 @@ WRONG = [
     Case({"shard": 2, "expert": 2}, steps=3, mistake="the experts' gradients are divided again"),
     Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
 ]
+# Two replicas that meet after every fifth step: of one process, and of two that share the weights.
+APART = Case({}, micro_batch=4, inner_steps=5)
+APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
 alone = functools.lru_cache(lambda model, steps=meshes.STEPS: meshes.alone(model, steps))
 
 
@@ -93,12 +96,12 @@ def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO])
+    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO, APART])
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG])
+    return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG, APART_AND_CUT])
 
 
 def check_equal(result: Result, expected: Result) -> None:
@@ -145,6 +148,11 @@ def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None
         check_equal(four[len(FOUR) + WRONG.index(case)], alone(case.model, case.steps))
 
 
+def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
+    check_weights(two[-1], meshes.apart(APART, [[0], [1]]))
+    check_weights(four[-1], meshes.apart(APART_AND_CUT, [[0, 1], [2, 3]]))
+
+
 def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None:
     share = {
         name_of(case): result.elements / alone(case.model).elements for case, result in zip(FOUR, four, strict=False)
@@ -167,6 +175,8 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     tiny.write_shards(tmp_path)
     code, output = tiny.run("train", tmp_path)
     assert code == 0, output
+    assert "train     shard x2: all-reduce " in output
+    assert "replicate x" not in output
     expected = tiny.files_of(tmp_path / "models")
     max(tmp_path.glob(".overnight/checkpoints/train/*/step-*.pt")).unlink()
     assert tiny.run("train", tmp_path)[0] == 0

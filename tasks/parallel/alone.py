@@ -1,0 +1,37 @@
+"""A model whose gradients nothing sums while they are computed."""
+
+import torch
+from torch import nn
+
+from lm.model import LanguageModel
+from tasks.parallel import whole
+from tasks.parallel.exchange import State
+from tasks.world import World
+
+
+class Alone:
+    """The whole model in every process, which computes its own gradients and sums nothing."""
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        self.model: LanguageModel = model.to(world.device)
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(windows)
+
+    def reduce_in_backward(self, reduce: bool) -> None:
+        pass
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+        frozen = whole.frozen(self.model)
+        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        return state, optimizer.state_dict()
+
+    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
+        self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
+        optimizer.load_state_dict(optimizer_state)
+
+    def finish(self) -> None:
+        pass

@@ -1,0 +1,195 @@
+"""Gradients that replicas exchange in fewer bytes, each process keeping back what it could not say (error feedback).
+
+Shape suffixes: E matrices of a stack, A and B their sides, R the rank, N processes, K elements of a chunk.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lm.model import LanguageModel
+from tasks.errors import BadInput
+from tasks.exchange_params import Compression
+from tasks.parallel.exchange import Exchange, State, equal_weights
+from tasks.world import World
+
+_BLOCK = 256
+
+
+def compressed(model: LanguageModel, world: World, compression: Compression, rank: int, seed: int) -> "Compressed":
+    """Returns the exchange that ``compression`` names; ``rank`` and ``seed`` are PowerSGD's."""
+    if compression == "powersgd":
+        return PowerSGD(model, world, rank, seed)
+    return Int8(model, world)
+
+
+class Compressed(Exchange):
+    """A gradient exchange whose error each process adds to its next gradient (arXiv 1901.09847)."""
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        super().__init__(world)
+        self.world = world
+        self.in_parts = True
+        self.reads = self.writes = world.rank
+        self._model = model
+        self._parameters = list(model.parameters())
+        # No broadcast, which would cost as much as a step does without compression.
+        self._check_equal("models/init or the packages differ between machines; make them equal and start again.")
+
+    def reduce(self, loss: torch.Tensor) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        with torch.no_grad():
+            if not self._reduce([value.grad for value in self._parameters if value.grad is not None], loss):
+                for parameter in self._parameters:
+                    assert parameter.grad is not None
+                    parameter.grad.fill_(torch.nan)
+
+    @abstractmethod
+    def _reduce(self, gradients: list[torch.Tensor], loss: torch.Tensor) -> bool:
+        """Averages ``gradients`` in place and keeps the error, or returns False where one is not finite."""
+
+    def own_state(self, optimizer_state: State) -> State:
+        self._check_equal("kinds of processors that round differently cannot train together with train.compression.")
+        return self._own_state()
+
+    @abstractmethod
+    def _own_state(self) -> State: ...
+
+    def _check_equal(self, reason: str) -> None:
+        if not equal_weights(self._model, self.world):
+            self.world.fail(BadInput(f"the processes have different weights: {reason}"))
+
+
+class PowerSGD(Compressed):
+    """The gradient's projection on a few directions, which follow it from step to step (arXiv 1905.13727, algorithm 1).
+
+    A stack of experts is a batch of matrices. What is smaller than its projection, vectors above all, is sent as it is.
+    """
+
+    def __init__(self, model: LanguageModel, world: World, rank: int, seed: int) -> None:
+        super().__init__(model, world)
+        self._rank = rank
+        self._errors: dict[int, torch.Tensor] = {}
+        self._directions: dict[int, torch.Tensor] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for number, parameter in enumerate(self._parameters):
+            if pays(parameter.shape, rank):
+                *stack, _, columns = parameter.shape
+                drawn = torch.randn(*stack, columns, rank, generator=generator)
+                self._directions[number] = drawn.to(parameter)
+                self._errors[number] = torch.zeros_like(parameter)
+
+    def _reduce(self, gradients: list[torch.Tensor], loss: torch.Tensor) -> bool:
+        matrices = {number: gradients[number] + error for number, error in self._errors.items()}
+        plain = [gradient for number, gradient in enumerate(gradients) if number not in matrices]
+        projected = [matrix_EAB @ self._directions[number] for number, matrix_EAB in matrices.items()]
+        # The loss goes along, so that all know of one that is not finite before anything is kept.
+        means = self._mean([*projected, *plain, loss.to(plain[0] if plain else projected[0]).reshape(1)])
+        if means is None:
+            return False
+        for gradient, mean in zip(plain, means[len(projected) :], strict=False):
+            gradient.copy_(mean)
+        bases = [torch.linalg.qr(mean_EAR).Q for mean_EAR in means[: len(projected)]]
+        backs = self._mean([matrix.mT @ basis for matrix, basis in zip(matrices.values(), bases, strict=True)])
+        if backs is None:
+            return False
+        for (number, matrix_EAB), basis_EAR, back_EBR in zip(matrices.items(), bases, backs, strict=True):
+            torch.matmul(basis_EAR, back_EBR.mT, out=gradients[number])
+            self._errors[number] = matrix_EAB.sub_(gradients[number])
+            self._directions[number] = back_EBR.clone()
+        return True
+
+    def _mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Returns the means over the processes, which are parts of one buffer; None where one is not finite."""
+        if not tensors:
+            return []
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world.size
+        if not flat.isfinite().all():
+            return None
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+    def _own_state(self) -> State:
+        return {"errors": list(self._errors.values()), "directions": list(self._directions.values())}
+
+    def load_state(self, state: State) -> None:
+        for kept, found in ((self._errors, state["errors"]), (self._directions, state["directions"])):
+            for number, value in zip(list(kept), found, strict=True):
+                kept[number].copy_(value)
+
+
+def pays(shape: torch.Size, rank: int) -> bool:
+    """Whether a matrix, or a stack of them, of ``shape`` has more elements than its two factors of ``rank``."""
+    return len(shape) > 1 and rank * (shape[-2] + shape[-1]) < shape[-2] * shape[-1]
+
+
+class Int8(Compressed):
+    """Each element a byte, with a scale for each block of 256: summed by all-to-all, shared by all-gather.
+
+    Rounded twice: what a process sends of its own gradient, and what it sends of the mean of its chunk. It feeds both
+    errors back.
+    """
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        super().__init__(model, world)
+        # One more for the loss.
+        self._count = sum(parameter.numel() for parameter in self._parameters) + 1
+        chunk = -(-self._count // (world.size * _BLOCK)) * _BLOCK
+        like = self._parameters[0]
+        self._error_NK = torch.zeros(world.size, chunk, dtype=torch.float32, device=like.device)
+        self._error_K = torch.zeros(chunk, dtype=torch.float32, device=like.device)
+
+    def _reduce(self, gradients: list[torch.Tensor], loss: torch.Tensor) -> bool:
+        sent_NK = torch.zeros_like(self._error_NK)
+        flat = sent_NK.view(-1)
+        torch.cat([*(gradient.flatten().float() for gradient in gradients), loss.float().reshape(1)],
+                  out=flat[: self._count])  # fmt: skip
+        sent_NK += self._error_NK
+        packed = packed_int8(sent_NK)
+        received = torch.empty_like(packed)
+        dist.all_to_all_single(received, packed)
+        mean_K = unpacked_int8(received).mean(dim=0) + self._error_K
+        packed_mean = packed_int8(mean_K.unsqueeze(0))
+        gathered = packed_mean.new_empty(self.world.size, packed_mean.shape[1])
+        dist.all_gather(list(gathered.split(1)), packed_mean)
+        means = unpacked_int8(gathered).view(-1)[: self._count]
+        if not means.isfinite().all():
+            return False
+        self._error_NK = sent_NK.sub_(unpacked_int8(packed))
+        self._error_K = mean_K.sub_(unpacked_int8(packed_mean)[0])
+        # The loss is told, not learned from.
+        self._error_NK.view(-1)[self._count - 1] = 0
+        if (place := self._count - 1 - self.world.rank * len(self._error_K)) in range(len(self._error_K)):
+            self._error_K[place] = 0
+        for gradient, mean in zip(gradients, means[:-1].split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(mean.view(gradient.shape))
+        return True
+
+    def _own_state(self) -> State:
+        return {"sent": self._error_NK, "mean": self._error_K}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._error_NK.copy_(state["sent"])
+        self._error_K.copy_(state["mean"])
+
+
+def packed_int8(values_NK: torch.Tensor) -> torch.Tensor:
+    """Returns ``values_NK`` as bytes [N, K + 4 K / 256]: the rounded elements of each row, then its blocks' scales."""
+    blocks = values_NK.unflatten(1, (-1, _BLOCK))
+    scales = blocks.abs().amax(dim=-1) / 127
+    rounded = (blocks / scales.where(scales > 0, 1).unsqueeze(-1)).round_().nan_to_num_(0).to(torch.int8)
+    return torch.cat([rounded.flatten(1), scales.view(torch.int8)], dim=1)
+
+
+def unpacked_int8(packed: torch.Tensor) -> torch.Tensor:
+    """Returns the float32 values [N, K] that :func:`packed_int8` packed."""
+    elements = packed.shape[1] * _BLOCK // (_BLOCK + 4)
+    rounded, scales = packed.split([elements, packed.shape[1] - elements], dim=1)
+    blocks = rounded.unflatten(1, (-1, _BLOCK)).float()
+    return (blocks * scales.contiguous().view(torch.float32).unsqueeze(-1)).flatten(1)

@@ -1,0 +1,133 @@
+"""Replicas that train apart for many steps, then exchange what these have changed (DiLoCo, arXiv 2311.08105).
+
+The mean of the differences is the gradient of an outer optimizer, SGD with Nesterov's momentum, which moves the weights
+that all had when they last met. A replica may be cut over several processes (FSDP2), of which each exchanges its part
+with those in its place in the other replicas. Replicas meet every ``inner_steps`` and after the last step; only then is
+anything validated or kept, so what they last met with is the weights in the checkpoint.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lm.model import LanguageModel
+from tasks.exchange_params import DilocoParams
+from tasks.mesh import MeshParams
+from tasks.parallel import whole
+from tasks.parallel.exchange import Exchange, State
+from tasks.world import World, seen
+
+
+@dataclass(frozen=True)
+class Replica(World):
+    """The processes of one replica, as if there were no others. ``rank`` and ``size`` count within it."""
+
+    number: int = 0
+    replicas: int = 1
+    group: dist.ProcessGroup | None = None
+    """Those of this replica; None where this process is all of it."""
+    twins: dist.ProcessGroup | None = None
+    """Those that have the same place in each replica; None stands for all processes."""
+
+    def lowest(self, value: int) -> int:
+        held = torch.tensor(value, device=self.device)
+        if self.group is not None:
+            dist.all_reduce(held, dist.ReduceOp.MIN, group=self.group)
+        return int(held)
+
+    def sum_all(self, values: torch.Tensor) -> torch.Tensor:
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return self.sum_all(values)
+
+
+def replica_of(world: World) -> Replica:
+    """Returns this process's replica: itself, or those that ``shard`` cuts a model over."""
+    if world.mesh is None:
+        return Replica(
+            rank=0, size=1, device=world.device, precision=world.precision, number=world.rank, replicas=world.size
+        )
+    replicas, cut = world.mesh.dense["replicate"].size(), world.mesh.dense["dense"].size()
+    processes = init_device_mesh(world.device.type, (replicas, cut), mesh_dim_names=("replicas", "cut"))
+    inside = processes["cut"]
+    number, rank = divmod(world.rank, cut)
+    return Replica(
+        rank=rank, size=cut, device=world.device, precision=world.precision,
+        mesh=seen(inside, MeshParams(shard=cut).over(cut)),
+        number=number, replicas=replicas, group=inside.get_group(), twins=processes["replicas"].get_group(),
+    )  # fmt: skip
+
+
+class Diloco(Exchange):
+    """The outer optimizer."""
+
+    def __init__(self, model: LanguageModel, near: Replica, world: World, params: DilocoParams) -> None:
+        super().__init__(near)
+        self._replica, self._every = near, params.inner_steps
+        self.in_parts = self.apart = True
+        self.reads = near.number
+        self.writes = near.number if near.is_first else None
+        self._parameters = list(model.parameters())
+        self._biases = [
+            router.e_score_correction_bias for router in model.routers() if router.e_score_correction_bias is not None
+        ]
+        self._anchors = [nn.Parameter(parameter.detach().clone()) for parameter in self._parameters]
+        self._outer = torch.optim.SGD(
+            self._anchors, lr=params.outer_learning_rate, momentum=params.outer_momentum, nesterov=True, foreach=False
+        )
+
+    def due(self, done: int, steps: int) -> bool:
+        return done % self._every == 0 or done == steps
+
+    @torch.no_grad()
+    def meet(self, statistics: torch.Tensor) -> torch.Tensor:
+        differences = [
+            _local(anchor) - _local(own) for anchor, own in zip(self._anchors, self._parameters, strict=True)
+        ]
+        for value, mean in zip([*differences, *self._biases], self._means([*differences, *self._biases]), strict=True):
+            value.copy_(mean)
+        for anchor, difference in zip(self._anchors, differences, strict=True):
+            anchor.grad = _like(difference, anchor)
+        self._outer.step()
+        self._outer.zero_grad()
+        for anchor, own in zip(self._anchors, self._parameters, strict=True):
+            _local(own).copy_(_local(anchor))
+        return self._means([statistics])[0]
+
+    def _means(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=self._replica.twins)
+        flat /= self._replica.replicas
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+    def own_state(self, optimizer_state: State) -> State:
+        # Each replica has moments of its own. Its first process keeps them.
+        state: dict[str, Any] = {"outer": whole.optimizer_state(self._outer, self.writes is not None)}
+        return state if self._replica.number == 0 else {**state, "optimizer": optimizer_state}
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        for anchor, own in zip(self._anchors, self._parameters, strict=True):
+            _local(anchor).copy_(_local(own))
+        whole.load_optimizer_state(self._outer, state["outer"])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

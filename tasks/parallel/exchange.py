@@ -1,0 +1,62 @@
+"""What replicas exchange beside what a backward pass sums, and what that leaves in a checkpoint.
+
+Most trainings have nothing here. :class:`tasks.parallel.compressed.Compressed` exchanges gradients in fewer bytes,
+:class:`tasks.parallel.diloco.Diloco` exchanges the differences that many steps have made.
+"""
+
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from tasks.world import World
+
+State = dict[str, Any]
+
+
+class Exchange:
+    """Nothing more than what the backward pass sums."""
+
+    def __init__(self, world: World) -> None:
+        self.near = world
+        """Those that take each step together: all processes, or the replica of this one."""
+        self.reads = 0
+        """The number of the part of a checkpoint that this process goes on from."""
+        self.writes: int | None = 0 if world.is_first else None
+        """The number of the part of a checkpoint that this process writes."""
+        self.in_parts = False
+        """Whether processes have states of their own, so that a checkpoint has more than one part."""
+        self.apart = False
+        """Whether replicas know nothing of each other between steps for which they are :meth:`due`."""
+
+    def reduce(self, loss: torch.Tensor) -> None:
+        """Averages the gradients over the processes, after the last backward pass of a step with that ``loss``.
+
+        Leaves all as it was, and gradients that are not finite, where any process has one or such a loss.
+        """
+
+    def due(self, done: int, steps: int) -> bool:
+        """Returns whether the replicas, having taken ``done`` of ``steps``, have to :meth:`meet`."""
+        return False
+
+    def meet(self, statistics: torch.Tensor) -> torch.Tensor:
+        """Makes the weights of all replicas equal; returns the mean of their ``statistics`` [n], float64."""
+        return statistics
+
+    def own_state(self, optimizer_state: State) -> State:
+        """Returns what this process's part of a checkpoint holds of the exchange. Collective."""
+        return {}
+
+    def load_state(self, state: State) -> None:
+        """Takes over what :meth:`own_state` returned; the model has its weights already."""
+
+
+def equal_weights(model: nn.Module, world: World) -> bool:
+    """Returns whether all processes have the same weights, bit for bit. Collective."""
+    whole = xxhash.xxh3_64()
+    for value in model.state_dict().values():
+        whole.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    number = whole.intdigest() >> 2
+    lowest, highest = world.lowest(number), -world.lowest(-number)
+    return lowest == highest

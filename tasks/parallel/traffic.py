@@ -1,0 +1,94 @@
+"""How many bytes a process sends to the others, from torch's own record of every collective.
+
+The flight recorder of torch.distributed notes the tensors that each collective was given, whoever called it: this code,
+DistributedDataParallel, FSDP2, or a sum of validation losses. It keeps the last ``ENTRIES``; reading it costs about
+50 µs an entry on a CPU, so it is read when it may be half full.
+"""
+
+import math
+import os
+import pickle
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, distributed_c10d
+
+ENTRIES = 2000
+_SIZE_OF = {
+    "Bool": 1, "Byte": 1, "Char": 1, "Short": 2, "Half": 2, "BFloat16": 2, "Int": 4, "Float": 4, "Long": 8, "Double": 8,
+}  # fmt: skip
+
+
+def record() -> None:
+    """Has collectives recorded; to be called before the first process group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(ENTRIES))
+
+
+class Traffic:
+    """Counts what this process sends from now on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        earlier = _entries(device)
+        self._seen = earlier[-1]["record_id"] if earlier else -1
+        self._steps, self._between = 0, 1
+        self._sent: int | None = 0
+
+    def after_step(self, last: bool = False) -> int | None:
+        """Returns the bytes sent so far, as of the last reading; ``last`` reads at once.
+
+        None where a reading came too late for the recorder, or nothing is recorded.
+        """
+        self._steps += 1
+        if last or self._steps >= self._between:
+            new = self._read()
+            # Half of the room, for a step with a validation and a checkpoint has more collectives than another.
+            self._between = max(1, ENTRIES // 2 * self._steps // max(1, new))
+            self._steps = 0
+        return self._sent
+
+    def _read(self) -> int:
+        entries = [entry for entry in _entries(self._device) if entry["record_id"] > self._seen]
+        if not entries:
+            # Replicas may train apart, but not without having agreed on where to start.
+            if self._seen < 0:
+                self._sent = None
+            return 0
+        if entries[0]["record_id"] != self._seen + 1:
+            self._sent = None
+        self._seen = entries[-1]["record_id"]
+        if self._sent is not None:
+            sizes = {_name(group): group.size() for group in distributed_c10d._world.pg_map}
+            self._sent += sum(sent_by(entry, sizes[entry["process_group"][0]]) for entry in entries)
+        return len(entries)
+
+
+def sent_by(entry: dict[str, Any], processes: int) -> int:
+    """Returns the bytes that one of ``processes`` sends in the collective of the flight recorder's ``entry``.
+
+    What a ring or a pairwise exchange of the given tensors takes (Thakur et al. 2005), which no algorithm undercuts by
+    much: of S bytes, with n processes, an all-reduce 2 S (n-1)/n, a reduce-scatter and an all-to-all S (n-1)/n, an
+    all-gather S (n-1). A broadcast is S (n-1)/n, its mean over the processes; between two, S.
+    """
+    given = sum(
+        math.prod(size) * _SIZE_OF[kind] for size, kind in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
+    )
+    operation = entry["profiling_name"].rpartition(":")[2].strip("_").replace("_", "")
+    if operation.startswith(("allreduce", "reducescatter", "alltoall", "broadcast")):
+        share = 2 if operation.startswith("allreduce") else 1
+        return share * given * (processes - 1) // processes
+    if operation.startswith("allgather"):
+        return given * (processes - 1)
+    # A message, a reduction to one, a gathering at one, a barrier.
+    return given if processes > 1 else 0
+
+
+def _name(group: ProcessGroup) -> str:
+    return group.group_name
+
+
+def _entries(device: torch.device) -> list[dict[str, Any]]:
+    c10d: Any = torch._C._distributed_c10d
+    # Collectives, but not the stacks that they were called from.
+    dump = c10d._dump_nccl_trace if device.type == "cuda" else c10d._dump_fr_trace
+    return list(pickle.loads(dump(True, False, False)).get("entries", []))
