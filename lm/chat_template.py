@@ -31,6 +31,7 @@ _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 # Around what the assistant wrote, while a conversation is rendered to be learned from.
 _BEGIN, _END = "\ufdd2", "\ufdd3"
 _RESERVED = re.compile(f"[{_OPEN}{_CLOSE}{_BEGIN}{_END}]")
+_SPACE = re.compile(r"\s*")
 # Templates cut an answer at these, and trim what is left.
 _STARTS = re.compile(r"(?:\A|</?think>)\s*")
 # A model writes these itself, around what it thinks before it answers, so in its own messages they are tokens.
@@ -127,7 +128,9 @@ class ChatTemplate:
         return ids, [any(start < last and end > first for first, last in spans) for start, end in places]
 
     def _with_its_end(self, text: str, first: int, last: int) -> tuple[int, int]:
-        control = self._controls.match(text, last)
+        # Space at the end of an answer is its own, where the template leaves it.
+        space = _SPACE.match(text, last)
+        control = self._controls.match(text, space.end() if space else last)
         return first, control.end() if control else last
 
     def _located(self, marked: str) -> tuple[list[int], list[tuple[int, int]]]:

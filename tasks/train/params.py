@@ -104,10 +104,7 @@ class TrainParams(TrainingParams):
         if others := [axis for axis, size in axes.items() if size > 1 and axis not in ("replicate", "shard")]:
             raise ValueError(f"lora trains over replicate and shard alone; set mesh.{others[0]} to 1")
         if self.compression != "none" or self.diloco.inner_steps:
-            raise ValueError(
-                "lora has few gradients to exchange, and they are exchanged whole; set compression to none and "
-                "diloco.inner_steps to 0"
-            )
+            raise ValueError("lora's gradients are small as they are; set compression: none and diloco.inner_steps: 0")
         return self
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ THOUGHT = "<think>\nwest\n</think>\n\n"
 @pytest.mark.parametrize(
     ("source", "contents", "expected"),
     [
-        (tiny.CHATML, ("a", "b", "c", " d! "), [b"b|", b"d!"]),
+        (tiny.CHATML, ("a", "b", "c", " d! "), [b"b|", b"d! |"]),
         (TRIMMING, ("a", "\nb ", "c", "é"), [b"b|", "é".encode() + b"|"]),
         (THINKING, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), [b"b|", b"west\n|\n\nd|"]),
         # What looks like a control token is text, in an answer too, and moves nothing behind it.
@@ -193,8 +193,8 @@ def test_shards_say_which_tokens_are_learned(sharded: Path) -> None:
                 continue
             seen += 1
             topic = int(bytes(id_ for id_ in ids if id_ < 256).split(b"How is ")[1].split(b"?")[0])
-            answers = [f"It is {topic * 7}.".encode(), b"Yes. Yes. Yes. Yes."]
-            assert tokens[mask].tolist() == [*answers[0], END, *answers[1]]
+            answers = [f"It is {topic * 7}.".encode(), b"Yes. Yes. Yes. Yes. "]
+            assert tokens[mask].tolist() == [*answers[0], END, *answers[1], END]
             assert size == sum(map(len, answers))
     assert seen == 60
 

@@ -78,6 +78,7 @@ def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(mesh: d
         ({}, {"train__init": "scratch"}, "lora adapts a model that is there, and init: scratch has none"),
         ({}, {"train__optimizer": "muon"}, "lora trains with adamw, and optimizer is muon; set optimizer to adamw"),
         ({}, {"train__mesh": {"tensor": 2}}, "lora trains over replicate and shard alone; set mesh.tensor to 1"),
+        ({}, {"train__compression": "int8"}, "lora's gradients are small as they are; set compression: none"),
         ({"rank": 0}, {}, r"train\.lora\.rank: input should be greater than or equal to 1, found 0"),
         ({"targets": []}, {}, r"train\.lora\.targets: .* at least 1 item"),
         ({"dropout": 0.1}, {}, r"train\.lora\.dropout: unknown key"),
