@@ -16,9 +16,9 @@ def test_each_epoch_holds_each_sample_once(samples: int, seed: int, epoch: int) 
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=50), st.integers(1, 300))
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=50), st.integers(1, 300))
 def test_a_position_has_its_sample_whoever_asks_and_in_whatever_company(positions: list[int], samples: int) -> None:
-    whole = samples_at(np.arange(10_001), samples, seed=7)
+    whole = samples_at(np.arange(601), samples, seed=7)
     assert samples_at(np.array(positions), samples, seed=7).tolist() == whole[positions].tolist()
 
 
