@@ -45,6 +45,8 @@ LLAMA = {
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
 }
+# For tests to which it does not matter how many processes train: one is half the time.
+ALONE = {"train__world_size": 1, "quantize__world_size": 1}
 # In the order of their ids, which follow those of the bytes and <|endoftext|>; whether each is special.
 CHAT_TOKENS = {"<|im_start|>": True, "<|im_end|>": True, "<think>": False, "</think>": False}
 CHATML = """\

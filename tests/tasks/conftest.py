@@ -27,7 +27,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def candidate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project with a float and an INT8 model that nothing has measured yet. Nobody changes it; take a copy."""
     folder = tmp_path_factory.mktemp("candidate")
-    tiny.write_params(folder)
+    tiny.write_params(folder, **tiny.ALONE)
     tiny.write_shards(folder)
     for name in ("train", "quantize"):
         code, output = tiny.run(name, folder)

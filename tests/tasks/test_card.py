@@ -32,7 +32,7 @@ CORPUS = {
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("carded")
-    tiny.write_params(folder, train__seq_len=64, train__global_batch=4)
+    tiny.write_params(folder, **tiny.ALONE, train__seq_len=64, train__global_batch=4)
     tiny.write_shards(folder)
     tiny.write_champion(folder)
     (folder / "data/corpus").mkdir()

@@ -191,7 +191,9 @@ def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp
     folder = tmp_path / "project"
     shutil.copytree(candidate, folder)
     tiny.write_champion(folder)
-    tiny.write_params(folder, quantize__scheme="dynamic", quantize__rotate=False, quantize__compensate=False)
+    tiny.write_params(
+        folder, **tiny.ALONE, quantize__scheme="dynamic", quantize__rotate=False, quantize__compensate=False
+    )
     for stage in ("quantize", "evaluate"):
         code, output = tiny.run(stage, folder)
         assert code == 0, output
@@ -209,7 +211,7 @@ def test_fixed_ranges_are_those_of_the_float_model_where_it_is_only_rounded(cand
     folder = tmp_path / "project"
     shutil.copytree(candidate, folder)
     tiny.write_champion(folder)
-    tiny.write_params(folder, quantize__scheme="static")
+    tiny.write_params(folder, **tiny.ALONE, quantize__scheme="static")
     for stage in ("quantize", "evaluate"):
         code, output = tiny.run(stage, folder)
         assert code == 0, output

@@ -351,6 +351,7 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
 ) -> None:
     tiny.write_params(
         trained,
+        **tiny.ALONE,
         quantize__scheme="weight-only-8",
         quantize__rotate=rotated,
         quantize__compensate=compensated,
@@ -393,7 +394,7 @@ def test_layers_that_cannot_stay_float_are_told_before_anything_is_trained(
 
 
 def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> None:
-    tiny.write_params(tmp_path, train__model=tiny.LLAMA, quantize__scheme="weight-only-8")
+    tiny.write_params(tmp_path, **tiny.ALONE, train__model=tiny.LLAMA, quantize__scheme="weight-only-8")
     tiny.write_shards(tmp_path)
     tiny.write_champion(tmp_path)
     for stage in ("train", "quantize", "evaluate", "card"):
