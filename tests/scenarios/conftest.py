@@ -1,11 +1,14 @@
 """One undisturbed run of a whole project, which the scenarios copy and compare with."""
 
 import dataclasses
+import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chain import Chain, Ended, seconds_of_stages
+from filelock import FileLock
 from lay_out import lay_out
 from prefect_server import PrefectServer
 
@@ -38,8 +41,21 @@ def blank(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, blank: Chain) -> Reference:
-    chain = blank.copy(tmp_path_factory.mktemp("reference") / "project")
+def reference(tmp_path_factory: pytest.TempPathFactory, blank: Chain, worker_id: str) -> Reference:
+    # One for all the processes that run tests, which share the folder above their own.
+    own = tmp_path_factory.getbasetemp()
+    shared = (own if worker_id == "master" else own.parent) / "reference"
+    with FileLock(f"{shared}.lock"):
+        kept = shared / "reference.pickle"
+        if not kept.exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            kept.write_bytes(pickle.dumps(_undisturbed(blank.copy(shared / "project"))))
+        found: Reference = pickle.loads(kept.read_bytes())
+    return found
+
+
+def _undisturbed(chain: Chain) -> Reference:
     running = chain.start("run")
     seconds = seconds_of_stages(running)
     ended = running.end()
