@@ -284,7 +284,6 @@ def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp
     [
         ("dynamic", 1.0, "dynamic", ["dynamic post-training"]),
         ("static", 1.0, "static", ["static post-training"]),
-        ("weight-only-8", -1.0, "weight-only-8", ["weight-only-8 post-training"]),
         ("weight-only-4", 1.0, "weight-only-4", ["weight-only-4 post-training", "weight-only-4 fine-tuning"]),
         ("auto", 1.0, "weight-only-8", ["weight-only-8 post-training"]),
         ("auto", -1.0, "qat", ["weight-only-8 post-training", "qat post-training", "qat fine-tuning"]),
@@ -343,9 +342,7 @@ def test_a_trial_is_what_a_plain_loop_over_windows_says() -> None:
 
 
 # Compensation after rotation is all there is, so it is done twice.
-@pytest.mark.parametrize(
-    ("rotated", "compensated", "times"), [(False, False, 1), (True, False, 1), (False, True, 1), (True, True, 2)]
-)
+@pytest.mark.parametrize(("rotated", "compensated", "times"), [(False, False, 1), (True, False, 1), (True, True, 2)])
 def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
     trained: Path, rotated: bool, compensated: bool, times: int
 ) -> None:
