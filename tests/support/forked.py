@@ -92,23 +92,13 @@ def record() -> None:
     """Appends each step that is taken and this rank's windows of it to ``seen-RANK``."""
     import json
 
-    from tasks import training
+    from steps import on_each_step
 
-    step, batch_of_rank = training._Run.step, training.batch_of_rank
-    last: list[Any] = []
-
-    def remembered(*arguments: Any) -> Any:
-        batch = batch_of_rank(*arguments)
-        last[:] = [arguments[0], batch.flatten().tolist()]
-        return batch
-
-    def recorded(self: training._Run, *arguments: Any) -> float:
-        loss = step(self, *arguments)
-        with Path(f"seen-{self.world.rank}").open("a") as seen:
+    def note(run: Any, last: list[Any]) -> None:
+        with Path(f"seen-{run.world.rank}").open("a") as seen:
             seen.write(json.dumps(last) + "\n")
-        return loss
 
-    training.batch_of_rank, training._Run.step = remembered, recorded  # type: ignore[method-assign]
+    on_each_step(note)
 
 
 def draw() -> None:

@@ -6,31 +6,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from steps import on_each_step
+
 from tasks import stage
 
 
 def note_what_is_taken() -> None:
     """Appends ``[when, round, processes, rank, step, windows]`` to ``taken-PID`` after each step."""
-    from tasks import training
 
-    step, batch_of_rank = training._Run.step, training.batch_of_rank
-    last: list[Any] = []
-
-    def remembered(*arguments: Any) -> Any:
-        batch = batch_of_rank(*arguments)
-        last[:] = [arguments[0], batch.flatten().tolist()]
-        return batch
-
-    def noted(self: training._Run, *arguments: Any) -> Any:
-        report = step(self, *arguments)
+    def note(run: Any, last: list[Any]) -> None:
         # Each round of the machines has a store of its own, at a port of its own.
-        line = [time.time_ns(), os.environ["MASTER_PORT"], self.world.size, self.world.rank, *last]
+        line = [time.time_ns(), os.environ["MASTER_PORT"], run.world.size, run.world.rank, *last]
         with Path(f"taken-{os.getpid()}").open("a") as taken:
             taken.write(json.dumps(line) + "\n")
         time.sleep(float(os.environ.get("SECONDS_A_STEP", "0")))
-        return report
 
-    training.batch_of_rank, training._Run.step = remembered, noted  # type: ignore[method-assign]
+    on_each_step(note)
 
 
 def run() -> None:

@@ -1,0 +1,24 @@
+"""What a training process takes, told to a test."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def on_each_step(tell: Callable[[Any, list[Any]], None]) -> None:
+    """Calls ``tell(run, [step, windows])`` after each step, with this process's windows of it."""
+    from tasks import training
+
+    step, batch_of_rank = training._Run.step, training.batch_of_rank
+    last: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        batch = batch_of_rank(*arguments)
+        last[:] = [arguments[0], batch.flatten().tolist()]
+        return batch
+
+    def told(self: training._Run, *arguments: Any) -> Any:
+        report = step(self, *arguments)
+        tell(self, last)
+        return report
+
+    training.batch_of_rank, training._Run.step = remembered, told  # type: ignore[method-assign]
