@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lm.model import LanguageModel
 from tasks.errors import BadInput
 from tasks.exchange_params import Compression
-from tasks.parallel.exchange import Exchange, State, equal_weights
+from tasks.parallel.exchange import Exchange, State, averaged, equal_weights
 from tasks.world import World
 
 _BLOCK = 256
@@ -107,13 +107,8 @@ class PowerSGD(Compressed):
         """Returns the means over the processes, which are parts of one buffer; None where one is not finite."""
         if not tensors:
             return []
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        flat /= self.world.size
-        if not flat.isfinite().all():
-            return None
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        flat, means = averaged(tensors, self.world.size)
+        return means if flat.isfinite().all() else None
 
     def _own_state(self) -> State:
         return {"errors": list(self._errors.values()), "directions": list(self._directions.values())}

@@ -19,7 +19,7 @@ from lm.model import LanguageModel
 from tasks.exchange_params import DilocoParams
 from tasks.mesh import MeshParams
 from tasks.parallel import whole
-from tasks.parallel.exchange import Exchange, State
+from tasks.parallel.exchange import Exchange, State, averaged
 from tasks.world import World, seen
 
 
@@ -90,7 +90,7 @@ class Diloco(Exchange):
     @torch.no_grad()
     def meet(self, statistics: torch.Tensor) -> torch.Tensor:
         differences = [
-            _local(anchor) - _local(own) for anchor, own in zip(self._anchors, self._parameters, strict=True)
+            whole.local(anchor) - whole.local(own) for anchor, own in zip(self._anchors, self._parameters, strict=True)
         ]
         for value, mean in zip([*differences, *self._biases], self._means([*differences, *self._biases]), strict=True):
             value.copy_(mean)
@@ -99,15 +99,11 @@ class Diloco(Exchange):
         self._outer.step()
         self._outer.zero_grad()
         for anchor, own in zip(self._anchors, self._parameters, strict=True):
-            _local(own).copy_(_local(anchor))
+            whole.local(own).copy_(whole.local(anchor))
         return self._means([statistics])[0]
 
     def _means(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat, group=self._replica.twins)
-        flat /= self._replica.replicas
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        return averaged(tensors, self._replica.replicas, self._replica.twins)[1]
 
     def own_state(self, optimizer_state: State) -> State:
         # Each replica has moments of its own. Its first process keeps them.
@@ -117,12 +113,8 @@ class Diloco(Exchange):
     @torch.no_grad()
     def load_state(self, state: State) -> None:
         for anchor, own in zip(self._anchors, self._parameters, strict=True):
-            _local(anchor).copy_(_local(own))
+            whole.local(anchor).copy_(whole.local(own))
         whole.load_optimizer_state(self._outer, state["outer"])
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ Most trainings have nothing here. :class:`tasks.parallel.compressed.Compressed` 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import nn
 
@@ -50,6 +51,17 @@ class Exchange:
 
     def load_state(self, state: State) -> None:
         """Takes over what :meth:`own_state` returned; the model has its weights already."""
+
+
+def averaged(
+    tensors: list[torch.Tensor], processes: int, group: dist.ProcessGroup | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns the means of ``tensors`` over the ``processes`` of ``group``: one buffer, and its parts. Collective."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    flat /= processes
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return flat, [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def equal_weights(model: nn.Module, world: World) -> bool:

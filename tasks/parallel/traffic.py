@@ -11,7 +11,7 @@ import pickle
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import distributed_c10d
 
 ENTRIES = 2000
 _SIZE_OF = {
@@ -58,7 +58,7 @@ class Traffic:
             self._sent = None
         self._seen = entries[-1]["record_id"]
         if self._sent is not None:
-            sizes = {_name(group): group.size() for group in distributed_c10d._world.pg_map}
+            sizes = {group.group_name: group.size() for group in distributed_c10d._world.pg_map}
             self._sent += sum(sent_by(entry, sizes[entry["process_group"][0]]) for entry in entries)
         return len(entries)
 
@@ -81,10 +81,6 @@ def sent_by(entry: dict[str, Any], processes: int) -> int:
         return given * (processes - 1)
     # A message, a reduction to one, a gathering at one, a barrier.
     return given if processes > 1 else 0
-
-
-def _name(group: ProcessGroup) -> str:
-    return group.group_name
 
 
 def _entries(device: torch.device) -> list[dict[str, Any]]:
