@@ -1,20 +1,24 @@
-"""Starts the processes of a distributed stage with torchrun's elastic agent, and tells its failures in one line."""
+"""Starts the processes of a distributed stage on this machine, and tells their failures in one line."""
 
 import contextlib
-import logging
+import importlib
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
 
 import psutil
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch._C._distributed_c10d import TCPStore
 
-from tasks import paths
+from tasks import allocator, paths, stage
 from tasks.errors import (
     EXIT_PEER_LOST,
     EXIT_STOPPED,
@@ -25,57 +29,122 @@ from tasks.errors import (
 )
 from tasks.training_params import TrainingParams
 
-# SIGTERM is ours: torch's answer would be to end, and to leave the workers half a minute for it.
-SIGNALS_TO_HANDLE = "SIGINT,SIGHUP,SIGQUIT"
-# Blocks that autograd's thread frees go to an arena of its own, and glibc gives large ones back to the system, which
-# faults them in again the next step. One arena that keeps what it has, in huge pages, took the default model from 3,350
-# to 5,000 tokens a second on one core.
-_KEEP_MEMORY = ":".join(
-    [
-        "glibc.malloc.arena_max=1",
-        "glibc.malloc.hugetlb=1",
-        "glibc.malloc.mmap_max=0",
-        "glibc.malloc.trim_threshold=1099511627776",
-        "glibc.malloc.top_pad=67108864",
-    ]
-)
+# torchrun's own: until a process that is told to end is killed.
+SECONDS_TO_STOP = 30.0
+# What ends a stage at once. SIGTERM is another matter: it leaves a checkpoint.
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# One that fails takes others along: which of them failed in the same moment.
+_SECONDS_TOGETHER = 0.1
 
 
 def worker_environment(threads: int) -> dict[str, str]:
     """Returns the environment variables of one training process."""
-    return {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": _KEEP_MEMORY, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": allocator.TUNABLES, "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def launch(module: str, world_size: int, threads: int) -> None:
-    """Runs ``python -m module`` in ``world_size`` processes of this machine and returns when all have ended well.
+def launch(module: str, params: TrainingParams) -> None:
+    """Calls ``main`` of ``module`` in ``params.world_size`` processes and returns when all have ended well.
+
+    They find in their environment what torchrun sets. On CPU they are forks of this one, so that it alone imports
+    torch, which takes longer than many a step; CUDA works in no fork of a process that has asked for it.
 
     Raises :class:`TryAgain` when a process was killed, or was told to end by SIGTERM, which is passed on to all: see
     :mod:`tasks.stopping`. A process that met a user's mistake, or a fault that passes, has said so itself: this one
-    ends with the same exit code, and with 128 + N when it is sent another signal N. Anything else surfaces as torch's
-    ChildFailedError.
+    ends with the same exit code, and with 128 + N when it is sent another signal N. Raises :class:`RuntimeError` when
+    one failed otherwise, and has printed its traceback.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id="overnight",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle=SIGNALS_TO_HANDLE,
-    )
-    os.environ.update(worker_environment(threads))
+    os.environ.update(worker_environment(params.threads_per_process))
+    if params.device == "cpu":
+        importlib.import_module(module)
+        start: type[BaseProcess] = multiprocessing.get_context("fork").Process
+    else:
+        start = multiprocessing.get_context("spawn").Process
+    ranks: list[BaseProcess] = []
+    with sigterm_passed_on() as told, ended_by_signals(), socket.create_server(("127.0.0.1", 0)) as listening:
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listening.getsockname()[1]),
+            "WORLD_SIZE": str(params.world_size),
+            "LOCAL_WORLD_SIZE": str(params.world_size),
+            # The store is this process's: it has its port before there is anybody who would look for it.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        try:
+            for rank in range(params.world_size):
+                variables = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(start(target=_work, args=(module, variables)))
+                with _signals_held():
+                    ranks[-1].start()
+            # Not before the forks: it has a thread.
+            store = TCPStore(
+                "127.0.0.1", listening.getsockname()[1], is_master=True, wait_for_workers=False,
+                master_listen_fd=os.dup(listening.fileno()),
+            )  # fmt: skip
+            failed = _failed(ranks)
+            del store
+        finally:
+            _end(ranks)
+    if failed:
+        tell(failed, told.is_set())
+        raise RuntimeError(f"of the processes of {module} failed, by rank, with exit code: {failed}; see above why")
+
+
+def _work(module: str, variables: Mapping[str, str]) -> None:
+    # A terminal's Ctrl-C is for the launcher, which tells its workers.
+    os.setsid()
+    for number in (signal.SIGTERM, *ENDING):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.environ.update(variables)
+    stage.run_rank(importlib.import_module(module).main)
+
+
+def _failed(ranks: Sequence[BaseProcess]) -> dict[int, int]:
+    """Waits until all ``ranks`` have ended well, or one has not; returns the exit codes of those that have not."""
+    running: dict[object, BaseProcess] = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for sentinel in wait([rank.sentinel for rank in running.values()]):
+            running.pop(sentinel).join()
+        if any(rank.exitcode for rank in ranks):
+            time.sleep(_SECONDS_TOGETHER)
+            break
+    return {number: rank.exitcode for number, rank in enumerate(ranks) if rank.exitcode}
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    for rank in ranks:
+        rank.terminate()
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+        if rank.is_alive():
+            rank.kill()
+            rank.join()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    # A fork would answer to them as its parent does, until it has handlers of its own.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, *ENDING))
     try:
-        with sigterm_passed_on() as told:
-            elastic_launch(config, sys.executable)("-m", module)
-    except ChildFailedError as error:
-        tell(error, told.is_set())
-        raise
-    except SignalException as error:
-        # The agent, which has ended its workers; a process without one would have died of it without a word.
-        sys.exit(128 + error.sigval)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Lets the block be left, as by an exception, and the process end with 128 + N, when a signal N of ENDING comes."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_device(section: str, params: TrainingParams, processes: int | None = None) -> None:
@@ -115,9 +184,8 @@ def sigterm_passed_on() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def tell(error: ChildFailedError, told_to_end: bool) -> None:
-    """Raises, or ends with, what the exit codes of the workers mean; returns when it is a bug of ours."""
-    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+def tell(codes: Mapping[int, int], told_to_end: bool) -> None:
+    """Raises, or ends with, what the exit codes of the ranks mean; returns when it is a bug of ours."""
     for told in (EXIT_USER_MISTAKE, EXIT_TRY_AGAIN):
         if told in codes.values():
             sys.exit(told)

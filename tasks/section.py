@@ -5,7 +5,9 @@ decides how a stage works but not what it writes (how often it checkpoints, how 
 on it and it is no part of a version's identity. Every other field is named in ``dvc.yaml``; a test keeps them in step.
 """
 
+import copy
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
@@ -73,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: bytes, path: Path) -> dict[str, Any]:
     """Returns the mapping in ``text``, which is that of ``path``. Raises :class:`BadParameter` where it is none."""
     try:
-        content = YAML(typ="safe", pure=True).load(text)
+        content = copy.deepcopy(_loaded(text))
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise BadParameter(f"{path}: {line}this is not YAML ({error.problem}). Mend that line.") from None
@@ -83,6 +85,12 @@ def parse_yaml(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadParameter(f"{path}: expected sections (collect:, ingest:, ...), found {type(content).__name__}.")
     return content
+
+
+@functools.lru_cache
+def _loaded(text: bytes) -> Any:
+    # A stage's processes read the same file up to six times, and each time takes a tenth of a second.
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def validate(section: type[SectionType], content: object, path: Path, prefix: str = "") -> SectionType:

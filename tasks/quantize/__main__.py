@@ -1,5 +1,11 @@
 """``python -m tasks.quantize``: checks everything that can be checked, then starts the fine-tuning processes."""
 
+from tasks import allocator
+
+if __name__ == "__main__":
+    # Before it takes the time to import torch.
+    allocator.keep_memory()
+
 from tasks import paths, stage
 from tasks.errors import BadInput
 from tasks.launch import check_device, launch
@@ -17,7 +23,7 @@ def main() -> None:
     manifest.check_tokenizer(paths.SHARDS)
     for split in ("train", "valid"):
         Shards(paths.SHARDS, manifest, split)
-    launch("tasks.quantize.worker", params.world_size, params.threads_per_process)
+    launch("tasks.quantize.worker", params)
 
 
 if __name__ == "__main__":

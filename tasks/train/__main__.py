@@ -3,6 +3,12 @@
 import os
 import sys
 
+from tasks import allocator
+
+if __name__ == "__main__":
+    # Before it takes the time to import torch.
+    allocator.keep_memory()
+
 from tasks import paths, stage
 from tasks.errors import BadInput
 from tasks.launch import check_device, launch
@@ -36,7 +42,7 @@ def main() -> None:
     if machines:
         nodes.launch_on(machines, WORKER, params.threads_per_process)
     else:
-        launch(WORKER, params.world_size, params.threads_per_process)
+        launch(WORKER, params)
 
 
 if __name__ == "__main__":

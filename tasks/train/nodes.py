@@ -26,12 +26,9 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from tasks import paths
 from tasks.errors import EXIT_STOPPED, EXIT_USER_MISTAKE, BadParameter, TryAgain
-from tasks.launch import SIGNALS_TO_HANDLE, sigterm_passed_on, tell, worker_environment
+from tasks.launch import ENDING, SECONDS_TO_STOP, sigterm_passed_on, tell, worker_environment
 from tasks.train.communication import address_here
 from tasks.train.params import TrainParams
-
-# torchrun's own: until a process that is told to end is killed.
-_SECONDS_TO_STOP = 30
 
 
 def asked(params: TrainParams, variables: Mapping[str, str]) -> LaunchConfig | None:
@@ -71,7 +68,8 @@ def launch_on(config: LaunchConfig, module: str, threads: int) -> None:
     """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.update(worker_environment(threads))
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS_TO_HANDLE
+    # Not SIGTERM: torch's answer would be to end, and to leave the workers half a minute for it.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in ENDING)
     # The agents' own store is where the first round had it (torch 2.13): those that remain look for it on the machine
     # that is gone. Without, each round's first process keeps one.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -79,7 +77,7 @@ def launch_on(config: LaunchConfig, module: str, threads: int) -> None:
         try:
             _run(config, module, told)
         except ChildFailedError as error:
-            tell(error, told.is_set())
+            tell({rank: failure.exitcode for rank, failure in error.failures.items()}, told.is_set())
             raise
         except SignalException as error:
             sys.exit(128 + error.sigval)
@@ -99,7 +97,7 @@ class _Agent(LocalElasticAgent):
             spec=spec,
             logs_specs=config.logs_specs,  # type: ignore[arg-type]
             start_method=config.start_method,
-            shutdown_timeout=config.shutdown_timeout or _SECONDS_TO_STOP,
+            shutdown_timeout=config.shutdown_timeout or round(SECONDS_TO_STOP),
         )
         self._told = told
 

@@ -103,7 +103,7 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     traffic.record()
     dist.init_process_group("gloo")

@@ -1,8 +1,9 @@
-"""Training processes that cost a fork and not an import of torch, for tests that start them many times."""
+"""Stages and training processes that cost a fork and not an import of torch, for tests that start them many times."""
 
 import faulthandler
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tasks.train.worker"])
+_CONTEXT.set_forkserver_preload(["tasks.train.worker", "tasks.quantize.worker", "tasks.evaluate.__main__"])
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 
 def start(
-    folders: Sequence[Path], log: Path, prepare: Callable[[], None] = _nothing, **environment: str
+    folders: Sequence[Path], log: Path, prepare: Callable[[], None] = nothing, **environment: str
 ) -> list[BaseProcess]:
     """Starts one rank of ``tasks.train`` in each of ``folders``, which may be the same, as torchrun would.
 
@@ -37,6 +38,18 @@ def start(
 def call(function: Callable[[], None], folder: Path, log: Path, environment: Mapping[str, str]) -> BaseProcess:
     """Starts a process that calls ``function``, of a module in ``tests/support``, in ``folder``."""
     process = _CONTEXT.Process(target=_call, args=(function, folder, log, environment))
+    process.start()
+    return process
+
+
+def stage(
+    name: str, folder: Path, log: Path, environment: Mapping[str, str], prepare: Callable[[], None] = nothing
+) -> BaseProcess:
+    """Starts what ``python -m tasks.NAME`` does, in ``folder``, with no other environment; it prints to ``log``.
+
+    It calls ``prepare``, a function of a module in ``tests/support``, first; what that changes holds for its ranks too.
+    """
+    process = _CONTEXT.Process(target=_stage, args=(name, folder, log, environment, prepare))
     process.start()
     return process
 
@@ -88,6 +101,18 @@ def linger() -> None:
     WindowReader.batch = lingering  # type: ignore[method-assign]
 
 
+def run_out_of_memory() -> None:
+    """Makes the first step fail as torch does where there is no memory left, in the words of the variable ``ERROR``."""
+    import torch
+
+    from tasks import training
+
+    def step(*_: object) -> None:
+        raise torch.OutOfMemoryError(os.environ["ERROR"])
+
+    training._Run.step = step  # type: ignore[assignment, method-assign]
+
+
 def record() -> None:
     """Appends each step that is taken and this rank's windows of it to ``seen-RANK``."""
     import json
@@ -131,6 +156,14 @@ def _work(
     from tasks.train import worker
 
     stage.run_rank(worker.main)
+
+
+def _stage(name: str, folder: Path, log: Path, environment: Mapping[str, str], prepare: Callable[[], None]) -> None:
+    os.environ.clear()
+    # With settings of its own it would not start anew to have them.
+    _settle(folder, log, {"GLIBC_TUNABLES": "", **environment})
+    prepare()
+    runpy.run_module(f"tasks.{name}", run_name="__main__", alter_sys=True)
 
 
 def _call(function: Callable[[], None], folder: Path, log: Path, environment: Mapping[str, str]) -> None:

@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 from ruamel.yaml import YAML
 
@@ -143,11 +146,13 @@ def stage(name: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def run(name: str, folder: Path, **environment: str) -> tuple[int, str]:
-    """Runs a stage to its end; returns its exit code and what it printed."""
-    process = stage(name, folder, **environment)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+def run(name: str, folder: Path, prepare: Callable[[], None] = forked.nothing, **environment: str) -> tuple[int, str]:
+    """Runs a stage to its end; returns its exit code and what it printed. ``prepare``: see :func:`forked.stage`."""
+    with tempfile.TemporaryDirectory() as place:
+        log = Path(place) / "log"
+        (code,) = forked.end([forked.stage(name, folder, log, {**os.environ, **environment}, prepare)], 300)
+        assert code is not None
+        return code, log.read_text()
 
 
 def error_line(output: str) -> str:

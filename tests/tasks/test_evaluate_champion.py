@@ -31,7 +31,7 @@ def project(candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     root = tmp_path / "project"
     shutil.copytree(candidate, root)
     monkeypatch.chdir(root)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda mode: None)
     return root
 
 

@@ -79,7 +79,7 @@ def test_a_stopped_process_is_named_and_the_stage_ends(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children()
-    (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    (second,) = [worker for worker in workers if worker.name() == "rank 1"]
     second.send_signal(signal.SIGSTOP)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_TRY_AGAIN, output

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import forked
 import odd
 import pytest
 import tiny
@@ -118,19 +119,9 @@ def test_other_errors_pass(project: Path) -> None:
 
 
 def test_a_training_ends_in_that_line(project: Path) -> None:
-    # Python imports `sitecustomize` by itself: the step of the worker's processes raises what torch would.
-    (project / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'tasks.train.worker' in sys.orig_argv:\n"
-        "    import torch\n"
-        "    from tasks import training\n"
-        "    def step(run, number, stop):\n"
-        f"        raise torch.OutOfMemoryError({ERROR!r})\n"
-        "    training._Run.step = step\n"
-    )
     tiny.write_params(project)
     tiny.write_shards(project)
-    code, output = tiny.run("train", project, PYTHONPATH=f"{project}:{tiny.ROOT}")
+    code, output = tiny.run("train", project, forked.run_out_of_memory, ERROR=ERROR)
     assert code == 2, output
     assert "error: params.yaml: train: out of GPU memory (CUDA out of memory)" in output
     assert "Traceback" not in output

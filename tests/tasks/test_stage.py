@@ -1,7 +1,6 @@
 """The frame of every stage: which fault ends with which exit code, and in how many words."""
 
 import errno
-from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +51,6 @@ def test_a_bug_stays_a_traceback(error: Exception) -> None:
 
 @pytest.mark.parametrize(("codes", "expected"), [([1, 75, -15], 75), ([75, 2], 2)])
 def test_the_launcher_ends_as_the_process_that_has_told_the_fault(codes: list[int], expected: int) -> None:
-    failed = SimpleNamespace(failures={rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)})
     with pytest.raises(SystemExit) as caught:
-        launch.tell(failed, False)  # type: ignore[arg-type]
+        launch.tell(dict(enumerate(codes)), False)
     assert caught.value.code == expected
