@@ -1,0 +1,72 @@
+"""How the processes of a stage are started on one machine, and how they end together."""
+
+import os
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import forked
+import psutil
+import pytest
+import ranks
+
+from tasks.errors import EXIT_TRY_AGAIN
+
+
+def start(folder: Path, do: str, device: str = "cpu") -> BaseProcess:
+    place = {"PYTHONPATH": os.pathsep.join([str(Path(ranks.__file__).parent), str(Path(__file__).parents[2])])}
+    return forked.call(ranks.start, folder, folder / "log", {"DO": do, "DEVICE": device, **place})
+
+
+def pids(folder: Path) -> list[int]:
+    """Waits until both ranks are at work."""
+    deadline = time.monotonic() + 60
+    files = [folder / f"rank-{rank}" for rank in (0, 1)]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.01)
+    return [int(file.read_text()) for file in files]
+
+
+# For CUDA each process is started anew; these do not touch a GPU.
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ranks_find_each_other(tmp_path: Path, device: str) -> None:
+    assert forked.end([start(tmp_path, "meet", device)]) == [0], (tmp_path / "log").read_text()
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["0 of 2: 3", "1 of 2: 3"]
+
+
+def test_one_that_fails_takes_the_others_along_and_is_named(tmp_path: Path) -> None:
+    assert forked.end([start(tmp_path, "fail")]) == [1]
+    assert (
+        "RuntimeError: of the processes of ranks failed, by rank, with exit code: {1: 3}"
+        in (tmp_path / "log").read_text()
+    )
+    assert not any(map(psutil.pid_exists, pids(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "device"),
+    [
+        (signal.SIGINT, 128 + signal.SIGINT, "cpu"),
+        (signal.SIGHUP, 128 + signal.SIGHUP, "cpu"),
+        (signal.SIGTERM, EXIT_TRY_AGAIN, "cpu"),
+        (signal.SIGTERM, EXIT_TRY_AGAIN, "cuda"),
+    ],
+)
+def test_a_launcher_that_is_told_to_end_ends_its_ranks(tmp_path: Path, number: int, code: int, device: str) -> None:
+    launcher = start(tmp_path, "wait", device)
+    workers = [psutil.Process(pid) for pid in pids(tmp_path)]
+    assert launcher.pid is not None
+    os.kill(launcher.pid, number)
+    assert forked.end([launcher]) == [code], (tmp_path / "log").read_text()
+    _, left = psutil.wait_procs(workers, timeout=10)
+    assert not left
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    launcher = start(tmp_path, "wait")
+    os.kill(pids(tmp_path)[0], signal.SIGKILL)
+    assert forked.end([launcher]) == [EXIT_TRY_AGAIN]
+    assert "error: the process of rank 0 was killed by SIGKILL" in (tmp_path / "log").read_text()
