@@ -28,6 +28,7 @@ from tasks.errors import (
     TryAgain,
 )
 from tasks.training_params import TrainingParams
+from tasks.world import die_with_parent, tell_apart
 
 # torchrun's own: until a process that is told to end is killed.
 SECONDS_TO_STOP = 30.0
@@ -72,7 +73,7 @@ def launch(module: str, params: TrainingParams) -> None:
         try:
             for rank in range(params.world_size):
                 variables = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(start(target=_work, args=(module, variables)))
+                ranks.append(start(target=_work, args=(module, variables, os.getpid())))
                 with _signals_held():
                     ranks[-1].start()
             # Not before the forks: it has a thread.
@@ -89,7 +90,9 @@ def launch(module: str, params: TrainingParams) -> None:
         raise RuntimeError(f"of the processes of {module} failed, by rank, with exit code: {failed}; see above why")
 
 
-def _work(module: str, variables: Mapping[str, str]) -> None:
+def _work(module: str, variables: Mapping[str, str], launcher: int) -> None:
+    die_with_parent(launcher)
+    tell_apart(int(variables["RANK"]))
     # A terminal's Ctrl-C is for the launcher, which tells its workers.
     os.setsid()
     for number in (signal.SIGTERM, *ENDING):

@@ -121,8 +121,8 @@ def joined(
     ``timeout_seconds``: of a collective; None: half an hour, or twice what a hanging step may take.
     """
     rank = int(os.environ["RANK"])
-    _die_with_parent()
-    _tell_apart(rank)
+    die_with_parent()
+    tell_apart(rank)
     traffic.record()
     torch.set_num_threads(params.threads_per_process)
     # Not torch.use_deterministic_algorithms, which also imports the compiler, for settings of its own: 1.3 s.
@@ -184,11 +184,17 @@ def resolve_precision(params: TrainingParams) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def _die_with_parent() -> None:
-    # Each process has a session of its own: a SIGKILL to the one that started them would leave them training.
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when the one that started it, ``parent``, ends.
+
+    Each process of a training has a session of its own: a SIGKILL to its launcher would leave it at work.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        # It has ended already.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _tell_apart(rank: int) -> None:
-    # In `ps` and `top`: their command lines are the same.
+def tell_apart(rank: int) -> None:
+    """Names this process in ``ps`` and ``top``, where the command lines of all are the same."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank {rank}".encode())

@@ -1,13 +1,62 @@
 """Makes tests/support importable, and what tests of several folders share."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+from prefect_server import PrefectServer, make_database
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands in for the user's."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def once(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str], contextlib.AbstractContextManager[Path]]:
+    """Holds the folder of a name, one for all the processes that run tests; each finds what the first has made."""
+
+    @contextlib.contextmanager
+    def hold(name: str) -> Iterator[Path]:
+        own = tmp_path_factory.getbasetemp()
+        folder = (own if worker_id == "master" else own.parent) / name
+        with FileLock(f"{folder}.lock"):
+            yield folder
+
+    return hold
+
+
+@pytest.fixture(scope="session")
+def prefect_database(once: Callable[[str], contextlib.AbstractContextManager[Path]]) -> Path:
+    """Prefect's database with all its tables and nothing in them; making those takes longer than many a test."""
+    with once("database") as folder:
+        file = folder / "prefect.db"
+        if not file.exists():
+            make_database(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def prefect(home: Path, prefect_database: Path) -> Iterator[PrefectServer]:
+    """A Prefect server that runs can share."""
+    with PrefectServer(home, prefect_database) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def server(prefect: PrefectServer) -> str:
+    """Its URL."""
+    return prefect.api
 
 
 @pytest.fixture

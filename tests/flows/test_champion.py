@@ -141,13 +141,13 @@ def test_without_a_version_in_production_there_is_no_champion(publisher: Clone) 
     assert read_champion() == Champion()
 
 
-def overnight(clone: Clone, *arguments: str) -> dict[str, str]:
+def overnight(clone: Clone, server: str, *arguments: str) -> dict[str, str]:
     """Runs ``overnight ARGUMENTS`` and returns the outcome of each stage that it told."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OVERNIGHT_"))}
     done = subprocess.run(
         [sys.executable, "-m", "flows", *arguments],
         cwd=clone.root,
-        env={**kept, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "160"},
+        env={**kept, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": server, "COLUMNS": "160"},
         capture_output=True,
         text=True,
         check=False,
@@ -158,17 +158,19 @@ def overnight(clone: Clone, *arguments: str) -> dict[str, str]:
     return {line[index - 1]: one for line in words for index, one in enumerate(line) if index and one in outcomes}
 
 
-def test_a_promotion_alone_changes_nothing_and_the_next_model_meets_the_new_champion(published: Clone) -> None:
+def test_a_promotion_alone_changes_nothing_and_the_next_model_meets_the_new_champion(
+    published: Clone, server: str
+) -> None:
     registry.promote(published.root, registry.resolve(published.root, "v1.1.0"), "By hand.")
     before = {name: Path(name).read_bytes() for name in (champion.POINTER, paths.CHAMPION_RECORD, "dvc.lock")}
-    assert overnight(published, "run", "--from", "quantize") == {
+    assert overnight(published, server, "run", "--from", "quantize") == {
         "collect": "skipped", "quantize": "cached", "evaluate": "cached"
     }  # fmt: skip
     assert {name: Path(name).read_bytes() for name in before} == before
 
     published.set("train", "learning_rate", 0.3)
     # The champion is a row of the run, because it moved.
-    assert overnight(published, "run", "--from", "quantize") == {
+    assert overnight(published, server, "run", "--from", "quantize") == {
         "collect": "skipped", "quantize": "ran", "champion": "ran", "evaluate": "ran"
     }  # fmt: skip
     assert json.loads(paths.CHAMPION_RECORD.read_text())["version"] == "lm@v1.1.0"

@@ -97,13 +97,13 @@ def test_what_training_starts_from_moves_only_with_another_training(
     assert init.plan(wanted, here, NEW, anew, versioned, intact) == expected
 
 
-def overnight(clone: Clone) -> dict[str, str]:
+def overnight(clone: Clone, server: str) -> dict[str, str]:
     """Runs ``overnight run`` and returns the outcome of each row of its table."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OVERNIGHT_"))}
     done = subprocess.run(
         [sys.executable, "-m", "flows", "run"],
         cwd=clone.root,
-        env={**kept, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "160"},
+        env={**kept, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": server, "COLUMNS": "160"},
         capture_output=True,
         text=True,
         check=False,
@@ -150,10 +150,10 @@ def trained(published: Clone) -> Clone:
     return published
 
 
-def test_the_version_in_production_is_what_the_next_training_starts_from(trained: Clone) -> None:
+def test_the_version_in_production_is_what_the_next_training_starts_from(trained: Clone, server: str) -> None:
     assert read_init() == Init(init="scratch")
     trained.set("train", "init", "previous")
-    outcomes = overnight(trained)
+    outcomes = overnight(trained, server)
     assert (outcomes["init"], outcomes["train"]) == ("ran", "ran")
     record = read_init()
     version = registry.champion(trained.root)
@@ -169,7 +169,7 @@ def test_the_version_in_production_is_what_the_next_training_starts_from(trained
     # Nothing is new: neither the promotion of another version nor a second run trains anew.
     registry.promote(trained.root, registry.resolve(trained.root, "v1.0.0"), "By hand.")
     before = {name: Path(name).read_bytes() for name in (init.POINTER, "dvc.lock")}
-    assert "ran" not in overnight(trained).values()
+    assert "ran" not in overnight(trained, server).values()
     assert {name: Path(name).read_bytes() for name in before} == before
 
     # That version has no float model.
@@ -178,14 +178,14 @@ def test_the_version_in_production_is_what_the_next_training_starts_from(trained
     assert (paths.INIT / "config.json").is_file()
 
 
-def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(trained: Clone) -> None:
+def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(trained: Clone, server: str) -> None:
     write_checkpoint(trained.root / "given")
     trained.set("train", "init", "given")
-    assert overnight(trained)["train"] == "ran"
+    assert overnight(trained, server)["train"] == "ran"
     assert read_init().init == "given"
     pointer = init.POINTER.read_bytes()
     (trained.root / "given/chat_template.jinja").write_text("{{ other }}")
-    outcomes = overnight(trained)
+    outcomes = overnight(trained, server)
     assert (outcomes["collect"], outcomes["train"]) == ("ran", "ran")
     assert init.POINTER.read_bytes() != pointer
     assert json.loads(paths.INIT_RECORD.read_text())["files"].keys() > {"config.json", "model.safetensors"}
@@ -194,5 +194,5 @@ def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(
     shutil.rmtree(trained.root / "given")
     shutil.rmtree(paths.INIT)
     shutil.rmtree(paths.FLOAT)
-    assert overnight(trained)["train"] == "cached"
+    assert overnight(trained, server)["train"] == "cached"
     assert (paths.INIT / "chat_template.jinja").read_text() == "{{ other }}"

@@ -3,14 +3,13 @@
 import dataclasses
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from chain import Chain, Ended, seconds_of_stages
-from filelock import FileLock
 from lay_out import lay_out
-from prefect_server import PrefectServer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +26,6 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="session")
 def blank(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Chain:
     """A project in which nothing has run. Nobody changes it; a scenario takes a copy.
 
@@ -41,11 +35,8 @@ def blank(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, blank: Chain, worker_id: str) -> Reference:
-    # One for all the processes that run tests, which share the folder above their own.
-    own = tmp_path_factory.getbasetemp()
-    shared = (own if worker_id == "master" else own.parent) / "reference"
-    with FileLock(f"{shared}.lock"):
+def reference(blank: Chain, once: Callable[[str], AbstractContextManager[Path]]) -> Reference:
+    with once("reference") as shared:
         kept = shared / "reference.pickle"
         if not kept.exists():
             shutil.rmtree(shared, ignore_errors=True)
@@ -63,19 +54,6 @@ def _undisturbed(chain: Chain) -> Reference:
     return Reference(chain, ended, chain.version(), seconds)
 
 
-@pytest.fixture(scope="session")
-def prefect(home: Path) -> Iterator[PrefectServer]:
-    """A Prefect server that runs can share."""
-    with PrefectServer(home) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def server(prefect: PrefectServer) -> str:
-    """Its URL."""
-    return prefect.api
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
     yield
@@ -86,9 +64,12 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, blank: Chain) -> Chain:
+def fresh(tmp_path: Path, blank: Chain, prefect_database: Path) -> Chain:
     """A project in which nothing has run."""
-    return blank.copy(tmp_path / "fresh")
+    chain = blank.copy(tmp_path / "fresh")
+    (chain.root / ".overnight/prefect").mkdir(parents=True)
+    shutil.copy(prefect_database, chain.root / ".overnight/prefect")
+    return chain
 
 
 @pytest.fixture

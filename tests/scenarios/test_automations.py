@@ -34,10 +34,11 @@ run.flush()
 """
 
 
-def test_a_server_tells_how_a_night_ended_and_which_one_died(blank: Chain, tmp_path: Path) -> None:
+def test_a_server_tells_how_a_night_ended_and_which_one_died(
+    blank: Chain, tmp_path: Path, prefect_database: Path
+) -> None:
     home = tmp_path / "server"
-    home.mkdir()
-    with PrefectServer(home) as prefect, receiving() as receiver:
+    with PrefectServer(home, prefect_database) as prefect, receiving() as receiver:
         chain = blank.at(prefect.api)
         installed = _python(chain, receiver, "-m", "flows.automations")
         assert len(installed.splitlines()) == 3
@@ -76,10 +77,11 @@ def test_a_server_tells_how_a_night_ended_and_which_one_died(blank: Chain, tmp_p
             time.sleep(0.2)
 
 
-def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(blank: Chain, tmp_path: Path) -> None:
+def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(
+    blank: Chain, tmp_path: Path, prefect_database: Path
+) -> None:
     home = tmp_path / "server"
-    home.mkdir()
-    with PrefectServer(home) as prefect, receiving() as receiver:
+    with PrefectServer(home, prefect_database) as prefect, receiving() as receiver:
         chain = blank.at(prefect.api)
         _python(chain, receiver, "-m", "flows.automations")
         automations = {one["name"]: one for one in prefect.ask("automations/filter", {})}

@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[PrefectServer]:
+def own_server(tmp_path: Path, prefect_database: Path) -> Iterator[PrefectServer]:
     """A server that may be killed."""
-    home = tmp_path / "server"
-    home.mkdir()
-    with PrefectServer(home) as started:
+    with PrefectServer(tmp_path / "server", prefect_database) as started:
         yield started
 
 

@@ -219,11 +219,11 @@ class Running:
 
 def _runs(process: psutil.Process, module: str) -> bool:
     try:
-        command = process.cmdline()
+        command, name = process.cmdline(), process.name()
     except psutil.Error:
         return False
-    # The shell that DVC starts holds the same words in one argument.
-    return bool(command[1:3] == ["-m", module])
+    # The shell that DVC starts holds the same words in one argument, and the ranks of a training are forks of it.
+    return bool(command[1:3] == ["-m", module]) and not name.startswith("rank ")
 
 
 def signal_at(process: psutil.Process, number: signal.Signals, age: float) -> bool:

@@ -6,7 +6,6 @@ writes what came of it to ``FOLDER/results.json``.
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,8 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
     return {"weights": digests, "rows": curve.rows, "skipped": curve.skipped, "sent": sent}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def work(folder: Path) -> None:
+    """Is the process that torchrun's variables name; the first one writes what each kind gave."""
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -127,7 +126,3 @@ def main() -> None:
         (folder / "results.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

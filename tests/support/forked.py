@@ -42,6 +42,15 @@ def call(function: Callable[[], None], folder: Path, log: Path, environment: Map
     return process
 
 
+def together(function: Callable[[], None], processes: int, folder: Path) -> None:
+    """Calls ``function``, of a module in ``tests/support``, in so many processes, which torchrun's variables name."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    log = folder / "log"
+    ranks = [call(function, folder, log, {**place, "RANK": str(rank)}) for rank in range(processes)]
+    assert end(ranks, 300) == [0] * processes, log.read_text()
+
+
 def stage(
     name: str, folder: Path, log: Path, environment: Mapping[str, str], prepare: Callable[[], None] = nothing
 ) -> BaseProcess:

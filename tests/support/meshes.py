@@ -8,7 +8,6 @@ import copy
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -398,7 +397,8 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
 }
 
 
-def main(cases: Path, results: Path) -> None:
+def work(cases: Path, results: Path) -> None:
+    """Is the process that the variables RANK and WORLD_SIZE name; the first one writes what ``cases`` gave."""
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -409,7 +409,3 @@ def main(cases: Path, results: Path) -> None:
         torch.save(found, results)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

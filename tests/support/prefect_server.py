@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -18,10 +20,27 @@ from flows.process import Child
 _ATTEMPTS = 10
 
 
-class PrefectServer:
-    """The server whose files lie in ``home``. Leaving the ``with`` block stops it."""
+def make_database(file: Path) -> None:
+    """Makes Prefect's database, with all its tables, at ``file``, whose name has to be ``prefect.db``."""
+    folder = file.with_name("making")
+    folder.mkdir(parents=True)
+    environment = {**_plain_environment(), "HOME": str(folder), "PREFECT_HOME": str(folder)}
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    (folder / file.name).rename(file)
 
-    def __init__(self, home: Path) -> None:
+
+def _plain_environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+
+class PrefectServer:
+    """The server whose files lie in ``home``, and begin with ``database``. Leaving the ``with`` block stops it."""
+
+    def __init__(self, home: Path, database: Path) -> None:
+        (home / "prefect").mkdir(parents=True)
+        shutil.copy(database, home / "prefect")
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         self._home = home
@@ -37,10 +56,9 @@ class PrefectServer:
     def start(self) -> None:
         """Returns when the server answers."""
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+            **_plain_environment(),
             "HOME": str(self._home),
             "PREFECT_HOME": str(self._home / "prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         }
         log = self._home / "server.log"
         command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(self._port)]

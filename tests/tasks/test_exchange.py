@@ -1,14 +1,12 @@
 """Replicas that exchange fewer bytes: how many, at what loss, and that a run is the same when it is done again."""
 
+import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import exchanges
+import forked
 import pytest
 import tiny
 import torch
@@ -31,24 +29,7 @@ SAVING = ["powersgd", "int8", "diloco"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What each kind of exchange gave on two processes."""
     folder = tmp_path_factory.mktemp("exchanges")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [
-        subprocess.Popen(
-            [sys.executable, exchanges.__file__, str(folder)],
-            env={
-                **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}", "RANK": str(rank),
-                "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert not any(process.returncode for process in started), "\n".join(outputs)
+    forked.together(functools.partial(exchanges.work, folder), 2, folder)
     results: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
     return results
 

@@ -2,13 +2,11 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import forked
 import meshes
 import pytest
 import tiny
@@ -104,20 +102,8 @@ def name_of(case: Case) -> str:
 def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
     """Returns what each of ``cases`` gave on so many processes."""
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    command = [sys.executable, meshes.__file__, str(folder / "cases.json"), str(folder / "results.pt")]
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"
-    started = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": str(processes)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert not any(process.returncode for process in started), "\n".join(outputs)
+    work = functools.partial(meshes.work, folder / "cases.json", folder / "results.pt")
+    forked.together(work, processes, folder)
     return [Result(**found) for found in torch.load(folder / "results.pt", weights_only=True)]
 
 
