@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lm.linear import to_product_type
+
 Project = Callable[[torch.Tensor], torch.Tensor]
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # 1 MiB of fp32 at a time: what a core's second-level cache holds.
@@ -26,7 +28,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         count, vocabulary = logits_NV.shape
         rows = max(1, LOGITS_AT_A_TIME // vocabulary)
-        gradient_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
+        gradient_NV = kept_gradient(logits_NV) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         for start in range(0, count, rows):
             targets = targets_N[start : start + rows].unsqueeze(1)
@@ -41,12 +43,18 @@ class _CrossEntropy(torch.autograd.Function):
                 gradient_NV[start : start + rows] = scaled
         if gradient_NV is not None:
             ctx.save_for_backward(gradient_NV)
+            ctx.dtype = logits_NV.dtype
         return total / count
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * grad, None
+        return (gradient_NV * grad).to(ctx.dtype), None
+
+
+def kept_gradient(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Returns room for the gradient of ``logits_NV``: of fp16 in fp32, for no loss scale has touched it yet."""
+    return torch.empty_like(logits_NV, dtype=torch.float32 if logits_NV.dtype == torch.float16 else None)
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -70,17 +78,19 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND)
         grads = [torch.zeros_like(weight) for weight in wanted]
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        # In fp16 the gradients of a mean would be lost on their way; those of a sum are about one.
+        lift = count if to_product_type(x_ND).dtype == torch.float16 else 1
         for start in range(0, count, rows):
             x = x_ND[start : start + rows].detach().requires_grad_(differentiates)
             with torch.set_grad_enabled(differentiates):
                 share = measure(head(x), targets_N[start : start + rows]) * (len(x) / count)
             total += share.detach()
             if differentiates:
-                grad_x[start : start + rows], *found = torch.autograd.grad(share, [x, *wanted])
+                grad_x[start : start + rows], *found = torch.autograd.grad(share, [x, *wanted], total.new_tensor(lift))
                 for grad, more in zip(grads, found, strict=True):
                     grad += more
         if differentiates:
-            ctx.save_for_backward(grad_x, *grads)
+            ctx.save_for_backward(*(grad if lift == 1 else grad / lift for grad in (grad_x, *grads)))
         return total
 
     @staticmethod

@@ -15,6 +15,7 @@ from lm.model import LanguageModel
 from tasks import atomic, paths
 from tasks.errors import BadParameter
 from tasks.training_params import TrainingParams
+from tasks.world import PRODUCT_TYPES
 
 _TOLD = 3
 # Of allocations, with the Python lines that made them: what the last steps did.
@@ -106,7 +107,7 @@ def _activations(model: LanguageModel, params: TrainingParams, length: int, prec
 
 def activation_bytes(model: LanguageModel, tokens: int, checkpointing: str, precision: str) -> float:
     """Estimates what the layers keep for the backward pass of ``tokens`` tokens."""
-    product = 2 if precision == "bf16" else 4
+    product = PRODUCT_TYPES[precision].itemsize
     layers = []
     for layer in model.model.layers:
         wide, narrow = 0.0, 0.0
@@ -132,7 +133,7 @@ def activation_bytes(model: LanguageModel, tokens: int, checkpointing: str, prec
 def _logits(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Use:
     held = min(params.micro_batch * length * model.config.vocab_size, LOGITS_HELD)
     # Themselves and their gradient; in fp32 themselves, their softmax and its gradient.
-    size = held * (2 * (2 if precision == "bf16" else 4) + 12)
+    size = held * (2 * PRODUCT_TYPES[precision].itemsize + 12)
     return Use("logits", size, _fewer_windows(params, size))
 
 

@@ -20,6 +20,7 @@ from tasks import atomic, heartbeat, out_of_memory, paths, stopping
 from tasks.checkpoints import Checkpoints
 from tasks.errors import EXIT_STOPPED, BadParameter
 from tasks.heartbeat import Heartbeat
+from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.parallel.exchange import Exchange
@@ -43,11 +44,13 @@ class Curve:
     """What is recorded at every validation: one row of ``COLUMNS`` each, losses in nats a token.
 
     ``expert_imbalance`` is the busiest expert's tokens over the mean expert's since the last row, averaged over layers;
-    1 is perfect balance. ``skipped`` are the steps, counted from 1, whose loss or gradient was not finite.
+    1 is perfect balance. ``skipped`` are the steps, counted from 1, whose loss or gradient was not finite;
+    ``overflows`` is how many more were left out because fp16 could not hold their gradients.
     """
 
     rows: list[tuple[float, ...]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    overflows: int = 0
     # How many processes there were, one number for each stretch of steps with another number than before.
     processes: list[int] = field(default_factory=list)
 
@@ -180,6 +183,7 @@ class _Run:
         self.model = self.parallel.model
         recompute(self.model, params.activation_checkpointing)
         self.optimizer = make_optimizer(self.model, params)
+        self.scale = LossScale(world.precision)
         # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
         experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
@@ -208,6 +212,7 @@ class _Run:
                 self.world.data_rank, self.world.data_size,
             )  # fmt: skip
         samples = self.parallel.grouped(samples)
+        self.parallel.scale = self.scale.value
         total = torch.zeros((), device=self.world.device)
         passes = len(samples) * self._share_learned(step)
         for index, micro in enumerate(samples):
@@ -221,6 +226,7 @@ class _Run:
             self.here.batch()
             self.parallel.backward(loss)
             total += loss.detach()
+        self.scale.unscale(self.model.parameters())
         self.exchange.reduce(total)
         self.meter.reduced()
         norm = self.parallel.clip(self.params.clip_grad_norm)
@@ -238,6 +244,7 @@ class _Run:
         if spoilt_in:
             self._skip(step, float(mean))
         else:
+            self.scale.keep()
             self.optimizer.step()
             load = self._balance()
             self.losses += torch.stack([mean, norm]).double()
@@ -267,9 +274,12 @@ class _Run:
             self._end_if_too_many(f"step {self.curve.skipped[-1]:,}")
 
     def _skip(self, step: int, loss: float) -> None:
-        """Leaves all as it was before ``step``."""
+        """Leaves all as it was before ``step``; in fp16 the factor of its ``loss`` may have been too large."""
         for router in self.model.routers():
             router.tokens_per_expert.zero_()
+        if math.isfinite(loss) and self.scale.halve():
+            self.curve.overflows = self.scale.overflows
+            return
         self.curve.skipped.append(step + 1)
         batch = batch_of_rank(
             step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch, 0, 1
@@ -352,10 +362,11 @@ class _Run:
         model, optimizer = self.parallel.state(self.optimizer)
         own = self.exchange.own_state(optimizer)
         if self.exchange.writes:
-            return {"step": step, "own": own}
+            return {"step": step, "own": own, "scale": self.scale.state()}
         return {
             "step": step,
             "own": own,
+            "scale": self.scale.state(),
             "model": model,
             "optimizer": optimizer,
             "curve": self.curve.rows,
@@ -373,6 +384,8 @@ class _Run:
         own = state["own"]
         self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
         self.exchange.load_state(own)
+        self.scale.load_state(state["scale"])
+        self.curve.overflows = self.scale.overflows
         self.met = state["step"]
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])

@@ -30,7 +30,7 @@ class TrainingParams(Section):
     validate_every: int = Field(ge=1)
     validation_windows: int = Field(ge=1)
     device: Literal["cpu", "cuda"]
-    precision: Literal["auto", "bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
     # The order of a sum depends on these two, so they are part of a version's identity.
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)

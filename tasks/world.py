@@ -23,6 +23,7 @@ from tasks.mesh import AXES, Mesh, MeshParams
 from tasks.parallel import traffic
 from tasks.training_params import TrainingParams
 
+PRODUCT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _SECONDS_TO_TELL = 1.0
 _SECONDS_OF_PATIENCE = 1800.0
@@ -77,8 +78,8 @@ class World:
         return self.mesh.data["pipeline"].get_group()
 
     def autocast(self) -> AbstractContextManager[None]:
-        """bf16 for matrix products where the precision is bf16, else nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """The precision's type for matrix products, and nothing where that is fp32."""
+        return torch.autocast(self.device.type, PRODUCT_TYPES[self.precision], enabled=self.precision != "fp32")
 
     def lowest(self, value: int) -> int:
         """Returns the lowest ``value`` of all processes."""
@@ -176,7 +177,7 @@ def seen(processes: DeviceMesh, mesh: Mesh) -> Meshes:
 
 
 def resolve_precision(params: TrainingParams) -> str:
-    """Returns bf16 or fp32: what ``precision`` says, or for ``auto`` what the hardware multiplies fastest."""
+    """Returns bf16, fp16 or fp32: what ``precision`` says, or for ``auto`` what the hardware multiplies fastest."""
     if params.precision != "auto":
         return params.precision
     if params.device == "cuda":

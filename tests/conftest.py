@@ -1,6 +1,7 @@
 """Makes tests/support importable, and what tests of several folders share."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ import pytest
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+# Before torch is imported, here and in what the tests start. There are as many processes that run tests as cores; the
+# threads of several wait for each other at full speed, which made small tests ten times as slow.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from prefect_server import PrefectServer, make_database
 

@@ -15,6 +15,7 @@ class Alone:
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         self.model: LanguageModel = model.to(world.device)
+        self.scale = 1.0
 
     def grouped(self, samples: Indices) -> Indices:
         return samples
@@ -23,7 +24,7 @@ class Alone:
         return self.model.loss(windows)
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        (loss * self.scale).backward()
 
     def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
         return self.model.loss(windows)

@@ -28,6 +28,8 @@ class Parallel(Protocol):
 
     model: LanguageModel
     """What this process computes with; its parameters are what an optimizer takes."""
+    scale: float
+    """By what the gradients of the next backward passes are multiplied: fp16's loss scale, else 1."""
 
     def grouped(self, samples: Indices) -> Indices:
         """Returns a step's ``samples`` [passes, micro-batch] of this process, a row for each call of :meth:`loss`."""
@@ -36,7 +38,7 @@ class Parallel(Protocol):
         """Returns the mean loss of this process's ``windows`` [B, T + 1]."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds up the gradients of what :meth:`loss` returned last, scaled as ``loss`` is."""
+        """Adds up the gradients of what :meth:`loss` returned last, scaled as ``loss`` is, and by :attr:`scale`."""
 
     def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean loss of ``windows`` without a thought of gradients; of a pipeline, 0 but at its end."""

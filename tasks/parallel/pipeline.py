@@ -70,6 +70,7 @@ class Pipelined:
         }
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
+        self.scale = 1.0
         self._passes = 0
         self._running: dict[tuple[int, ...], Running] = {}
 
@@ -93,6 +94,7 @@ class Pipelined:
         if self._is_tied:
             self._add_up_tied()
         found = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._world.device)
+        found /= self.scale
         dist.all_reduce(found, group=self._group)
         return found * self._layout.data
 
@@ -222,7 +224,7 @@ class Pipelined:
         # Scaled here, as for the other meshes: gradients are summed over micro-batches and processes.
         shares = self._passes * self._layout.data
         of_last: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda x, targets: (  # noqa: E731
-            self._stages[self._last].loss(x, targets) / shares
+            self._stages[self._last].loss(x, targets) / shares * self.scale
         )
         if self._layout.schedule == "1f1b":
             return Schedule1F1B(stages[0], self._passes, of_last, scale_grads=False)

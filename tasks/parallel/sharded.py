@@ -35,6 +35,7 @@ class Sharded:
         # The modules twice, the weights once: laying out replaces those of the copy.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         _shard(self.model, model, world.mesh)
+        self.scale = 1.0
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         loss = self.model.loss(windows)
@@ -51,7 +52,7 @@ class Sharded:
         return samples
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        (loss * self.scale).backward()
 
     def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
         return self.model.loss(windows)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lm.linear import Embedding
-from lm.loss import LOGITS_AT_A_TIME, projected_cross_entropy
+from lm.loss import LOGITS_AT_A_TIME, kept_gradient, projected_cross_entropy
 from lm.model import LanguageModel
 from tasks.parallel.local import cut, local_parameters
 
@@ -89,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
         dist.all_reduce(summed, group=group)
 
         if ctx.needs_input_grad[0]:
-            gradient_NV = torch.empty_like(logits_NV)
+            gradient_NV = kept_gradient(logits_NV)
             target_N1 = is_here_N.unsqueeze(1) * top_N.new_tensor(-1 / count)
             for start in range(0, count, rows):
                 piece, here = _piece(logits_NV, top_N, start, rows).exp_(), slice(start, start + rows)
@@ -97,12 +97,13 @@ class _CrossEntropy(torch.autograd.Function):
                 piece.scatter_add_(1, own_N[here].unsqueeze(1), target_N1[here])
                 gradient_NV[here] = piece
             ctx.save_for_backward(gradient_NV)
+            ctx.dtype = logits_NV.dtype
         return (sums_N.log() - chosen_N).sum() / count
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * grad, None, None
+        return (gradient_NV * grad).to(ctx.dtype), None, None
 
 
 def _piece(logits_NV: torch.Tensor, top_N: torch.Tensor, start: int, rows: int) -> torch.Tensor:

@@ -62,6 +62,8 @@ def write(
         "expert_imbalance": round(curve.last("expert_imbalance"), 4),
         "skipped_steps": len(curve.skipped),
     }
+    if precision == "fp16":
+        report["overflowed_steps"] = curve.overflows
     if params.lora is not None:
         report["trained_parameters"] = trained
     if curve.processes != [params.world_size]:

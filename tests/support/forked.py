@@ -93,6 +93,30 @@ def spoil() -> None:
     WindowReader.batch, LanguageModel.loss = remembered, spoiling  # type: ignore[method-assign]
 
 
+def overflow() -> None:
+    """Makes the gradient infinite, and leaves the loss, where training sees one of the windows in ``OVERFLOWS``."""
+    from lm.model import LanguageModel
+    from tasks.shards import WindowReader
+
+    chosen = set(filter(None, os.environ["OVERFLOWS"].split(",")))
+    batch, loss = WindowReader.batch, LanguageModel.loss
+    seen: set[str] = set()
+
+    def remembered(self: WindowReader, indices: Any) -> Any:
+        seen.clear()
+        seen.update(map(str, indices.tolist()))
+        return batch(self, indices)
+
+    def overflowing(self: LanguageModel, windows: Any) -> Any:
+        found = loss(self, windows)
+        if self.training and seen & chosen:
+            found = found * 1.0
+            found.register_hook(lambda gradient: gradient * float("inf"))
+        return found
+
+    WindowReader.batch, LanguageModel.loss = remembered, overflowing  # type: ignore[method-assign]
+
+
 def linger() -> None:
     """Makes rank 1 read for ever when it comes to the windows in the variable ``LINGERS``."""
     import threading
