@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from tasks import allocator, paths, stage
+from tasks import native, paths, stage
 from tasks.errors import (
     EXIT_PEER_LOST,
     EXIT_STOPPED,
@@ -40,7 +40,7 @@ _SECONDS_TOGETHER = 0.1
 
 def worker_environment(threads: int) -> dict[str, str]:
     """Returns the environment variables of one training process."""
-    return {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": allocator.TUNABLES, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {"OMP_NUM_THREADS": str(threads), **native.SETTINGS}
 
 
 def launch(module: str, params: TrainingParams) -> None:

@@ -1,10 +1,10 @@
 """``python -m tasks.quantize``: checks everything that can be checked, then starts the fine-tuning processes."""
 
-from tasks import allocator
+from tasks import native
 
 if __name__ == "__main__":
     # Before it takes the time to import torch.
-    allocator.keep_memory()
+    native.settle()
 
 from tasks import paths, stage
 from tasks.errors import BadInput

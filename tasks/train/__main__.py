@@ -3,11 +3,11 @@
 import os
 import sys
 
-from tasks import allocator
+from tasks import native
 
 if __name__ == "__main__":
     # Before it takes the time to import torch.
-    allocator.keep_memory()
+    native.settle()
 
 from tasks import paths, stage
 from tasks.errors import BadInput

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import tiny
 
+from tasks import native
 from tasks.errors import EXIT_STOPPED
 
 
@@ -49,9 +51,13 @@ def test_a_launcher_told_to_end_leaves_a_checkpoint_and_asks_to_be_tried_again(
     events = project / "events"
     process = tiny.stage("train", project, OVERNIGHT_EVENTS=str(events))
     await_step(events, 1)
+    # It has started itself anew, with what is read once. Of its settings glibc leaves the first one in place.
+    begun_with = psutil.Process(process.pid).environ()
+    assert all(value.startswith(begun_with[name]) for name, value in native.SETTINGS.items())
     process.terminate()
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 75, output
+    assert "Warning" not in output
     assert tiny.error_line(output) == "told to end (SIGTERM). Run again to go on from the last checkpoint."
     (step,) = saved(project)
     assert json.loads(events.read_text().splitlines()[-1])["notice"].startswith("told to end (SIGTERM): stopped after")

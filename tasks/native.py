@@ -1,0 +1,33 @@
+"""Settings of the libraries below a training, glibc and torch's own in C++, which these read once, when they start.
+
+Blocks that autograd's thread frees go to an arena of its own, and glibc gives large ones back to the system, which
+faults them in again the next step. One arena that keeps what it has, in huge pages, took the default model from 3,350
+to 5,000 tokens a second on one core.
+"""
+
+import os
+import sys
+
+_TUNABLES = ":".join(
+    [
+        "glibc.malloc.arena_max=1",
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_max=0",
+        "glibc.malloc.trim_threshold=1099511627776",
+        "glibc.malloc.top_pad=67108864",
+    ]
+)
+# Torch's warnings about what is meant as it is (`find_unused_parameters`) would come from every process.
+SETTINGS = {"GLIBC_TUNABLES": _TUNABLES, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def settle() -> None:
+    """Starts this program anew with the settings, in its own process, unless somebody has set glibc's.
+
+    To be called before torch is imported.
+    """
+    is_set = "GLIBC_TUNABLES" in os.environ
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if not is_set:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
