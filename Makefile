@@ -8,7 +8,7 @@ run: .venv/.installed
 	$(BIN)/overnight run
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -16,15 +16,14 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The lock file is a list of constraints: it decides versions, pyproject.toml decides what is installed. What is never
-# imported need not be compiled, which took a third of the time.
+# The lock file is a list of constraints: it decides versions, pyproject.toml decides what is installed.
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c requirements.lock -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c requirements.lock -e .[test,benchmark]
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .[test,benchmark]
 	touch $@
 
 # Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too.

@@ -35,15 +35,22 @@ def blank(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def reference(blank: Chain, once: Callable[[str], AbstractContextManager[Path]]) -> Reference:
+def reference(blank: Chain, prefect_database: Path, once: Callable[[str], AbstractContextManager[Path]]) -> Reference:
     with once("reference") as shared:
         kept = shared / "reference.pickle"
         if not kept.exists():
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()
-            kept.write_bytes(pickle.dumps(_undisturbed(blank.copy(shared / "project"))))
+            kept.write_bytes(pickle.dumps(_undisturbed(_copied(blank, shared / "project", prefect_database))))
         found: Reference = pickle.loads(kept.read_bytes())
     return found
+
+
+def _copied(blank: Chain, root: Path, prefect_database: Path) -> Chain:
+    chain = blank.copy(root)
+    (chain.root / ".overnight/prefect").mkdir(parents=True)
+    shutil.copy(prefect_database, chain.root / ".overnight/prefect")
+    return chain
 
 
 def _undisturbed(chain: Chain) -> Reference:
@@ -66,10 +73,7 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def fresh(tmp_path: Path, blank: Chain, prefect_database: Path) -> Chain:
     """A project in which nothing has run."""
-    chain = blank.copy(tmp_path / "fresh")
-    (chain.root / ".overnight/prefect").mkdir(parents=True)
-    shutil.copy(prefect_database, chain.root / ".overnight/prefect")
-    return chain
+    return _copied(blank, tmp_path / "fresh", prefect_database)
 
 
 @pytest.fixture
