@@ -52,9 +52,10 @@ def test_one_that_fails_takes_the_others_along_and_is_named(tmp_path: Path) -> N
         (signal.SIGHUP, 128 + signal.SIGHUP, "cpu"),
         (signal.SIGTERM, EXIT_TRY_AGAIN, "cpu"),
         (signal.SIGTERM, EXIT_TRY_AGAIN, "cuda"),
+        (signal.SIGKILL, -signal.SIGKILL, "cpu"),
     ],
 )
-def test_a_launcher_that_is_told_to_end_ends_its_ranks(tmp_path: Path, number: int, code: int, device: str) -> None:
+def test_no_rank_outlives_its_launcher(tmp_path: Path, number: int, code: int, device: str) -> None:
     launcher = start(tmp_path, "wait", device)
     workers = [psutil.Process(pid) for pid in pids(tmp_path)]
     assert launcher.pid is not None
