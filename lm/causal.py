@@ -34,18 +34,27 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
         scaled, k, v, *shares = ctx.saved_tensors
-        length, width = scaled.shape[1:]
-        grad_q, grad_k = torch.empty_like(scaled), torch.zeros_like(k, dtype=torch.float32)
-        grad_v = torch.zeros_like(v, dtype=torch.float32)
-        for start, share in zip(range(0, length, _ROWS), shares, strict=True):
-            rows, keys = slice(start, start + share.shape[1]), slice(0, share.shape[2])
+        width = scaled.shape[2]
+        grads_q: list[torch.Tensor] = []
+        grad_k = grad_v = torch.empty(0)
+        # From the last rows, which see all keys and begin the sums. Of two blocks a sum is rounded once in any type.
+        exact = k.dtype if len(shares) <= 2 else torch.float32
+        for share in reversed(shares):
+            end = share.shape[2]
+            rows, keys = slice(end - share.shape[1], end), slice(0, end)
             grad_share = torch.bmm(grad[:, rows], v[:, keys].transpose(1, 2))
             # Of softmax: y (g - sum(g y)).
             grad_scores = torch._softmax_backward_data(grad_share, share, -1, share.dtype)
-            grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
-            grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), scaled[:, rows])
-            grad_v[:, keys] += torch.bmm(share.transpose(1, 2), grad[:, rows])
-        return grad_q.mul_(width**-0.5), grad_k.to(k.dtype), grad_v.to(v.dtype)
+            grads_q.append(torch.bmm(grad_scores, k[:, keys]))
+            more_k = torch.bmm(grad_scores.transpose(1, 2), scaled[:, rows])
+            more_v = torch.bmm(share.transpose(1, 2), grad[:, rows])
+            if share is shares[-1]:
+                grad_k, grad_v = more_k.to(exact), more_v.to(exact)
+            else:
+                grad_k[:, keys] += more_k
+                grad_v[:, keys] += more_v
+        grad_q = torch.cat(grads_q[::-1], dim=1).mul_(width**-0.5)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Feed-forward layers: SwiGLU (arXiv 2002.05202), DeepSeek's mixture of experts (V3: arXiv 2412.19437, section 2.1.2;
 V2: arXiv 2405.04434, section 2.2).
 
-Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts.
+Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts,
+P rows of all experts.
 """
 
 from typing import Any
@@ -39,6 +40,64 @@ class _Gate(torch.autograd.Function):
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """Returns ``silu(gate) * up`` [..., F] for ``gate_up`` [..., 2F], which holds gate first."""
     result: torch.Tensor = _Gate.apply(gate_up)
+    return result
+
+
+class _Deal(torch.autograd.Function):
+    # Autograd would repeat each token K times, and add up as many gradients in a sum that is slow for few.
+    @staticmethod
+    def forward(ctx: Any, x_ND: torch.Tensor, rows_NK: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(rows_NK)
+        result = x_ND.new_zeros(rows, x_ND.shape[1])
+        for rows_N in rows_NK.unbind(1):
+            result.index_copy_(0, rows_N, x_ND)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (rows_NK,) = ctx.saved_tensors
+        grad_ND, *others = (grad_PD.index_select(0, rows_N) for rows_N in rows_NK.unbind(1))
+        if len(others) > 1:
+            # The sum of two is rounded once as it is.
+            grad_ND = grad_ND.float()
+        for other in others:
+            grad_ND = grad_ND + other
+        return grad_ND.to(grad_PD.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    # Autograd would hold [N, K, D] in fp32 three times, and add up gradients of rows that each occur once.
+    @staticmethod
+    def forward(ctx: Any, y_PD: torch.Tensor, rows_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        first, *others = zip(rows_NK.unbind(1), weights_NK.unsqueeze(-1).unbind(1), strict=True)
+        parts = [y_PD.index_select(0, first[0])]
+        result = parts[0] * first[1]
+        for rows_N, weight_N1 in others:
+            parts.append(y_PD.index_select(0, rows_N))
+            result.addcmul_(parts[-1].to(result.dtype), weight_N1)
+        ctx.save_for_backward(rows_NK, weights_NK, *parts)
+        ctx.rows = len(y_PD)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+        rows_NK, weights_NK, *parts = ctx.saved_tensors
+        grad_PD = parts[0].new_zeros(ctx.rows, parts[0].shape[1])
+        for rows_N, weight_N1 in zip(rows_NK.unbind(1), weights_NK.unsqueeze(-1).unbind(1), strict=True):
+            grad_PD.index_copy_(0, rows_N, (grad_ND * weight_N1).to(grad_PD.dtype))
+        grad_weights_NK = torch.stack([(grad_ND * part).sum(dim=1) for part in parts], dim=1)
+        return grad_PD, None, grad_weights_NK
+
+
+def dealt(x_ND: torch.Tensor, rows_NK: torch.Tensor, rows: int) -> torch.Tensor:
+    """Returns [``rows``, D] with each token in its K rows ``rows_NK``, and zeros in the others."""
+    result: torch.Tensor = _Deal.apply(x_ND, rows_NK, rows)
+    return result
+
+
+def combined(y_PD: torch.Tensor, rows_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """Returns [N, D]: the sum over K of the rows ``rows_NK`` of ``y_PD``, weighted; no row may occur twice."""
+    result: torch.Tensor = _Combine.apply(y_PD, rows_NK, weights_NK)
     return result
 
 
@@ -145,21 +204,18 @@ class Experts(nn.Module):
         rows = torch.empty_like(chosen)
         rows[order] = torch.arange(len(chosen), device=chosen.device) + shift[chosen[order]]
 
+        rows_NK = rows.view_as(experts_NK)
         sizes: list[int] = padded.tolist()
-        x_ND = to_product_type(x_ND)
-        laid_out = x_ND.new_zeros(sum(sizes), x_ND.shape[1])
-        copies = x_ND.unsqueeze(1).expand(-1, experts_NK.shape[1], -1).flatten(0, 1)
         outputs = [
             self._expert(x, gate_up, down)
             for x, gate_up, down in zip(
-                laid_out.index_copy_(0, rows, copies).split(sizes),
+                dealt(to_product_type(x_ND), rows_NK, sum(sizes)).split(sizes),
                 self.gate_up_proj.unbind(),
                 self.down_proj.unbind(),
                 strict=True,
             )
         ]
-        y_NKD = torch.cat(outputs).index_select(0, rows).unflatten(0, experts_NK.shape)
-        return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)
+        return combined(torch.cat(outputs), rows_NK, weights_NK)
 
     def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         return self.project_out(gated(self.project_in(x, gate_up)), down)

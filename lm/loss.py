@@ -49,7 +49,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (gradient_NV,) = ctx.saved_tensors
-        return (gradient_NV * grad).to(ctx.dtype), None
+        # Of a step's only pass it is 1, and one way over all logits is spared.
+        return (gradient_NV if grad == 1 else gradient_NV * grad).to(ctx.dtype), None
 
 
 def kept_gradient(logits_NV: torch.Tensor) -> torch.Tensor:
