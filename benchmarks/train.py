@@ -1,14 +1,16 @@
 """Training against transformers' Trainer: one model, the same precision, processes, threads, batch and tokens.
 
-Each side runs under torchrun in processes of its own and is timed from its sixth step on. Ours runs the loop of the
+Each side runs under torchrun in processes of its own and is timed from its sixth step on, by its median step. Ours runs the loop of the
 stage `train` with the environment that the stage gives its processes; the Trainer runs once with the environment that a
 user finds, and once with ours.
 Run: .venv/bin/python benchmarks/train.py
 """
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +40,7 @@ VOCAB = 2048
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="timed a run")
+    parser.add_argument("--steps", type=int, default=40, help="timed a run")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--side", choices=["ours", "trainer"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -118,7 +120,7 @@ def run_side(kind: str, folder: Path, steps: int, device: str) -> None:
     torch.set_num_threads(params.threads_per_process)
     seconds = run_ours(params, folder) if kind == "ours" else run_trainer(params, folder)
     if os.environ["RANK"] == "0":
-        rate = steps * params.global_batch * params.seq_len / seconds
+        rate = params.global_batch * params.seq_len / seconds
         (folder / "rate.json").write_text(json.dumps(rate))
 
 
@@ -129,8 +131,9 @@ class Stopwatch:
         self.ends: list[float] = []
 
     def seconds(self) -> float:
-        """Seconds from the end of the warm-up to the end of the last step."""
-        return self.ends[-1] - self.ends[WARM_UP - 1]
+        """Seconds of the median step after the warm-up: neighbours on the machine slow single steps down threefold."""
+        ends = self.ends[WARM_UP - 1 :]
+        return statistics.median(after - before for before, after in itertools.pairwise(ends))
 
 
 class _TimedProgress(Progress, Stopwatch):
@@ -164,9 +167,7 @@ def run_ours(params: TrainParams, folder: Path) -> float:
     with world.joined(params) as here:
         train(model, params, reader, few, _NoCheckpoints(), here, stopwatch, "benchmark")  # type: ignore[arg-type]
     # The last step's end comes after a validation, which is no part of a step.
-    stopwatch.ends[-1] = stopwatch.ends[-2] + (stopwatch.ends[-2] - stopwatch.ends[WARM_UP - 1]) / (
-        len(stopwatch.ends) - 1 - WARM_UP
-    )
+    stopwatch.ends.pop()
     return stopwatch.seconds()
 
 
