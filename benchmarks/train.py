@@ -1,8 +1,8 @@
 """Training against transformers' Trainer: one model, the same precision, processes, threads, batch and tokens.
 
-Each side runs under torchrun in processes of its own and is timed from its sixth step on, by its median step. Ours runs the loop of the
-stage `train` with the environment that the stage gives its processes; the Trainer runs once with the environment that a
-user finds, and once with ours.
+Each side runs under torchrun in processes of its own; what counts is the median step from its sixth one on. Ours runs
+the loop of the stage `train` with the environment that the stage gives its processes; the Trainer runs once with the
+environment that a user finds, and once with ours.
 Run: .venv/bin/python benchmarks/train.py
 """
 

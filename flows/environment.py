@@ -22,7 +22,7 @@ from tasks.section import read_yaml
 
 FILE = Path("environment.json")
 ABSENT = "none"
-_SECONDS_FOR_NVIDIA = 20
+_SECONDS_FOR_A_VERSION = 20
 _SITE_PACKAGES = "lib/python3.*/site-packages"
 
 # What decides which of a library's kernels runs, and with it the order of a sum.
@@ -72,6 +72,8 @@ class Environment(_Facts):
     stages: Mapping[str, Processes]
     variables: Mapping[str, str]
     lock_sha256: str
+    # What compiled the layers' kernels, where `train.compile` had them compiled.
+    compiler: str | None = None
 
 
 class Difference(_Facts):
@@ -92,6 +94,7 @@ def record(root: Path, python: Path | None = None) -> Environment:
     """
     lock = (root / paths.LOCK).read_bytes()
     gpus, driver = _gpus()
+    params = read_yaml(root / paths.PARAMS)
     return Environment(
         python=platform.python_version() if python is None else _version_of(python),
         system=f"{platform.system()} {platform.machine()}",
@@ -100,9 +103,10 @@ def record(root: Path, python: Path | None = None) -> Environment:
         gpus=gpus,
         driver=driver,
         packages=_packages(lock.decode(), python),
-        stages=dict(_stages(read_yaml(root / paths.PARAMS))),
+        stages=dict(_stages(params)),
         variables={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         lock_sha256=hashlib.sha256(lock).hexdigest(),
+        compiler=_compiler() if (params.get("train") or {}).get("compile") else None,
     )
 
 
@@ -172,7 +176,7 @@ def _processor(cpuinfo: Path) -> Processor:
 def _gpus() -> tuple[tuple[str, ...], str | None]:
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_NVIDIA, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_A_VERSION, check=True)
     except (OSError, subprocess.SubprocessError):
         return (), None
     return _parse_gpus(done.stdout)
@@ -181,6 +185,15 @@ def _gpus() -> tuple[tuple[str, ...], str | None]:
 def _parse_gpus(table: str) -> tuple[tuple[str, ...], str | None]:
     rows = [line.rpartition(", ") for line in table.splitlines() if ", " in line]
     return tuple(name for name, _, _ in rows), (rows[0][2] if rows else None)
+
+
+def _compiler() -> str | None:
+    command = [os.environ.get("CXX") or "g++", "--version"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_A_VERSION, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0]
 
 
 def _packages(lock: str, python: Path | None) -> dict[str, str]:

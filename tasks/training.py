@@ -18,6 +18,7 @@ import torch
 from lm.model import LanguageModel
 from tasks import atomic, heartbeat, out_of_memory, paths, stopping
 from tasks.checkpoints import Checkpoints
+from tasks.compiled import compile_layers
 from tasks.errors import EXIT_STOPPED, BadParameter
 from tasks.heartbeat import Heartbeat
 from tasks.loss_scale import LossScale
@@ -181,6 +182,8 @@ class _Run:
         self.meter = StepMeter(model, self.tokens_per_step, world)
         self.parallel, self.exchange = lay_out(model, world, params)
         self.model = self.parallel.model
+        if params.compiles:
+            compile_layers(self.model, world.device)
         recompute(self.model, params.activation_checkpointing)
         self.optimizer = make_optimizer(self.model, params)
         self.scale = LossScale(world.precision)

@@ -52,6 +52,11 @@ class TrainingParams(Section):
         """What replicas exchange instead of whole gradients in each step."""
         return ExchangeParams()
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the model's layers are compiled."""
+        return False
+
     @model_validator(mode="after")
     def _the_batch_divides(self) -> Self:
         per_pass = self.micro_batch * self.data_size

@@ -128,8 +128,8 @@ def joined(
     torch.set_num_threads(params.threads_per_process)
     # Not torch.use_deterministic_algorithms, which also imports the compiler, for settings of its own: 1.3 s.
     torch.set_deterministic_debug_mode("error")
-    # That would also write NaN into all memory that torch asks for, a quarter of a step's time: what is here reads none.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # It would also write NaN into all memory that torch asks for, a quarter of a step's time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
     device = torch.device(params.device)
     if params.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

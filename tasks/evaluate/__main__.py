@@ -34,8 +34,8 @@ def main() -> None:
     opponent = champion.load()
     # Not torch.use_deterministic_algorithms, which also imports the compiler, for settings of its own: 1.3 s.
     torch.set_deterministic_debug_mode("error")
-    # That would also write NaN into all memory that torch asks for, a quarter of a step's time: what is here reads none.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # It would also write NaN into all memory that torch asks for, a quarter of a step's time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
     model = hugging_face.load(paths.FLOAT)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     train, test = (_texts(tokenizer, found) for found in (Shards(paths.SHARDS, manifest, "train"), shards))

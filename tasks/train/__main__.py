@@ -9,7 +9,7 @@ if __name__ == "__main__":
     # Before it takes the time to import torch.
     native.settle()
 
-from tasks import paths, stage
+from tasks import compiled, paths, stage
 from tasks.errors import BadInput
 from tasks.launch import check_device, launch
 from tasks.section import read_section
@@ -23,6 +23,8 @@ WORKER = "tasks.train.worker"
 def main() -> None:
     params = read_section("train", TrainParams)
     machines = nodes.asked(params, os.environ)
+    if params.compile:
+        compiled.check()
     check_device("train", params, machines.nproc_per_node if machines else None)
     os.environ.update(communication.environment_here(params.communication, params.device))
     manifest = read_manifest()

@@ -49,6 +49,7 @@ class TrainParams(TrainingParams):
     compression_rank: int = Field(default=4, ge=1)
     diloco: DilocoParams = DilocoParams()
     communication: CommunicationParams = CommunicationParams()
+    compile: bool = False
     # None: all weights are trained.
     lora: LoraParams | None = None
 
@@ -59,6 +60,10 @@ class TrainParams(TrainingParams):
     @property
     def exchange(self) -> ExchangeParams:
         return ExchangeParams(compression=self.compression, rank=self.compression_rank, diloco=self.diloco)
+
+    @property
+    def compiles(self) -> bool:
+        return self.compile
 
     def on(self, processes: int) -> "TrainParams":
         """Returns the same training on so many processes, as torchrun has found them.
@@ -83,6 +88,15 @@ class TrainParams(TrainingParams):
             raise ValueError(
                 f"communication.timeout_seconds {seconds:g} is not above hang_timeout_seconds "
                 f"{self.hang_timeout_seconds:g}; raise it, or lower that one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_kept_can_be_seen(self) -> Self:
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing selective keeps products that compile hides from it; set it to full or none, "
+                "or compile to false"
             )
         return self
 

@@ -5,6 +5,7 @@ starts this compares it with :func:`alone`, a plain loop over whole batches that
 """
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import Replicate
 
 from lm import loss, low_rank
@@ -24,7 +26,8 @@ from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
-from tasks import step_meter
+from tasks import step_meter, training
+from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
@@ -80,6 +83,8 @@ MODELS: dict[str, ModelConfig] = {
 class Case:
     """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with.
 
+    ``recomputed`` is its activation checkpointing, ``compiled`` the backend of ``torch.compile``, or nothing.
+
     The loss of the step ``spoilt``, from 0, is infinite (of a pipeline). At most ``logits_held`` are there at once.
     """
 
@@ -92,6 +97,8 @@ class Case:
     logits_held: int = LOGITS_HELD
     mistake: str = ""
     inner_steps: int = 0
+    recomputed: str = "none"
+    compiled: str = ""
 
 
 @dataclass
@@ -107,6 +114,7 @@ class Result:
     elements: int = 0
     skipped: list[int] = field(default_factory=list)
     logits: int = 0
+    graphs: int = 0
 
 
 class Reader:
@@ -131,6 +139,11 @@ class Params(TrainingParams):
     """With replicas that may train apart."""
 
     inner_steps: int
+    compiled: str
+
+    @property
+    def compiles(self) -> bool:
+        return bool(self.compiled)
 
     @property
     def exchange(self) -> ExchangeParams:
@@ -143,7 +156,8 @@ def params_of(case: Case, world_size: int) -> Params:
         min_learning_rate_ratio=0.1, warmup_fraction=0.2, weight_decay=0.1, clip_grad_norm=0.5, bias_update_rate=0.02,
         validate_every=5, validation_windows=5, device="cpu", precision="fp32", world_size=world_size,
         threads_per_process=1, checkpoint_every=5, optimizer="adamw", muon_learning_rate=0.02, schedule="cosine",
-        decay_fraction=0.2, activation_checkpointing="none", inner_steps=case.inner_steps,
+        decay_fraction=0.2, activation_checkpointing=case.recomputed, inner_steps=case.inner_steps,
+        compiled=case.compiled,
     )  # fmt: skip
 
 
@@ -256,6 +270,8 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
         rank, size, torch.device("cpu"), "fp32",
         device_mesh(MeshParams(**case.mesh).over(size), torch.device("cpu")),
     )  # fmt: skip
+    counters.clear()
+    training.compile_layers = functools.partial(compile_layers, backend=case.compiled)
     model, reader = model_of(case), Reader(1, WINDOWS)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     run = _Run(
@@ -309,6 +325,7 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     dist.all_gather_object(skipped, run.curve.skipped)
     result.skipped = list(itertools.chain(*skipped))
     result.valid_loss = run.validate()
+    result.graphs = counters["stats"]["unique_graphs"]
     state = [run.state(done)]
     dist.broadcast_object_list(state, src=0)
     states += state

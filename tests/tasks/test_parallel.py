@@ -75,6 +75,11 @@ RESUMED = [
     Case({"pipeline": 2}, resume=4),
     Case(TIED, "qwen3-deep", resume=5),
 ]
+# By torch's tracing alone: the code for it takes a minute to generate.
+COMPILED = [
+    Case({}, compiled="aot_eager"),
+    Case({"shard": 2}, "qwen3", compiled="aot_eager", recomputed="full"),
+]
 SPOILT = [Case({"pipeline": 2}, steps=4, spoilt=3)]
 WRONG = [
     Case({"shard": 2}, steps=3, mistake="the replicas' gradients are not summed"),
@@ -109,7 +114,7 @@ def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO, APART, *SPOILT])
+    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SPOILT])
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +169,14 @@ def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
     check_weights(two[len(HALVES + RESUMED + TWO)], meshes.apart(APART, [[0], [1]]))
     check_weights(four[-1], meshes.apart(APART_AND_CUT, [[0, 1], [2, 3]]))
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=name_of)
+def test_compiled_layers_train_as_others_do(case: Case, two: list[Result]) -> None:
+    result = two[len(HALVES + RESUMED + TWO) + 1 + COMPILED.index(case)]
+    check_equal(result, alone(case.model))
+    # A layer's, in training and in validation, at least.
+    assert result.graphs >= 2
 
 
 def test_no_process_has_the_logits_of_all_words_or_tokens(two: list[Result]) -> None:

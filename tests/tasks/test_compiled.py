@@ -1,0 +1,74 @@
+"""What is compiled gives the same, and is refused where it cannot be. How it trains on meshes: test_parallel."""
+
+import os
+import shutil
+from pathlib import Path
+
+import meshes
+import pytest
+import tiny
+import torch
+from meshes import Case
+
+from flows import environment
+from tasks import compiled
+from tasks.errors import BadParameter
+from tasks.section import read_section
+from tasks.train.params import TrainParams
+
+
+def test_generated_code_gives_the_same_loss_and_gradients() -> None:
+    if shutil.which(os.environ.get("CXX") or "g++") is None and not os.environ.get("CI"):
+        pytest.skip("there is no C++ compiler (Debian: apt-get install g++)")
+    case = Case({}, "qwen3")
+    windows = torch.from_numpy(meshes.Reader(1, 4).batch(torch.arange(4)))
+    found = []
+    for compiles in (False, True):
+        model = meshes.model_of(case)
+        if compiles:
+            torch._dynamo.utils.counters.clear()
+            compiled.compile_layers(model, torch.device("cpu"))
+        loss = model.loss(windows)
+        loss.backward()
+        found.append((loss.item(), {name: value.grad for name, value in model.named_parameters()}))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-6)
+    for name, expected in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_without_a_compiler_it_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(BadParameter, match=r"train\.compile needs a C\+\+ compiler \(g\+\+.*\) and Python's headers"):
+        compiled.check()
+    tiny.write_params(tmp_path, train__compile=True)
+    tiny.write_shards(tmp_path)
+    code, output = tiny.run("train", tmp_path)
+    assert code == 2
+    assert output.count("\n") == 1, output
+    assert "train.compile needs a C++ compiler" in output
+
+
+def test_what_compiling_hides_is_not_asked_for(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__compile=True, train__activation_checkpointing="selective")
+    with pytest.raises(BadParameter, match="selective keeps products that compile hides"):
+        read_section("train", TrainParams, tmp_path / "params.yaml")
+
+
+def test_a_version_records_what_compiled_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "requirements.lock").write_text("")
+    tiny.write_params(tmp_path)
+    assert environment.record(tmp_path).compiler is None
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'a compiler 1.2'; echo more\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    tiny.write_params(tmp_path, train__compile=True)
+    here = environment.record(tmp_path)
+    assert here.compiler == "a compiler 1.2"
+    other = here.model_copy(update={"compiler": "a compiler 1.1"})
+    assert [str(one) for one in environment.compare(other, here)] == [
+        "compiler: a compiler 1.1 recorded, a compiler 1.2 here"
+    ]
