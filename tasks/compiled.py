@@ -2,8 +2,8 @@
 
 What a layer computes between its matrix products becomes a few fused kernels; uncompiled, a small or a quantized model
 spends most of its time on a GPU on starting its many. The first steps wait a minute or two for that; torch keeps what
-it has compiled (``TORCHINDUCTOR_CACHE_DIR`` says where), and the next training finds it there. Sums run in another
-order than uncompiled.
+it has compiled (``TORCHINDUCTOR_CACHE_DIR`` says where), and the next training finds it there. Routed experts stay as
+they are. Sums run in another order than uncompiled.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks import paths
 from tasks.errors import BadParameter
@@ -40,6 +41,9 @@ def compile_layers(model: LanguageModel, device: torch.device, backend: str = "i
 
         # Each process compiles in itself: helpers would compete with the other ranks for the same cores.
         config.compile_threads = 1
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        # How many tokens come to each changes with every step, and would have to be compiled as often.
+        experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
     for layer in model.model.layers:
         # Its forward alone: what comes before and after it (FSDP's hooks, checkpoints of activations) stays as it is.
         layer.forward = torch.compile(layer.forward, backend=backend)
