@@ -59,7 +59,7 @@ class _Deal(torch.autograd.Function):
         grad_ND, *others = (grad_PD.index_select(0, rows_N) for rows_N in rows_NK.unbind(1))
         if len(others) > 1:
             # The sum of two is rounded once as it is.
-            grad_ND = grad_ND.float()
+            grad_ND = grad_ND.to(torch.promote_types(grad_ND.dtype, torch.float32))
         for other in others:
             grad_ND = grad_ND + other
         return grad_ND.to(grad_PD.dtype), None, None

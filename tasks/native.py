@@ -31,3 +31,13 @@ def settle() -> None:
         os.environ.setdefault(name, value)
     if not is_set:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def compute_repeatably() -> None:
+    """Has torch refuse what gives other bits from run to run."""
+    import torch
+
+    # Not torch.use_deterministic_algorithms, which also imports the compiler, for settings of its own: 1.3 s.
+    torch.set_deterministic_debug_mode("error")
+    # It would also write NaN into all memory that torch asks for, a quarter of a step's time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)

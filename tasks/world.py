@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tasks import native
 from tasks.errors import EXIT_PEER_LOST, UserMistake
 from tasks.mesh import AXES, Mesh, MeshParams
 from tasks.parallel import traffic
@@ -126,10 +127,7 @@ def joined(
     tell_apart(rank)
     traffic.record()
     torch.set_num_threads(params.threads_per_process)
-    # Not torch.use_deterministic_algorithms, which also imports the compiler, for settings of its own: 1.3 s.
-    torch.set_deterministic_debug_mode("error")
-    # It would also write NaN into all memory that torch asks for, a quarter of a step's time.
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    native.compute_repeatably()
     device = torch.device(params.device)
     if params.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -2,11 +2,10 @@
 
 import itertools
 
-import torch
 from tokenizers import Tokenizer
 
 from lm import hugging_face
-from tasks import atomic, paths, stage
+from tasks import atomic, native, paths, stage
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
 from tasks.evaluate import baselines, champion, gate, report
@@ -32,10 +31,7 @@ def main() -> None:
         raise BadInput(f"{paths.SHARDS}: the test split is empty. Raise ingest.split.test in params.yaml.")
     # Before the work begins: what is wrong with the champion is told at once.
     opponent = champion.load()
-    # Not torch.use_deterministic_algorithms, which also imports the compiler, for settings of its own: 1.3 s.
-    torch.set_deterministic_debug_mode("error")
-    # It would also write NaN into all memory that torch asks for, a quarter of a step's time.
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    native.compute_repeatably()
     model = hugging_face.load(paths.FLOAT)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     train, test = (_texts(tokenizer, found) for found in (Shards(paths.SHARDS, manifest, "train"), shards))

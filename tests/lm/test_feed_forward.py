@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lm.config import LatentConfig
-from lm.feed_forward import Experts, MixtureOfExperts, Router, gated
+from lm.feed_forward import Experts, MixtureOfExperts, Router, combined, dealt, gated
 from lm.model import LanguageModel
 
 
@@ -19,6 +19,31 @@ def test_experts_equal_one_token_at_a_time(model: LanguageModel) -> None:
         chosen, weights = mixture.gate(x)
         expected = torch.stack([_one(mixture.experts, *token) for token in zip(x, chosen, weights, strict=True)])
         torch.testing.assert_close(mixture.experts(x, chosen, weights), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_rows_are_laid_out_and_added_up_with_their_gradients(chosen: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y, weights = (
+        torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True)
+        for size in ((4, 2), (14, 2), (4, chosen))
+    )
+    rows = torch.randperm(14, generator=generator)[: 4 * chosen].view(4, chosen)
+    laid_out = dealt(x, rows, 14)
+    assert torch.equal(laid_out[rows], x.unsqueeze(1).expand(-1, chosen, -1))
+    assert laid_out.count_nonzero() == 4 * chosen * 2
+    torch.testing.assert_close(combined(y, rows, weights), (y[rows] * weights.unsqueeze(-1)).sum(dim=1))
+    assert torch.autograd.gradcheck(lambda x: dealt(x, rows, 14), [x])
+    assert torch.autograd.gradcheck(lambda y, weights: combined(y, rows, weights), [y, weights])
+
+
+def test_gradients_of_several_rows_are_rounded_once() -> None:
+    x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.tensor([[0, 1, 2]])
+    # In bf16 256 + 1 is 256, twice; in fp32 it is 258.
+    dealt(x, rows, 3).backward(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16))
+    assert x.grad is not None
+    assert x.grad.item() == 258
 
 
 def _one(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
