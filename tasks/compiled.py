@@ -1,9 +1,8 @@
 """``torch.compile`` for the layers of a model, each by itself.
 
-What a layer computes between its matrix products becomes a few fused kernels; uncompiled, a small or a quantized model
-spends most of its time on a GPU on starting its many. The first steps wait a minute or two for that; torch keeps what
-it has compiled (``TORCHINDUCTOR_CACHE_DIR`` says where), and the next training finds it there. Routed experts stay as
-they are. Sums run in another order than uncompiled.
+What a layer computes between its matrix products becomes a few fused kernels. The first steps wait for that; torch
+keeps what it has compiled (``TORCHINDUCTOR_CACHE_DIR`` says where), and the next training finds it there. Routed
+experts stay as they are. Sums run in another order than uncompiled.
 """
 
 import os
