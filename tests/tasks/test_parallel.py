@@ -75,7 +75,7 @@ RESUMED = [
     Case({"pipeline": 2}, resume=4),
     Case(TIED, "qwen3-deep", resume=5),
 ]
-# By torch's tracing, and of the second its gradients' too: code for them takes minutes to generate.
+# Traced by torch, of the second its gradients too; the code that comes of it is for test_compiled, in one process.
 COMPILED = [
     Case({}, compiled="eager"),
     Case({"shard": 2}, "qwen3", compiled="aot_eager", recomputed="full"),
