@@ -1,6 +1,7 @@
 """Flow runs of Prefect: a new one, or one more attempt at one that did not come to its end."""
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -15,11 +16,20 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
 from prefect.states import Pending
 
+from flows import dvc, dvc_fork
 from tasks.errors import TryAgain
 
 
 class ServerGone(TryAgain):
     """Prefect's server went away in the middle of a run, and Prefect's client has waited for it in vain."""
+
+
+def import_ahead() -> None:
+    """Imports what a run needs when it starts, for a process that has nothing to do but wait for its server."""
+    # A process of its own, on another core.
+    dvc_fork.prepare(dvc.environment(os.environ))
+    for name in ("dvc.repo", "fastapi", "prefect.task_engine", "prefect.utilities.visualization"):
+        importlib.import_module(name)
 
 
 def start(flow: Flow[..., State[Any]], flow_run: str | None, **parameters: Any) -> State[Any]:

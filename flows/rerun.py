@@ -65,6 +65,7 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
         from flows import flow_runs
         from flows.nightly import nightly
 
+        flow_runs.import_ahead()
         serving.wait()
         if chosen.flow_run is None or not flow_runs.is_known(chosen.flow_run):
             raise UserMistake(

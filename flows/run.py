@@ -87,7 +87,7 @@ def _run(
     digest = hashlib.sha256((site.root / paths.PARAMS).read_bytes()).hexdigest()
     with runs.attempt(site.root, site.run, **known, params=digest) as kept:
         flow = make_flow(site, graph, params, All(record, kept, terminal), kept)
-        _import_ahead()
+        flow_runs.import_ahead()
         serving.wait()
         if not err.is_terminal:
             terminal.say(f"run {site.run} {'goes on' if request.again else 'starts'} in {site.root}")
@@ -118,13 +118,6 @@ def _run(
         verdict = "" if gate is None or gate.passed else "; the gate REFUSED this model"
         terminal.say(f"run {site.run} ends: {how} in {seconds:,.0f} s{verdict}")
     return 0 if state.is_completed() else EXIT_FAILED
-
-
-def _import_ahead() -> None:
-    # What a flow imports when it starts, while there is nothing to do but wait for the server.
-    import fastapi  # noqa: F401
-    import prefect.task_engine
-    import prefect.utilities.visualization  # noqa: F401
 
 
 def _same_place(out: Console, err: Console) -> bool:
