@@ -31,7 +31,7 @@ lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --disable-pip-version-check .[test,benchmark]
-	.venv-lock/bin/python -m pip freeze --exclude overnight | sed -e 's/+cpu//' > requirements.lock
+	.venv-lock/bin/python -m pip freeze --all --exclude overnight --exclude pip | sed -e 's/+cpu//' > requirements.lock
 	rm -rf .venv-lock build
 
 clean:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 # threads of several wait for each other at full speed, which made small tests ten times as slow.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import needed
 from prefect_server import PrefectServer, make_database
 
 
@@ -65,14 +66,14 @@ def server(prefect: PrefectServer) -> str:
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[Path, int], None]]:
-    """Mounts an empty disk of some KiB on a folder; the test is skipped where one may not mount."""
+    """Mounts an empty disk of some KiB on a folder."""
     mounted: list[Path] = []
 
     def mount(folder: Path, kibibytes: int) -> None:
         folder.mkdir(exist_ok=True)
         command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
         if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a small disk needs root")
+            needed.missing("mounting a small disk needs root")
         mounted.append(folder)
 
     yield mount

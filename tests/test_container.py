@@ -120,3 +120,27 @@ def test_conda_leaves_every_package_to_pip_and_the_lock_file(conda: dict[str, li
     assert (DEPLOYMENTS / lock[1]).resolve() == ROOT / "requirements.lock"
     assert project[0] == "-e"
     assert (DEPLOYMENTS / project[1] / "pyproject.toml").is_file()
+
+
+def test_the_lock_file_names_all_that_pip_would_install() -> None:
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    locked = {canonicalize_name(name) for name in LOCK}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    waiting = [Requirement(line) for line in project["dependencies"]]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        assert name in locked, f"{requirement} is not in requirements.lock"
+        for extra in ("", *requirement.extras):
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                for line in metadata.requires(name) or []:
+                    other = Requirement(line)
+                    if other.marker is None or other.marker.evaluate({"extra": extra}):
+                        waiting.append(other)
+    assert len(seen) > 100

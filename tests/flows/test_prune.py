@@ -168,6 +168,8 @@ def test_the_remote_keeps_versions_that_only_other_machines_know(published: Clon
     # As new as a version that another machine is about to publish.
     assert stored() == before
     make_old(published)
+    assert "DVC's remote 'shelf'" in pruned(remote=True, yes=False)
+    assert stored() == before
     assert "DVC's remote 'shelf'" in pruned(remote=True)
     assert stored() < before
     published.check_remote()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import publishing
@@ -435,6 +436,27 @@ def test_a_data_remote_that_says_nothing_is_not_waited_for(publisher: Clone, sil
     here.write_text(f"['remote \"shelf\"']\n    url = {silent}\n")
     with pytest.raises(TryAgain, match=r"DVC's remote: nothing was read or written for 2 s, so it was ended. What was"):
         publish.publish(publisher.root)
+
+
+def test_a_remote_that_comes_back_gets_the_version(publisher: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A file where the folder should be.
+    publisher.shelf.write_text("")
+    publisher.set("publish", "retries", 2)
+    publisher.set("flow", "retry_delay_seconds", 8.0)
+    publisher.commit()
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            publisher.shelf.unlink()
+
+    monkeypatch.setattr(publish, "time", SimpleNamespace(sleep=wait))
+    told: list[str] = []
+    assert publish.publish(publisher.root, told.append).promoted
+    assert [line.rpartition(". ")[2] for line in told] == ["Trying again in 8 s.", "Trying again in 16 s."]
+    assert waits == [8.0, 16.0]
+    publisher.check_remote()
 
 
 def test_a_push_that_the_remote_refuses_for_good_is_told(publisher: Clone) -> None:

@@ -1,11 +1,13 @@
 """What `overnight schedule` does before anything starts, and with a child that ends by itself."""
 
 import io
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from prefect_server import PrefectServer
 from rich.console import Console
 
 from flows import schedule
@@ -54,6 +56,31 @@ def test_a_deployment_on_a_shared_server_names_machine_and_project() -> None:
     one, other = (schedule.deployment_name(Path(place), shared=True) for place in ("/srv/one", "/srv/other"))
     assert one != other
     assert schedule.deployment_name(Path("/srv/one"), shared=False) == "nightly"
+
+
+def test_a_pause_from_prefects_ui_outlasts_a_restart(prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect.api)
+    # One a process: others import Prefect without these settings.
+    code = """
+from pathlib import Path
+from prefect.client.orchestration import get_client
+from flows import runner
+from flows.nightly import nightly
+from flows.timetable import Timetable
+
+with get_client(sync_client=True) as client:
+    said = [runner._is_paused(client, "nightly/paused")]
+    for pauses in (False, True, None):
+        paused = runner._is_paused(client, "nightly/paused")
+        runner.make_deployment(nightly, "paused", Timetable("0 2 * * *", "UTC"), Path("/srv"), paused).apply()
+        deployment = client.read_deployment_by_name("nightly/paused")
+        if pauses:
+            client.pause_deployment(deployment.id)
+        said.append(client.read_deployment_by_name("nightly/paused").paused)
+print(said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[False, False, True, True]"], done.stderr
 
 
 def test_nights_on_a_shared_server_send_heartbeats_by_which_a_dead_machine_is_found(

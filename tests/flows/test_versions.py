@@ -29,6 +29,7 @@ def test_each_version_on_a_line_the_newest_first(published: Clone) -> None:
     assert err == ""
     newest, oldest = registry.versions(published.root)[::-1]
     assert second.split()[0] == "v1.1.0"
+    assert " ".join(second.split()[1:3]) == f"{newest.at.astimezone():%Y-%m-%d %H:%M}"
     assert [newest.commit[:7], "0.750", "refused", "-"] == second.split()[4:8]
     assert [oldest.commit[:7], "0.250", "passed", "prod"] == first.split()[4:8]
     # The data of the two differs, and size is that of all outputs.

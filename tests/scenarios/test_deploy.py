@@ -10,12 +10,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import page
 import pytest
-from chain import Chain
+import tiny
+from chain import STAGES, Chain
 
+from flows import runs
 from flows.process import Child
 
 _SECONDS_A_NIGHT = 180
@@ -53,10 +56,33 @@ def test_what_is_deployed_runs_on_a_worker_when_data_has_arrived(clone: Chain) -
         for command in emit:
             _run(clone, command)
         run = _ended(clone, arrived["id"])
-    assert run["state_type"] == "COMPLETED", run["state"]
-    # Nobody told this run where the project is but the worker's environment.
-    assert run["parameters"] == {}
-    assert (clone.root / ".overnight" / "runs" / f"{run['name']}.json").is_file()
+        assert (run["state_name"], run["state"]["message"]) == ("Completed", "v1.0.0 is in production"), run["state"]
+        # Nobody told this run where the project is but the worker's environment.
+        assert run["parameters"] == {}
+        assert _outcomes(clone, run) == {"collect": "ran", **dict.fromkeys(STAGES, "cached"), "publish": "ran"}
+
+        # From first weights, as if nothing had been computed before; and it is the same model.
+        _ask(clone, f"deployments/{scratch['id']}/create_flow_run", {})
+        run = _ended(clone, scratch["id"])
+    assert (run["state_name"], run["state"]["message"]) == ("Nothing new", "nothing new since v1.0.0"), run["state"]
+    assert _outcomes(clone, run) == {"collect": "cached", **dict.fromkeys(STAGES, "ran"), "publish": "cached"}
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_a_server_takes_the_other_pools(kind: str, server: str, home: Path) -> None:
+    template = tiny.ROOT / "deployments/pools" / f"{kind}.json"
+    here = Chain(tiny.ROOT, home, server)
+    _run(here, ["prefect", "work-pool", "create", kind, "--type", kind, "--base-job-template", str(template)])
+    pool = _ask(here, f"work_pools/{kind}")
+    assert pool["type"] == kind
+    assert pool["base_job_template"] == json.loads(template.read_text())
+
+
+def _outcomes(chain: Chain, run: Any) -> dict[str, str | None]:
+    """How each stage of a night went."""
+    record = runs.recall(chain.root, run["name"])
+    assert record is not None
+    return {stage.stage: stage.outcome for stage in record.stages}
 
 
 def _program(command: list[str]) -> list[str]:

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import needed
 import psutil
 import publishing
 import pytest
@@ -39,11 +41,11 @@ _RETRY = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Re
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 MiB; the test is skipped where one may not mount."""
+    """A disk of 64 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
+        needed.missing("mounting a small disk needs root")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
@@ -95,6 +97,13 @@ def test_a_dvc_command_that_holds_the_lock_is_waited_for_and_changed_parameters_
         assert f"process {holder}: " in chain.overnight("rerun").complaint()
         rerun = chain.start("rerun", "--wait")
         rerun.wait_until(lambda: "Waiting for it to end" in rerun.said("err"))
+    # And in the middle of a stage, which needs it at its end.
+    working = rerun.stage_process("card")
+    assert working is not None
+    with repository_locked(chain):
+        working.wait(_SECONDS_A_NIGHT)
+        time.sleep(1)
+        assert rerun.process.poll() is None
     ended = rerun.end()
     assert ended.code == 0, ended.err
     assert "params.yaml was changed since this run stopped" in ended.err
@@ -121,11 +130,15 @@ class Nights:
         self.clone, self.chain, self._prefect, self._schedule = clone, chain, prefect, schedule
         self._receiver = receiver
 
-    def start(self) -> str:
-        """Starts a night as the timetable does; returns the flow run's id."""
+    def start(self, planned: datetime | None = None) -> str:
+        """Starts a night as the timetable does, for now or the time ``planned``; returns the flow run's id."""
         found = self._prefect.ask("deployments/filter", {})
         (deployment,) = [one["id"] for one in found if one["parameters"] == {"project": str(self.clone.root)}]
-        return str(self._prefect.ask(f"deployments/{deployment}/create_flow_run", {})["id"])
+        body = {}
+        if planned is not None:
+            details = {"scheduled_time": planned.isoformat()}
+            body = {"state": {"type": "SCHEDULED", "name": "Scheduled", "state_details": details}}
+        return str(self._prefect.ask(f"deployments/{deployment}/create_flow_run", body)["id"])
 
     def retry(self, flow_run: str) -> None:
         """Presses Retry in Prefect's UI."""
@@ -158,10 +171,17 @@ class Nights:
         self._until(works)
         return signal_at(found[0], number, time.time() - found[0].create_time() + seconds)
 
+    def told(self) -> list[dict[str, Any]]:
+        """What the webhook was told."""
+        return [json.loads(body)["overnight"] for _, body in self._receiver.received]
+
     def notices(self) -> list[tuple[str, str]]:
         """Kind and message of what the webhook was told."""
-        told = [json.loads(body)["overnight"] for _, body in self._receiver.received]
-        return [(one["kind"], one["message"]) for one in told]
+        return [(one["kind"], one["message"]) for one in self.told()]
+
+    def params_of(self, tag: str) -> str:
+        """The parameters of a version."""
+        return git(self.clone.root, "show", f"{tag}:params.yaml")
 
     def commit_params(self, **changed: Any) -> None:
         """Commits a change of ``params.yaml``; ``flow__retries`` is ``flow.retries``."""
@@ -262,10 +282,19 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert clone.tags() == []
     (run,) = nights.runs()
     assert (run[2], run[3]) == ("failed", "publish")
+    (notice,) = nights.told()
+    assert (notice["kind"], notice["stage"], notice["command"]) == ("failure", "publish", f"overnight rerun {run[0]}")
+    assert notice["last_lines"], notice
+    assert clone.shelf.name in " ".join(notice["last_lines"]), notice
 
     clone.shelf.unlink()
     nights.retry(night)
     retried = nights.wait(night, "COMPLETED")
+    done = runs.of_flow_run(clone.root, night)
+    assert done is not None
+    again = {one.stage: one.outcome for one in done.stages}
+    assert again["publish"] == "ran"
+    assert {outcome for stage, outcome in again.items() if stage != "publish"} == {"cached"}
     assert retried["state"]["message"] == "v1.0.0 is in production"
     assert retried["run_count"] == 2
     assert clone.tags() == ["lm#prod#1", "lm@v1.0.0"]
@@ -274,6 +303,7 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert outputs(clone, "lm@v1.0.0") == undisturbed[0]
 
     write_text(clone, 1, "And there was light.\n")
+    kept = nights.params_of("lm@v1.0.0")
     clone.shelf.rename(clone.shelf.with_name("away"))
     clone.shelf.write_text("")
     second = nights.start()
@@ -287,7 +317,11 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     # As a machine leaves it that goes down while Git works in the night's worktree.
     (worktree,) = (clone.root / ".git/worktrees").iterdir()
     (worktree / "index.lock").touch()
+    # What is committed meanwhile is for the next night.
+    nights.commit_params(flow__skip_when_late_minutes=119)
     ended = nights.overnight("rerun")
+    assert "later commits are for the next night" in ended.err
+    assert nights.params_of("lm@v1.1.0") == kept
     assert ended.code == 0, ended.err
     assert "quantize  cached" in ended.err, ended.err
     ended_night = nights.read(second)
@@ -326,11 +360,13 @@ def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_ha
     clone = nights.clone
     draw = random.Random(SEED)
     texts = ["In the beginning.\n"]
-    stopped = 0
-    for number in (signal.SIGKILL, signal.SIGTERM):
+    wanted = [signal.SIGKILL, signal.SIGTERM]
+    while wanted:
         moment = draw.uniform(0, 1)
-        print(f"{number.name} {moment:.3f} s after it began to publish (seed {SEED})")
-        stopped += nights.stop_at(nights.start(), "publish", number, moment)
+        print(f"{wanted[0].name} {moment:.3f} s after it began to publish (seed {SEED})")
+        if nights.stop_at(nights.start(), "publish", wanted[0], moment):
+            # Else it had ended by then, and the next night is stopped.
+            wanted.pop(0)
         ended = nights.overnight("rerun", "--wait")
         assert ended.code == 0 or "nothing to go on with" in ended.err, ended.err
         assert nights.runs()[-1][2] == "completed"
@@ -338,7 +374,6 @@ def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_ha
         clone.check_remote()
         texts.append(f"Text {len(texts)}.\n")
         write_text(clone, len(texts) - 1, texts[-1])
-    assert stopped
     undisturbed = undisturbed_versions(nights, *texts[:-1])
     assert [outputs(clone, f"lm@v1.{index}.0") for index in range(len(undisturbed))] == undisturbed
 
@@ -367,12 +402,19 @@ def test_a_night_goes_by_what_is_committed_waits_its_turn_and_tells_how_it_ended
     assert nights.notices()[2][0] == "skipped"
     assert nights.runs()[-1][2] == "skipped"
 
+    # What piled up while everything was down ends with a note each, and nothing runs.
     nights.commit_params(flow__skip_when_late_minutes=120)
+    for days in (3, 2, 1):
+        missed = nights.wait(nights.start(datetime.now(UTC) - timedelta(days=days)), "COMPLETED")
+        assert (missed["state_name"], nights.runs()[-1][2:4]) == ("Skipped", ["skipped", ""])
+        assert missed["state"]["message"].startswith(f"{24 * days} h 0 min late")
+    assert [kind for kind, _ in nights.notices()[3:]] == ["skipped"] * 3
+
     with lock.hold(clone.root, "another"):
         waiting = nights.start()
         nights._until(lambda: nights.runs()[-1][-1].startswith("run another (process "))
         # Whoever starts the schedule anew, or asks for the last run, leaves it alone.
         assert f"run {nights.runs()[-1][0]} is at work" in nights.overnight("rerun").complaint()
     assert nights.wait(waiting, "COMPLETED")["state_name"] == "Nothing new"
-    assert [kind for kind, _ in nights.notices()] == ["success", "failure", "skipped"]
-    assert len(nights.runs()) == 4
+    assert [kind for kind, _ in nights.notices()] == ["success", "failure", *["skipped"] * 4]
+    assert len(nights.runs()) == 7

@@ -1,4 +1,4 @@
-"""The run itself is terminated, then the whole machine goes down, then the server: three attempts, the same bytes."""
+"""The run is terminated, then killed, then the machine goes down, then the server: four attempts, the same bytes."""
 
 import os
 import signal
@@ -42,6 +42,15 @@ def test_a_forced_run_is_terminated_then_all_goes_down_then_the_server_goes_and_
     assert last_run(chain)[2:4] == ["stopped", "train"]
     assert last_run(chain)[6] == "terminated (SIGTERM) at train"
 
+    # The flow alone: what it has started ends with it.
+    alone = chain.start("rerun")
+    alone.wait_for_checkpoint("train", checkpoint + 4)
+    alone.process.kill()
+    assert chain.seconds_until_empty() < 10
+    assert alone.end().first_steps("train") == [checkpoint + 1]
+    checkpoint = chain.checkpoints("train")[-1]
+    assert last_run(chain)[2:4] == ["killed", "train"]
+
     killed = chain.start("rerun")
     killed.wait_for_checkpoint("train", checkpoint + 4)
     assert f"(process {killed.process.pid}); there is nothing to go on with" in refused(chain, "rerun")
@@ -67,7 +76,7 @@ def test_a_forced_run_is_terminated_then_all_goes_down_then_the_server_goes_and_
     assert ended.first_steps("train") == [checkpoint + 1]
     assert chain.version() == reference.version
     (flow_run,) = [run for run in own_server.ask("flow_runs/filter", {}) if run["name"] == last_run(chain)[0]]
-    assert (flow_run["state_name"], flow_run["run_count"]) == ("Completed", 3)
+    assert (flow_run["state_name"], flow_run["run_count"]) == ("Completed", 4)
     assert len(chain.overnight("runs").out.splitlines()) == 2
     assert "there is nothing to go on with" in refused(chain, "rerun")
 

@@ -112,6 +112,14 @@ def test_a_better_champion_refuses_the_candidate(project: Path) -> None:
     assert evaluation["gate"]["passed"] is False  # type: ignore[index]
     assert "lm@v1.2.0 stays the champion" in str(check["reason"])
 
+    # And by the limit of params.yaml.
+    set_param("max_bits_per_byte:", "max_bits_per_byte: 0.1")
+    limited = evaluate()
+    assert gate_check(limited, "bits_per_byte")["passed"] is False
+    assert "0.1" in str(gate_check(limited, "bits_per_byte")["reason"])
+    set_param("max_bits_per_byte: 0.1", "max_bits_per_byte:")
+    assert evaluate() == evaluation
+
     # The same again, on another number of threads, is the same file.
     before = Path("models/evaluation.json").read_bytes()
     set_param("threads: 2 ", "threads: 1 ")
