@@ -2,7 +2,8 @@
 
 Weights: 8 or 4 bits, symmetric, a scale a block of 32 inputs. Activations: signed 8 bits, symmetric, a scale a block,
 rounded when they are multiplied. This is what onnxruntime's ``MatMulNBits`` computes at ``accuracy_level`` 4, and
-llama.cpp with its Q8_0 and Q4_0 weights (ggml-quants.c). Gradients pass straight through (arXiv 1308.3432).
+llama.cpp with its Q8_0 and Q4_0 weights (ggml-quants.c); ``QMoE`` does it for all experts of a layer. Gradients pass
+straight through (arXiv 1308.3432).
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from lm.graph import FLOAT, Graph
 from lm.scheme import Levels, Operand
 
 BLOCK = 32
+# onnxruntime's operator for all experts of a layer.
+MIXTURE = "QMoE"
 # Of MatMulNBits: activations are rounded to 8 bits.
 ACCURACY_LEVEL = 4
 # A block of zeros has this scale, and stays a block of zeros.
@@ -24,7 +27,7 @@ _SMALLEST_SCALE = 1e-12
 
 
 def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``weight`` [out, in] as integers [out, blocks, 32] and their scales [out, blocks, 1], both fp32.
+    """Returns ``weight`` [..., in] as integers [..., blocks, 32] and their scales [..., blocks, 1], both fp32.
 
     The last block is filled up with zeros. 8 bits hold -127 ... 127, 4 bits -7 ... 7.
     """
@@ -95,7 +98,7 @@ class Blockwise:
         integers, scales = quantize_weight(weight.detach(), self.bits)
         outputs, inputs = weight.shape
         return graph.op(
-            "MatMulNBits",
+            self.operator,
             *x,
             graph.weight(self.stored(name), self._pack(integers)),
             graph.weight(f"{name}.scales", scales.squeeze(-1).numpy()),
@@ -106,6 +109,45 @@ class Blockwise:
             block_size=BLOCK,
             accuracy_level=ACCURACY_LEVEL,
         )
+
+    def mixture(
+        self, graph: Graph, name: str, gate_up: torch.Tensor, down: torch.Tensor, x: str, gates: str, chosen: int
+    ) -> str:
+        """Returns [N, D] in the graph: what the experts ``gate_up`` [E, 2F, D] and ``down`` [E, D, F] make of ``x``.
+
+        ``gates`` [N, E] weighs them, 0 but for the ``chosen`` of each token. D must be a multiple of 32. Computes for
+        each expert what :meth:`lower` does, in one node, which reads the weights of those alone that were chosen.
+        """
+        missing = -down.shape[-1] % BLOCK
+        # Rows of gate and up in turns. What fills up the blocks gives 0 and meets 0.
+        pairs = F.pad(gate_up.detach().unflatten(1, (2, -1)), [0, 0, 0, missing]).transpose(1, 2).flatten(1, 2)
+        operands = []
+        for part, weight in (("gate_up_proj", pairs), ("down_proj", F.pad(down.detach(), [0, missing]))):
+            integers, scales = quantize_weight(weight, self.bits)
+            packed = self._pack(integers).reshape(*weight.shape[:-1], -1)
+            operands += [
+                graph.weight(self.stored(f"{name}.{part}"), packed),
+                graph.weight(f"{name}.{part}.scales", scales.squeeze(-1).numpy()),
+                "",
+            ]
+        nothing = [""] * 6
+        # Those whose gates are largest are those that the router chose, and no others.
+        return graph.op(MIXTURE, x, gates, *operands, *nothing, gates, k=chosen, **self.mixture_attributes())
+
+    def mixture_attributes(self) -> dict[str, int | float | str]:
+        """The attributes that decide what ``QMoE`` computes with given weights."""
+        return {
+            "domain": "com.microsoft",
+            "expert_weight_bits": self.bits,
+            "block_size": BLOCK,
+            "accuracy_level": ACCURACY_LEVEL,
+            "quant_type": "int",
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "normalize_routing_weights": 0,
+        }
 
     def rounded(self, graph: Graph, x: str) -> str:
         width = graph.op("Shape", x, start=1, end=2)

@@ -22,7 +22,7 @@ from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.model import Block, LanguageModel
 from lm.onnx_attention import GroupedPlaces, LatentPlaces, grouped, latent
-from lm.packing import siblings
+from lm.packing import mixture_scheme, siblings
 from lm.per_token import quantize_weight
 from lm.planned_graph import PlannedGraph, array
 from lm.quantization import Plan
@@ -129,6 +129,11 @@ def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) ->
     gates = _gates(graph, f"{name}.gate", layer.gate, x)
     rows = Rows(graph, x)
     y = _swiglu(graph, f"{name}.shared_experts", layer.shared_experts, rows)
+    experts = layer.experts
+    if (scheme := mixture_scheme(graph.plan, f"{name}.experts", experts)) is not None:
+        parts = experts.gate_up_proj, experts.down_proj
+        chosen = layer.gate.config.num_experts_per_tok
+        return graph.op("Add", y, scheme.mixture(graph, f"{name}.experts", *parts, x, gates, chosen))
     for index in range(len(layer.experts.gate_up_proj)):
         with graph.scope(f"expert_{index}"):
             y = _add_expert(graph, f"{name}.experts", layer.experts, index, rows, gates, y)

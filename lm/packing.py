@@ -1,4 +1,4 @@
-"""Layers that read the same values, and are one product in the graph: a token wakes the threads once for all of them.
+"""What is one node in the graph: layers that read the same values, and experts. A token wakes the threads once for all.
 
 Each output channel is computed as it would be in a product of its own, so packing changes no number.
 """
@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lm.feed_forward import SwiGLU
+from lm.blockwise import BLOCK, Blockwise
+from lm.feed_forward import Experts, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.linear import Linear
-from lm.quantization import Plan
+from lm.quantization import Plan, products
 
 
 def siblings(module: nn.Module) -> dict[str, Linear]:
@@ -44,3 +45,12 @@ def packed_products(model: nn.Module, plan: Plan) -> dict[str, list[str]]:
         if layers and packable(plan, prefix, layers):
             found[packed_name(prefix, layers)] = [f"{prefix}.{name}" for name in layers]
     return found
+
+
+def mixture_scheme(plan: Plan, name: str, experts: Experts) -> Blockwise | None:
+    """Returns the scheme in which all experts of the layer ``name`` are one node, or None where they are not."""
+    schemes = {plan.of(name, product) for product in products(name, experts)}
+    scheme = schemes.pop()
+    if schemes or not isinstance(scheme, Blockwise) or experts.down_proj.shape[1] % BLOCK:
+        return None
+    return scheme

@@ -22,17 +22,17 @@ class PlannedGraph(Graph):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__("overnight")
-        self._plan = plan
+        self.plan = plan
         self._shapes: dict[tuple[str | int, ...], str] = {}
 
     def expert(self, name: str, part: str, index: int, weight: torch.Tensor, x: Rows) -> str:
         """Multiplies ``x`` [N, in] by ``weight`` [out, in], the ``part`` of one expert of the layer ``name``."""
-        scheme = self._plan.of(name, f"{name}.{part}")
+        scheme = self.plan.of(name, f"{name}.{part}")
         return scheme.lower(self, f"{name}.{index}.{part}", weight, x.operand(scheme))
 
     def linear(self, name: str, layer: Linear, x: Rows) -> str:
         """[N, in] to [N, out]. Twin of :class:`lm.linear.Linear`."""
-        scheme = self._plan.of(name)
+        scheme = self.plan.of(name)
         y = scheme.lower(self, name, layer.weight, x.operand(scheme))
         return y if layer.bias is None else self.op("Add", y, self.weight(f"{name}.bias", array(layer.bias)))
 
@@ -41,11 +41,11 @@ class PlannedGraph(Graph):
 
         Twin of :func:`lm.linear.stacked`.
         """
-        if not packable(self._plan, prefix, layers):
+        if not packable(self.plan, prefix, layers):
             apart = [self.linear(f"{prefix}.{name}", layer, x) for name, layer in layers.items()]
             return self.op("Concat", *apart, axis=-1)
         name = packed_name(prefix, layers)
-        scheme = self._plan.of(f"{prefix}.{next(iter(layers))}")
+        scheme = self.plan.of(f"{prefix}.{next(iter(layers))}")
         weight = torch.cat([layer.weight.detach() for layer in layers.values()])
         y = scheme.lower(self, name, weight, x.operand(scheme))
         if next(iter(layers.values())).bias is None:
@@ -55,11 +55,11 @@ class PlannedGraph(Graph):
 
     def rounded(self, name: str, x: str) -> str:
         """[N, in] as the product of the layer ``name`` sees it."""
-        return self._plan.of(name).rounded(self, x)
+        return self.plan.of(name).rounded(self, x)
 
     def constant(self, name: str, layer: Linear) -> str:
         """The weight [out, in] as the product of the layer ``name`` sees it."""
-        return self._plan.of(name).constant(self, name, layer.weight)
+        return self.plan.of(name).constant(self, name, layer.weight)
 
     def norm(self, name: str, norm: RMSNorm, x: str) -> str:
         """[..., K] to [..., K]. Twin of :class:`lm.norm.RMSNorm`."""

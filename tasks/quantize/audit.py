@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
-import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 
 from lm import blockwise
+from lm.blockwise import Blockwise
 from lm.feed_forward import Experts
 from lm.graph import nodes_of
 from lm.linear import Embedding
 from lm.model import LanguageModel
-from lm.packing import packed_products
+from lm.packing import mixture_scheme, packed_products
 from lm.quantization import Plan, layers
 from lm.scheme import Float, Scheme
 from lm.static import Range, Static
@@ -57,7 +57,7 @@ def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
     return {
         product.scheme.stored(name): "Cast"
         if name.endswith(".kv_b_proj") and not isinstance(product.scheme, Float)
-        else product.scheme.operator
+        else product.operator
         for name, product in _products(model, plan).items()
     }
 
@@ -137,6 +137,11 @@ def _other_numerics(
                 level = next((one.i for one in node.attribute if one.name == "accuracy_level"), 0)
                 if level != blockwise.ACCURACY_LEVEL:
                     faults.append(f"{weight} is multiplied at accuracy level {level}, not {blockwise.ACCURACY_LEVEL}")
+            if node.op_type == blockwise.MIXTURE and isinstance(scheme, Blockwise):
+                given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+                for name, value in scheme.mixture_attributes().items():
+                    if name != "domain" and given.get(name) != (value.encode() if isinstance(value, str) else value):
+                        faults.append(f"{weight} is multiplied with {name} {given.get(name)}, not {value}")
     return sorted(faults)
 
 
@@ -194,6 +199,7 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
 @dataclass(frozen=True)
 class _Product:
     scheme: Scheme
+    operator: str
     outputs: int
     inputs: int
 
@@ -203,22 +209,31 @@ def _products(model: LanguageModel, plan: Plan) -> dict[str, _Product]:
     found: dict[str, _Product] = {}
     for name, layer in layers(model).items():
         if isinstance(layer, Experts):
-            for part, weight in _of_experts(name, layer).items():
-                found[part] = _Product(plan.of(name, f"{name}.{part.rpartition('.')[2]}"), *weight.shape)
+            found |= _of_experts(name, layer, plan)
         else:
-            found[name] = _Product(plan.of(name), *layer.weight.shape)
+            scheme = plan.of(name)
+            found[name] = _Product(scheme, scheme.operator, *layer.weight.shape)
     for name, parts in packed_products(model, plan).items():
         packed = [found.pop(part) for part in parts]
         found[name] = replace(packed[0], outputs=sum(part.outputs for part in packed))
     return found
 
 
-def _of_experts(name: str, experts: Experts) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{index}.{part}": weight
-        for part in ("gate_up_proj", "down_proj")
-        for index, weight in enumerate(getattr(experts, part))
-    }
+def _of_experts(name: str, experts: Experts, plan: Plan) -> dict[str, _Product]:
+    found: dict[str, _Product] = {}
+    one_node = mixture_scheme(plan, name, experts)
+    for part in ("gate_up_proj", "down_proj"):
+        count, outputs, inputs = getattr(experts, part).shape
+        if one_node is None:
+            scheme = plan.of(name, f"{name}.{part}")
+            each = _Product(scheme, scheme.operator, outputs, inputs)
+            found |= {f"{name}.{index}.{part}": each for index in range(count)}
+        else:
+            if part == "gate_up_proj":
+                # Filled up to whole blocks of what `down_proj` reads.
+                outputs = 2 * blockwise.BLOCK * math.ceil(outputs / 2 / blockwise.BLOCK)
+            found[f"{name}.{part}"] = _Product(one_node, blockwise.MIXTURE, count * outputs, inputs)
+    return found
 
 
 def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
@@ -235,5 +250,5 @@ def _weight(tensor: onnx.TensorProto) -> Weight:
     count = 1
     for dimension in tensor.dims:
         count *= dimension
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return Weight(name=tensor.name, type=str(dtype), shape=list(tensor.dims), bytes=count * dtype.itemsize)

@@ -7,11 +7,13 @@ from odd import make_grouped, make_model
 
 from lm.model import LanguageModel
 
+# Whose experts blocks of 32 divide: those are one node in a graph.
+WHOLE_BLOCKS = {"hidden_size": 64}
 VARIANTS = {
     "plain": {},
-    "query latent and groups": {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
+    "query latent and groups": {**WHOLE_BLOCKS, "q_lora_rank": 24, "n_group": 4, "topk_group": 2},
     "dense only": {"first_k_dense_replace": 3},
-    "experts only, weights not normalized": {"first_k_dense_replace": 0, "norm_topk_prob": False},
+    "experts only, weights not normalized": {**WHOLE_BLOCKS, "first_k_dense_replace": 0, "norm_topk_prob": False},
 }
 LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -29,7 +31,7 @@ VARIANTS |= {
     "v2, groups, query latent, stretched": {
         **GREEDY, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "rope_scaling": DEEPSEEK_YARN,
     },
-    "v2, groups of one": {**GREEDY, "n_group": 8, "topk_group": 5, "tie_word_embeddings": True},
+    "v2, groups of one": {**GREEDY, **WHOLE_BLOCKS, "n_group": 8, "topk_group": 5, "tie_word_embeddings": True},
 }  # fmt: skip
 GROUPED_VARIANTS = {
     "llama": {},

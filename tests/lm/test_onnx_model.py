@@ -11,6 +11,7 @@ from odd import make_model
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
 from lm.calibration import calibrate
+from lm.feed_forward import gated
 from lm.graph import FLOAT, Graph
 from lm.model import LanguageModel
 from lm.per_token import PerToken
@@ -111,8 +112,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(plan: Plan, tmp_path: Path) -> None:
-    model = make_model(**SMALL)
+@pytest.mark.parametrize("hidden_size", [16, 32], ids=["a node an expert", "a node for all experts"])
+def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
+    hidden_size: int, plan: Plan, tmp_path: Path
+) -> None:
+    model = make_model(**{**SMALL, "hidden_size": hidden_size})
     # So few values that none of them lies on a boundary.
     ids = torch.tensor([[3, 77, 12]])
     plan = calibrate(model, plan, ids)
@@ -178,12 +182,39 @@ def test_exporting_twice_gives_the_same_bytes(model: LanguageModel, plan: Plan, 
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_an_expert_without_tokens_does_no_harm(ids: torch.Tensor, tmp_path: Path, model: LanguageModel) -> None:
+@pytest.mark.parametrize("plan", [EIGHT, PLANS["blockwise-8"]], ids=["per-token-8", "blockwise-8"])
+def test_an_expert_without_tokens_does_no_harm(
+    ids: torch.Tensor, tmp_path: Path, model: LanguageModel, plan: Plan
+) -> None:
     for router in model.routers():
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias[:] = torch.tensor([-9.0, *[0.0] * 7])
-    logits, _ = _run(_session(model, tmp_path), ids)
+    logits, _ = _run(_session(model, tmp_path, plan), ids)
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_all_experts_in_one_node_are_each_the_product_of_fake_quantization(
+    tokens: int, bits: int, tmp_path: Path
+) -> None:
+    scheme = Blockwise(bits)
+    generator = torch.Generator().manual_seed(3)
+    # 22 inputs of down_proj do not fill a block.
+    x, gate_up = torch.randn(tokens, 64, generator=generator), torch.randn(5, 44, 64, generator=generator)
+    down, gates = torch.randn(5, 64, 22, generator=generator), torch.rand(tokens, 5, generator=generator)
+    gates[torch.arange(tokens), torch.arange(tokens) % 5] = 0
+    gates[torch.arange(tokens), (torch.arange(tokens) + 2) % 5] = 0
+    graph = Graph("experts")
+    inputs = graph.input("x", FLOAT, ["tokens", 64]), graph.input("gates", FLOAT, ["tokens", 5])
+    graph.output(scheme.mixture(graph, "w", gate_up, down, *inputs, chosen=3), "y", FLOAT, ["tokens", 64])
+    graph.save(tmp_path / "experts.onnx")
+    computed = _open(tmp_path / "experts.onnx").run(None, {"x": x.numpy(), "gates": gates.numpy()})[0]
+    expected = torch.zeros(tokens, 64)
+    for index in range(5):
+        hidden = gated(scheme.project(x, gate_up[index]))
+        expected += gates[:, index : index + 1] * scheme.project(hidden, down[index])
+    assert (torch.from_numpy(computed) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

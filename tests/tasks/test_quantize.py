@@ -265,6 +265,42 @@ def test_blocks_that_are_multiplied_at_another_level_are_refused(model: Language
         audit(path, model, plan)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "told"),
+    [
+        ("accuracy_level", 0, "accuracy_level 0, not 4"),
+        ("swiglu_fusion", 2, "swiglu_fusion 2, not 1"),
+        ("activation_alpha", 1.702, r"activation_alpha 1\.70\d+, not 1\.0"),
+        ("normalize_routing_weights", 1, "normalize_routing_weights 1, not 0"),
+    ],
+)
+def test_experts_that_are_multiplied_otherwise_are_refused(
+    attribute: str, value: float, told: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    plan, path = PLANS["blockwise-4"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    found = audit(path, model, plan)
+    assert found.operators["QMoE"] == [*expected_products(model, plan).values()].count("QMoE") / 2 == 1
+    planted = onnx.load(path)
+    node = next(node for node in planted.graph.node if node.op_type == "QMoE")
+    kept = [one for one in node.attribute if one.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=rf"experts\.down_proj\.int4 is multiplied with {told}"):
+        audit(path, model, plan)
+
+
+def test_experts_that_lack_scales_are_refused(model: LanguageModel, tmp_path: Path) -> None:
+    plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    planted = onnx.load(path)
+    _one_scale("model.layers.1.mlp.experts.down_proj.scales")(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=r"mlp\.experts\.down_proj\.scales holds 1 scales, not \d+"):
+        audit(path, model, plan)
+
+
 def test_a_graph_of_another_scheme_is_refused(graph: Path, model: LanguageModel) -> None:
     with pytest.raises(Refused, match=rf"{_UP}\.int4 is not read by MatMulNBits"):
         audit(graph, model, PLANS["blockwise-4"])
