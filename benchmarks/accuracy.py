@@ -7,7 +7,8 @@ over windows. Install the package without what it depends on: ``python -m pip in
 
 Of each scheme: what it adds to the loss, the Kullback-Leibler divergence from float (mean and 99th percentile, nats a
 token), how often both choose the same token first, and the graph's bytes. "Both": rotated, and compensated by other
-pages of the same manual. The last line is one JSON object.
+pages of the same manual. llama.cpp, where it is installed (see benchmarks/peers.py), quantizes the same weights itself.
+The last line is one JSON object.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import peers
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -28,7 +31,7 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lm import gguf_file, hugging_face_config, onnx_model  # noqa: E402
+from lm import gguf_file, gguf_write, hugging_face, hugging_face_config, onnx_model  # noqa: E402
 from lm.calibration import calibrate  # noqa: E402
 from lm.compensation import compensate  # noqa: E402
 from lm.model import LanguageModel  # noqa: E402
@@ -43,6 +46,8 @@ WINDOWS, LENGTH = 8, 512
 CALIBRATION = 16
 RESAMPLES, SEED = 2000, 0
 DOWN = ("*.down_proj",)
+# Of the ids [length] of one text, what follows each: [length, vocabulary].
+Logits = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,14 @@ SIDES: dict[str, Side] = {
     "weight-only-4": Side(PLANS["blockwise-4"]),
     "weight-only-4, both": Side(PLANS["blockwise-4"], rotated=True, compensated=True),
 }
+LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", action="append", choices=SIDES, help="only this one; may be given several times")
-    chosen = parser.parse_args().side or list(SIDES)
+    every = [*SIDES, *LLAMA_CPP]
+    parser.add_argument("--side", action="append", choices=every, help="only this one; may be given several times")
+    chosen = parser.parse_args().side or every
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         model, ids, calibration = unpack(place / "origin")
@@ -84,13 +91,15 @@ def main() -> None:
         print(f"{'':<28} {'loss':>24} {'KLD: mean':>30} {'99%':>7} {'same first':>26} {'MB':>5}")
         table = {}
         for side in chosen:
-            plan, quantized = SIDES[side].plan, copy.deepcopy(model)
-            if SIDES[side].rotated:
-                rotate(quantized)
-            plan = calibrate(quantized, plan, torch.from_numpy(calibration))
-            if SIDES[side].compensated:
-                compensate(quantized, plan, torch.from_numpy(calibration))
-            row = compare(quantized, plan, place / side.replace(" ", ""), place / "origin", ids, exact)
+            folder = place / side.replace(" ", "")
+            if side not in LLAMA_CPP:
+                logits = by_side(model, SIDES[side], folder, place / "origin", torch.from_numpy(calibration))
+            elif peers.installed("llama_cpp"):
+                logits = by_llama_cpp(model, LLAMA_CPP[side], folder, place / "origin")
+            else:
+                print(f"{side}: left out, because llama_cpp is not installed (see benchmarks/peers.py)")
+                continue
+            row = compare(logits, folder, ids, exact)
             table[side] = row
             print(
                 f"{side:<28} {told(row['loss'], '{:+.2%}'):>24} {told(row['kld'], '{:.5f}'):>30} {row['kld_99']:7.4f} "
@@ -132,19 +141,44 @@ def unpack(
     return model, windows(text[:measured], WINDOWS, LENGTH + 1), windows(text[measured:], others, length)
 
 
-def compare(
-    model: LanguageModel, plan: Plan, folder: Path, origin: Path, ids: npt.NDArray[np.int64], exact: torch.Tensor
-) -> dict[str, object]:
-    """Returns what the graph of ``model`` under ``plan`` says of ``ids`` beside the log probabilities ``exact``."""
+def by_side(model: LanguageModel, side: Side, folder: Path, origin: Path, calibration: torch.Tensor) -> Logits:
+    """Returns the graph of ``model`` after what ``side`` does to a copy of it."""
+    quantized = copy.deepcopy(model)
+    if side.rotated:
+        rotate(quantized)
+    plan = calibrate(quantized, side.plan, calibration)
+    if side.compensated:
+        compensate(quantized, plan, calibration)
+    return by_graph(quantized, plan, folder, origin)
+
+
+def by_graph(model: LanguageModel, plan: Plan, folder: Path, origin: Path) -> Logits:
+    """Returns the graph of ``model`` under ``plan``, written to ``folder``."""
     folder.mkdir()
     onnx_model.export(model, plan, folder / "model.onnx")
     for name in ("tokenizer.json", "config.json"):
         (folder / name).write_bytes((origin / name).read_bytes())
     generator = Generator(folder)
+    return lambda window: np.asarray(generator.run(window[None], generator.new_cache())[0])
+
+
+def by_llama_cpp(model: LanguageModel, kind: str, folder: Path, origin: Path) -> Logits:
+    """Returns llama.cpp on the weights of ``model``, quantized by itself to ``kind`` and written to ``folder``."""
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint, plain = Path(name) / "checkpoint", Path(name) / "plain.gguf"
+        checkpoint.mkdir()
+        hugging_face.save(model, origin / "tokenizer.json", checkpoint)
+        gguf_write.write(checkpoint, plain, "f32", {})
+        folder.mkdir()
+        peers.quantize_gguf(plain, folder / "model.gguf", kind)
+    return peers.LlamaCpp(folder / "model.gguf", 2, LENGTH, 1).logits
+
+
+def compare(logits_of: Logits, folder: Path, ids: npt.NDArray[np.int64], exact: torch.Tensor) -> dict[str, object]:
+    """Returns what ``logits_of`` says of ``ids`` beside the log probabilities ``exact``, and the size of its files."""
     losses, divergences, agreements = [], [], []
     for window, truth in zip(ids, exact, strict=True):
-        logits = torch.from_numpy(generator.run(window[None, :-1], generator.new_cache())[0])
-        log = F.log_softmax(logits, dim=-1)
+        log = F.log_softmax(torch.from_numpy(logits_of(window[:-1])), dim=-1)
         targets = torch.from_numpy(window[1:])
         losses.append([float(F.nll_loss(one, targets, reduction="sum")) for one in (log, truth)])
         divergences.append(F.kl_div(log, truth, reduction="none", log_target=True).sum(dim=-1).double().numpy())
@@ -157,7 +191,7 @@ def compare(
         "kld": bootstrap.ratio(np.array([values.sum() for values in divergences]), tokens).model_dump(),
         "kld_99": round(float(np.quantile(np.concatenate(divergences), 0.99)), 6),
         "same_first": bootstrap.ratio(np.array(agreements), tokens).model_dump(),
-        "megabytes": round(sum(file.stat().st_size for file in folder.glob("model.onnx*")) / 1e6, 1),
+        "megabytes": round(sum(file.stat().st_size for file in folder.glob("model.*")) / 1e6, 1),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accuracy import ROOT, compare, told, unpack
+from accuracy import ROOT, by_graph, compare, told, unpack
 
 from lm.compensation import compensate
 from lm.model import LanguageModel
@@ -52,13 +52,18 @@ def main() -> None:
         with torch.no_grad():
             exact = torch.cat([F.log_softmax(model(window[None, :-1]), dim=-1) for window in torch.from_numpy(ids)])
         started = compensate(rotate(copy.deepcopy(model)), PLAN, torch.from_numpy(calibration))
-        table = {"before": compare(started, PLAN, place / "before", place / "origin", ids, exact)}
+
+        def measure(model: LanguageModel, what: str) -> dict[str, object]:
+            graph = by_graph(model, PLAN, place / what, place / "origin")
+            return compare(graph, place / what, ids, exact)
+
+        table = {"before": measure(started, "before")}
         show("before", table["before"])
         for objective in asked.objective or ["text", "float"]:
             tuned, began = copy.deepcopy(started), time.monotonic()
             fine_tune(tuned, model, objective, torch.from_numpy(pages), params)
             seconds = time.monotonic() - began
-            table[objective] = compare(tuned, PLAN, place / objective, place / "origin", ids, exact)
+            table[objective] = measure(tuned, objective)
             show(f"{objective}, {asked.steps} steps in {seconds:.0f} s", table[objective])
     print(json.dumps({**vars(asked), **table}))
 

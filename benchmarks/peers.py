@@ -137,7 +137,15 @@ class LlamaCpp:
         for _ in range(count):
             self._step(self._next)
 
-    def _step(self, ids: Ids) -> None:
+    def logits(self, ids: Ids) -> NDArray[np.float32]:
+        """Returns what follows each of ``ids`` [length], which are a whole text: [length, vocabulary]."""
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
+        self._length = 0
+        self._step(ids[None], every=True)
+        found = [self._c.llama_get_logits_ith(self._context, place) for place in range(len(ids))]
+        return np.stack([np.ctypeslib.as_array(one, (self._vocabulary,)) for one in found])
+
+    def _step(self, ids: Ids, every: bool = False) -> None:
         batch, (rows, length) = self._batch, ids.shape
         batch.n_tokens = rows * length
         for row in range(rows):
@@ -145,7 +153,7 @@ class LlamaCpp:
                 index = row * length + place
                 batch.token[index], batch.pos[index] = int(ids[row, place]), self._length + place
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
-                batch.logits[index] = place == length - 1
+                batch.logits[index] = every or place == length - 1
         if self._c.llama_decode(self._context, batch):
             raise RuntimeError("llama_decode failed")
         self._length += length
