@@ -1,7 +1,7 @@
 """A small writer of ONNX graphs: one call a node, names that tell where a node comes from."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,15 @@ class Graph:
         return name
 
     def output(self, value: str, name: str, kind: int, shape: list[int | str]) -> None:
-        """Makes ``value`` the graph's output ``name``."""
-        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
+        """Makes ``value``, which a node has computed, the graph's output and calls it ``name``.
+
+        It is not copied for that: what writes a cache writes it where the caller wants it.
+        """
+        for node in _all_nodes(self.nodes):
+            for names in (node.input, node.output):
+                for index, found in enumerate(names):
+                    if found == value:
+                        names[index] = name
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def mark(self, value: str, name: str) -> None:
@@ -107,7 +114,11 @@ class Graph:
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Yields the nodes of ``graph`` and of the branches in it."""
-    for node in graph.node:
+    yield from _all_nodes(graph.node)
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
         yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:

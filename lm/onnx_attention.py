@@ -20,16 +20,12 @@ class LatentPlaces:
     """What all layers with latent attention read of the tokens' positions [B, T]."""
 
     def __init__(self, graph: PlannedGraph, positions: str, rotations: torch.Tensor, config: LatentConfig) -> None:
-        cos, sin = (
+        self.rotations = [
             graph.weight(f"rotations.{name}", array(table))
             for name, table in zip(("cos", "sin"), rotations, strict=True)
-        )
+        ]
         self.positions = positions
         flat = graph.op("Reshape", positions, graph.ints(-1))
-        # [N, R / 2] for the one key of a token, [B, 1, T, R / 2] for the queries of all heads.
-        self.of_keys = graph.op("Gather", cos, flat), graph.op("Gather", sin, flat)
-        by_row = graph.op("Unsqueeze", positions, graph.ints(1))
-        self.of_queries = graph.op("Gather", cos, by_row), graph.op("Gather", sin, by_row)
         zero, one = graph.weight("zero", np.array(0, np.int64)), graph.weight("one", np.array(1, np.int64))
         batch = graph.op("Squeeze", graph.op("Shape", positions, start=0, end=1), graph.ints(0))
         rows = graph.op("Unsqueeze", graph.op("Range", zero, batch, one), graph.ints(1))
@@ -88,13 +84,15 @@ def latent(
     q_nope, q_rope = graph.ops("Split", q, graph.ints(nope, rope), outputs=2, axis=-1)
 
     new = graph.rounded(f"{name}.kv_b_proj", graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new))
-    new = graph.op("Concat", new, _rotate(graph, k_rope, *places.of_keys), axis=-1)
+    k_rope = graph.unflat(k_rope, places.positions, rope)
+    k_rope = graph.op("Reshape", _rotate(graph, k_rope, places, num_heads=1), graph.ints(-1, rope))
+    new = graph.op("Concat", new, k_rope, axis=-1)
     present = graph.op("ScatterND", *pasts, places.in_cache, new)
 
     weight = graph.constant(f"{name}.kv_b_proj", attention.kv_b_proj)
     by_head = graph.op("Reshape", weight, graph.ints(heads, nope + config.v_head_dim, rank))
     to_keys, to_values = graph.ops("Split", by_head, graph.ints(nope, config.v_head_dim), outputs=2, axis=1)
-    q_rope = _rotate(graph, q_rope, *places.of_queries)
+    q_rope = _rotate(graph, q_rope, places)
 
     def weights(scores: str) -> str:
         scaled = graph.op("Mul", scores, graph.number(float(config.score_scale)))
@@ -173,14 +171,7 @@ def grouped(
     return graph.linear(f"{name}.o_proj", attention.o_proj, Rows(graph, out)), presents
 
 
-def _rotate(graph: PlannedGraph, x: str, cos: str, sin: str) -> str:
-    # Twin of `rope.rotate`: pairs (x[2i], x[2i+1]) turned, first members before second ones.
-    end = graph.ints(np.iinfo(np.int64).max)
-    first = graph.op("Slice", x, graph.ints(0), end, graph.ints(-1), graph.ints(2))
-    second = graph.op("Slice", x, graph.ints(1), end, graph.ints(-1), graph.ints(2))
-    return graph.op(
-        "Concat",
-        graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin)),
-        graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin)),
-        axis=-1,
-    )
+def _rotate(graph: PlannedGraph, x: str, places: LatentPlaces, **heads: int) -> str:
+    # Pairs (x[2i], x[2i+1]) turned, each where it is: `rope.rotate` gives the same in another order, which scores do
+    # not depend on.
+    return graph.op("RotaryEmbedding", x, *places.rotations, places.positions, interleaved=1, **heads)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -11,6 +12,7 @@ from odd import make_model
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
 from lm.calibration import calibrate
+from lm.config import GroupedConfig
 from lm.feed_forward import gated
 from lm.graph import FLOAT, Graph
 from lm.model import LanguageModel
@@ -171,6 +173,20 @@ def test_decoding_token_by_token_continues_the_prefill(
     for name, one in past.items():
         assert one.shape == cache[name].shape
         assert np.median(np.abs(one - cache[name])) < 1e-5
+
+
+def test_what_computes_a_cache_writes_it_where_the_caller_wants_it(
+    model: LanguageModel, plan: Plan, tmp_path: Path
+) -> None:
+    onnx_model.export(model, calibrate(model, plan, CALIBRATION), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    caches = [value.name for value in graph.output if value.name.startswith("present_")]
+    assert len(caches) == len(model.model.layers) * (2 if isinstance(model.config, GroupedConfig) else 1)
+    for cache in caches:
+        # One that a further node hands on would be copied whole for each token.
+        assert makers[cache].op_type in ("ScatterND", "GroupQueryAttention")
+        assert cache.replace("present_", "past_") in makers[cache].input
 
 
 def test_exporting_twice_gives_the_same_bytes(model: LanguageModel, plan: Plan, tmp_path: Path) -> None:
