@@ -8,7 +8,7 @@ run: .venv/.installed
 	$(BIN)/overnight run
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed-test
 	$(BIN)/ruff check .

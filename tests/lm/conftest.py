@@ -31,7 +31,9 @@ VARIANTS |= {
     "v2, groups, query latent, stretched": {
         **GREEDY, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "rope_scaling": DEEPSEEK_YARN,
     },
-    "v2, groups of one": {**GREEDY, **WHOLE_BLOCKS, "n_group": 8, "topk_group": 5, "tie_word_embeddings": True},
+    "v2, groups of one": {
+        **GREEDY, **WHOLE_BLOCKS, "num_attention_heads": 2, "n_group": 8, "topk_group": 5, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 GROUPED_VARIANTS = {
     "llama": {},

@@ -15,7 +15,7 @@ def _mixtures(model: LanguageModel) -> list[MixtureOfExperts]:
 
 def test_experts_equal_one_token_at_a_time(model: LanguageModel) -> None:
     for mixture in _mixtures(model):
-        x = torch.randn(19, 48, generator=torch.Generator().manual_seed(6))
+        x = torch.randn(19, mixture.gate.config.hidden_size, generator=torch.Generator().manual_seed(6))
         chosen, weights = mixture.gate(x)
         expected = torch.stack([_one(mixture.experts, *token) for token in zip(x, chosen, weights, strict=True)])
         torch.testing.assert_close(mixture.experts(x, chosen, weights), expected, atol=1e-5, rtol=1e-5)
