@@ -132,12 +132,12 @@ class Blockwise:
             ]
         nothing = [""] * 6
         # Those whose gates are largest are those that the router chose, and no others.
-        return graph.op(MIXTURE, x, gates, *operands, *nothing, gates, k=chosen, **self.mixture_attributes())
+        attributes = {"domain": "com.microsoft", "k": chosen, **self.mixture_attributes()}
+        return graph.op(MIXTURE, x, gates, *operands, *nothing, gates, **attributes)
 
     def mixture_attributes(self) -> dict[str, int | float | str]:
         """The attributes that decide what ``QMoE`` computes with given weights."""
         return {
-            "domain": "com.microsoft",
             "expert_weight_bits": self.bits,
             "block_size": BLOCK,
             "accuracy_level": ACCURACY_LEVEL,

@@ -134,9 +134,9 @@ def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) ->
         parts = experts.gate_up_proj, experts.down_proj
         chosen = layer.gate.config.num_experts_per_tok
         return graph.op("Add", y, scheme.mixture(graph, f"{name}.experts", *parts, x, gates, chosen))
-    for index in range(len(layer.experts.gate_up_proj)):
+    for index in range(len(experts.gate_up_proj)):
         with graph.scope(f"expert_{index}"):
-            y = _add_expert(graph, f"{name}.experts", layer.experts, index, rows, gates, y)
+            y = _add_expert(graph, f"{name}.experts", experts, index, rows, gates, y)
     return y
 
 

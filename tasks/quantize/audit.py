@@ -140,7 +140,7 @@ def _other_numerics(
             if node.op_type == blockwise.MIXTURE and isinstance(scheme, Blockwise):
                 given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
                 for name, value in scheme.mixture_attributes().items():
-                    if name != "domain" and given.get(name) != (value.encode() if isinstance(value, str) else value):
+                    if given.get(name) != (value.encode() if isinstance(value, str) else value):
                         faults.append(f"{weight} is multiplied with {name} {given.get(name)}, not {value}")
     return sorted(faults)
 
