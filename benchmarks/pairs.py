@@ -6,11 +6,17 @@ from collections.abc import Callable, Mapping
 
 
 def compare(
-    sides: Mapping[str, Callable[[], float]], rounds: int, unit: str, goals: Mapping[str, float], ours: str
+    sides: Mapping[str, Callable[[], float]],
+    rounds: int,
+    unit: str,
+    goals: Mapping[str, float],
+    ours: str,
+    also: Mapping[str, object] | None = None,
 ) -> None:
     """Measures each of ``sides`` once a round and prints medians, then a JSON line with the ratios of ``ours`` to each.
 
-    A side returns a rate in ``unit``; more is better. ``goals`` names the ratio to reach against a side.
+    A side returns a rate in ``unit``; more is better. ``goals`` names the ratio to reach against a side. The JSON line
+    begins with what ``also`` holds in the end.
     """
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds):
@@ -20,7 +26,7 @@ def compare(
             f"round {round_ + 1}/{rounds}: " + "  ".join(f"{name} {rates[-1]:,.0f}" for name, rates in measured.items())
         )
     print(f"\n{'side':<44}{unit:>16}   ours/side: median (least to most)   goal")
-    results: dict[str, object] = {"unit": unit, "rounds": rounds}
+    results: dict[str, object] = {**(also or {}), "unit": unit, "rounds": rounds}
     for name, rates in measured.items():
         ratios = [mine / theirs for mine, theirs in zip(measured[ours], rates, strict=True)]
         median = statistics.median(ratios)

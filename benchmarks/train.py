@@ -1,21 +1,26 @@
 """Training against transformers' Trainer: one model, the same precision, processes, threads, batch and tokens.
 
 Each side runs under torchrun in processes of its own; what counts is the median step from its sixth one on. Ours runs
-the loop of the stage `train` with the environment that the stage gives its processes; the Trainer runs once with the
-environment that a user finds, and once with ours.
+the loop of the stage `train` with the environment that the stage gives its processes. On CPUs the Trainer runs once
+with the environment that a user finds, and once with ours; on GPUs both sides run once as they are, once compiled.
+Utilization is that of active parameters (six operations each a token, attention's own products left out) against a
+square product of random bf16 numbers, timed in the same run.
 Run: .venv/bin/python benchmarks/train.py
+     python benchmarks/train.py --device cuda --shape dense-350m    (or mixture-1b)
 """
 
 import argparse
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +28,54 @@ import torch
 from pairs import compare
 
 from lm import hugging_face
-from lm.config import LatentConfig
+from lm.config import GroupedArchitecture, GroupedConfig, LatentArchitecture, LatentConfig
 from lm.model import LanguageModel
 from tasks.launch import worker_environment
 from tasks.progress import Progress
 from tasks.section import read_section
 from tasks.shards import WindowReader
+from tasks.step_meter import active_in_products
 from tasks.train.params import TrainParams
 from tasks.training import train
 
 ROOT = Path(__file__).parent.parent
 WARM_UP = 5
-VOCAB = 2048
+TOKENS = 2**21
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and the windows it is trained on; without an architecture it is the project's own."""
+
+    vocabulary: int
+    architecture: GroupedArchitecture | LatentArchitecture | None = None
+    seq_len: int = 2048
+    micro_batch: int = 16
+
+
+SHAPES = {
+    "default": Shape(2048),
+    # 360 million parameters, of GPT-3 Medium's depth and width.
+    "dense-350m": Shape(
+        50_304,
+        GroupedArchitecture(
+            model_type="llama", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
+            head_dim=64, rope_theta=10_000.0, rope_scaling=None, intermediate_size=2816, tie_word_embeddings=True,
+            initializer_range=0.02, rms_norm_eps=1e-6,
+        ),
+    ),  # fmt: skip
+    # 1,057 million, of which 256 million multiply each token.
+    "mixture-1b": Shape(
+        50_304,
+        LatentArchitecture(
+            model_type="deepseek_v3", hidden_size=1024, num_hidden_layers=18, num_attention_heads=16, q_lora_rank=None,
+            kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, rope_theta=10_000.0,
+            intermediate_size=2816, first_k_dense_replace=1, moe_intermediate_size=512, n_routed_experts=32,
+            n_shared_experts=1, num_experts_per_tok=4, n_group=1, topk_group=1, norm_topk_prob=True,
+            routed_scaling_factor=1.0, initializer_range=0.02, rms_norm_eps=1e-6,
+        ),
+    ),  # fmt: skip
+}
 
 
 def main() -> None:
@@ -42,86 +83,143 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="timed a run")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="default")
+    parser.add_argument("--micro-batch", type=int, help="windows that a process takes at a time")
+    parser.add_argument("--only", nargs="+", metavar="SIDE", help="the sides to run; 'overnight' always does")
     parser.add_argument("--side", choices=["ours", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    params = parameters(arguments)
     if arguments.side:
-        run_side(arguments.side, arguments.folder, arguments.steps, arguments.device)
+        run_side(arguments, params)
         return
-    params = parameters(arguments.device, arguments.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(params, folder)
+        operations = write_model(params, SHAPES[arguments.shape].vocabulary, folder)
         ours = worker_environment(params.threads_per_process)
         plain = {"OMP_NUM_THREADS": str(params.threads_per_process)}
+        notes: dict[str, object] = {"shape": arguments.shape, "micro_batch": params.micro_batch}
+        peak = 0.0
+        if arguments.device == "cuda":
+            peak = product_peak()
+            notes |= {"device": torch.cuda.get_device_name(), "product_tflops": round(peak / 1e12, 1)}
+        print(notes, flush=True)
 
-        def side(kind: str, environment: Mapping[str, str]) -> float:
-            return measure(kind, folder, params, arguments.steps, environment)
+        def side(name: str, kind: str, environment: Mapping[str, str], compiled: bool = False) -> Callable[[], float]:
+            def run() -> float:
+                found = measure(kind, folder, arguments, params, environment, compiled)
+                notes[f"{name}: peak MiB"] = round(found["bytes"] / 2**20)
+                if peak:
+                    notes[f"{name}: utilization"] = round(operations * found["rate"] / peak / params.world_size, 4)
+                print(f"{name}: {found}", flush=True)
+                return found["rate"]
 
-        compare(
-            {
-                "overnight": lambda: side("ours", ours),
-                "transformers Trainer": lambda: side("trainer", plain),
-                "transformers Trainer, our environment": lambda: side("trainer", ours),
-            },
-            arguments.rounds,
-            "tokens/s",
-            {"transformers Trainer": 1.5},
-            "overnight",
-        )
+            return run
+
+        sides = {"overnight": side("overnight", "ours", ours)}
+        if arguments.device == "cpu":
+            for name, environment in (("transformers Trainer", plain), ("transformers Trainer, our environment", ours)):
+                sides[name] = side(name, "trainer", environment)
+        else:
+            sides["overnight, compiled"] = side("overnight, compiled", "ours", ours, compiled=True)
+            for name, compiled in (("transformers Trainer", False), ("transformers Trainer, compiled", True)):
+                sides[name] = side(name, "trainer", plain, compiled)
+        kept = {name: run for name, run in sides.items() if name == "overnight" or name in (arguments.only or sides)}
+        compare(kept, arguments.rounds, "tokens/s", {"transformers Trainer": 1.5}, "overnight", notes)
 
 
-def parameters(device: str, steps: int) -> TrainParams:
-    """Returns the default parameters of the project, without validations and checkpoints in between."""
+def parameters(arguments: argparse.Namespace) -> TrainParams:
+    """Returns the parameters of the project with the shape, and without validations and checkpoints in between."""
     params = read_section("train", TrainParams, ROOT / "params.yaml")
-    if device == "cuda":
+    shape = SHAPES[arguments.shape]
+    if shape.architecture is not None:
+        more = {"model": shape.architecture, "seq_len": shape.seq_len, "micro_batch": shape.micro_batch}
+        params = params.model_copy(update=more)
+    if arguments.micro_batch:
+        params = params.model_copy(update={"micro_batch": arguments.micro_batch})
+    processes = params.world_size
+    if arguments.device == "cuda":
         processes = max(1, torch.cuda.device_count())
+    if arguments.device == "cuda" or shape.architecture is not None:
         params = params.model_copy(update={"world_size": processes, "global_batch": params.micro_batch * processes})
-    total = steps + WARM_UP
+    total = arguments.steps + WARM_UP
     return params.model_copy(
-        update={"device": device, "steps": total, "validate_every": 10**9, "checkpoint_every": 10**9}
-    )
+        update={
+            "device": arguments.device, "steps": total, "validate_every": 10**9, "checkpoint_every": 10**9,
+            "compile": arguments.compile,
+        }
+    )  # fmt: skip
 
 
-def write_model(params: TrainParams, folder: Path) -> None:
-    """Writes one random model, in the layout that both sides read."""
-    config = LatentConfig(
+def write_model(params: TrainParams, vocabulary: int, folder: Path) -> int:
+    """Writes one random model in the layout that both sides read; returns its operations a token."""
+    assert params.model is not None
+    kind = GroupedConfig if isinstance(params.model, GroupedArchitecture) else LatentConfig
+    config = kind(
         **params.model.model_dump(),
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         max_position_embeddings=params.seq_len,
-        bos_token_id=VOCAB - 1,
-        eos_token_id=VOCAB - 1,
+        bos_token_id=vocabulary - 1,
+        eos_token_id=vocabulary - 1,
     )
     model = LanguageModel(config)
     model.initialize(params.seed)
     tokenizer = folder / "added.json"
-    tokenizer.write_text(json.dumps({"added_tokens": [{"id": VOCAB - 1, "content": "<|endoftext|>"}]}))
+    tokenizer.write_text(json.dumps({"added_tokens": [{"id": vocabulary - 1, "content": "<|endoftext|>"}]}))
     (folder / "model").mkdir()
     hugging_face.save(model, tokenizer, folder / "model")
+    return 6 * active_in_products(model)
 
 
-def measure(kind: str, folder: Path, params: TrainParams, steps: int, environment: Mapping[str, str]) -> float:
-    """Runs one side in processes of its own; returns tokens a second over all of them."""
+def product_peak() -> float:
+    """Returns the operations a second of a bf16 product of random numbers [8192, 8192], the median of 20."""
+    x, y = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(25):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        x @ y
+        last.record()
+        last.synchronize()
+        seconds.append(first.elapsed_time(last) / 1000)
+    return 2 * 8192**3 / statistics.median(seconds[5:])
+
+
+def measure(
+    kind: str,
+    folder: Path,
+    arguments: argparse.Namespace,
+    params: TrainParams,
+    environment: Mapping[str, str],
+    compiled: bool,
+) -> dict[str, float]:
+    """Runs one side in processes of its own; returns tokens a second over all, and the first one's peak of memory."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.world_size}",
-        __file__, "--side", kind, "--folder", str(folder), "--steps", str(steps), "--device", params.device,
+        __file__, "--side", kind, "--folder", str(folder), "--steps", str(arguments.steps),
+        "--device", params.device, "--shape", arguments.shape, "--micro-batch", str(params.micro_batch),
+        *(["--compile"] if compiled else []),
     ]  # fmt: skip
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, cwd=ROOT
     )
     if done.returncode:
         sys.exit(f"the side '{kind}' failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return float(json.loads((folder / "rate.json").read_text()))
+    found: dict[str, float] = json.loads((folder / "rate.json").read_text())
+    return found
 
 
-def run_side(kind: str, folder: Path, steps: int, device: str) -> None:
-    """One process of one side; the first one leaves the rate in ``folder``."""
-    params = parameters(device, steps)
+def run_side(arguments: argparse.Namespace, params: TrainParams) -> None:
+    """One process of one side; the first one leaves the rate and its memory in ``arguments.folder``."""
     torch.set_num_threads(params.threads_per_process)
-    seconds = run_ours(params, folder) if kind == "ours" else run_trainer(params, folder)
+    run = run_ours if arguments.side == "ours" else run_trainer
+    seconds = run(params, SHAPES[arguments.shape].vocabulary, arguments.folder)
     if os.environ["RANK"] == "0":
         rate = params.global_batch * params.seq_len / seconds
-        (folder / "rate.json").write_text(json.dumps(rate))
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        held = torch.cuda.max_memory_allocated() if params.device == "cuda" else resident
+        (arguments.folder / "rate.json").write_text(json.dumps({"rate": rate, "bytes": held}))
 
 
 class Stopwatch:
@@ -155,11 +253,11 @@ class _NoCheckpoints:
     def finish(self) -> None: ...
 
 
-def run_ours(params: TrainParams, folder: Path) -> float:
+def run_ours(params: TrainParams, vocabulary: int, folder: Path) -> float:
     from tasks import world
 
     model = hugging_face.load(folder / "model")
-    tokens = np.random.default_rng(0).integers(0, VOCAB, 2**20, dtype=np.uint16)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.uint16)
     reader = WindowReader([tokens], params.seq_len)
     few = WindowReader([tokens[: 8 * params.seq_len]], params.seq_len)
     stopwatch = _TimedProgress()
@@ -171,17 +269,19 @@ def run_ours(params: TrainParams, folder: Path) -> float:
     return stopwatch.seconds()
 
 
-def run_trainer(params: TrainParams, folder: Path) -> float:
+def run_trainer(params: TrainParams, vocabulary: int, folder: Path) -> float:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from tasks.world import resolve_precision
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    tokens = np.random.default_rng(0).integers(0, VOCAB, 2**20, dtype=np.int64)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64)
     stopwatch = Stopwatch()
 
     class Timed(TrainerCallback):
         def on_step_end(self, *arguments: object, **more: object) -> None:
+            if params.device == "cuda":
+                torch.cuda.synchronize()
             stopwatch.ends.append(time.perf_counter())
 
     class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -206,6 +306,7 @@ def run_trainer(params: TrainParams, folder: Path) -> float:
             use_cpu=params.device == "cpu",
             ddp_backend="gloo" if params.device == "cpu" else "nccl",
             optim="adamw_torch_fused",
+            torch_compile=params.compile,
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
