@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lm.config import LatentConfig
-from lm.linear import Linear, Project, stacked, to_product_type
+from lm.dispatch import combined, counted, dealt, rows_by_pair, rows_by_row
+from lm.linear import Linear, Project, stacked, to_product_type, together
 
-ROWS = 64
+# Where torch computes the products of all experts at once; of CPUs, no faster than one after the other.
+GROUPED_ON = {"cuda"}
 
 
 class _Gate(torch.autograd.Function):
@@ -39,65 +41,11 @@ class _Gate(torch.autograd.Function):
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """Returns ``silu(gate) * up`` [..., F] for ``gate_up`` [..., 2F], which holds gate first."""
+    if gate_up.device.type != "cpu":
+        gate, up = gate_up.chunk(2, dim=-1)
+        # Kernels of torch's own, or a compiler's.
+        return F.silu(gate) * up
     result: torch.Tensor = _Gate.apply(gate_up)
-    return result
-
-
-class _Deal(torch.autograd.Function):
-    # Autograd would repeat each token K times, and add up as many gradients in a sum that is slow for few.
-    @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor, rows_NK: torch.Tensor, rows: int) -> torch.Tensor:
-        ctx.save_for_backward(rows_NK)
-        result = x_ND.new_zeros(rows, x_ND.shape[1])
-        for rows_N in rows_NK.unbind(1):
-            result.index_copy_(0, rows_N, x_ND)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_PD: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        (rows_NK,) = ctx.saved_tensors
-        grad_ND, *others = (grad_PD.index_select(0, rows_N) for rows_N in rows_NK.unbind(1))
-        if len(others) > 1:
-            # The sum of two is rounded once as it is.
-            grad_ND = grad_ND.to(torch.promote_types(grad_ND.dtype, torch.float32))
-        for other in others:
-            grad_ND = grad_ND + other
-        return grad_ND.to(grad_PD.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    # Autograd would hold [N, K, D] in fp32 three times, and add up gradients of rows that each occur once.
-    @staticmethod
-    def forward(ctx: Any, y_PD: torch.Tensor, rows_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-        first, *others = zip(rows_NK.unbind(1), weights_NK.unsqueeze(-1).unbind(1), strict=True)
-        parts = [y_PD.index_select(0, first[0])]
-        result = parts[0] * first[1]
-        for rows_N, weight_N1 in others:
-            parts.append(y_PD.index_select(0, rows_N))
-            result.addcmul_(parts[-1].to(result.dtype), weight_N1)
-        ctx.save_for_backward(rows_NK, weights_NK, *parts)
-        ctx.rows = len(y_PD)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
-        rows_NK, weights_NK, *parts = ctx.saved_tensors
-        grad_PD = parts[0].new_zeros(ctx.rows, parts[0].shape[1])
-        for rows_N, weight_N1 in zip(rows_NK.unbind(1), weights_NK.unsqueeze(-1).unbind(1), strict=True):
-            grad_PD.index_copy_(0, rows_N, (grad_ND * weight_N1).to(grad_PD.dtype))
-        grad_weights_NK = torch.stack([(grad_ND * part).sum(dim=1) for part in parts], dim=1)
-        return grad_PD, None, grad_weights_NK
-
-
-def dealt(x_ND: torch.Tensor, rows_NK: torch.Tensor, rows: int) -> torch.Tensor:
-    """Returns [``rows``, D] with each token in its K rows ``rows_NK``, and zeros in the others."""
-    result: torch.Tensor = _Deal.apply(x_ND, rows_NK, rows)
-    return result
-
-
-def combined(y_PD: torch.Tensor, rows_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Returns [N, D]: the sum over K of the rows ``rows_NK`` of ``y_PD``, weighted; no row may occur twice."""
-    result: torch.Tensor = _Combine.apply(y_PD, rows_NK, weights_NK)
     return result
 
 
@@ -111,6 +59,9 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            gate, up = together(x, self.gate_proj, self.up_proj)
+            return self.down_proj(F.silu(gate) * up)
         return self.down_proj(gated(stacked(x, self.gate_proj, self.up_proj)))
 
 
@@ -147,7 +98,7 @@ class Router(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training and self.counts:
             with torch.no_grad():
-                self.tokens_per_expert += torch.bincount(experts_NK.flatten(), minlength=scores_NE.shape[1])
+                self.tokens_per_expert += counted(experts_NK, scores_NE.shape[1])
         return experts_NK, weights_NK * self.config.routed_scaling_factor
 
     def choose(self, biased_NE: torch.Tensor) -> torch.Tensor:
@@ -190,35 +141,36 @@ class Experts(nn.Module):
     def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Returns [N, D]: for each token the weighted sum of its experts' outputs.
 
-        Tokens are laid out expert by expert, so that each expert is two plain matrix products. Each expert's rows are
-        filled up with zeros to a multiple of ``ROWS``: oneDNN compiles a kernel for every new number of rows, and
-        without this every step would bring some.
+        Tokens are laid out expert by expert, so that each expert is two plain matrix products; where there are grouped
+        ones, two do for all experts.
         """
-        experts = len(self.gate_up_proj)
-        chosen = experts_NK.flatten()
-        counts = torch.bincount(chosen, minlength=experts)
-        padded = (counts + ROWS - 1) // ROWS * ROWS
-        # The row of each (token, expert) pair: where its expert's rows begin, and its place among them.
-        order = chosen.argsort(stable=True)
-        shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-        rows = torch.empty_like(chosen)
-        rows[order] = torch.arange(len(chosen), device=chosen.device) + shift[chosen[order]]
+        experts, x_ND = len(self.gate_up_proj), to_product_type(x_ND)
+        if self._takes_groups(x_ND):
+            rows = rows_by_row(experts_NK, experts)
+            ends, gate_up, down = rows.ends.int(), to_product_type(self.gate_up_proj), to_product_type(self.down_proj)
+            hidden_PF = gated(F.grouped_mm(dealt(x_ND, rows), gate_up.mT, offs=ends))
+            return combined(F.grouped_mm(hidden_PF, down.mT, offs=ends), weights_NK, rows)
+        return self.one_by_one(x_ND, experts_NK, weights_NK)
 
-        rows_NK = rows.view_as(experts_NK)
-        sizes: list[int] = padded.tolist()
+    def one_by_one(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        """Returns what ``forward`` does, of ``x_ND`` in the type that is multiplied; the host waits for the counts."""
+        rows = rows_by_pair(experts_NK, len(self.gate_up_proj))
+        sizes: list[int] = rows.ends.diff(prepend=rows.ends.new_zeros(1)).tolist()
         outputs = [
             self._expert(x, gate_up, down)
             for x, gate_up, down in zip(
-                dealt(to_product_type(x_ND), rows_NK, sum(sizes)).split(sizes),
-                self.gate_up_proj.unbind(),
-                self.down_proj.unbind(),
-                strict=True,
+                dealt(x_ND, rows).split(sizes), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
             )
         ]
-        return combined(torch.cat(outputs), rows_NK, weights_NK)
+        return combined(torch.cat(outputs), weights_NK, rows)
 
     def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         return self.project_out(gated(self.project_in(x, gate_up)), down)
+
+    def _takes_groups(self, x_ND: torch.Tensor) -> bool:
+        plain = self.project_in is F.linear and self.project_out is F.linear
+        aligned = not (x_ND.shape[1] % 8 or self.down_proj.shape[2] % 8)
+        return plain and aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in GROUPED_ON
 
 
 class MixtureOfExperts(nn.Module):

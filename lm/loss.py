@@ -19,6 +19,8 @@ Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LOGITS_AT_A_TIME = 2**18
 # 256 MiB of fp32. Below, the head is one product; above, several, whose gradients are added up.
 LOGITS_HELD = 2**26
+# Adding up the head's gradient costs a GPU, which multiplies much faster, as much as a thousand rows' product.
+LOGITS_HELD_ON_GPU = 2**28
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -81,13 +83,14 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         # In fp16 the gradients of a mean would be lost on their way; those of a sum are about one.
         lift = count if to_product_type(x_ND).dtype == torch.float16 else 1
+        lifted = torch.full_like(total, lift)
         for start in range(0, count, rows):
             x = x_ND[start : start + rows].detach().requires_grad_(differentiates)
             with torch.set_grad_enabled(differentiates):
                 share = measure(head(x), targets_N[start : start + rows]) * (len(x) / count)
             total += share.detach()
             if differentiates:
-                grad_x[start : start + rows], *found = torch.autograd.grad(share, [x, *wanted], total.new_tensor(lift))
+                grad_x[start : start + rows], *found = torch.autograd.grad(share, [x, *wanted], lifted)
                 for grad, more in zip(grads, found, strict=True):
                     grad += more
         if differentiates:
@@ -101,6 +104,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return None, None, grad_x * grad, None, None, *(next(found) * grad if wanted else None for wanted in ctx.wanted)
 
 
+def logits_held(device: str) -> int:
+    """Returns how many logits are held at most on a ``device`` of torch's name."""
+    return LOGITS_HELD if device == "cpu" else LOGITS_HELD_ON_GPU
+
+
 def projected_cross_entropy(
     head: Project,
     x_ND: torch.Tensor,
@@ -109,14 +117,18 @@ def projected_cross_entropy(
     measure: Measure = cross_entropy,
     weights: Iterable[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Returns :func:`cross_entropy` of ``head(x)`` [N, ``vocabulary``] without ever holding more than 2^26 logits.
+    """Returns :func:`cross_entropy` of ``head(x)`` [N, ``vocabulary``], of which :func:`logits_held` are there at once.
 
     ``measure`` takes its place. ``weights`` are what a ``head`` computes with that is no module.
     Hooks that want to see the head's whole input (per-sample gradients) see pieces of it above that size.
     """
-    rows = max(1, LOGITS_HELD // vocabulary)
+    rows = max(1, logits_held(x_ND.device.type) // vocabulary)
     if len(x_ND) <= rows:
         return measure(head(x_ND), targets_N)
+    pieces = -(-len(x_ND) // rows)
+    # Of one size, where that takes no more than twice as many: a compiled measure is compiled for each size.
+    pieces = next((more for more in range(pieces, 2 * pieces) if not len(x_ND) % more), pieces)
+    rows = -(-len(x_ND) // pieces)
     if isinstance(head, nn.Module):
         weights = head.parameters()
     # Within the function autograd is off, also where a gradient is wanted.

@@ -8,7 +8,7 @@ from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.linear import Embedding, Linear
-from lm.loss import projected_cross_entropy
+from lm.loss import Measure, cross_entropy, projected_cross_entropy
 from lm.norm import RMSNorm
 from lm.rope import rotations
 
@@ -60,6 +60,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.measure: Measure = cross_entropy
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -83,7 +84,9 @@ class LanguageModel(nn.Module):
 
     def loss_of(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting the targets from the decoder's hidden states."""
-        return projected_cross_entropy(self.lm_head, x_BTD.flatten(0, 1), targets_BT.flatten(), self.config.vocab_size)
+        return projected_cross_entropy(
+            self.lm_head, x_BTD.flatten(0, 1), targets_BT.flatten(), self.config.vocab_size, self.measure
+        )
 
     def initialize(self, seed: int) -> None:
         """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, biases 0."""

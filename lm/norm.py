@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -31,5 +32,7 @@ class RMSNorm(nn.RMSNorm):
     """``x / rms(x) * weight`` over the last axis; [..., D] of any float type to [..., D] in the weight's type."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
         result: torch.Tensor = _Normalize.apply(x, self.weight, self.eps)
         return result

@@ -2,7 +2,8 @@
 
 What a layer computes between its matrix products becomes a few fused kernels. The first steps wait for that; torch
 keeps what it has compiled (``TORCHINDUCTOR_CACHE_DIR`` says where), and the next training finds it there. Routed
-experts stay as they are. Sums run in another order than uncompiled.
+experts are compiled where one product does for all of them. On a GPU cross-entropy is compiled too. Sums run in another
+order than uncompiled.
 """
 
 import os
@@ -40,9 +41,14 @@ def compile_layers(model: LanguageModel, device: torch.device, backend: str = "i
 
         # Each process compiles in itself: helpers would compete with the other ranks for the same cores.
         config.compile_threads = 1
+    else:
+        model.measure = torch.compile(model.measure, backend=backend)
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         # How many tokens come to each changes with every step, and would have to be compiled as often.
-        experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
+        if "forward" in vars(experts):
+            # Tokens travel.
+            experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
+        experts.one_by_one = torch.compiler.disable(experts.one_by_one)  # type: ignore[method-assign]
     for layer in model.model.layers:
         # Its forward alone: what comes before and after it (FSDP's hooks, checkpoints of activations) stays as it is.
         layer.forward = torch.compile(layer.forward, backend=backend)

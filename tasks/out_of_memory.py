@@ -10,7 +10,7 @@ import torch
 from lm.config import LatentConfig
 from lm.feed_forward import Experts
 from lm.linear import Embedding
-from lm.loss import LOGITS_HELD
+from lm.loss import logits_held
 from lm.model import LanguageModel
 from tasks import atomic, paths
 from tasks.errors import BadParameter
@@ -131,10 +131,12 @@ def activation_bytes(model: LanguageModel, tokens: int, checkpointing: str, prec
 
 
 def _logits(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Use:
-    held = min(params.micro_batch * length * model.config.vocab_size, LOGITS_HELD)
     # Themselves and their gradient; in fp32 themselves, their softmax and its gradient.
-    size = held * (2 * PRODUCT_TYPES[precision].itemsize + 12)
-    return Use("logits", size, _fewer_windows(params, size))
+    bytes_each = 2 * PRODUCT_TYPES[precision].itemsize + 12
+    held, most = params.micro_batch * length * model.config.vocab_size, logits_held(params.device)
+    if held > most:
+        return Use("logits", most * bytes_each, "whatever micro_batch is")
+    return Use("logits", held * bytes_each, _fewer_windows(params, held * bytes_each))
 
 
 def _fewer_windows(params: TrainingParams, size: float) -> str:

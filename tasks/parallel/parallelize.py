@@ -77,6 +77,8 @@ def lay_out(model: LanguageModel, world: World, params: TrainingParams) -> tuple
 
 def parallelize(model: LanguageModel, world: World) -> Parallel:
     """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``."""
+    if world.size == 1:
+        return Alone(model, world)
     if world.mesh is None:
         return Replicated(model, world)
     return Sharded(model, world) if world.stages_group is None else Pipelined(model, world)

@@ -1,11 +1,15 @@
 """Routing and experts against one token at a time."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lm import feed_forward
 from lm.config import LatentConfig
-from lm.feed_forward import Experts, MixtureOfExperts, Router, combined, dealt, gated
+from lm.dispatch import ROWS, Rows, combined, counted, dealt, rows_by_pair, rows_by_row
+from lm.feed_forward import Experts, MixtureOfExperts, Router, gated
 from lm.model import LanguageModel
 
 
@@ -21,29 +25,100 @@ def test_experts_equal_one_token_at_a_time(model: LanguageModel) -> None:
         torch.testing.assert_close(mixture.experts(x, chosen, weights), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lay_out", [rows_by_pair, rows_by_row])
 @pytest.mark.parametrize("chosen", [1, 2, 3])
-def test_rows_are_laid_out_and_added_up_with_their_gradients(chosen: int) -> None:
+def test_rows_are_laid_out_and_added_up_with_their_gradients(chosen: int, lay_out: Callable[..., Rows]) -> None:
     generator = torch.Generator().manual_seed(1)
+    # Experts 1 and 4, the last, get no token, and expert 2 more than one block of rows.
+    some = torch.tensor([2, 0, 3])[torch.stack([torch.randperm(3, generator=generator)[:chosen] for _ in range(9)])]
+    many = torch.full((ROWS, chosen), 2)
+    rows = lay_out(torch.cat([some, many]), 5)
+    experts = torch.cat([some, many]).flatten().tolist()
+    starts = [0, *rows.ends.tolist()]
+    assert starts[1] == starts[2] != starts[3]
+    assert starts[4] == starts[5] <= rows.count
+    assert all(start % ROWS == 0 for start in starts)
+    lies = rows.of_pair.flatten().tolist()
+    assert len(set(lies)) == len(lies)
+    assert all(starts[expert] <= row < starts[expert + 1] for row, expert in zip(lies, experts, strict=True))
+
     x, y, weights = (
         torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True)
-        for size in ((4, 2), (14, 2), (4, chosen))
+        for size in ((len(some) + ROWS, 2), (rows.count, 2), (len(some) + ROWS, chosen))
     )
-    rows = torch.randperm(14, generator=generator)[: 4 * chosen].view(4, chosen)
-    laid_out = dealt(x, rows, 14)
-    assert torch.equal(laid_out[rows], x.unsqueeze(1).expand(-1, chosen, -1))
-    assert laid_out.count_nonzero() == 4 * chosen * 2
-    torch.testing.assert_close(combined(y, rows, weights), (y[rows] * weights.unsqueeze(-1)).sum(dim=1))
-    assert torch.autograd.gradcheck(lambda x: dealt(x, rows, 14), [x])
-    assert torch.autograd.gradcheck(lambda y, weights: combined(y, rows, weights), [y, weights])
+    assert torch.equal(dealt(x, rows)[rows.of_pair], x.unsqueeze(1).expand(-1, chosen, -1))
+    expected = (y[rows.of_pair] * weights.unsqueeze(-1)).sum(dim=1)
+    torch.testing.assert_close(combined(y, weights, rows), expected)
+    # What the other rows hold comes to nothing.
+    upstream = torch.randn(rows.count, 2, generator=generator, dtype=torch.float64)
+    taken = torch.zeros(rows.count, 1, dtype=torch.float64).index_fill(0, rows.of_pair.flatten(), 1)
+    (found,) = torch.autograd.grad(dealt(x, rows), x, upstream)
+    (alone,) = torch.autograd.grad(x.repeat_interleave(chosen, 0), x, upstream[rows.of_pair.flatten()])
+    torch.testing.assert_close(found, alone)
+    mine = torch.autograd.grad(combined(y, weights, rows), [y, weights], x.detach())
+    torch.testing.assert_close(mine, torch.autograd.grad(expected, [y, weights], x.detach()))
+    assert torch.equal(mine[0] * taken, mine[0])
 
 
 def test_gradients_of_several_rows_are_rounded_once() -> None:
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    rows = torch.tensor([[0, 1, 2]])
+    rows = rows_by_pair(torch.tensor([[0, 1, 2]]), 3)
     # In bf16 256 + 1 is 256, twice; in fp32 it is 258.
-    dealt(x, rows, 3).backward(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16))
+    upstream = torch.zeros(rows.count, 1, dtype=torch.bfloat16)
+    upstream[rows.of_pair[0], 0] = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16)
+    dealt(x, rows).backward(upstream)
     assert x.grad is not None
     assert x.grad.item() == 258
+
+
+def test_tokens_of_each_expert_are_counted() -> None:
+    experts = torch.tensor([[0, 3], [3, 1]])
+    assert counted(experts, 5).tolist() == [1, 1, 0, 2, 0]
+    # What a GPU does: there is none here.
+    away = counted(experts.to("meta"), 5)
+    assert (away.shape, away.dtype) == ((5,), torch.int64)
+
+
+def test_grouped_products_equal_one_expert_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = _experts()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(100, 16, generator=generator, requires_grad=True)
+    # The second of the experts gets no token.
+    chosen = torch.tensor([0, 2, 3])[torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(100)])]
+    weights = torch.rand(100, 2, generator=generator, requires_grad=True)
+    upstream = torch.randn(100, 16, generator=generator)
+    found = []
+    for kinds in ({"cuda"}, {"cuda", "cpu"}):
+        monkeypatch.setattr(feed_forward, "GROUPED_ON", kinds)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = experts(x, chosen, weights)
+        found.append((y, *torch.autograd.grad(y, [x, weights, *experts.parameters()], upstream)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02 * float(one.detach().abs().max()), rtol=0)
+    assert not found[1][-1][1].any()
+
+
+def test_products_that_are_quantized_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_forward, "GROUPED_ON", {"cpu"})
+    experts, seen = _experts(), []
+
+    def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append(weight)
+        return F.linear(x, weight)
+
+    experts.project_in = project
+    with torch.autocast("cpu", torch.bfloat16):
+        experts(torch.ones(3, 16), torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
+    assert len(seen) == 4
+
+
+def _experts() -> Experts:
+    config = _router(n_routed_experts=4, hidden_size=16, moe_intermediate_size=8).config
+    experts = Experts(config)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    return experts
 
 
 def _one(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

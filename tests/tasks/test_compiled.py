@@ -10,6 +10,8 @@ import torch
 from meshes import Case
 
 from flows import environment
+from lm import feed_forward
+from lm.model import LanguageModel
 from tasks import compiled
 from tasks.errors import BadParameter
 from tasks.section import read_section
@@ -36,6 +38,31 @@ def test_generated_code_gives_the_same_loss_and_gradients() -> None:
     assert found[1][0] == pytest.approx(found[0][0], rel=2e-6)
     for name, expected in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_on_a_gpu_experts_and_cross_entropy_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is traced for a GPU, run by torch's own kernels on this CPU.
+    monkeypatch.setattr(feed_forward, "GROUPED_ON", {"cpu"})
+    config = meshes.MODELS["latent"].model_copy(update={"hidden_size": 16, "moe_intermediate_size": 8})
+    windows = torch.from_numpy(meshes.Reader(1, 4).batch(torch.arange(4)))
+    found = []
+    for compiles in (False, True):
+        model = LanguageModel(config)
+        model.initialize(1)
+        if compiles:
+            torch._dynamo.utils.counters.clear()
+            compiled.compile_layers(model, torch.device("cuda"), backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(windows)
+        loss.backward()
+        found.append((loss.item(), {name: value.grad for name, value in model.named_parameters()}))
+    # What CPUs alone compute in a way of their own breaks graphs, but nothing waits for a number.
+    assert not [why for why in torch._dynamo.utils.counters["graph_break"] if "item()" in why or "disable" in why]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    for name, expected in found[0][1].items():
+        assert expected is not None
+        other = found[1][1][name]
+        torch.testing.assert_close(other, expected, atol=0.02 * float(expected.abs().max()), rtol=0, msg=name)
 
 
 def test_without_a_compiler_it_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
