@@ -106,6 +106,8 @@ class LatentArchitecture(_Shape):
     topk_group: int = Field(ge=1)
     norm_topk_prob: bool
     routed_scaling_factor: float = Field(gt=0)
+    # Depths of multi-token prediction (DeepSeek-V3 report, section 2.2): 1 also learns the token after the next one.
+    num_nextn_predict_layers: int = Field(default=0, ge=0)
     tie_word_embeddings: bool = False
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
@@ -123,6 +125,10 @@ class LatentArchitecture(_Shape):
             )
         if self.norm_topk_prob and not self.has_bias:
             raise ValueError("norm_topk_prob is true; deepseek_v2 does not normalize the experts' weights")
+        if self.num_nextn_predict_layers and not self.has_bias:
+            raise ValueError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; deepseek_v2 predicts no further tokens"
+            )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group

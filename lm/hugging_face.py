@@ -16,7 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lm.config import ModelConfig
+from lm.config import LatentConfig, ModelConfig
 from lm.hugging_face_config import Unusable, config_from_json, config_to_json
 from lm.hugging_face_files import COMPANIONS, WEIGHTS, read_config, read_json, weight_files
 from lm.model import LanguageModel
@@ -25,6 +25,7 @@ from lm.model import LanguageModel
 BYTES_A_FILE = 5_000_000_000
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MTP = re.compile(r"mtp\.(\d+)\.(.*)")
 _TYPES = {"F64", "F32", "F16", "BF16"}
 _NAMES_TOLD = 3
 
@@ -84,7 +85,7 @@ def save(
     template of a chat and the way to generate is kept as it is.
     """
     config = model.config
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _on_disk(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (_on_disk(model) | _copies(model)).items()}
     _save_weights(tensors, folder, bytes_a_file)
     ids = {
         "bos_token_id": config.bos_token_id,
@@ -104,21 +105,25 @@ def save(
                 (folder / name).write_bytes((origin / name).read_bytes())
 
 
-def check(folder: Path) -> ModelConfig:
+def check(folder: Path, mtp: bool = False) -> ModelConfig:
     """Returns the configuration of the checkpoint in ``folder`` whose weights fit it, without reading their numbers.
 
-    Raises :class:`Unusable` that names the tensors that are missing, surplus, or of another shape or type.
+    With ``mtp`` the layers of multi-token prediction belong to the model, where the checkpoint has them; only training
+    has a use for them. Raises :class:`Unusable` that names the tensors that are missing, surplus, or of another shape
+    or type.
     """
-    config = read_config(folder)
+    config = _config_of(folder, mtp)
     with torch.device("meta"):
         model = LanguageModel(config)
     _check_weights(model, folder)
     return config
 
 
-def load(folder: Path) -> LanguageModel:
-    """Returns the model in ``folder``, in fp32 on the CPU, whatever type its weights have. Raises as :func:`check`."""
-    model = LanguageModel(read_config(folder))
+def load(folder: Path, mtp: bool = False) -> LanguageModel:
+    """Returns the model in ``folder``, in fp32 on the CPU, whatever type its weights have. ``mtp`` and what is raised
+    are as of :func:`check`.
+    """
+    model = LanguageModel(_config_of(folder, mtp))
     _check_weights(model, folder)
     places = _on_disk(model)
     for file, _ in _opened(weight_files(folder)):
@@ -131,7 +136,39 @@ def _on_disk(model: LanguageModel) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return state_to_layout(state)
+    first = model.config.num_hidden_layers
+    return {_name_on_disk(name, first): tensor for name, tensor in state_to_layout(state).items()}
+
+
+def _name_on_disk(name: str, first: int) -> str:
+    # The layers of multi-token prediction follow the others, whose last is the one before `first`.
+    match = _MTP.fullmatch(name)
+    if match is None:
+        return name
+    own = match[2].removeprefix("block.")
+    return f"model.layers.{first + int(match[1])}.{'shared_head.' if own == 'norm.weight' else ''}{own}"
+
+
+def _copies(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Returns the embedding and the head once more for each layer of multi-token prediction, as published ones have."""
+    first, found = model.config.num_hidden_layers, {}
+    for depth in range(len(model.mtp)):
+        found[f"model.layers.{first + depth}.embed_tokens.weight"] = model.model.embed_tokens.weight
+        found[f"model.layers.{first + depth}.shared_head.head.weight"] = model.lm_head.weight
+    # safetensors takes no two names for one tensor.
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def _config_of(folder: Path, mtp: bool) -> ModelConfig:
+    config = read_config(folder)
+    depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
+    if not depths:
+        return config
+    # transformers passes these layers over, and what it writes says that they are there.
+    names = (name for file, _ in _opened(weight_files(folder)) for name in file.keys())  # noqa: SIM118
+    if mtp and any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in names):
+        return config
+    return config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def _save_weights(tensors: dict[str, torch.Tensor], folder: Path, bytes_a_file: int) -> None:
@@ -178,7 +215,7 @@ def _is_passed_over(name: str, config: ModelConfig, more: int) -> bool:
         return True
     if name == "lm_head.weight":
         return config.tie_word_embeddings
-    # DeepSeek-V3's layers that predict further tokens, which training and serving here do without.
+    # DeepSeek-V3's layers of multi-token prediction, where they are not trained.
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < more
 

@@ -67,7 +67,6 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
             "head_dim": config.qk_rope_head_dim,
             "attention_bias": False,
             "rope_interleave": True,
-            "num_nextn_predict_layers": 0,
         }
         if not config.has_bias:
             method = "greedy" if config.n_group == config.topk_group else "group_limited_greedy"
@@ -140,7 +139,7 @@ def _ids(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _latent(content: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"first_k_dense_replace": 0, "routed_scaling_factor": 1.0}
+    found: dict[str, Any] = {"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0}
     if content["model_type"] == "deepseek_v2":
         found |= {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}
     return found

@@ -52,8 +52,32 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class FurtherToken(nn.Module):
+    """One depth of multi-token prediction (DeepSeek-V3 report, arXiv 2412.19437, section 2.2), for training alone.
+
+    From what is known at a position and the token that comes next, a block of its own makes what the shared head turns
+    into the token after that.
+    """
+
+    def __init__(self, config: LatentConfig, depth: int) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.block = Block(config, config.num_hidden_layers + depth)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, embedded: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Returns hidden states [B, T, D] from ``x`` [B, T, D] and the embeddings of the tokens that come next."""
+        both = torch.cat([self.enorm(embedded), self.hnorm(x)], dim=-1)
+        return self.block(self.eh_proj(both).to(both.dtype), cos, sin)
+
+
 class LanguageModel(nn.Module):
-    """The decoder and its head."""
+    """The decoder and its head.
+
+    In training ``loss`` adds that of multi-token prediction, the mean over its depths times ``mtp_loss_weight``.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,6 +85,9 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.measure: Measure = cross_entropy
+        depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
+        self.mtp = nn.ModuleList(FurtherToken(config, depth) for depth in range(depths))
+        self.mtp_loss_weight = 0.3
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -73,11 +100,31 @@ class LanguageModel(nn.Module):
 
         Of ``windows`` [B, 2, T + 1] the second row says with 1 which tokens count; the others add 0 to the same mean.
         """
-        if windows.dim() == 2:
-            return self.loss_of(self.model(windows[:, :-1]), windows[:, 1:])
-        windows, learned = windows.unbind(1)
-        x_ND, targets_N = self.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()
-        kept = learned[:, 1:].flatten().nonzero().flatten()
+        windows, learned = (windows, None) if windows.dim() == 2 else windows.unbind(1)
+        x_BTD = self.model(windows[:, :-1])
+        loss = self._loss_from(1, x_BTD, windows, learned)
+        if self.training and len(self.mtp):
+            loss = loss + self.mtp_loss_weight * self._further_loss(x_BTD, windows, learned)
+        return loss
+
+    def _further_loss(self, x_BTD: torch.Tensor, windows: torch.Tensor, learned: torch.Tensor | None) -> torch.Tensor:
+        total = x_BTD.new_zeros((), dtype=torch.float32)
+        for depth, further in enumerate(self.mtp, start=1):
+            # The last position has no token that far ahead.
+            x_BTD = x_BTD[:, :-1]
+            cos, sin = self.model.rotations[:, : x_BTD.shape[1]]
+            x_BTD = further(x_BTD, self.model.embed_tokens(windows[:, depth:-1]), cos, sin)
+            total = total + self._loss_from(depth + 1, further.norm(x_BTD), windows, learned)
+        return total / len(self.mtp)
+
+    def _loss_from(
+        self, ahead: int, x_BTD: torch.Tensor, windows: torch.Tensor, learned: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the mean cross-entropy of predicting the token so many ahead of each position."""
+        if learned is None:
+            return self.loss_of(x_BTD, windows[:, ahead:])
+        x_ND, targets_N = x_BTD.flatten(0, 1), windows[:, ahead:].flatten()
+        kept = learned[:, ahead:].flatten().nonzero().flatten()
         # Where none counts the head takes part all the same: a process without its gradient would hold up the others.
         rows = kept if len(kept) else kept.new_zeros(1)
         return self.loss_of(x_ND[rows].unsqueeze(0), targets_N[rows].unsqueeze(0)) * (len(kept) / len(x_ND))
@@ -95,6 +142,10 @@ class LanguageModel(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
 
+    def blocks(self) -> list[Block]:
+        """Returns the decoder's blocks, and those of multi-token prediction."""
+        return [*self.model.layers, *(further.block for further in self.mtp)]
+
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
 
@@ -103,11 +154,23 @@ class LanguageModel(nn.Module):
         return tuple(index for index, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MixtureOfExperts))
 
     def parameter_counts(self) -> tuple[int, int]:
-        """Returns how many parameters there are, and how many of them work on one token."""
-        total = sum(parameter.numel() for parameter in self.parameters())
+        """Returns how many parameters there are, and how many of them work on one token.
+
+        Without multi-token prediction, which training alone has a use for.
+        """
+        total, active = self._counts(self)
+        further, active_further = self._counts(self.mtp)
+        return total - further, active - active_further
+
+    def active_in_mtp(self) -> int:
+        """Returns how many parameters multiply a token for multi-token prediction; each depth takes the head again."""
+        return self._counts(self.mtp)[1] + len(self.mtp) * self.lm_head.weight.numel()
+
+    def _counts(self, part: nn.Module) -> tuple[int, int]:
+        total = sum(parameter.numel() for parameter in part.parameters())
         if isinstance(self.config, GroupedConfig):
             return total, total
-        experts = [module for module in self.modules() if isinstance(module, Experts)]
+        experts = [module for module in part.modules() if isinstance(module, Experts)]
         routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
         share = self.config.num_experts_per_tok / self.config.n_routed_experts
         return total, total - routed + round(routed * share)

@@ -49,6 +49,6 @@ def compile_layers(model: LanguageModel, device: torch.device, backend: str = "i
             # Tokens travel.
             experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
         experts.one_by_one = torch.compiler.disable(experts.one_by_one)  # type: ignore[method-assign]
-    for layer in model.model.layers:
+    for layer in model.blocks():
         # Its forward alone: what comes before and after it (FSDP's hooks, checkpoints of activations) stays as it is.
         layer.forward = torch.compile(layer.forward, backend=backend)

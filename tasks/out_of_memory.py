@@ -109,7 +109,7 @@ def activation_bytes(model: LanguageModel, tokens: int, checkpointing: str, prec
     """Estimates what the layers keep for the backward pass of ``tokens`` tokens."""
     product = PRODUCT_TYPES[precision].itemsize
     layers = []
-    for layer in model.model.layers:
+    for layer in model.blocks():
         wide, narrow = 0.0, 0.0
         for parameter in layer.parameters():
             if parameter.dim() == 1:

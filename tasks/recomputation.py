@@ -31,7 +31,7 @@ def recompute(model: LanguageModel, which: Recomputation) -> None:
     """
     if which == "none":
         return
-    for layer in model.model.layers:
+    for layer in model.blocks():
         contexts = functools.partial(_contexts, layer, which == "selective")
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts

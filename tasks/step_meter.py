@@ -179,6 +179,7 @@ def active_in_products(model: LanguageModel) -> int:
     _, active = model.parameter_counts()
     # Turned before it is rounded, a model has a head of its own, whatever its configuration says.
     looked_up = model.lm_head.weight is not model.model.embed_tokens.weight
+    active += model.active_in_mtp()
     return active - (model.model.embed_tokens.weight.numel() if looked_up else 0)
 
 

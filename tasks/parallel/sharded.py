@@ -89,7 +89,7 @@ def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
     if mesh.dense["tensor"].size() > 1:
         cut_regions(model, mesh.dense["tensor"])
         cut_vocabulary(model, mesh.dense["tensor"], mesh.layout.shard * mesh.layout.expert)
-    for layer, source in zip(model.model.layers, original.model.layers, strict=True):
+    for layer, source in zip(model.blocks(), original.blocks(), strict=True):
         shard_layer(layer, mesh)
         release(source)
     fully_shard(model, mesh=mesh.dense["replicate", "dense"])

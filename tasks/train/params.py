@@ -50,6 +50,8 @@ class TrainParams(TrainingParams):
     diloco: DilocoParams = DilocoParams()
     communication: CommunicationParams = CommunicationParams()
     compile: bool = False
+    # What the loss of multi-token prediction counts for; 0 leaves its layers out.
+    mtp_loss_weight: float = Field(default=0.3, ge=0)
     # None: all weights are trained.
     lora: LoraParams | None = None
 
@@ -64,6 +66,18 @@ class TrainParams(TrainingParams):
     @property
     def compiles(self) -> bool:
         return self.compile
+
+    @property
+    def trains_mtp(self) -> bool:
+        """Whether layers of multi-token prediction are trained where the model has them; LoRA leaves them out."""
+        return self.mtp_loss_weight > 0 and self.lora is None
+
+    @property
+    def architecture(self) -> LatentArchitecture | GroupedArchitecture | None:
+        """What ``model`` describes, without what is not trained."""
+        if isinstance(self.model, LatentArchitecture) and not self.trains_mtp:
+            return self.model.model_copy(update={"num_nextn_predict_layers": 0})
+        return self.model
 
     def on(self, processes: int) -> "TrainParams":
         """Returns the same training on so many processes, as torchrun has found them.
@@ -190,6 +204,6 @@ class TrainParams(TrainingParams):
     @model_validator(mode="after")
     def _the_model_fits_the_mesh(self) -> Self:
         # That of a checkpoint is looked at when it has been read.
-        if self.model is not None:
-            check_fits(self.mesh.over(self.world_size), self.model)
+        if self.architecture is not None:
+            check_fits(self.mesh.over(self.world_size), self.architecture)
         return self

@@ -42,7 +42,7 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
         return None
     init.verify(folder)
     with init.unusable_is_told(folder, _DO):
-        config = hugging_face.check(folder)
+        config = hugging_face.check(folder, params.trains_mtp)
     if digest((folder / TOKENIZER).read_bytes()) != manifest.tokenizer_digest:
         raise BadInput(f"{folder / TOKENIZER}: not the tokenizer that made {paths.SHARDS}. Rerun 'shard'.")
     if params.model is not None:
@@ -64,23 +64,25 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
 def load(folder: Path | None, params: TrainParams, manifest: Manifest) -> LanguageModel:
     """Returns the checkpoint in ``folder``, which :func:`check` has passed; None: a new model, drawn by the seed."""
     if folder is not None:
-        model = hugging_face.load(folder)
+        model = hugging_face.load(folder, params.trains_mtp)
+        model.mtp_loss_weight = params.mtp_loss_weight
         if params.lora is not None:
             low_rank.adapt(model, params.lora.targets, params.lora.rank, params.lora.alpha, params.seed)
         shorter = params.seq_len if params.seq_len < model.config.max_position_embeddings else None
         model.config = model.config.model_copy(update={"training_length": shorter})
         return model
     model = LanguageModel(new_config(params, manifest))
+    model.mtp_loss_weight = params.mtp_loss_weight
     model.initialize(params.seed)
     return model
 
 
 def new_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
     """Returns the chosen architecture with the tokenizer's ids and the longest position that training sees."""
-    assert params.model is not None
-    kind = LatentConfig if isinstance(params.model, LatentArchitecture) else GroupedConfig
+    assert params.architecture is not None
+    kind = LatentConfig if isinstance(params.architecture, LatentArchitecture) else GroupedConfig
     return kind(
-        **params.model.model_dump(),
+        **params.architecture.model_dump(),
         vocab_size=manifest.vocab_size,
         max_position_embeddings=params.seq_len,
         bos_token_id=manifest.bos_token_id,
@@ -101,7 +103,7 @@ def _check_lora(lora: LoraParams, bias_update_rate: float, config: ModelConfig) 
 
 
 def _check_model(params: TrainParams, config: ModelConfig) -> None:
-    asked, there = params.model.model_dump() if params.model else {}, architecture_of(config).model_dump()
+    asked, there = params.architecture.model_dump() if params.architecture else {}, architecture_of(config).model_dump()
     other = [name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name)]
     if other:
         told = ", ".join(f"{name} {asked.get(name)} (there {there.get(name)})" for name in sorted(other)[:4])

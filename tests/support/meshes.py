@@ -71,6 +71,13 @@ MODELS: dict[str, ModelConfig] = {
     "qwen2": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": VOCAB + 1}
     ),
+    # Predicts the token after the next one as well.
+    "latent-further": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1}
+    ),
+    "latent-further-even": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "vocab_size": VOCAB + 1}
+    ),
     # Adapted: its own weights are frozen.
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "qwen3": GroupedConfig.model_validate(

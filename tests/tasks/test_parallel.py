@@ -42,6 +42,10 @@ TWO = [
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep", micro_batch=1),
     Case({}, "latent-lora"),
     Case({"shard": 2}, "latent-lora", micro_batch=1),
+    Case({}, "latent-further"),
+    Case({"expert": 2}, "latent-further"),
+    Case({"tensor": 2}, "latent-further-even", logits_held=64),
+    Case({"shard": 2}, "latent-further", recomputed="full"),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
@@ -53,6 +57,7 @@ FOUR = [
     Case({"tensor": 2}),
     Case({"expert": 2, "tensor": 2}, micro_batch=4),
     Case({"shard": 2, "tensor": 2}, "qwen3-even"),
+    Case({"shard": 2, "tensor": 2}, "latent-further-even"),
     Case({"pipeline": 2}),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even"),
     Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),

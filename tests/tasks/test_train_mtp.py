@@ -1,0 +1,75 @@
+"""Multi-token prediction through the stages: trained, kept, gone on from, left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from odd import make_model, write_checkpoint
+from safetensors.torch import load_file
+
+from lm import hugging_face
+from tasks import init, paths
+from tasks.collect.init import collect_init
+from tasks.errors import BadParameter
+from tasks.section import read_section
+from tasks.train import start
+from tasks.train.params import TrainParams
+
+FURTHER = {"train__model__num_nextn_predict_layers": 1}
+GIVEN = {"train__init": "given", "train__model": None, "train__world_size": 1}
+
+
+def _params(folder: Path, **changes: object) -> TrainParams:
+    tiny.write_params(folder, **changes)
+    return read_section("train", TrainParams, folder / "params.yaml")
+
+
+def test_what_is_trained_with_it_is_deployed_without(tmp_path: Path) -> None:
+    reports = {}
+    tiny.write_shards(tmp_path)
+    for name, changes in {"without": {}, "with": FURTHER}.items():
+        tiny.write_params(tmp_path, **tiny.ALONE, **changes)
+        code, output = tiny.run("train", tmp_path)
+        assert code == 0, output
+        reports[name] = json.loads((tmp_path / paths.TRAIN_REPORT).read_text())
+    assert reports["with"]["parameters"] == reports["without"]["parameters"]
+    # Of the text alone, while what is trained on counts a second prediction.
+    assert reports["with"]["valid_loss"] == pytest.approx(reports["without"]["valid_loss"], rel=0.05)
+    assert reports["with"]["train_loss"] > 1.2 * reports["without"]["train_loss"]
+
+    trained = hugging_face.load(tmp_path / paths.FLOAT, mtp=True)
+    assert len(trained.mtp) == 1
+    code, output = tiny.run("quantize", tmp_path)
+    assert code == 0, output
+    graph = (tmp_path / paths.INT8_GRAPH).read_bytes()
+    assert b"model.layers.1." in graph
+    assert b"model.layers.2." not in graph
+
+
+@pytest.mark.parametrize(("weight", "layers"), [(0.3, 1), (0.0, 0)])
+def test_a_training_goes_on_with_the_layers_of_its_checkpoint(weight: float, layers: int, project: Path) -> None:
+    params = _params(project, **GIVEN, train__mtp_loss_weight=weight)
+    manifest = tiny.write_shards(project)
+    write_checkpoint(project / "given", make_model, num_nextn_predict_layers=1)
+    (project / "given/tokenizer.json").write_bytes((project / paths.TOKENIZER).read_bytes())
+    collect_init("given")
+    model = start.load(start.check(params, manifest), params, manifest)
+    assert len(model.mtp) == layers
+    assert model.mtp_loss_weight == weight
+    there = load_file(init.checkpoint() / "model.safetensors")  # type: ignore[operator]
+    for further in model.mtp:
+        assert there["model.layers.3.eh_proj.weight"].equal(further.eh_proj.weight)
+
+
+def test_a_pipeline_is_refused_with_it_before_anything_runs(tmp_path: Path) -> None:
+    pipeline = {"train__mesh__pipeline": 2, "train__world_size": 2}
+    with pytest.raises(BadParameter, match=r"num_nextn_predict_layers is 1, and the last stage of a pipeline.* has no"):
+        _params(tmp_path, **FURTHER, **pipeline)
+    assert _params(tmp_path, **FURTHER, **pipeline, train__mtp_loss_weight=0.0).architecture is not None
+
+
+def test_of_lora_it_is_left_out(tmp_path: Path) -> None:
+    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"], "keep_adapter": False}
+    assert _params(tmp_path, **GIVEN).trains_mtp
+    assert not _params(tmp_path, **GIVEN, train__lora=lora).trains_mtp
