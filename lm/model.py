@@ -67,10 +67,15 @@ class FurtherToken(nn.Module):
         self.block = Block(config, config.num_hidden_layers + depth)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, embedded: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Returns hidden states [B, T, D] from ``x`` [B, T, D] and the embeddings of the tokens that come next."""
+    def forward(
+        self, x: torch.Tensor, embedded: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns from ``x`` [B, T, D] and the embeddings of the tokens that come next the hidden states [B, T, D] that
+        the next depth goes on from, and those that the head reads.
+        """
         both = torch.cat([self.enorm(embedded), self.hnorm(x)], dim=-1)
-        return self.block(self.eh_proj(both).to(both.dtype), cos, sin)
+        x = self.block(self.eh_proj(both).to(both.dtype), cos, sin)
+        return x, self.norm(x)
 
 
 class LanguageModel(nn.Module):
@@ -85,8 +90,9 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.measure: Measure = cross_entropy
-        depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
-        self.mtp = nn.ModuleList(FurtherToken(config, depth) for depth in range(depths))
+        self.mtp = nn.ModuleList()
+        if isinstance(config, LatentConfig):
+            self.mtp.extend(FurtherToken(config, depth) for depth in range(config.num_nextn_predict_layers))
         self.mtp_loss_weight = 0.3
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -113,8 +119,8 @@ class LanguageModel(nn.Module):
             # The last position has no token that far ahead.
             x_BTD = x_BTD[:, :-1]
             cos, sin = self.model.rotations[:, : x_BTD.shape[1]]
-            x_BTD = further(x_BTD, self.model.embed_tokens(windows[:, depth:-1]), cos, sin)
-            total = total + self._loss_from(depth + 1, further.norm(x_BTD), windows, learned)
+            x_BTD, read_BTD = further(x_BTD, self.model.embed_tokens(windows[:, depth:-1]), cos, sin)
+            total = total + self._loss_from(depth + 1, read_BTD, windows, learned)
         return total / len(self.mtp)
 
     def _loss_from(
@@ -142,9 +148,9 @@ class LanguageModel(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[nn.Module]:
         """Returns the decoder's blocks, and those of multi-token prediction."""
-        return [*self.model.layers, *(further.block for further in self.mtp)]
+        return [*self.model.layers, *(further.get_submodule("block") for further in self.mtp)]
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
