@@ -1,16 +1,23 @@
-"""Training against transformers' Trainer: one model, the same precision, processes, threads, batch and tokens.
+"""Training against transformers' Trainer and litgpt: one model, the same precision, processes, threads, batch, tokens.
 
 Each side runs under torchrun in processes of its own; what counts is the median step from its sixth one on. Ours runs
 the loop of the stage `train` with the environment that the stage gives its processes. On CPUs the Trainer runs once
 with the environment that a user finds, and once with ours; on GPUs both sides run once as they are, once compiled.
+litgpt (`litgpt pretrain`, which compiles the model) knows no mixture of DeepSeek's kind, and on a CPU trains in one
+process, which gets the threads and the windows of all. It is installed beside the locked packages:
+python -m pip install --target litgpt --no-deps litgpt==0.5.13 lightning==2.6.6 pytorch-lightning==2.6.6
+lightning-utilities==0.15.3 torchmetrics==1.9.0 jsonargparse==4.53.0 docstring-parser==0.18.0 typeshed-client==2.15.0
+importlib-resources==7.1.0, and found with PYTHONPATH=litgpt.
+
 Utilization is that of active parameters (six operations each a token, attention's own products left out) against a
 square product of random bf16 numbers, timed in the same run.
 Run: .venv/bin/python benchmarks/train.py
+     .venv/bin/python benchmarks/train.py --shape dense-9m
      python benchmarks/train.py --device cuda --shape dense-350m    (or mixture-1b)
 """
 
 import argparse
-import itertools
+import importlib.util
 import json
 import os
 import resource
@@ -26,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pairs import compare
+from train_peers import PEERS, TOKENS, WARM_UP, Stopwatch
 
 from lm import hugging_face
 from lm.config import GroupedArchitecture, GroupedConfig, LatentArchitecture, LatentConfig
@@ -39,8 +47,6 @@ from tasks.train.params import TrainParams
 from tasks.training import train
 
 ROOT = Path(__file__).parent.parent
-WARM_UP = 5
-TOKENS = 2**21
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,16 @@ class Shape:
 # fmt: off
 SHAPES = {
     "default": Shape(2048),
+    # 9 million parameters.
+    "dense-9m": Shape(
+        2048,
+        GroupedArchitecture(
+            model_type="llama", hidden_size=320, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=5,
+            head_dim=64, rope_theta=10_000.0, rope_scaling=None, intermediate_size=864, tie_word_embeddings=False,
+            initializer_range=0.02, rms_norm_eps=1e-6,
+        ),
+        seq_len=256, micro_batch=8,
+    ),
     # 360 million parameters: GPT-3 Medium's depth and width, with heads as wide as those of Llama 3 and Qwen3.
     "dense-350m": Shape(
         50_304,
@@ -88,7 +104,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="default")
     parser.add_argument("--micro-batch", type=int, help="windows that a process takes at a time")
     parser.add_argument("--only", nargs="+", metavar="SIDE", help="the sides to run; 'overnight' always does")
-    parser.add_argument("--side", choices=["ours", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -127,6 +143,9 @@ def main() -> None:
             sides["overnight, compiled"] = side("overnight, compiled", "ours", ours, compiled=True)
             for name, compiled in (("transformers Trainer", False), ("transformers Trainer, compiled", True)):
                 sides[name] = side(name, "trainer", plain, compiled)
+        if isinstance(params.model, GroupedArchitecture) and importlib.util.find_spec("litgpt"):
+            every = {"OMP_NUM_THREADS": str(params.world_size * params.threads_per_process)}
+            sides["litgpt"] = side("litgpt", "litgpt", plain if peak else every)
         kept = {name: run for name, run in sides.items() if name == "overnight" or name in (arguments.only or sides)}
         compare(kept, arguments.rounds, "tokens/s", {"transformers Trainer": 1.5}, "overnight", notes)
 
@@ -197,8 +216,9 @@ def measure(
     compiled: bool,
 ) -> dict[str, float]:
     """Runs one side in processes of its own; returns tokens a second over all, and the first one's peak of memory."""
+    processes = 1 if kind == "litgpt" and params.device == "cpu" else params.world_size
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.world_size}",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
         __file__, "--side", kind, "--folder", str(folder), "--steps", str(arguments.steps),
         "--device", params.device, "--shape", arguments.shape, "--micro-batch", str(params.micro_batch),
         *(["--compile"] if compiled else []),
@@ -214,26 +234,18 @@ def measure(
 
 def run_side(arguments: argparse.Namespace, params: TrainParams) -> None:
     """One process of one side; the first one leaves the rate and its memory in ``arguments.folder``."""
+    if arguments.side == "litgpt" and params.device == "cpu":
+        threads = params.world_size * params.threads_per_process
+        whole = {"world_size": 1, "threads_per_process": threads, "micro_batch": params.global_batch}
+        params = params.model_copy(update=whole)
     torch.set_num_threads(params.threads_per_process)
-    run = run_ours if arguments.side == "ours" else run_trainer
+    run = run_ours if arguments.side == "ours" else PEERS[arguments.side]
     seconds = run(params, SHAPES[arguments.shape].vocabulary, arguments.folder)
     if os.environ["RANK"] == "0":
         rate = params.global_batch * params.seq_len / seconds
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         held = torch.cuda.max_memory_allocated() if params.device == "cuda" else resident
         (arguments.folder / "rate.json").write_text(json.dumps({"rate": rate, "bytes": held}))
-
-
-class Stopwatch:
-    """Notes when each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def seconds(self) -> float:
-        """Seconds of the median step after the warm-up: neighbours on the machine slow single steps down threefold."""
-        ends = self.ends[WARM_UP - 1 :]
-        return statistics.median(after - before for before, after in itertools.pairwise(ends))
 
 
 class _TimedProgress(Progress, Stopwatch):
@@ -268,56 +280,6 @@ def run_ours(params: TrainParams, vocabulary: int, folder: Path) -> float:
         train(model, params, reader, few, _NoCheckpoints(), here, stopwatch, "benchmark")  # type: ignore[arg-type]
     # The last step's end comes after a validation, which is no part of a step.
     stopwatch.ends.pop()
-    return stopwatch.seconds()
-
-
-def run_trainer(params: TrainParams, vocabulary: int, folder: Path) -> float:
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    from tasks.world import resolve_precision
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    tokens = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64)
-    stopwatch = Stopwatch()
-
-    class Timed(TrainerCallback):
-        def on_step_end(self, *arguments: object, **more: object) -> None:
-            if params.device == "cuda":
-                torch.cuda.synchronize()
-            stopwatch.ends.append(time.perf_counter())
-
-    class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-        def __len__(self) -> int:
-            return len(tokens) // params.seq_len
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            window = torch.from_numpy(tokens[index * params.seq_len : (index + 1) * params.seq_len])
-            return {"input_ids": window, "labels": window}
-
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=str(folder / "trainer"),
-            max_steps=params.steps,
-            per_device_train_batch_size=params.micro_batch,
-            gradient_accumulation_steps=params.global_batch // (params.micro_batch * params.world_size),
-            learning_rate=params.learning_rate,
-            weight_decay=params.weight_decay,
-            max_grad_norm=params.clip_grad_norm,
-            bf16=resolve_precision(params) == "bf16",
-            use_cpu=params.device == "cpu",
-            ddp_backend="gloo" if params.device == "cpu" else "nccl",
-            optim="adamw_torch_fused",
-            torch_compile=params.compile,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=Windows(),
-        callbacks=[Timed()],
-    )
-    trainer.train()
     return stopwatch.seconds()
 
 
