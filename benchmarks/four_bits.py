@@ -3,7 +3,7 @@
 Model, text and measures are those of ``benchmarks/accuracy.py``. The model is rotated and compensated for
 ``weight-only-4``, then fine-tuned as the stage ``quantize`` does it, on pages of the same manual that nothing is
 measured on: once for the loss of the text, once for the divergence from the float model's own predictions
-(``--objective``). It prints a line before fine-tuning and one after each; the last line is one JSON object.
+(``quantize.objective``). It prints a line before fine-tuning and one after each; the last line is one JSON object.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from accuracy import ROOT, by_graph, compare, told, unpack
 
 from lm.compensation import compensate
+from lm.distillation import teach
 from lm.model import LanguageModel
 from lm.quantization import PLANS
 from lm.rotation import rotate
@@ -73,19 +74,15 @@ def fine_tune(
 ) -> None:
     """Takes ``params.steps`` steps on ``model``, prepared for its plan; ``pages`` [windows, T + 1] are seen once."""
     optimizer = make_optimizer(model, params)
+    if objective == "float":
+        teach(model, teacher)
     order = np.random.default_rng(params.seed).permutation(len(pages)).reshape(params.steps, params.global_batch)
     model.train()
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         windows = pages[chosen]
-        if objective == "text":
-            loss = model.loss(windows)
-        else:
-            with torch.no_grad():
-                wanted = F.log_softmax(teacher(windows[:, :-1]), dim=-1).flatten(0, 1)
-            ours = F.log_softmax(model(windows[:, :-1]), dim=-1).flatten(0, 1)
-            loss = F.kl_div(ours, wanted, reduction="batchmean", log_target=True)
+        loss = model.loss(windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm)
         optimizer.step()

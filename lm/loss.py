@@ -135,3 +135,19 @@ def projected_cross_entropy(
     wanted = weights if torch.is_grad_enabled() else ()
     result: torch.Tensor = _ProjectedCrossEntropy.apply(head, measure, x_ND, targets_N, rows, *wanted)
     return result
+
+
+def over_learned(
+    loss_of: Measure, x_BTD: torch.Tensor, targets_BT: torch.Tensor, learned_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns ``loss_of`` hidden states and their targets [B, T, ...], the mean over all positions.
+
+    With ``learned_BT`` only positions that it has at 1 count, and the others add 0 to the same mean.
+    """
+    if learned_BT is None:
+        return loss_of(x_BTD, targets_BT)
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten(0, 1)
+    kept = learned_BT.flatten().nonzero().flatten()
+    # Where none counts the head takes part all the same: a process without its gradient would hold up the others.
+    rows = kept if len(kept) else kept.new_zeros(1)
+    return loss_of(x_ND[rows].unsqueeze(0), targets_N[rows].unsqueeze(0)) * (len(kept) / len(x_ND))

@@ -8,7 +8,7 @@ from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.linear import Embedding, Linear
-from lm.loss import Measure, cross_entropy, projected_cross_entropy
+from lm.loss import Measure, cross_entropy, over_learned, projected_cross_entropy
 from lm.norm import RMSNorm
 from lm.rope import rotations
 
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
         """
         windows, learned = (windows, None) if windows.dim() == 2 else windows.unbind(1)
         x_BTD = self.model(windows[:, :-1])
-        loss = self._loss_from(1, x_BTD, windows, learned)
+        loss = self._loss_ahead(1, x_BTD, windows, learned)
         if self.training and len(self.mtp):
             loss = loss + self.mtp_loss_weight * self._further_loss(x_BTD, windows, learned)
         return loss
@@ -120,20 +120,15 @@ class LanguageModel(nn.Module):
             x_BTD = x_BTD[:, :-1]
             cos, sin = self.model.rotations[:, : x_BTD.shape[1]]
             x_BTD, read_BTD = further(x_BTD, self.model.embed_tokens(windows[:, depth:-1]), cos, sin)
-            total = total + self._loss_from(depth + 1, read_BTD, windows, learned)
+            total = total + self._loss_ahead(depth + 1, read_BTD, windows, learned)
         return total / len(self.mtp)
 
-    def _loss_from(
+    def _loss_ahead(
         self, ahead: int, x_BTD: torch.Tensor, windows: torch.Tensor, learned: torch.Tensor | None
     ) -> torch.Tensor:
         """Returns the mean cross-entropy of predicting the token so many ahead of each position."""
-        if learned is None:
-            return self.loss_of(x_BTD, windows[:, ahead:])
-        x_ND, targets_N = x_BTD.flatten(0, 1), windows[:, ahead:].flatten()
-        kept = learned[:, ahead:].flatten().nonzero().flatten()
-        # Where none counts the head takes part all the same: a process without its gradient would hold up the others.
-        rows = kept if len(kept) else kept.new_zeros(1)
-        return self.loss_of(x_ND[rows].unsqueeze(0), targets_N[rows].unsqueeze(0)) * (len(kept) / len(x_ND))
+        counting = None if learned is None else learned[:, ahead:]
+        return over_learned(self.loss_of, x_BTD, windows[:, ahead:], counting)
 
     def loss_of(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting the targets from the decoder's hidden states."""

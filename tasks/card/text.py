@@ -246,10 +246,12 @@ _BEFORE_ROUNDING = {
     "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
     "training split bring into the layer (GPTQ, arXiv 2210.17323).",
 }
-_FINE_TUNED = (
-    "The model was fine-tuned with exactly these roundings before the export; a negative relative loss means that this "
-    "further training gained more than the rounding cost."
-)
+_FINE_TUNED = {
+    "text": "The model was fine-tuned with exactly these roundings before the export; a negative relative loss means "
+    "that this further training gained more than the rounding cost.",
+    "float": "The model was fine-tuned with exactly these roundings before the export, towards the float model's own "
+    "predictions (LLM-QAT, arXiv 2305.17888).",
+}
 
 
 def _quantization(evidence: Evidence) -> str:
@@ -266,7 +268,7 @@ def _quantization(evidence: Evidence) -> str:
     ]
     return "\n\n".join(
         [
-            told + (_FINE_TUNED if told.endswith(" ") else ""),
+            told + (found.tell("objective", _FINE_TUNED.__getitem__) if told.endswith(" ") else ""),
             *(text for key, text in _BEFORE_ROUNDING.items() if found.get(key)),
             table(
                 ["", ""],

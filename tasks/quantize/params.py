@@ -23,6 +23,9 @@ SchemeName = Literal["dynamic", "static", "weight-only-8", "qat", "weight-only-4
 AUTO: tuple[SchemeName, ...] = ("weight-only-8", "qat")
 
 
+Objective = Literal["text", "float"]
+
+
 class QuantizeParams(TrainingParams):
     """The scheme, and the fine-tuning that some schemes need."""
 
@@ -32,6 +35,8 @@ class QuantizeParams(TrainingParams):
     rotate: bool
     compensate: bool
     calibration_windows: int = Field(ge=1)
+    # What fine-tuning goes by: the text, or the float model's own predictions.
+    objective: Objective = "text"
 
     @property
     def candidates(self) -> tuple[SchemeName, ...]:

@@ -14,7 +14,7 @@ from lm.quantization import PLANS, Plan, layers
 from lm.static import Range
 from tasks.bootstrap import Bootstrap, Estimate, Values
 from tasks.errors import BadParameter
-from tasks.quantize.params import QuantizeParams, SchemeName
+from tasks.quantize.params import Objective, QuantizeParams, SchemeName
 from tasks.shards import WindowReader
 from tasks.world import World
 
@@ -56,6 +56,7 @@ class Trial(BaseModel):
 class Quantization(BaseModel):
     """``models/int8/quantization.json``: the scheme of the model, and all that was tried on the way to it.
 
+    ``objective`` is what fine-tuning went by, None where there was none.
     ``rotated``, ``compensated``, ``fine_tuned``: what makes it more than the float model rounded as ``plan`` says.
     ``ranges``: by product, what that rounding needs to know where it is ``static``; a turned model has others.
     """
@@ -68,6 +69,7 @@ class Quantization(BaseModel):
     rotated: bool
     compensated: bool
     fine_tuned: bool
+    objective: Objective | None
     in_float: tuple[str, ...]
     ranges: dict[str, Range]
     windows: int

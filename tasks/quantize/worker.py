@@ -6,6 +6,7 @@ import torch
 from lm import hugging_face, onnx_model
 from lm.calibration import calibrate
 from lm.compensation import compensate
+from lm.distillation import teach
 from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
@@ -59,6 +60,8 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, shown)
         trials.append(measure.trial(name, "post-training", model))
         if SCHEMES[name].fine_tuned:
+            if params.objective == "float":
+                teach(model, original)
             curve = train(model, params, read, held_out, checkpoints, here, shown, "quantize")
             trials.append(measure.trial(name, "fine-tuning", model))
         high = trials[-1].relative_loss.high
@@ -71,6 +74,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         rotated=params.rotate,
         compensated=params.compensate,
         fine_tuned=SCHEMES[name].fine_tuned,
+        objective=params.objective if SCHEMES[name].fine_tuned else None,
         in_float=params.in_float,
         ranges=dict(plain.ranges),
         windows=measure.count,

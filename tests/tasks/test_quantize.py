@@ -315,6 +315,25 @@ def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp
         audit(tmp_path / "model.onnx", model, PLANS["blockwise-8"])
 
 
+def test_fine_tuning_towards_the_float_model_stays_with_it(trained: Path) -> None:
+    divergences = {}
+    for objective in ("text", "float"):
+        tiny.write_params(
+            trained,
+            quantize__scheme="weight-only-4",
+            quantize__objective=objective,
+            quantize__learning_rate=1e-3,
+            quantize__steps=40,
+        )
+        code, output = tiny.run("quantize", trained)
+        assert code == 0, output
+        found = json.loads((trained / "models/int8/quantization.json").read_text())
+        assert found["objective"] == objective
+        divergences[objective] = found["trials"][-1]["kl_divergence"]["value"]
+    # Twelve steps have taught the model little, and 40 on the text teach it more.
+    assert 0 < divergences["float"] < 0.01 * divergences["text"]
+
+
 @pytest.mark.parametrize(
     ("asked", "limit", "kept", "tried"),
     [
