@@ -3,8 +3,8 @@
 Each side runs under torchrun in processes of its own; what counts is the median step from its sixth one on. Ours runs
 the loop of the stage `train` with the environment that the stage gives its processes. On CPUs the Trainer runs once
 with the environment that a user finds, and once with ours; on GPUs both sides run once as they are, once compiled.
-litgpt (`litgpt pretrain`, which compiles the model) knows no mixture of DeepSeek's kind, and on a CPU trains in one
-process, which gets the threads and the windows of all. It is installed beside the locked packages:
+litgpt (`litgpt pretrain`, which compiles the model) knows no mixture of DeepSeek's kind, trains on one GPU here, and on
+a CPU in one process, which gets the threads and the windows of all. It is installed beside the locked packages:
 python -m pip install --target litgpt --no-deps litgpt==0.5.13 lightning==2.6.6 pytorch-lightning==2.6.6
 lightning-utilities==0.15.3 torchmetrics==1.9.0 jsonargparse==4.53.0 docstring-parser==0.18.0 typeshed-client==2.15.0
 importlib-resources==7.1.0, and found with PYTHONPATH=litgpt.
@@ -143,7 +143,8 @@ def main() -> None:
             sides["overnight, compiled"] = side("overnight, compiled", "ours", ours, compiled=True)
             for name, compiled in (("transformers Trainer", False), ("transformers Trainer, compiled", True)):
                 sides[name] = side(name, "trainer", plain, compiled)
-        if isinstance(params.model, GroupedArchitecture) and importlib.util.find_spec("litgpt"):
+        alone = params.device == "cpu" or params.world_size == 1
+        if alone and isinstance(params.model, GroupedArchitecture) and importlib.util.find_spec("litgpt"):
             every = {"OMP_NUM_THREADS": str(params.world_size * params.threads_per_process)}
             sides["litgpt"] = side("litgpt", "litgpt", plain if peak else every)
         kept = {name: run for name, run in sides.items() if name == "overnight" or name in (arguments.only or sides)}

@@ -89,6 +89,8 @@ def run_litgpt(params: TrainParams, vocabulary: int, folder: Path) -> float:
     from litgpt.config import Config
     from litgpt.data import DataModule
 
+    from tasks.world import resolve_precision
+
     model = params.model
     assert model is not None and model.model_type == "llama"  # noqa: PT018
     stopwatch = Stopwatch()
@@ -114,7 +116,7 @@ def run_litgpt(params: TrainParams, vocabulary: int, folder: Path) -> float:
         norm_class_name="RMSNorm", norm_eps=model.rms_norm_eps, mlp_class_name="LLaMAMLP",
         intermediate_size=model.intermediate_size, vocab_size=vocabulary, padded_vocab_size=vocabulary,
     )  # fmt: skip
-    precision: Any = "32-true" if params.precision == "fp32" else "bf16-mixed"
+    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[resolve_precision(params)]
     fabric = Timed(devices=1, accelerator="cpu" if params.device == "cpu" else "cuda", precision=precision)
     fabric.launch()
     pretrain.save_checkpoint = lambda *arguments: None

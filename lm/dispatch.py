@@ -125,7 +125,8 @@ def rows_by_pair(experts_NK: torch.Tensor, experts: int) -> Rows:
 def rows_by_row(experts_NK: torch.Tensor, experts: int) -> Rows:
     """Lays out as many rows as there could be at most, and says what is in each of them.
 
-    Nothing is known to the host and nothing is scattered: a GPU runs on, and gives the same bits each time.
+    Nothing is known to the host and nothing is scattered: a GPU runs on, and gives the same bits each time. There has
+    to be a token.
     """
     chosen = experts_NK.flatten()
     device, pairs = chosen.device, len(chosen)

@@ -15,7 +15,8 @@ from lm.config import LatentConfig
 from lm.dispatch import combined, counted, dealt, rows_by_pair, rows_by_row
 from lm.linear import Linear, Project, stacked, to_product_type, together
 
-# Where torch computes the products of all experts at once; of CPUs, no faster than one after the other.
+# Where torch has a kernel for the products of all experts: on GPUs from Hopper on (on others it takes one after the
+# other, and waits for their sizes). On CPUs it is no faster.
 GROUPED_ON = {"cuda"}
 
 
@@ -170,7 +171,8 @@ class Experts(nn.Module):
     def _takes_groups(self, x_ND: torch.Tensor) -> bool:
         plain = self.project_in is F.linear and self.project_out is F.linear
         aligned = not (x_ND.shape[1] % 8 or self.down_proj.shape[2] % 8)
-        return plain and aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in GROUPED_ON
+        # Of experts that are dealt out, no token may have come to this process.
+        return len(x_ND) > 0 and plain and aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in GROUPED_ON
 
 
 class MixtureOfExperts(nn.Module):

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from safetensors import SafetensorError, safe_open
 
-from lm.config import ModelConfig
+from lm.config import LatentConfig, ModelConfig
 from lm.gguf_metadata import Value, architecture, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
@@ -65,7 +66,7 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
 def check(folder: Path) -> None:
     """Raises :class:`Unfit` that names the file in ``folder`` that is damaged, or lacks or has too many tensors."""
     config = _config(folder / "config.json")
-    with _opened(folder) as holding:
+    with _opened(folder, config) as holding:
         check_names({source for part in parts(config) for source in part.sources}, holding)
 
 
@@ -107,19 +108,26 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> 
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields, for each tensor in ``folder``, the open file that holds it."""
+def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Yields, for each tensor of the model in ``folder``, the open file that holds it."""
     with _named(folder, Unusable):
         paths = weight_files(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_named(paths[0] if len(paths) == 1 else folder, SafetensorError))
         files = [stack.enter_context(safe_open(path, framework="numpy")) for path in paths]
-        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        yield {name: file for file in files for name in file.keys() if not _is_further(name, config)}  # noqa: SIM118
+
+
+def _is_further(name: str, config: ModelConfig) -> bool:
+    # Layers of multi-token prediction, which llama.cpp has no use for.
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
+    return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < depths
 
 
 def _write_tensors(writer: gguf.GGUFWriter, folder: Path, config: ModelConfig, kind: Kind) -> None:
     wanted = parts(config)
-    with _opened(folder) as holding:
+    with _opened(folder, config) as holding:
         check_names({source for part in wanted for source in part.sources}, holding)
         for part in wanted:
             # GGUF tells all shapes before the first tensor.

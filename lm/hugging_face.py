@@ -1,7 +1,8 @@
 """Checkpoints in Hugging Face layout: ``config.json``, weights in safetensors, tokenizer files.
 
 On disk each expert has its own three matrices; in memory they are stacked. A head that is tied to the embedding is not
-on disk. All other tensors have one name in both. Weights lie in ``model.safetensors``, or in several files that
+on disk. Layers of multi-token prediction follow the last one, each with a copy of embedding and head. All other tensors
+have one name in both. Weights lie in ``model.safetensors``, or in several files that
 ``model.safetensors.index.json`` names. Nothing is unpickled.
 """
 

@@ -1,4 +1,4 @@
-"""Cross-entropy that goes over the logits once, piece by piece in the cache, and keeps only its gradient.
+"""Cross-entropy that on a CPU goes over the logits once, piece by piece in the cache, and keeps only its gradient.
 
 Where even that is much (a vocabulary of 129,280 and 8 windows of 4,096 tokens: 17 GB in fp32) the head is taken into
 the pieces too, and neither all logits nor their gradient are ever there at once.

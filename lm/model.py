@@ -1,4 +1,7 @@
-"""A decoder of any family. Its state has the names of Hugging Face's layout, but for the stacked experts."""
+"""A decoder of any family.
+
+Its state has the names of Hugging Face's layout, but for the stacked experts and the layers of multi-token prediction.
+"""
 
 import torch
 from torch import nn
@@ -81,7 +84,8 @@ class FurtherToken(nn.Module):
 class LanguageModel(nn.Module):
     """The decoder and its head.
 
-    In training ``loss`` adds that of multi-token prediction, the mean over its depths times ``mtp_loss_weight``.
+    In training the gradients of ``loss`` are those of its sum with that of multi-token prediction, the mean over its
+    depths times ``mtp_loss_weight``; its value stays that of the next token.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -110,7 +114,8 @@ class LanguageModel(nn.Module):
         x_BTD = self.model(windows[:, :-1])
         loss = self._loss_ahead(1, x_BTD, windows, learned)
         if self.training and len(self.mtp):
-            loss = loss + self.mtp_loss_weight * self._further_loss(x_BTD, windows, learned)
+            further = self.mtp_loss_weight * self._further_loss(x_BTD, windows, learned)
+            loss = loss + (further - further.detach())
         return loss
 
     def _further_loss(self, x_BTD: torch.Tensor, windows: torch.Tensor, learned: torch.Tensor | None) -> torch.Tensor:

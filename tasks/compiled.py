@@ -2,8 +2,8 @@
 
 What a layer computes between its matrix products becomes a few fused kernels. The first steps wait for that; torch
 keeps what it has compiled (``TORCHINDUCTOR_CACHE_DIR`` says where), and the next training finds it there. Routed
-experts are compiled where one product does for all of them. On a GPU cross-entropy is compiled too. Sums run in another
-order than uncompiled.
+experts are compiled where one product does for all of them. On a GPU cross-entropy is compiled too, but for one whose
+words a mesh cuts. Sums run in another order than uncompiled.
 """
 
 import os
@@ -17,6 +17,8 @@ from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks import paths
 from tasks.errors import BadParameter
+
+_VARIANTS = 32
 
 
 def check() -> None:
@@ -49,6 +51,10 @@ def compile_layers(model: LanguageModel, device: torch.device, backend: str = "i
             # Tokens travel.
             experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
         experts.one_by_one = torch.compiler.disable(experts.one_by_one)  # type: ignore[method-assign]
+    from torch import _dynamo
+
+    # All layers are one piece of code; each kind of layer, and of batch, takes some of what torch keeps for it.
+    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, _VARIANTS)
     for layer in model.blocks():
         # Its forward alone: what comes before and after it (FSDP's hooks, checkpoints of activations) stays as it is.
         layer.forward = torch.compile(layer.forward, backend=backend)

@@ -1,18 +1,20 @@
 """What turns gradients into steps: AdamW for everything, or Muon for matrices and AdamW for the rest.
 
 Muon (https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest orthogonal one.
-torch's takes matrices alone; :class:`StackedMuon` does the same for the experts' stacks.
+torch's takes whole matrices alone; :class:`StackedMuon` does the same for the experts' stacks and for what a mesh cuts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lm.feed_forward import Router
 from lm.linear import Embedding
 from lm.model import LanguageModel
+from tasks.parallel import whole
 from tasks.training_params import TrainingParams
 
 # Of the quintic iteration, as in torch.optim.Muon: the steepest slope at zero that still ends near one.
@@ -55,16 +57,20 @@ def _muon(model: LanguageModel, params: TrainingParams) -> "Together":
     ]
     rate, decay = params.muon_learning_rate, params.weight_decay
     if matrices := [parameter for parameter in hidden if parameter.dim() == 2]:
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        if any(isinstance(parameter, DTensor) for parameter in matrices):
+            optimizers.append(StackedMuon(matrices, lr=rate, weight_decay=decay))
+        else:
+            optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     if stacks := [parameter for parameter in hidden if parameter.dim() == 3]:
         optimizers.append(StackedMuon(stacks, lr=rate, weight_decay=decay))
     return Together(optimizers)
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """What ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does to a matrix, for each matrix of a stack [E, A, B].
+    """What ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does, to a matrix or all of a stack [E, A, B].
 
-    torch 2.13 refuses what is not a matrix; this goes when it takes stacks (pytorch#190597).
+    torch 2.13 refuses what is not a matrix; this goes when it takes stacks (pytorch#190597). Where a mesh cuts
+    matrices, each process puts a momentum together from its parts, and takes its part of what is made of that.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -86,16 +92,35 @@ class StackedMuon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        update = orthogonalized(grad.lerp(momentum, group["momentum"]))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+        momentum = whole.local(state["momentum_buffer"]).lerp_(whole.local(grad), 1 - group["momentum"])
+        looked_ahead = whole.local(grad).lerp(momentum, group["momentum"])
+        update = _of_whole_matrices(orthogonalized, looked_ahead, grad)
+        own = whole.local(parameter)
+        own.mul_(1 - group["lr"] * group["weight_decay"])
+        own.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
 
 
-def orthogonalized(stack_EAB: torch.Tensor) -> torch.Tensor:
-    """Returns, in bf16, each matrix with its singular values moved to about one by Newton-Schulz iterations."""
+def _of_whole_matrices(
+    change: Callable[[torch.Tensor], torch.Tensor], part: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """Returns this process's part of what ``change`` makes of matrices, cut as ``like``, of which it has ``part``."""
+    if not isinstance(like, DTensor):
+        return change(part)
+    mesh, cut = like.device_mesh, like.placements
+    # A stack that is cut between its matrices has them whole.
+    kept = [place if like.dim() == 3 and place == Shard(0) else Replicate() for place in cut]
+
+    def laid(values: torch.Tensor, places: Sequence[Placement]) -> DTensor:
+        return DTensor.from_local(values, mesh, places, run_check=False, shape=like.shape, stride=like.stride())
+
+    entered = laid(part, cut).redistribute(placements=kept).to_local()
+    return laid(change(entered), kept).redistribute(placements=cut).to_local()
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """Returns, in bf16, matrices [..., A, B] whose singular values Newton-Schulz iterations have moved to about one."""
     a, b, c = _COEFFICIENTS
-    x = stack_EAB.bfloat16()
+    x = matrices.bfloat16().reshape(-1, *matrices.shape[-2:])
     upright = x.shape[-2] > x.shape[-1]
     if upright:
         x = x.mT
@@ -103,7 +128,7 @@ def orthogonalized(stack_EAB: torch.Tensor) -> torch.Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if upright else x
+    return (x.mT if upright else x).reshape(matrices.shape)
 
 
 class Together(torch.optim.Optimizer):
@@ -124,7 +149,9 @@ class Together(torch.optim.Optimizer):
             first = last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        # On another mesh another class may have had the matrices, with fewer settings of its own.
+        groups = zip(self.state_dict()["param_groups"], state_dict["param_groups"], strict=True)
+        super().load_state_dict({**state_dict, "param_groups": [{**own, **saved} for own, saved in groups]})
         self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

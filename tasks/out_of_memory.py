@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 
@@ -133,17 +134,20 @@ def activation_bytes(model: LanguageModel, tokens: int, checkpointing: str, prec
 def _logits(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Use:
     # Themselves and their gradient; in fp32 themselves, their softmax and its gradient.
     bytes_each = 2 * PRODUCT_TYPES[precision].itemsize + 12
-    held, most = params.micro_batch * length * model.config.vocab_size, logits_held(params.device)
-    if held > most:
-        return Use("logits", most * bytes_each, "whatever micro_batch is")
-    return Use("logits", held * bytes_each, _fewer_windows(params, held * bytes_each))
+    of_a_window, most = length * model.config.vocab_size, logits_held(params.device)
+    size = min(params.micro_batch * of_a_window, most) * bytes_each
+    if of_a_window >= most:
+        return Use("logits", size, "whatever micro_batch is")
+    return Use("logits", size, _fewer_windows(params, params.micro_batch * of_a_window * bytes_each, size))
 
 
-def _fewer_windows(params: TrainingParams, size: float) -> str:
+def _fewer_windows(params: TrainingParams, size: float, most: float = math.inf) -> str:
+    """Names the next micro_batch at which that which takes ``size`` now is less than ``most``."""
     if params.micro_batch == 1:
         return "lower train.seq_len"
-    fewer = next(size for size in range(params.micro_batch - 1, 0, -1) if params.micro_batch % size == 0)
-    return f"micro_batch: {fewer} makes it {_gib(size * fewer / params.micro_batch)}"
+    sizes = {few: size * few / params.micro_batch for few in range(params.micro_batch - 1, 0, -1)}
+    fewer = next(few for few, less in sizes.items() if params.micro_batch % few == 0 and less < most)
+    return f"micro_batch: {fewer} makes it {_gib(sizes[fewer])}"
 
 
 def _routed(model: LanguageModel) -> int:

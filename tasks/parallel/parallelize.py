@@ -1,6 +1,7 @@
 """Lays a model over the processes. The model knows nothing of it, and neither does the training loop.
 
-Where every process holds the whole model, torch's DistributedDataParallel averages gradients, as it does everywhere.
+One process trains as it would without all this. Where several hold the whole model, torch's DistributedDataParallel
+averages gradients, as it does everywhere.
 Any other mesh goes through FSDP2: one all-gather a block before it computes, one reduction of its gradients behind it.
 Of a pipeline each stage does so by itself.
 """

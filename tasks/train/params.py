@@ -23,6 +23,15 @@ def checkpoint_inputs() -> list[Path]:
     return [paths.MANIFEST, *([] if init.checkpoint() is None else [paths.INIT_RECORD])]
 
 
+def check_depths(model: LatentArchitecture, seq_len: int) -> None:
+    """Raises ValueError where a window of so many tokens has none as far ahead as ``model`` is to predict."""
+    if model.num_nextn_predict_layers >= seq_len:
+        raise ValueError(
+            f"num_nextn_predict_layers {model.num_nextn_predict_layers} predicts further ahead than a window of "
+            f"seq_len {seq_len} has tokens; lower it, or raise seq_len"
+        )
+
+
 class LoraParams(Section):
     """Low-rank factors beside frozen weights: see :mod:`lm.low_rank`."""
 
@@ -121,6 +130,12 @@ class TrainParams(TrainingParams):
         return self
 
     @model_validator(mode="after")
+    def _windows_are_long_enough(self) -> Self:
+        if isinstance(self.architecture, LatentArchitecture):
+            check_depths(self.architecture, self.seq_len)
+        return self
+
+    @model_validator(mode="after")
     def _lora_fits(self) -> Self:
         if self.lora is None:
             return self
@@ -137,8 +152,11 @@ class TrainParams(TrainingParams):
 
     @model_validator(mode="after")
     def _the_optimizer_fits_the_mesh(self) -> Self:
-        if self.optimizer == "muon" and not self.mesh.over(self.world_size).is_replicated:
-            raise ValueError("optimizer muon takes whole matrices, and the mesh cuts them; set optimizer to adamw")
+        if self.optimizer == "muon" and self.mesh.over(self.world_size).pipeline > 1:
+            raise ValueError(
+                "optimizer muon sorts the matrices of a whole model, and a pipeline's stage has some of them; set "
+                "optimizer to adamw, or mesh.pipeline to 1"
+            )
         return self
 
     @model_validator(mode="after")

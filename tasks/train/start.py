@@ -11,7 +11,7 @@ from tasks import init, paths
 from tasks.errors import BadInput, BadParameter
 from tasks.mesh import check_fits
 from tasks.shards import Manifest, digest
-from tasks.train.params import LoraParams, TrainParams
+from tasks.train.params import LoraParams, TrainParams, check_depths
 
 _DO = "Name another checkpoint in train.init, or mend that one."
 
@@ -49,6 +49,8 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
         _check_model(params, config)
     try:
         check_fits(params.mesh.over(params.world_size), architecture_of(config))
+        if isinstance(config, LatentConfig):
+            check_depths(config, params.seq_len)
     except ValueError as error:
         raise BadParameter(f"{paths.PARAMS}: train: {error}.") from None
     if params.seq_len > config.max_position_embeddings:

@@ -98,6 +98,15 @@ def test_grouped_products_equal_one_expert_after_the_other(monkeypatch: pytest.M
     assert not found[1][-1][1].any()
 
 
+def test_experts_to_which_no_token_comes_make_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_forward, "GROUPED_ON", {"cpu"})
+    experts, x = _experts(), torch.ones(0, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, torch.ones(0, 1, dtype=torch.long), torch.ones(0, 1))
+    assert y.shape == (0, 16)
+    assert all(not grad.any() for grad in torch.autograd.grad(y.sum(), [x, *experts.parameters()]))
+
+
 def test_products_that_are_quantized_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_forward, "GROUPED_ON", {"cpu"})
     experts, seen = _experts(), []

@@ -82,6 +82,12 @@ def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]
     assert answers == greedy(model, PROMPTS, answers)
 
 
+def test_layers_of_multi_token_prediction_stay_behind(tmp_path: Path) -> None:
+    model, folder = make_checkpoint(tmp_path, odd.make_model, num_nextn_predict_layers=1)
+    answers = llama_cpp.continued(written(folder), PROMPTS, NEW)
+    assert answers == greedy(model, PROMPTS, answers)
+
+
 def test_a_model_that_comes_back_is_the_one_that_went(checkpoint: tuple[LanguageModel, Path]) -> None:
     model, folder = checkpoint
     loaded = gguf_file.load(written(folder))

@@ -65,13 +65,14 @@ def _logits_of_further(model: LanguageModel, tokens: torch.Tensor) -> list[torch
 @pytest.mark.parametrize("depths", [1, 2])
 def test_the_loss_is_that_of_the_equations(depths: int, windows: torch.Tensor) -> None:
     model = make(depths)
-    with torch.no_grad():
-        losses = [[F.cross_entropy(model(window[None, :-1])[0], window[1:])] for window in windows]
-        for found, window in zip(losses, windows, strict=True):
-            for depth, logits in enumerate(_logits_of_further(model, window), start=1):
-                found.append(F.cross_entropy(logits, window[depth + 1 :]))
-    means = torch.tensor(losses).mean(dim=0)
-    torch.testing.assert_close(model.loss(windows), means[0] + 0.7 * means[1:].mean(), atol=1e-5, rtol=1e-5)
+    losses = [[F.cross_entropy(model(window[None, :-1])[0], window[1:])] for window in windows]
+    for found, window in zip(losses, windows, strict=True):
+        for depth, logits in enumerate(_logits_of_further(model, window), start=1):
+            found.append(F.cross_entropy(logits, window[depth + 1 :]))
+    means = torch.stack([torch.stack(found) for found in losses]).mean(dim=0)
+    check_gradients(model, model.loss(windows), means[0] + 0.7 * means[1:].mean())
+    # What is told is the loss of the text, in training too.
+    torch.testing.assert_close(model.loss(windows), means[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.eval().loss(windows), means[0], atol=1e-5, rtol=1e-5)
 
 
@@ -79,15 +80,23 @@ def test_only_what_is_to_be_learned_counts(windows: torch.Tensor) -> None:
     model = make()
     learned = torch.zeros_like(windows)
     learned[0, 4:7] = learned[1, 11] = 1
-    with torch.no_grad():
-        own = further = torch.zeros(())
-        for window, counts in zip(windows, learned, strict=True):
-            own = own + (F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none") * counts[1:]).sum()
-            (logits,) = _logits_of_further(model, window)
-            further = further + (F.cross_entropy(logits, window[2:], reduction="none") * counts[2:]).sum()
+    own = further = torch.zeros(())
+    for window, counts in zip(windows, learned, strict=True):
+        own = own + (F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none") * counts[1:]).sum()
+        (logits,) = _logits_of_further(model, window)
+        further = further + (F.cross_entropy(logits, window[2:], reduction="none") * counts[2:]).sum()
     # The mean over all positions, of which the others add nothing.
     expected = own / (2 * 11) + 0.7 * further / (2 * 10)
-    torch.testing.assert_close(model.loss(torch.stack([windows, learned], dim=1)), expected, atol=1e-5, rtol=1e-5)
+    found = model.loss(torch.stack([windows, learned], dim=1))
+    torch.testing.assert_close(found, own / (2 * 11), atol=1e-5, rtol=1e-5)
+    check_gradients(model, found, expected)
+
+
+def check_gradients(model: LanguageModel, loss: torch.Tensor, expected: torch.Tensor) -> None:
+    weights = dict(model.named_parameters())
+    found, wanted = (torch.autograd.grad(value, list(weights.values())) for value in (loss, expected))
+    for name, one, other in zip(weights, found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_no_token_is_predicted_from_itself(windows: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from lm.config import GroupedConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
-from tasks import step_meter, training
+from tasks import optimizers, step_meter, training
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams
@@ -106,6 +106,7 @@ class Case:
     inner_steps: int = 0
     recomputed: str = "none"
     compiled: str = ""
+    optimizer: str = "adamw"
 
 
 @dataclass
@@ -162,7 +163,7 @@ def params_of(case: Case, world_size: int) -> Params:
         seed=3, steps=STEPS, global_batch=BATCH, micro_batch=case.micro_batch, learning_rate=0.01,
         min_learning_rate_ratio=0.1, warmup_fraction=0.2, weight_decay=0.1, clip_grad_norm=0.5, bias_update_rate=0.02,
         validate_every=5, validation_windows=5, device="cpu", precision="fp32", world_size=world_size,
-        threads_per_process=1, checkpoint_every=5, optimizer="adamw", muon_learning_rate=0.02, schedule="cosine",
+        threads_per_process=1, checkpoint_every=5, optimizer=case.optimizer, muon_learning_rate=0.02, schedule="cosine",
         decay_fraction=0.2, activation_checkpointing=case.recomputed, inner_steps=case.inner_steps,
         compiled=case.compiled,
     )  # fmt: skip
@@ -190,11 +191,11 @@ def model_of(case: Case) -> LanguageModel:
     return model
 
 
-def alone(model_name: str, steps: int) -> Result:
+def alone(model_name: str, steps: int, optimizer_name: str = "adamw") -> Result:
     """Trains in this process: each step is one pass over the whole batch."""
     from tasks.order import batch_of_rank
 
-    case = Case({}, model_name, steps=steps)
+    case = Case({}, model_name, steps=steps, optimizer=optimizer_name)
     result, params, model = Result(), params_of(case, 1), model_of(case)
     optimizer = make_optimizer(model, params)
     reader, held_out = Reader(1, WINDOWS), Reader(2, 7)
@@ -409,6 +410,16 @@ def _own_statistics(run: _Run) -> None:
     object.__setattr__(run.world, "sum", lambda values: values if values.dim() == 2 else summed(values))
 
 
+def _each_part_by_itself(run: _Run) -> Callable[[], None]:
+    right = optimizers._of_whole_matrices
+    optimizers._of_whole_matrices = lambda change, part, like: change(part)
+
+    def mend() -> None:
+        optimizers._of_whole_matrices = right
+
+    return mend
+
+
 MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the replicas' gradients are not summed": _no_sum_over_replicas,
     "the gradients are summed, not averaged": _no_mean,
@@ -419,6 +430,7 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "each process counts its own tokens alone": _own_statistics,
     "the gradient of one micro-batch is missing": _no_gradient_of_one,
     "the copies of tied weights have gradients of their own": _copies_apart,
+    "each part is orthogonalized": _each_part_by_itself,
 }
 
 

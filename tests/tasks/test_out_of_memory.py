@@ -48,9 +48,15 @@ def test_the_three_largest_are_named_with_numbers_and_cures(project: Path) -> No
 def test_fewer_windows_are_not_advised_where_logits_come_in_pieces(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lm.loss.LOGITS_HELD", 2**16)
-    told_line = message(params_with(project, train__micro_batch=4), odd.make_model(), length=4096)
-    assert re.search(r"logits 1\.\d+ MiB \(whatever micro_batch is\)", told_line), told_line
+    params, model = params_with(project, train__micro_batch=4), odd.make_model()
+    monkeypatch.setattr("lm.loss.LOGITS_HELD", 4096 * 101)
+    told_line = message(params, model, length=4096)
+    assert re.search(r"logits 6\.\d+ MiB \(whatever micro_batch is\)", told_line), told_line
+    monkeypatch.setattr("lm.loss.LOGITS_HELD", 3 * 4096 * 101)
+    told_line = message(params, model, length=4096)
+    assert re.search(r"logits 18\.\d+ MiB \(micro_batch: 2 makes it 12\.\d+ MiB\)", told_line), told_line
+    monkeypatch.setattr("lm.loss.LOGITS_HELD", 2 * 4096 * 101)
+    assert "micro_batch: 1 makes it 6." in message(params, model, length=4096)
 
 
 def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None:

@@ -46,6 +46,9 @@ TWO = [
     Case({"expert": 2}, "latent-further"),
     Case({"tensor": 2}, "latent-further-even", logits_held=64),
     Case({"shard": 2}, "latent-further", recomputed="full"),
+    # Muon computes in bf16: what is another sum in fp32 is soon another model.
+    Case({"shard": 2}, "qwen3", steps=3, optimizer="muon"),
+    Case({"expert": 2}, steps=3, optimizer="muon"),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
@@ -58,6 +61,8 @@ FOUR = [
     Case({"expert": 2, "tensor": 2}, micro_batch=4),
     Case({"shard": 2, "tensor": 2}, "qwen3-even"),
     Case({"shard": 2, "tensor": 2}, "latent-further-even"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=3, optimizer="muon"),
+    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=3, optimizer="muon"),
     Case({"pipeline": 2}),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even"),
     Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),
@@ -69,6 +74,7 @@ TIED: dict[str, object] = {"pipeline": 2, "pipeline_schedule": "zero-bubble"}
 HALVES = [
     *(Case(mesh, steps=5) for mesh in ({"shard": 2}, {"expert": 2}, {"tensor": 2}, {}, {"pipeline": 2})),
     Case(TIED, "qwen3-deep", steps=5),
+    Case({"shard": 2}, steps=1, optimizer="muon"),
 ]
 RESUMED = [
     Case({}, resume=0),
@@ -79,6 +85,8 @@ RESUMED = [
     Case({"expert": 2}, resume=4),
     Case({"pipeline": 2}, resume=4),
     Case(TIED, "qwen3-deep", resume=5),
+    Case({}, steps=3, resume=6, optimizer="muon"),
+    Case({"expert": 2}, steps=3, resume=6, optimizer="muon"),
 ]
 # Traced by torch, of the second its gradients too; the code that comes of it is for test_compiled, in one process.
 COMPILED = [
@@ -96,17 +104,24 @@ WRONG = [
     Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
     Case({"pipeline": 2}, steps=3, mistake="the gradient of one micro-batch is missing"),
     Case({"pipeline": 4}, "qwen3-deep", steps=3, mistake="the copies of tied weights have gradients of their own"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=3, mistake="each part is orthogonalized", optimizer="muon"),
 ]
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
 APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
-alone = functools.lru_cache(lambda model, steps=meshes.STEPS: meshes.alone(model, steps))
+_alone = functools.lru_cache(meshes.alone)
+
+
+def alone(model: str, steps: int = meshes.STEPS, optimizer: str = "adamw") -> Result:
+    """Returns what one process makes of the model in so many steps."""
+    return _alone(model, steps, optimizer)
 
 
 def name_of(case: Case) -> str:
     sizes = (f"{axis}{size}" if isinstance(size, int) else str(size) for axis, size in case.mesh.items())
     mesh = "-".join(sizes) or "replicate"
-    return f"{case.model}-{mesh}-{case.micro_batch}" + (f"-{case.mistake}" if case.mistake else "")
+    more = (f"-{case.mistake}" if case.mistake else "") + ("-muon" if case.optimizer == "muon" else "")
+    return f"{case.model}-{mesh}-{case.micro_batch}" + more
 
 
 def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
@@ -127,48 +142,65 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG, APART_AND_CUT])
 
 
-def check_equal(result: Result, expected: Result) -> None:
-    """Fails unless losses, norms, first gradients, statistics and samples are those of one process."""
+def check_like(case: Case, result: Result) -> None:
+    """Fails unless ``result`` is what one process makes of ``case``."""
+    check_equal(result, alone(case.model, case.steps, case.optimizer), leeway_of(case))
+
+
+def leeway_of(case: Case) -> float:
+    return 250 if case.optimizer == "muon" else 1
+
+
+def check_equal(result: Result, expected: Result, leeway: float = 1) -> None:
+    """Fails unless losses, norms, first gradients, statistics and samples are those of one process.
+
+    Losses and norms of later steps may be off by ``leeway`` times what sums in another order come to.
+    """
     assert result.samples == expected.samples
-    assert result.losses == pytest.approx(expected.losses, rel=2e-6)
-    assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert result.losses == pytest.approx(expected.losses, rel=2e-6 * leeway)
+    assert result.norms == pytest.approx(expected.norms, rel=1e-5 * leeway)
     assert result.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         # Relative to the largest of the tensor: an element may be the rest of a sum that cancels.
         largest = gradient.abs().max().clamp(min=1e-12)
         torch.testing.assert_close(result.gradients[name] / largest, gradient / largest, atol=5e-6, rtol=0)
-    check_weights(result, expected)
-    assert result.valid_loss == pytest.approx(expected.valid_loss, rel=2e-6)
+    check_weights(result, expected, leeway)
+    assert result.valid_loss == pytest.approx(expected.valid_loss, rel=2e-6 * leeway)
 
 
-def check_weights(result: Result, expected: Result) -> None:
+def check_weights(result: Result, expected: Result, leeway: float = 1) -> None:
     assert result.weights.keys() == expected.weights.keys()
     for name, weights in expected.weights.items():
         # Adam makes steps of a gradient that is nothing but rounding, as that of a key's bias nearly is.
-        torch.testing.assert_close(result.weights[name], weights, atol=2e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            result.weights[name], weights, atol=2e-3 if leeway == 1 else 5e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("case", TWO, ids=name_of)
 def test_two_processes_train_as_one_does(case: Case, two: list[Result]) -> None:
-    check_equal(two[len(HALVES + RESUMED) + TWO.index(case)], alone(case.model))
+    check_like(case, two[len(HALVES + RESUMED) + TWO.index(case)])
 
 
 @pytest.mark.parametrize("case", FOUR, ids=name_of)
 def test_four_processes_train_as_one_does(case: Case, four: list[Result]) -> None:
-    check_equal(four[FOUR.index(case)], alone(case.model))
+    check_like(case, four[FOUR.index(case)])
 
 
 @pytest.mark.parametrize("number", range(len(RESUMED)))
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(number: int, two: list[Result]) -> None:
-    resumed, expected = two[len(HALVES) + number], alone(RESUMED[number].model)
-    assert resumed.losses == pytest.approx(expected.losses[5:], rel=2e-6)
-    check_weights(resumed, expected)
+    case = RESUMED[number]
+    resumed, expected = two[len(HALVES) + number], alone(case.model, case.steps, case.optimizer)
+    assert case.resume is not None
+    done = HALVES[case.resume].steps
+    assert resumed.losses == pytest.approx(expected.losses[done:], rel=2e-6 * leeway_of(case))
+    check_weights(resumed, expected, leeway_of(case))
 
 
 @pytest.mark.parametrize("case", WRONG, ids=name_of)
 def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None:
     with pytest.raises(AssertionError):
-        check_equal(four[len(FOUR) + WRONG.index(case)], alone(case.model, case.steps))
+        check_like(case, four[len(FOUR) + WRONG.index(case)])
 
 
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
@@ -247,7 +279,6 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         ({"shard": 0}, {}, "train.mesh.shard: input should be greater than or equal to 1, found 0"),
         ({"pipe": 2}, {}, "train.mesh.pipe: unknown key"),
         ({"expert": 2}, {"train__model": tiny.LLAMA}, "this model has no layer with experts; set mesh.expert to 1"),
-        ({"shard": 2}, {"train__optimizer": "muon"}, "optimizer muon takes whole matrices, and the mesh cuts them"),
         ({"expert": 2}, {"train__model__n_routed_experts": 5}, "n_routed_experts 5 does not divide over mesh.expert 2"),
         ({"tensor": 2}, {"train__model__num_attention_heads": 3}, "num_attention_heads 3 does not divide over mesh.t"),
         ({"tensor": 2}, {"train__model__intermediate_size": 49}, "intermediate_size 49 does not divide over mesh.t"),
@@ -301,7 +332,7 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             {"train__activation_checkpointing": "full", "train__model__num_hidden_layers": 4},
             "activation_checkpointing full keeps nothing for the second; set that to none, or take 1f1b",
         ),
-        ({"pipeline": 2}, {"train__optimizer": "muon"}, "optimizer muon takes whole matrices, and the mesh cuts them"),
+        ({"pipeline": 2}, {"train__optimizer": "muon"}, "optimizer muon sorts the matrices of a whole model"),
     ],
 )
 def test_an_impossible_mesh_is_one_line_with_its_reason(

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from odd import make_model, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lm import hugging_face
+from lm import gguf_write, hugging_face
 from tasks import init, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadParameter
@@ -34,9 +35,10 @@ def test_what_is_trained_with_it_is_deployed_without(tmp_path: Path) -> None:
         assert code == 0, output
         reports[name] = json.loads((tmp_path / paths.TRAIN_REPORT).read_text())
     assert reports["with"]["parameters"] == reports["without"]["parameters"]
-    # Of the text alone, while what is trained on counts a second prediction.
-    assert reports["with"]["valid_loss"] == pytest.approx(reports["without"]["valid_loss"], rel=0.05)
-    assert reports["with"]["train_loss"] > 1.2 * reports["without"]["train_loss"]
+    # Of the text alone, though what is trained on counts a second prediction.
+    for split in ("train_loss", "valid_loss"):
+        assert reports["with"][split] == pytest.approx(reports["without"][split], rel=0.05)
+    assert reports["with"] != reports["without"]
 
     trained = hugging_face.load(tmp_path / paths.FLOAT, mtp=True)
     assert len(trained.mtp) == 1
@@ -69,7 +71,25 @@ def test_a_pipeline_is_refused_with_it_before_anything_runs(tmp_path: Path) -> N
     assert _params(tmp_path, **FURTHER, **pipeline, train__mtp_loss_weight=0.0).architecture is not None
 
 
+def test_a_window_has_a_token_that_far_ahead(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadParameter, match="num_nextn_predict_layers 2 predicts further ahead than a window of seq_len 2"
+    ):
+        _params(tmp_path, train__model__num_nextn_predict_layers=2, train__seq_len=2)
+
+
 def test_of_lora_it_is_left_out(tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"], "keep_adapter": False}
     assert _params(tmp_path, **GIVEN).trains_mtp
     assert not _params(tmp_path, **GIVEN, train__lora=lora).trains_mtp
+
+
+def test_what_is_exported_passes_its_layers_over(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, make_model, num_nextn_predict_layers=1)
+    gguf_write.check(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    # Of a layer that the configuration does not tell of, nobody knows what it is.
+    save_file({**tensors, "model.layers.4.mlp.up_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(gguf_write.Unfit, match=r"model\.layers\.4\.mlp\.up_proj\.weight"):
+        gguf_write.check(tmp_path)
+    assert len(model.mtp) == 1
