@@ -26,12 +26,15 @@ check: .venv/.installed-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .[test,benchmark]
 	touch $@
 
-# Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too.
+# Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too;
+# what only Python before 3.11.3 takes (Debian 12 has 3.11.2) is added.
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --disable-pip-version-check .[test,benchmark]
 	.venv-lock/bin/python -m pip freeze --all --exclude overnight --exclude pip | sed -e 's/+cpu//' > requirements.lock
+	grep -q '^async-timeout==' requirements.lock || \
+	    echo 'async-timeout==5.0.1; python_full_version < "3.11.3"' >> requirements.lock
 	rm -rf .venv-lock build
 
 clean:

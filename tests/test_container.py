@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 DEPLOYMENTS = ROOT / "deployments"
-LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
+LOCK = dict(line.partition(";")[0].split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
 PYTHON = (
     tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].strip("=").removesuffix(".*")
 )

@@ -98,7 +98,7 @@ def test_each_stage_lies_in_a_package_of_its_name() -> None:
 
 
 def test_the_lock_file_pins_every_package_exactly() -> None:
-    lines = (ROOT / "requirements.lock").read_text().split()
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
     assert all(line.count("==") == 1 and "+" not in line for line in lines)
     assert "torch==2.13.0" in lines
 

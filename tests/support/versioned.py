@@ -75,7 +75,9 @@ class Versioned:
     def environment(self, **more: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "PYTHON", "GIT_"))}
         author = {f"GIT_{role}_{what}": "test@test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        home = {"HOME": str(self.home), "DVC_SITE_CACHE_DIR": str(self.home)}
+        # A stage's command is `python`, which only an environment has everywhere.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        home = {"HOME": str(self.home), "DVC_SITE_CACHE_DIR": str(self.home), "PATH": path}
         return {**kept, **author, **home, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **more}
 
     def run(self, *command: str) -> str:
