@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from lm.gguf_metadata import Value, architecture, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
 from lm.hugging_face_config import Unusable, config_from_json
-from lm.hugging_face_files import CHAT_TEMPLATE, weight_files
+from lm.hugging_face_files import CHAT_TEMPLATE, is_of_mtp, weight_files
 
 Encoded = npt.NDArray[Any]
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -115,14 +114,10 @@ def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_named(paths[0] if len(paths) == 1 else folder, SafetensorError))
         files = [stack.enter_context(safe_open(path, framework="numpy")) for path in paths]
-        yield {name: file for file in files for name in file.keys() if not _is_further(name, config)}  # noqa: SIM118
-
-
-def _is_further(name: str, config: ModelConfig) -> bool:
-    # Layers of multi-token prediction, which llama.cpp has no use for.
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
-    return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < depths
+        # llama.cpp has no use for multi-token prediction.
+        depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
+        held = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        yield {name: file for name, file in held.items() if not is_of_mtp(name, config.num_hidden_layers, depths)}
 
 
 def _write_tensors(writer: gguf.GGUFWriter, folder: Path, config: ModelConfig, kind: Kind) -> None:

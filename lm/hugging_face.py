@@ -19,13 +19,12 @@ from safetensors.torch import save_file
 
 from lm.config import LatentConfig, ModelConfig
 from lm.hugging_face_config import Unusable, config_from_json, config_to_json
-from lm.hugging_face_files import COMPANIONS, WEIGHTS, read_config, read_json, weight_files
+from lm.hugging_face_files import COMPANIONS, WEIGHTS, is_of_mtp, read_config, read_json, weight_files
 from lm.model import LanguageModel
 
 # Larger weights are written as several files, with an index.
 BYTES_A_FILE = 5_000_000_000
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MTP = re.compile(r"mtp\.(\d+)\.(.*)")
 _TYPES = {"F64", "F32", "F16", "BF16"}
 _NAMES_TOLD = 3
@@ -167,7 +166,7 @@ def _config_of(folder: Path, mtp: bool) -> ModelConfig:
         return config
     # transformers passes these layers over, and what it writes says that they are there.
     names = (name for file, _ in _opened(weight_files(folder)) for name in file.keys())  # noqa: SIM118
-    if mtp and any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in names):
+    if mtp and any(is_of_mtp(name, config.num_hidden_layers, depths) for name in names):
         return config
     return config.model_copy(update={"num_nextn_predict_layers": 0})
 
@@ -217,8 +216,7 @@ def _is_passed_over(name: str, config: ModelConfig, more: int) -> bool:
     if name == "lm_head.weight":
         return config.tie_word_embeddings
     # DeepSeek-V3's layers of multi-token prediction, where they are not trained.
-    layer = _LAYER.match(name)
-    return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < more
+    return is_of_mtp(name, config.num_hidden_layers, more)
 
 
 def _names(names: list[str]) -> str:

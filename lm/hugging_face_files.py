@@ -1,6 +1,7 @@
 """Which files of a folder in Hugging Face layout belong to its checkpoint. Imports no torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def weight_files(folder: Path) -> list[Path]:
             raise Unusable(f"{pickles[0]}: a pickle, which can run code when it is read; convert it to {WEIGHTS}")
         raise Unusable(f"{WEIGHTS}: no such file, nor {INDEX}")
     return [folder / WEIGHTS]
+
+
+def is_of_mtp(name: str, layers: int, depths: int) -> bool:
+    """Whether the tensor ``name`` is of one of the ``depths`` layers of multi-token prediction behind ``layers``."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and 0 <= int(layer[1]) - layers < depths
 
 
 def read_config(folder: Path) -> ModelConfig:
