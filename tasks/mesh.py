@@ -105,6 +105,15 @@ def check_fits(mesh: Mesh, model: LatentArchitecture | GroupedArchitecture) -> N
     _check_tensor(mesh.tensor, model)
 
 
+def check_tokens(mesh: Mesh, seq_len: int) -> None:
+    """Raises ValueError when a window of so many tokens does not divide over ``mesh``."""
+    if seq_len % mesh.tensor:
+        raise ValueError(
+            f"seq_len {seq_len} does not divide over mesh.tensor {mesh.tensor}, which cuts tokens too; make it "
+            f"{max(1, seq_len // mesh.tensor) * mesh.tensor}, or lower mesh.tensor"
+        )
+
+
 def check_micro_batches(mesh: Mesh, passes: int) -> None:
     """Raises ValueError when ``passes`` micro-batches a step are none that the schedule of a pipeline can deal out."""
     if mesh.pipeline == 1:

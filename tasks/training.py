@@ -311,7 +311,9 @@ class _Run:
         if not routers:
             return []
         with self.meter.communicating():
-            counts = self.exchange.near.sum(torch.stack([router.tokens_per_expert for router in routers]))
+            # Those along `tensor` have counted shares of the tokens. Where all counted the same ones (multi-token
+            # prediction), the sum is a multiple, and only proportions matter.
+            counts = self.exchange.near.sum_all(torch.stack([router.tokens_per_expert for router in routers]))
         self.load += counts
         load: list[float] = (counts.amax(dim=1) / counts.mean(dim=1)).tolist()
         for router, summed in zip(routers, counts, strict=True):

@@ -8,10 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 
 
-def cut(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Cuts the parameter ``name`` of ``module`` over the one axis of ``mesh``; each process holds the whole before."""
+def cut(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Placement) -> None:
+    """Cuts the parameter ``name`` of ``module`` over the axes of ``mesh``; each process holds the whole before."""
     value = getattr(module, name)
-    part = distribute_tensor(value.detach(), mesh, [placement], src_data_rank=None)
+    part = distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
     module.register_parameter(name, nn.Parameter(part, requires_grad=value.requires_grad))
 
 
@@ -27,7 +27,7 @@ def local_parameters(region: nn.Module) -> Iterator[None]:
         for module in region.modules():
             for name, value in module.named_parameters(recurse=False):
                 if isinstance(value, DTensor):
-                    partial = [Partial()] if value.placements == (Replicate(),) else None
+                    partial = [Partial() if place == Replicate() else place for place in value.placements]
                     # An attribute of the instance goes before a parameter of the same name.
                     vars(module)[name] = value.to_local(grad_placements=partial)
                     shown.append((module, name))

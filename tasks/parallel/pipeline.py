@@ -109,7 +109,7 @@ class Pipelined:
         x, place = windows[:, :-1], self._layout.process_of
         for number, stage in self._stages.items():
             if number and place(number - 1) != self._here:
-                x = self._hidden(windows, self._world.device)
+                x = self._hidden(windows, self._world.device, self._layout.tensor)
                 dist.recv(x, group=self._group, group_src=place(number - 1))
             x = stage(x)
             if number < self._last and place(number + 1) != self._here:
@@ -181,7 +181,7 @@ class Pipelined:
         assert self._world.mesh is not None
         if self._layout.tensor > 1:
             tensor = self._world.mesh.dense["tensor"]
-            cut_regions(self.model, tensor)
+            cut_regions(self.model, tensor, self._layout.expert > 1)
             cut_vocabulary(self.model, tensor, self._layout.shard * self._layout.expert)
         for stage in self._stages.values():
             for layer in stage.layers:
@@ -196,23 +196,25 @@ class Pipelined:
             for module in sharded_modules(stage):
                 module.reshard()
 
-    def _hidden(self, windows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-        return torch.empty(
-            len(windows), windows.shape[1] - 1, self.model.config.hidden_size, dtype=torch.float32, device=device
-        )
+    def _hidden(self, windows: torch.Tensor, device: torch.device | str, shares: int) -> torch.Tensor:
+        """Returns room for the hidden states of ``windows``, of which a process has one of so many ``shares``."""
+        tokens = (windows.shape[1] - 1) // shares
+        return torch.empty(len(windows), tokens, self.model.config.hidden_size, dtype=torch.float32, device=device)
 
     def _schedule(self, windows: torch.Tensor) -> Running:
         if tuple(windows.shape) not in self._running:
             micro = windows[: len(windows) // self._passes]
-            hidden = self._hidden(micro, "meta").requires_grad_()
+            between = self._hidden(micro, "meta", self._layout.tensor).requires_grad_()
+            # The head sees all tokens.
+            at_end = self._hidden(micro, "meta", 1).requires_grad_()
             stages = [
                 PipelineStage(
                     stage,
                     number,
                     self._layout.stages,
                     self._world.device,
-                    input_args=hidden if number else micro[:, :-1],
-                    output_args=hidden,
+                    input_args=between if number else micro[:, :-1],
+                    output_args=at_end if number == self._last else between,
                     group=self._group,
                 )
                 for number, stage in self._stages.items()

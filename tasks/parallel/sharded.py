@@ -18,7 +18,7 @@ from lm.model import LanguageModel
 from tasks.order import Indices
 from tasks.parallel import whole
 from tasks.parallel.expert import deal_out
-from tasks.parallel.tensor import cut_regions
+from tasks.parallel.tensor import cut_regions, sees_share
 from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import Meshes, World
 
@@ -87,7 +87,7 @@ class Sharded:
 
 def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
     if mesh.dense["tensor"].size() > 1:
-        cut_regions(model, mesh.dense["tensor"])
+        cut_regions(model, mesh.dense["tensor"], mesh.layout.expert > 1)
         cut_vocabulary(model, mesh.dense["tensor"], mesh.layout.shard * mesh.layout.expert)
     for layer, source in zip(model.blocks(), original.blocks(), strict=True):
         shard_layer(layer, mesh)
@@ -102,7 +102,7 @@ def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
 def shard_layer(layer: nn.Module, mesh: Meshes, gather_again: bool = True) -> None:
     """Cuts a block in place. ``gather_again``: its weights are whole while it computes, not until the backward pass."""
     if mesh.experts["expert"].size() > 1 and isinstance(layer.mlp, MixtureOfExperts):
-        deal_out(layer.mlp.experts, mesh.experts["expert"])
+        deal_out(layer.mlp.experts, mesh.experts["expert", "tensor"] if sees_share(layer) else mesh.experts["expert"])
         # Along another dimension than `expert` cuts.
         fully_shard(
             layer.mlp.experts,

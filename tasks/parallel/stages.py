@@ -15,7 +15,8 @@ from tasks.world import World
 class Stage(nn.Module):
     """Consecutive blocks of ``model``: hidden states [B, T, D] to hidden states; the first one takes ids [B, T].
 
-    The modules are those of ``model``. The last stage ends with the final norm.
+    The modules are those of ``model``. The last stage ends with the final norm. Between stages a process has its share
+    of the T tokens, where the mesh cuts them.
     """
 
     def __init__(self, model: LanguageModel, layers: range, world: World) -> None:
@@ -32,9 +33,12 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Not around the schedule, whose backward passes would come under it.
         with self._world.autocast():
+            positions = x.shape[1]
             if self.embed_tokens is not None:
                 x = self.embed_tokens(x)
-            cos, sin = self._rotations[:, : x.shape[1]]
+            elif self._world.mesh is not None:
+                positions *= self._world.mesh.layout.tensor
+            cos, sin = self._rotations[:, :positions]
             for layer in self.layers:
                 x = layer(x, cos, sin)
             return x if self.norm is None else self.norm(x)

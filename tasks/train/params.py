@@ -9,7 +9,7 @@ from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
-from tasks.mesh import AXES, MeshParams, check_fits, check_micro_batches
+from tasks.mesh import AXES, MeshParams, check_fits, check_micro_batches, check_tokens
 from tasks.section import Section, validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
@@ -211,6 +211,7 @@ class TrainParams(TrainingParams):
     @model_validator(mode="after")
     def _the_micro_batches_fit_the_mesh(self) -> Self:
         mesh = self.mesh.over(self.world_size)
+        check_tokens(mesh, self.seq_len)
         check_micro_batches(mesh, self.global_batch // (self.micro_batch * mesh.data))
         if mesh.schedule == "zero-bubble" and mesh.pipeline > 1 and self.activation_checkpointing != "none":
             raise ValueError(

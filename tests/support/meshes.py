@@ -31,7 +31,7 @@ from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
-from tasks.parallel import tensor, vocabulary, whole
+from tasks.parallel import local, tensor, vocabulary, whole
 from tasks.parallel.stages import Stage
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
@@ -375,6 +375,10 @@ def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
     return _replaced(tensor, "Partial", Replicate)
 
 
+def _no_sum_over_shares(run: _Run) -> Callable[[], None]:
+    return _replaced(local, "Partial", Replicate)
+
+
 def _no_sum_over_words(run: _Run) -> Callable[[], None]:
     return _replaced(vocabulary, "Partial", Replicate)
 
@@ -405,9 +409,9 @@ def _copies_apart(run: _Run) -> None:
 
 
 def _own_statistics(run: _Run) -> None:
-    summed = run.world.sum
-    # What is counted is a matrix, layers by experts; what else is summed is a number.
-    object.__setattr__(run.world, "sum", lambda values: values if values.dim() == 2 else summed(values))
+    summed = run.world.sum_all
+    # What is counted is a matrix, layers by experts; what else is summed is a few numbers.
+    object.__setattr__(run.world, "sum_all", lambda values: values if values.dim() == 2 else summed(values))
 
 
 def _each_part_by_itself(run: _Run) -> Callable[[], None]:
@@ -425,6 +429,7 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the gradients are summed, not averaged": _no_mean,
     "each process clips by the norm of its part": _norm_of_a_part,
     "parts of an output are not summed over tensor": _no_sum_over_tensor,
+    "gradients of shares of the tokens are not summed over tensor": _no_sum_over_shares,
     "parts of the logits' gradient are not summed over tensor": _no_sum_over_words,
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,

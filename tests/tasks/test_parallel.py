@@ -99,6 +99,7 @@ WRONG = [
     Case({"shard": 4}, steps=3, mistake="the gradients are summed, not averaged"),
     Case({"shard": 4}, steps=3, mistake="each process clips by the norm of its part"),
     Case({"shard": 2, "tensor": 2}, steps=3, mistake="parts of an output are not summed over tensor"),
+    Case({"tensor": 2}, steps=3, mistake="gradients of shares of the tokens are not summed over tensor"),
     Case({"tensor": 2}, "qwen3-even", steps=3, mistake="parts of the logits' gradient are not summed over tensor"),
     Case({"shard": 2, "expert": 2}, steps=3, mistake="the experts' gradients are divided again"),
     Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
@@ -291,6 +292,11 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             {"shard": 5, "expert": 2},
             {"train__world_size": 10, "train__global_batch": 20},
             "hidden_size 32 does not divide over mesh.shard 5, as it must with mesh.expert above 1",
+        ),
+        (
+            {"tensor": 2},
+            {"train__seq_len": 15},
+            "seq_len 15 does not divide over mesh.tensor 2, which cuts tokens too; make it 14, or lower mesh.tensor",
         ),
         (
             {"tensor": 2},
