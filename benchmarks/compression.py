@@ -44,6 +44,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "powersgd": {"compression": "powersgd"},
     "int8": {"compression": "int8"},
     "diloco": {"diloco": {}},
+    "diloco int8": {"diloco": {}, "compression": "int8"},
 }
 Curve = list[tuple[float, float]]
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4, help="of powersgd")
     parser.add_argument("--inner-steps", type=int, default=20, help="of diloco; divides --validate-every")
     parser.add_argument("--outer-learning-rate", type=float, default=0.7, help="of diloco")
-    parser.add_argument("--outer-momentum", type=float, default=0.5, help="of diloco, for the few meetings here")
+    parser.add_argument("--outer-momentum", type=float, default=0.3, help="of diloco, for the few meetings here")
     parser.add_argument("--sides", nargs="+", choices=[name for name in SIDES if name != "plain DDP"], default=None)
     parser.add_argument("--picture", type=Path, default=Path("compression.png"), help="of the curves")
     parser.add_argument("--side", help=argparse.SUPPRESS)

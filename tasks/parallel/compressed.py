@@ -135,10 +135,8 @@ class Int8(Compressed):
         super().__init__(model, world)
         # One more for the loss.
         self._count = sum(parameter.numel() for parameter in self._parameters) + 1
-        chunk = -(-self._count // (world.size * _BLOCK)) * _BLOCK
-        like = self._parameters[0]
-        self._error_NK = torch.zeros(world.size, chunk, dtype=torch.float32, device=like.device)
-        self._error_K = torch.zeros(chunk, dtype=torch.float32, device=like.device)
+        self._error_NK = chunks(self._count, world.size, self._parameters[0].device)
+        self._error_K = torch.zeros_like(self._error_NK[0])
 
     def _reduce(self, gradients: list[torch.Tensor], loss: torch.Tensor) -> bool:
         sent_NK = torch.zeros_like(self._error_NK)
@@ -146,18 +144,11 @@ class Int8(Compressed):
         torch.cat([*(gradient.flatten().float() for gradient in gradients), loss.float().reshape(1)],
                   out=flat[: self._count])  # fmt: skip
         sent_NK += self._error_NK
-        packed = packed_int8(sent_NK)
-        received = torch.empty_like(packed)
-        dist.all_to_all_single(received, packed)
-        mean_K = unpacked_int8(received).mean(dim=0) + self._error_K
-        packed_mean = packed_int8(mean_K.unsqueeze(0))
-        gathered = packed_mean.new_empty(self.world.size, packed_mean.shape[1])
-        dist.all_gather(list(gathered.split(1)), packed_mean)
-        means = unpacked_int8(gathered).view(-1)[: self._count]
+        mean_NK, error_NK, error_K = mean_of_bytes(sent_NK, self._error_K)
+        means = mean_NK.view(-1)[: self._count]
         if not means.isfinite().all():
             return False
-        self._error_NK = sent_NK.sub_(unpacked_int8(packed))
-        self._error_K = mean_K.sub_(unpacked_int8(packed_mean)[0])
+        self._error_NK, self._error_K = error_NK, error_K
         # The loss is told, not learned from.
         self._error_NK.view(-1)[self._count - 1] = 0
         if (place := self._count - 1 - self.world.rank * len(self._error_K)) in range(len(self._error_K)):
@@ -172,6 +163,43 @@ class Int8(Compressed):
     def load_state(self, state: dict[str, Any]) -> None:
         self._error_NK.copy_(state["sent"])
         self._error_K.copy_(state["mean"])
+
+
+def mean_of_bytes(
+    sent_NK: torch.Tensor, kept_K: torch.Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the mean of ``sent_NK`` over the N processes of ``group``, the same bits in each. Collective.
+
+    Each process makes the mean of its chunk [K], to which ``kept_K`` is added. Behind the mean comes what rounding took
+    from what this process sent [N, K], and from the mean of its chunk [K].
+    """
+    packed = packed_int8(sent_NK)
+    received = torch.empty_like(packed)
+    dist.all_to_all_single(received, packed, group=group)
+    mean_K = unpacked_int8(received).mean(dim=0)
+    if kept_K is not None:
+        mean_K += kept_K
+    packed_mean = packed_int8(mean_K.unsqueeze(0))
+    gathered = packed_mean.new_empty(len(sent_NK), packed_mean.shape[1])
+    dist.all_gather(list(gathered.split(1)), packed_mean, group=group)
+    lost = mean_K.sub_(unpacked_int8(packed_mean)[0])
+    return unpacked_int8(gathered), sent_NK.sub(unpacked_int8(packed)), lost
+
+
+def averaged_in_bytes(
+    tensors: list[torch.Tensor], processes: int, group: dist.ProcessGroup | None = None
+) -> list[torch.Tensor]:
+    """Returns the means of ``tensors`` over the ``processes`` of ``group``, rounded twice to a byte. Collective."""
+    sent_NK = chunks(sum(tensor.numel() for tensor in tensors), processes, tensors[0].device)
+    sizes = [tensor.numel() for tensor in tensors]
+    torch.cat([tensor.flatten().float() for tensor in tensors], out=sent_NK.view(-1)[: sum(sizes)])
+    means = mean_of_bytes(sent_NK, group=group)[0].view(-1)[: sum(sizes)]
+    return [mean.view(tensor.shape) for mean, tensor in zip(means.split(sizes), tensors, strict=True)]
+
+
+def chunks(count: int, processes: int, device: torch.device) -> torch.Tensor:
+    """Returns zeros [N, K], room for ``count`` numbers in a chunk of whole blocks for each of the processes."""
+    return torch.zeros(processes, -(-count // (processes * _BLOCK)) * _BLOCK, dtype=torch.float32, device=device)
 
 
 def packed_int8(values_NK: torch.Tensor) -> torch.Tensor:

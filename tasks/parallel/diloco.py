@@ -3,7 +3,8 @@
 The mean of the differences is the gradient of an outer optimizer, SGD with Nesterov's momentum, which moves the weights
 that all had when they last met. A replica may be cut over several processes (FSDP2), of which each exchanges its part
 with those in its place in the other replicas. Replicas meet every ``inner_steps`` and after the last step; only then is
-anything validated or kept, so what they last met with is the weights in the checkpoint.
+anything validated or kept, so what they last met with is the weights in the checkpoint. The differences may be sent as
+bytes (``train.compression: int8``).
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lm.model import LanguageModel
 from tasks.exchange_params import DilocoParams
 from tasks.mesh import MeshParams
 from tasks.parallel import whole
+from tasks.parallel.compressed import averaged_in_bytes
 from tasks.parallel.exchange import Exchange, State, averaged
 from tasks.world import World, seen
 
@@ -69,9 +71,12 @@ def replica_of(world: World) -> Replica:
 class Diloco(Exchange):
     """The outer optimizer."""
 
-    def __init__(self, model: LanguageModel, near: Replica, world: World, params: DilocoParams) -> None:
+    def __init__(
+        self, model: LanguageModel, near: Replica, world: World, params: DilocoParams, in_bytes: bool = False
+    ) -> None:
+        """``in_bytes``: what is exchanged is rounded to bytes."""
         super().__init__(near)
-        self._replica, self._every = near, params.inner_steps
+        self._replica, self._every, self._in_bytes = near, params.inner_steps, in_bytes
         self.in_parts = self.apart = True
         self.reads = near.number
         self.writes = near.number if near.is_first else None
@@ -80,8 +85,9 @@ class Diloco(Exchange):
             router.e_score_correction_bias for router in model.routers() if router.e_score_correction_bias is not None
         ]
         self._anchors = [nn.Parameter(parameter.detach().clone()) for parameter in self._parameters]
+        momentum = params.outer_momentum
         self._outer = torch.optim.SGD(
-            self._anchors, lr=params.outer_learning_rate, momentum=params.outer_momentum, nesterov=True, foreach=False
+            self._anchors, lr=params.outer_learning_rate, momentum=momentum, nesterov=momentum > 0, foreach=False
         )
 
     def due(self, done: int, steps: int) -> bool:
@@ -92,15 +98,25 @@ class Diloco(Exchange):
         differences = [
             whole.local(anchor) - whole.local(own) for anchor, own in zip(self._anchors, self._parameters, strict=True)
         ]
-        for value, mean in zip([*differences, *self._biases], self._means([*differences, *self._biases]), strict=True):
-            value.copy_(mean)
+        for difference, mean in zip(differences, self._means_of_differences(differences), strict=True):
+            difference.copy_(mean)
+        *biases, statistics = self._means([*self._biases, statistics])
+        for bias, mean in zip(self._biases, biases, strict=True):
+            bias.copy_(mean)
         for anchor, difference in zip(self._anchors, differences, strict=True):
             anchor.grad = _like(difference, anchor)
         self._outer.step()
         self._outer.zero_grad()
         for anchor, own in zip(self._anchors, self._parameters, strict=True):
             whole.local(own).copy_(whole.local(anchor))
-        return self._means([statistics])[0]
+        return statistics
+
+    def _means_of_differences(self, differences: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self._in_bytes:
+            # Without error feedback, which each process of a replica would have to keep in its part of a checkpoint:
+            # differences of many steps lose nothing by bytes, nor by half of one (arXiv 2501.18512, section 3.3).
+            return averaged_in_bytes(differences, self._replica.replicas, self._replica.twins)
+        return self._means(differences)
 
     def _means(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return averaged(tensors, self._replica.replicas, self._replica.twins)[1]

@@ -69,7 +69,7 @@ def lay_out(model: LanguageModel, world: World, params: TrainingParams) -> tuple
     if exchange.diloco.inner_steps:
         near = replica_of(world)
         parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near)
-        return parallel, Diloco(parallel.model, near, world, exchange.diloco)
+        return parallel, Diloco(parallel.model, near, world, exchange.diloco, exchange.compression == "int8")
     if exchange.compression != "none":
         parallel = Alone(model, world)
         return parallel, compressed(parallel.model, world, exchange.compression, exchange.rank, params.seed)

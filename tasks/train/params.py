@@ -161,7 +161,7 @@ class TrainParams(TrainingParams):
 
     @model_validator(mode="after")
     def _the_compression_fits(self) -> Self:
-        if self.compression == "none":
+        if self.compression == "none" or (self.compression == "int8" and self.diloco.inner_steps):
             return self
         if not self.mesh.over(self.world_size).is_replicated:
             raise ValueError(
@@ -171,7 +171,7 @@ class TrainParams(TrainingParams):
         if self.diloco.inner_steps:
             raise ValueError(
                 f"compression {self.compression} is of the gradients of each step, and with diloco none are exchanged; "
-                "set compression to none or diloco.inner_steps to 0"
+                "set compression to int8 or none, or diloco.inner_steps to 0"
             )
         if self.elastic:
             raise ValueError(

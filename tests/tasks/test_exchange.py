@@ -22,7 +22,7 @@ from tasks.training import _newest
 from tasks.world import World
 
 ROOT = Path(__file__).parents[2]
-SAVING = ["powersgd", "int8", "diloco"]
+SAVING = ["powersgd", "int8", "diloco", "diloco in bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,16 @@ def test_whole_gradients_are_what_they_weigh(trained: dict[str, dict[str, Any]])
     assert trained["none"]["sent"] == pytest.approx((exchanges.STEPS + 1) * weights, rel=0.01)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("powersgd", 0.1), ("diloco", 0.1), ("int8", 0.26)])
+@pytest.mark.parametrize(
+    ("kind", "share"), [("powersgd", 0.1), ("diloco", 0.1), ("int8", 0.26), ("diloco in bytes", 0.08)]
+)
 def test_the_whole_run_sends_a_fraction(kind: str, share: float, trained: dict[str, dict[str, Any]]) -> None:
     assert 0 < trained[kind]["sent"] < share * trained["none"]["sent"]
 
 
-@pytest.mark.parametrize(("kind", "more"), [("powersgd", 0.1), ("diloco", 0.02), ("int8", 0.02)])
+@pytest.mark.parametrize(
+    ("kind", "more"), [("powersgd", 0.1), ("diloco", 0.02), ("int8", 0.02), ("diloco in bytes", 0.01)]
+)
 def test_the_loss_comes_close(kind: str, more: float, trained: dict[str, dict[str, Any]]) -> None:
     assert loss(trained[kind]) < (1 + more) * loss(trained["none"])
     # Far below ln 64, where no model had learned anything.
@@ -150,7 +154,7 @@ def test_a_checkpoint_counts_only_with_this_process_s_part(tmp_path: Path) -> No
         ({"compression": "int8", "mesh__shard": 2}, "compression int8 takes whole gradients, and the mesh cuts them"),
         ({"compression": "powersgd", "elastic": True}, "set elastic to false or compression to none"),
         ({"compression": "powersgd", "compression_rank": 0}, "train.compression_rank: input should be greater than"),
-        ({"compression": "int8", "diloco__inner_steps": 4}, "set compression to none or diloco.inner_steps to 0"),
+        ({"compression": "powersgd", "diloco__inner_steps": 4}, "set compression to int8 or none, or diloco"),
         ({"diloco__inner_steps": 3}, "validate_every 4 is not a multiple of diloco.inner_steps 3"),
         ({"diloco__inner_steps": 4}, "checkpoint_every 2 is not a multiple of diloco.inner_steps 4"),
         ({"diloco__inner_steps": 2, "elastic": True}, "set elastic to false or diloco.inner_steps to 0"),
