@@ -2,8 +2,9 @@
 
 Two processes train the model of params.yaml on its corpus, in two network namespaces, over a link of 100 Mbit/s and
 10 ms each way: two TUN devices, each with tc's token bucket filter (tbf), between which a process hands every packet on
-10 ms later. (netem would do the latter, where the kernel has it.) All sides take the same steps on the same windows.
-A side's time is that to 1.01 times the loss with which plain DDP ends; the ratio is plain DDP's time over it.
+10 ms later. (netem would do the latter, where the kernel has it.) All sides take as many windows a step. DiLoCo's, whose
+steps are quick and teach less, take more steps; each has a schedule over its own. A side's time is that to 1.01 times
+the loss with which plain DDP ends; the ratio is plain DDP's time over it.
 Run as root: .venv/bin/python benchmarks/compression.py
 """
 
@@ -51,11 +52,12 @@ Curve = list[tuple[float, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=240, help="a side; a multiple of --validate-every")
+    parser.add_argument("--steps", type=int, default=240, help="a multiple of --validate-every")
     parser.add_argument("--validate-every", type=int, default=20)
     parser.add_argument("--windows", type=int, default=2, help="a process and step")
     parser.add_argument("--rank", type=int, default=4, help="of powersgd")
-    parser.add_argument("--inner-steps", type=int, default=20, help="of diloco; divides --validate-every")
+    parser.add_argument("--inner-steps", type=int, default=10, help="of diloco; divides --validate-every")
+    parser.add_argument("--diloco-steps", type=int, default=300, help="in the place of --steps")
     parser.add_argument("--outer-learning-rate", type=float, default=0.7, help="of diloco")
     parser.add_argument("--outer-momentum", type=float, default=0.3, help="of diloco, for the few meetings here")
     parser.add_argument("--sides", nargs="+", choices=[name for name in SIDES if name != "plain DDP"], default=None)
@@ -74,17 +76,20 @@ def main() -> None:
         results = {}
         for side in ("plain DDP", *chosen):
             results[side] = measure(project, changes_of(side, arguments))
-            curve = results[side]["curve"]
-            print(f"{side}: {curve[-1][0]:,.0f} s to a validation loss of {curve[-1][1]:.4f}", flush=True)
+            curve, steps = results[side]["curve"], results[side]["steps"]
+            print(
+                f"{side}: {steps} steps, {curve[-1][0]:,.0f} s to a validation loss of {curve[-1][1]:.4f}", flush=True
+            )
     draw(results, arguments.picture)
-    print(json.dumps({**compared(results), "steps": arguments.steps, "megabits": MEGABITS, "delay_ms": DELAY * 1000}))
+    print(json.dumps({**compared(results), "megabits": MEGABITS, "delay_ms": DELAY * 1000}))
 
 
 def changes_of(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what ``side`` changes of the section ``train``."""
+    steps = arguments.diloco_steps if "diloco" in SIDES[side] else arguments.steps
     changes = {
-        **SIDES[side], "steps": arguments.steps, "validate_every": arguments.validate_every,
-        "checkpoint_every": arguments.steps, "micro_batch": arguments.windows,
+        **SIDES[side], "steps": steps, "validate_every": arguments.validate_every,
+        "checkpoint_every": steps, "micro_batch": arguments.windows,
         "global_batch": 2 * arguments.windows, "world_size": 2, "compression_rank": arguments.rank,
     }  # fmt: skip
     if "diloco" in changes:
@@ -131,7 +136,12 @@ def measure(project: Path, changes: dict[str, Any]) -> dict[str, Any]:
         sys.exit("a side failed:\n" + "\n".join(output[-3000:] for output in outputs))
     measured = json.loads((project / ".overnight/measurements/benchmark.json").read_text())
     curve = json.loads((project / "curve.json").read_text())
-    return {"curve": curve, "bytes": measured["bytes_sent"], "bytes_of_device": bytes_of_device() - before}
+    return {
+        "curve": curve,
+        "steps": changes["steps"],
+        "bytes": measured["bytes_sent"],
+        "bytes_of_device": bytes_of_device() - before,
+    }
 
 
 class _Timed(Progress):
@@ -188,6 +198,7 @@ def compared(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         summary[name] = {
             "times_as_fast": None if took is None else round(least / took, 2),
             "seconds": None if took is None else round(took, 1),
+            "steps": found["steps"],
             "final_loss": round(found["curve"][-1][1], 4),
             "final_loss_ratio": round(found["curve"][-1][1] / final, 4),
             "all_seconds_ratio": round(plain["curve"][-1][0] / found["curve"][-1][0], 2),

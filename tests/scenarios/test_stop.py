@@ -53,6 +53,8 @@ def test_a_forced_run_is_terminated_then_all_goes_down_then_the_server_goes_and_
 
     killed = chain.start("rerun")
     killed.wait_for_checkpoint("train", checkpoint + 4)
+    # What is asked meanwhile may take longer than the training.
+    halt(chain)
     assert f"(process {killed.process.pid}); there is nothing to go on with" in refused(chain, "rerun")
     go_down(chain, own_server, killed)
     ended = killed.end()
@@ -98,8 +100,7 @@ def test_a_forced_run_is_terminated_then_all_goes_down_then_the_server_goes_and_
 
 def go_down(chain: Chain, server: PrefectServer, running: Running) -> None:
     """Kills all there is at once, and leaves what processes leave that die in the middle of a write."""
-    for process in chain.processes():
-        os.kill(process.pid, signal.SIGSTOP)
+    halt(chain)
     server.kill()
     for process in chain.processes():
         os.kill(process.pid, signal.SIGKILL)
@@ -107,6 +108,11 @@ def go_down(chain: Chain, server: PrefectServer, running: Running) -> None:
     (chain.root / ".dvc/tmp/rwlock").write_text('{"read": {"')
     (chain.root / ".dvc/tmp/lock").write_text(f" {running.process.pid}\n")
     (chain.root / ".git/index.lock").touch()
+
+
+def halt(chain: Chain) -> None:
+    for process in chain.processes():
+        os.kill(process.pid, signal.SIGSTOP)
 
 
 def refused(chain: Chain, *arguments: str) -> str:
