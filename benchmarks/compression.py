@@ -2,9 +2,9 @@
 
 Two processes train the model of params.yaml on its corpus, in two network namespaces, over a link of 100 Mbit/s and
 10 ms each way: two TUN devices, each with tc's token bucket filter (tbf), between which a process hands every packet on
-10 ms later. (netem would do the latter, where the kernel has it.) All sides take as many windows a step. DiLoCo's, whose
-steps are quick and teach less, take more steps; each has a schedule over its own. A side's time is that to 1.01 times
-the loss with which plain DDP ends; the ratio is plain DDP's time over it.
+10 ms later. (netem would do the latter, where the kernel has it.) All sides take as many windows a step. The steps of
+DiLoCo are quick and teach less, so that it takes more of them; each side has a schedule over its own. A side's time is
+that to 1.01 times the loss with which plain DDP ends; the ratio is plain DDP's time over it.
 Run as root: .venv/bin/python benchmarks/compression.py
 """
 
