@@ -11,7 +11,7 @@ import torch.distributed as dist
 # The successor that torch names for torch.distributed.nn.functional's, which is deprecated.
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from lm.feed_forward import Experts
 from lm.linear import to_product_type
@@ -19,18 +19,10 @@ from tasks.parallel.local import cut, local_parameters
 
 
 def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
-    """Leaves each process along ``expert`` its consecutive share of ``experts``, and lets tokens travel.
-
-    Along another axis of ``mesh`` processes have other tokens and the same experts.
-    """
+    """Leaves each process of ``mesh`` (one axis) its consecutive share of ``experts``, and lets tokens travel."""
     for name, _ in list(experts.named_parameters(recurse=False)):
-        cut(experts, name, mesh, *(Shard(0) if axis == "expert" else Replicate() for axis in _names(mesh)))
-    experts.forward = functools.partial(_forward, experts, mesh.get_group("expert"))  # type: ignore[method-assign]
-
-
-def _names(mesh: DeviceMesh) -> tuple[str, ...]:
-    assert mesh.mesh_dim_names is not None
-    return mesh.mesh_dim_names
+        cut(experts, name, mesh, Shard(0))
+    experts.forward = functools.partial(_forward, experts, mesh.get_group())  # type: ignore[method-assign]
 
 
 def _forward(

@@ -30,7 +30,7 @@ from tasks.order import Indices
 from tasks.parallel import whole
 from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
 from tasks.parallel.stages import Stage, stages_of
-from tasks.parallel.tensor import cut_regions
+from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import World
 
@@ -68,6 +68,7 @@ class Pipelined:
         self._stages = {
             stage: Stage(self.model, some, world) for stage, some in enumerate(layers) if self._is_here(stage)
         }
+        self._in_parts: InParts | None = None
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
         self.scale = 1.0
@@ -91,6 +92,8 @@ class Pipelined:
                 losses=losses,
                 return_outputs=False,
             )
+        if self._in_parts is not None:
+            self._in_parts.sum_gradients()
         if self._is_tied:
             self._add_up_tied()
         found = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._world.device)
@@ -181,7 +184,7 @@ class Pipelined:
         assert self._world.mesh is not None
         if self._layout.tensor > 1:
             tensor = self._world.mesh.dense["tensor"]
-            cut_regions(self.model, tensor, self._layout.expert > 1)
+            self._in_parts = cut_regions(self.model, tensor)
             cut_vocabulary(self.model, tensor, self._layout.shard * self._layout.expert)
         for stage in self._stages.values():
             for layer in stage.layers:

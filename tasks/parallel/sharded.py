@@ -18,7 +18,7 @@ from lm.model import LanguageModel
 from tasks.order import Indices
 from tasks.parallel import whole
 from tasks.parallel.expert import deal_out
-from tasks.parallel.tensor import cut_regions, sees_share
+from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import Meshes, World
 
@@ -34,7 +34,8 @@ class Sharded:
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
         # The modules twice, the weights once: laying out replaces those of the copy.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        _shard(self.model, model, world.mesh)
+        self._in_parts = _shard(self.model, model, world.mesh)
+        self._reduces = True
         self.scale = 1.0
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,7 @@ class Sharded:
         return loss
 
     def reduce_in_backward(self, reduce: bool) -> None:
+        self._reduces = reduce
         for module in sharded_modules(self.model):
             module.set_requires_gradient_sync(reduce, recurse=False)
 
@@ -53,6 +55,8 @@ class Sharded:
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.scale).backward()
+        if self._reduces and self._in_parts is not None:
+            self._in_parts.sum_gradients()
 
     def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
         return self.model.loss(windows)
@@ -85,9 +89,10 @@ class Sharded:
             module.reshard()
 
 
-def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
+def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> InParts | None:
+    in_parts = None
     if mesh.dense["tensor"].size() > 1:
-        cut_regions(model, mesh.dense["tensor"], mesh.layout.expert > 1)
+        in_parts = cut_regions(model, mesh.dense["tensor"])
         cut_vocabulary(model, mesh.dense["tensor"], mesh.layout.shard * mesh.layout.expert)
     for layer, source in zip(model.blocks(), original.blocks(), strict=True):
         shard_layer(layer, mesh)
@@ -97,12 +102,13 @@ def _shard(model: LanguageModel, original: LanguageModel, mesh: Meshes) -> None:
     register_fsdp_forward_method(model, "loss")
     release(original)
     sum_gradients(model)
+    return in_parts
 
 
 def shard_layer(layer: nn.Module, mesh: Meshes, gather_again: bool = True) -> None:
     """Cuts a block in place. ``gather_again``: its weights are whole while it computes, not until the backward pass."""
     if mesh.experts["expert"].size() > 1 and isinstance(layer.mlp, MixtureOfExperts):
-        deal_out(layer.mlp.experts, mesh.experts["expert", "tensor"] if sees_share(layer) else mesh.experts["expert"])
+        deal_out(layer.mlp.experts, mesh.experts["expert"])
         # Along another dimension than `expert` cuts.
         fully_shard(
             layer.mlp.experts,

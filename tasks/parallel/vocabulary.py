@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from lm.linear import Embedding
 from lm.loss import LOGITS_AT_A_TIME, kept_gradient, projected_cross_entropy
 from lm.model import LanguageModel
+from tasks.parallel import tokens
 from tasks.parallel.local import cut, local_parameters
 
 
@@ -44,15 +45,14 @@ def _rows(embedding: Embedding, mesh: DeviceMesh, ids_BT: torch.Tensor) -> torch
         own_BT = ids_BT - mesh.get_local_rank() * len(embedding.weight)
         is_here = _is_here(own_BT, len(embedding.weight))
         rows_BTD = F.embedding(own_BT.where(is_here, 0), embedding.weight) * is_here.unsqueeze(-1)
-    summed: DTensor = DTensor.from_local(rows_BTD, mesh, [Partial()], run_check=False)
-    return summed.redistribute(placements=[Replicate()]).to_local()
+    return tokens.whole_from_parts(rows_BTD, mesh.get_group())
 
 
 def _loss_of(model: LanguageModel, mesh: DeviceMesh, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     with local_parameters(model.lm_head):
         weight, project = model.lm_head.weight, model.lm_head.project
     # The columns of each process make a part of the gradient.
-    entered = DTensor.from_local(x_BTD, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    entered = tokens.whole_for_parts(x_BTD, mesh.get_group())
     own_N = targets_BT.flatten() - mesh.get_local_rank() * len(weight)
     measure = functools.partial(_cross_entropy, mesh.get_group())
     return projected_cross_entropy(

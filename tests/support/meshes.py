@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.distributed.tensor import Replicate
 
 from lm import loss, low_rank
 from lm.config import GroupedConfig, LatentConfig, ModelConfig
@@ -31,7 +30,7 @@ from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import MeshParams
 from tasks.optimizers import make_optimizer
-from tasks.parallel import local, tensor, vocabulary, whole
+from tasks.parallel import tensor, tokens, vocabulary, whole
 from tasks.parallel.stages import Stage
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
@@ -372,15 +371,16 @@ def _norm_of_a_part(run: _Run) -> Callable[[], None]:
 
 
 def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
-    return _replaced(tensor, "Partial", Replicate)
+    # What is dealt is one part of each output.
+    return _replaced(tokens, "_dealt", tokens._share)
 
 
 def _no_sum_over_shares(run: _Run) -> Callable[[], None]:
-    return _replaced(local, "Partial", Replicate)
+    return _replaced(tensor.InParts, "sum_gradients", lambda _: None)
 
 
 def _no_sum_over_words(run: _Run) -> Callable[[], None]:
-    return _replaced(vocabulary, "Partial", Replicate)
+    return _replaced(tokens, "whole_for_parts", lambda x, group: x)
 
 
 def _experts_divided_alone(run: _Run) -> None:
