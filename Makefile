@@ -1,6 +1,7 @@
 # Everything happens in .venv; nothing has to be installed but Python 3.11, make and git.
 PYTHON ?= python3.11
 BIN := .venv/bin
+comma := ,
 
 .PHONY: run test check lock clean
 
@@ -17,14 +18,21 @@ check: .venv/.installed-test
 	$(BIN)/lint-imports
 
 # The lock file is a list of constraints: it decides versions, pyproject.toml decides what is installed.
-.venv/.installed: requirements.lock pyproject.toml
+# pip would compile one file after the other; of some packages' templates nothing can be compiled.
+define install
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c requirements.lock -e $(1)
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+endef
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(call install,.)
 	touch $@
 
-.venv/.installed-test: .venv/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e .[test,benchmark]
-	touch $@
+# In one go: what is there already would be looked through a second time.
+.venv/.installed-test: requirements.lock pyproject.toml
+	$(call install,.[test$(comma)benchmark])
+	touch .venv/.installed $@
 
 # Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too;
 # what only Python before 3.11.3 takes (Debian 12 has 3.11.2) is added.

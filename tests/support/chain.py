@@ -187,7 +187,8 @@ class Running:
             found.extend(one for one in self._descendants() if one != later_than and _runs(one, f"tasks.{stage}"))
             return bool(found) or self.process.poll() is not None
 
-        self.wait_until(look)
+        # Each look goes over all processes of the machine.
+        self.wait_until(look, pause=0.05)
         return found[0] if found else None
 
     def kill_stage(self, stage: str, after: float) -> bool:
@@ -195,11 +196,11 @@ class Running:
         process = self.stage_process(stage)
         return process is not None and signal_at(process, signal.SIGKILL, after)
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool], pause: float = 0.01) -> None:
         deadline = time.monotonic() + _SECONDS_A_RUN
         while not condition():
             assert time.monotonic() < deadline, self._said["err"]
-            time.sleep(0.01)
+            time.sleep(pause)
 
     def wait_for_checkpoint(self, stage: str, step: int) -> None:
         """Returns when ``stage`` has saved a checkpoint after ``step`` steps or more."""
