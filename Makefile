@@ -17,6 +17,9 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two targets install, in the same place.
+.NOTPARALLEL:
+
 # The lock file is a list of constraints: it decides versions, pyproject.toml decides what is installed.
 # pip would compile one file after the other; of some packages' templates nothing can be compiled.
 define install

@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="a process and step")
     parser.add_argument("--rank", type=int, default=4, help="of powersgd")
     parser.add_argument("--inner-steps", type=int, default=10, help="of diloco; divides --validate-every")
-    parser.add_argument("--diloco-steps", type=int, default=300, help="in the place of --steps")
+    parser.add_argument(
+        "--diloco-steps", type=int, default=300, help="in the place of --steps; a multiple of --inner-steps"
+    )
     parser.add_argument("--outer-learning-rate", type=float, default=0.7, help="of diloco")
     parser.add_argument("--outer-momentum", type=float, default=0.3, help="of diloco, for the few meetings here")
     parser.add_argument("--sides", nargs="+", choices=[name for name in SIDES if name != "plain DDP"], default=None)
@@ -67,6 +69,9 @@ def main() -> None:
     if arguments.side:
         run_side(json.loads(arguments.side))
         return
+    for steps, of in ((arguments.steps, arguments.validate_every), (arguments.diloco_steps, arguments.inner_steps)):
+        if steps % of:
+            parser.error(f"{steps} steps are no multiple of {of}")
     if os.geteuid():
         sys.exit("error: network namespaces need root. Run this as root, or in a container of your own.")
     chosen = arguments.sides or [name for name in SIDES if name != "plain DDP"]

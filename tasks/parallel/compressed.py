@@ -144,11 +144,11 @@ class Int8(Compressed):
         torch.cat([*(gradient.flatten().float() for gradient in gradients), loss.float().reshape(1)],
                   out=flat[: self._count])  # fmt: skip
         sent_NK += self._error_NK
-        mean_NK, error_NK, error_K = mean_of_bytes(sent_NK, self._error_K)
-        means = mean_NK.view(-1)[: self._count]
+        error_K = self._error_K.clone()
+        means = mean_of_bytes(sent_NK, error_K).view(-1)[: self._count]
         if not means.isfinite().all():
             return False
-        self._error_NK, self._error_K = error_NK, error_K
+        self._error_NK, self._error_K = sent_NK, error_K
         # The loss is told, not learned from.
         self._error_NK.view(-1)[self._count - 1] = 0
         if (place := self._count - 1 - self.world.rank * len(self._error_K)) in range(len(self._error_K)):
@@ -167,11 +167,11 @@ class Int8(Compressed):
 
 def mean_of_bytes(
     sent_NK: torch.Tensor, kept_K: torch.Tensor | None = None, group: dist.ProcessGroup | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Returns the mean of ``sent_NK`` over the N processes of ``group``, the same bits in each. Collective.
 
-    Each process makes the mean of its chunk [K], to which ``kept_K`` is added. Behind the mean comes what rounding took
-    from what this process sent [N, K], and from the mean of its chunk [K].
+    Each process makes the mean of its chunk [K]. With ``kept_K``, what rounding took before, that is added to it, and
+    ``sent_NK`` and ``kept_K`` become what rounding takes now: from what this process sent, and from its mean.
     """
     packed = packed_int8(sent_NK)
     received = torch.empty_like(packed)
@@ -182,8 +182,10 @@ def mean_of_bytes(
     packed_mean = packed_int8(mean_K.unsqueeze(0))
     gathered = packed_mean.new_empty(len(sent_NK), packed_mean.shape[1])
     dist.all_gather(list(gathered.split(1)), packed_mean, group=group)
-    lost = mean_K.sub_(unpacked_int8(packed_mean)[0])
-    return unpacked_int8(gathered), sent_NK.sub(unpacked_int8(packed)), lost
+    if kept_K is not None:
+        sent_NK.sub_(unpacked_int8(packed))
+        kept_K.copy_(mean_K.sub_(unpacked_int8(packed_mean)[0]))
+    return unpacked_int8(gathered)
 
 
 def averaged_in_bytes(
@@ -193,7 +195,7 @@ def averaged_in_bytes(
     sent_NK = chunks(sum(tensor.numel() for tensor in tensors), processes, tensors[0].device)
     sizes = [tensor.numel() for tensor in tensors]
     torch.cat([tensor.flatten().float() for tensor in tensors], out=sent_NK.view(-1)[: sum(sizes)])
-    means = mean_of_bytes(sent_NK, group=group)[0].view(-1)[: sum(sizes)]
+    means = mean_of_bytes(sent_NK, group=group).view(-1)[: sum(sizes)]
     return [mean.view(tensor.shape) for mean, tensor in zip(means.split(sizes), tensors, strict=True)]
 
 

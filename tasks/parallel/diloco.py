@@ -48,6 +48,7 @@ class Replica(World):
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
+        # The inherited one would go over all replicas.
         return self.sum_all(values)
 
 
@@ -114,7 +115,7 @@ class Diloco(Exchange):
     def _means_of_differences(self, differences: list[torch.Tensor]) -> list[torch.Tensor]:
         if self._in_bytes:
             # Without error feedback, which each process of a replica would have to keep in its part of a checkpoint:
-            # differences of many steps lose nothing by bytes, nor by half of one (arXiv 2501.18512, section 3.3).
+            # AdamW's differences are of like size, and the loss does not suffer from what is lost.
             return averaged_in_bytes(differences, self._replica.replicas, self._replica.twins)
         return self._means(differences)
 

@@ -3,10 +3,10 @@
 
 A region (an attention, a dense feed-forward) computes a part of its output in each process, from the same input: the
 inputs of all tokens are gathered, its outputs are summed, and each process keeps its share of the tokens. Going back it
-is the other way round. Norms, residuals, routers and routed experts see that share alone. Weights that are whole in
-each process have a part of their gradient there; those parts are summed once a step. Embedding and head are cut over
-their words (:mod:`tasks.parallel.vocabulary`) and see all tokens, and so do the blocks of multi-token prediction, whose
-tokens are fewer by one and do not divide.
+is the other way round. Norms, residuals, routers and routed experts see that share alone. Weights that work on a share,
+or on some of the heads, are whole in each process, which has a part of their gradient; the parts are summed once a
+step. Embedding and head are cut over their words (:mod:`tasks.parallel.vocabulary`) and see all tokens, and so do the
+blocks of multi-token prediction, whose tokens are fewer by one and do not divide.
 """
 
 import functools
@@ -32,6 +32,10 @@ CUT_INPUTS = ("o_proj", "down_proj")
 Forward = Callable[..., torch.Tensor]
 
 
+# What is larger is summed by itself: a copy of all experts' gradients would cost more than a message.
+_SUMMED_TOGETHER = 2**16
+
+
 class InParts:
     """The weights that are whole in each process, of whose gradients each has a part."""
 
@@ -49,12 +53,17 @@ class InParts:
         """Sums the parts that lie there after the last backward pass of a step. Collective."""
         found = [getattr(module, name).grad for module, name in self._places]
         parts = [whole.local(gradient) for gradient in found if gradient is not None]
-        if not parts:
-            return
-        flat = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(flat, group=self._group)
-        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
+        small = []
+        for part in parts:
+            if part.numel() > _SUMMED_TOGETHER and part.is_contiguous():
+                dist.all_reduce(part, group=self._group)
+            else:
+                small.append(part)
+        if small:
+            flat = torch.cat([part.flatten() for part in small])
+            dist.all_reduce(flat, group=self._group)
+            for part, summed in zip(small, flat.split([part.numel() for part in small]), strict=True):
+                part.copy_(summed.view_as(part))
 
 
 def cut_regions(model: LanguageModel, mesh: DeviceMesh) -> InParts:

@@ -79,7 +79,7 @@ def _summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _share(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return x.chunk(group.size(), dim=1)[group.rank()].contiguous()
+    return x.unflatten(1, (group.size(), -1))[:, group.rank()].contiguous()
 
 
 def _same(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -102,7 +102,8 @@ def clip_grad_norm(
     """
     found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     gradients = [gradient for _, gradient in found]
-    squares: dict[tuple[dist.ProcessGroup, ...], torch.Tensor] = {}
+    # By the members of the groups: a process may know the same ones as several objects.
+    squares: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, tuple[dist.ProcessGroup, ...]]] = {}
     for parameter, gradient in found:
         if parameter is copy:
             continue
@@ -113,11 +114,12 @@ def clip_grad_norm(
                 mesh.get_group(axis) for axis, place in enumerate(gradient.placements) if not place.is_replicate()
             )
         square = torch.linalg.vector_norm(local(gradient), dtype=torch.float64).square()
-        squares[groups] = squares[groups] + square if groups in squares else square
-    for groups, square in squares.items():
+        members = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
+        squares[members] = (squares[members][0] + square if members in squares else square, groups)
+    for square, groups in squares.values():
         for group in groups:
             dist.all_reduce(square, group=group)
-    square = torch.stack(list(squares.values())).sum()
+    square = torch.stack([square for square, _ in squares.values()]).sum()
     if stages is not None:
         dist.all_reduce(square, group=stages)
     norm = square.sqrt().float()

@@ -443,6 +443,8 @@ def work(cases: Path, results: Path) -> None:
     """Is the process that the variables RANK and WORLD_SIZE name; the first one writes what ``cases`` gave."""
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
+    # So that some of the weights here are large.
+    tensor._SUMMED_TOGETHER = 100
     # Measured anew for each training, it would take longer than most of these.
     step_meter.peak = lambda world: (1e9, "a test")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -67,6 +67,7 @@ FOUR = [
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even"),
     Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
+    Case({"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep", recomputed="full"),
 ]
 # Each takes over what the case of that number left after five steps.
 # Of the last, both copies of the tied weights lie in one process.
