@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import page
 import pytest
 import tiny
 from chain import STAGES, Chain
+from prefect_server import ask
 
 from flows import runs
 from flows.process import Child
@@ -115,11 +115,9 @@ def _worker(chain: Chain, command: list[str], settings: dict[str, str]) -> Itera
         yield
 
 
-def _ask(chain: Chain, path: str, body: object = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{chain.api}/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read() or b"null")
+def _ask(chain: Chain, path: str, body: dict[str, Any] | None = None) -> Any:
+    assert chain.api is not None
+    return ask(chain.api, path, body)
 
 
 def _ended(chain: Chain, deployment: str) -> Any:

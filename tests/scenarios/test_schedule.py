@@ -3,19 +3,17 @@
 The night itself is a stand-in that does nothing for as long as a file is there: what a real one does is told elsewhere.
 """
 
-import http
 import json
 import re
 import sqlite3
 import time
-import urllib.error
-import urllib.request
 from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import page
 from chain import Chain, Running
+from prefect_server import ask
 from receiver import Receiver, receiving
 
 _NIGHT = """
@@ -93,18 +91,7 @@ class Schedule:
         return self.running.said()
 
     def read(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self._api}/{path}", data, {"Content-Type": "application/json"})
-        for _ in range(20):
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                # SQLite was busy; Prefect's own client tries again too.
-                if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE:
-                    raise
-            time.sleep(0.2)
-        raise AssertionError("the server's database stays busy")
+        return ask(self._api, path, body)
 
     def trigger(self) -> str:
         """Starts a night as the button in Prefect's UI does; returns the flow run's id."""

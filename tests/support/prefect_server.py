@@ -79,18 +79,23 @@ class PrefectServer:
         self._child.stop()
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Returns what the API answers: to a GET, or with a ``body`` to a POST.
+        """Returns what :func:`ask` does of this server."""
+        return ask(self.api, path, body)
 
-        Asks again, as Prefect's own client does, while another holds the database and the server says 503.
-        """
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.api}/{path}", data, {"Content-Type": "application/json"})
-        for attempt in range(_ATTEMPTS):
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                if error.code != HTTPStatus.SERVICE_UNAVAILABLE or attempt == _ATTEMPTS - 1:
-                    raise
-                time.sleep(1)
-        raise AssertionError(path)
+
+def ask(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Returns what the server at ``api`` answers: to a GET, or with a ``body`` to a POST; None where that is nothing.
+
+    Asks again, as Prefect's own client does, while another holds the database and the server says 503.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{api}/{path}", data, {"Content-Type": "application/json"})
+    for attempt in range(_ATTEMPTS):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(1)
+    raise AssertionError(path)
