@@ -23,6 +23,8 @@ Ids = npt.NDArray[np.int64]
 Ending = Literal["end of text", "stop", "length", "context"]
 # Room for this many more tokens is made at a time: rarely enough to copy little, often enough to attend to little room.
 _GROWTH = 64
+# So many tokens of a prompt are read at once: enough for products of matrices, and they stay in a core's cache.
+_PIECE = 128
 _LONGEST_REASON = 200
 
 
@@ -121,8 +123,8 @@ class Generator:
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # A thread that spins while it waits takes its core from whatever else runs there.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Without VNNI, products of unsigned and signed 8 bits overflow on x86: pay for exact ones there.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if not _multiplies_exactly():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
         with _named(folder / "model.onnx") as model:
@@ -158,8 +160,14 @@ class Generator:
         """Returns logits [batch, length, vocabulary] of ``ids`` [batch, length], which come after ``cache``.
 
         ``counts`` [batch] says how many of a row's ids are its own, the others after them being fillers; None: all.
-        ``last``: the logits of each row's last own id alone, [batch, 1, vocabulary].
+        ``last``: the logits of each row's last own id alone, [batch, 1, vocabulary]. A long single row is then read
+        piece by piece: nothing is multiplied for pairs of tokens of which the first could not see the second.
         """
+        if last and len(ids) == 1 and (counts is None or counts[0] == ids.shape[1]):
+            *before, ids = np.split(ids, range(_PIECE, ids.shape[1], _PIECE), axis=1)
+            for piece in before:
+                self.observe(piece, cache, (), last=True)
+            counts = None
         return self.observe(ids, cache, (), counts, last)[0]
 
     def observe(
@@ -289,6 +297,15 @@ class _Row:
     def _end(self, why: Ending, end: int) -> str:
         self.done = Done(why, len(self.ids), len(self._written))
         return self._tell(end)
+
+
+def _multiplies_exactly() -> bool:
+    """Whether products of unsigned and signed 8 bits are exact here.
+
+    On x86 without VNNI or AMX they overflow unless onnxruntime is asked for other ones, which pass AMX by.
+    """
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and any(feature in cpu.read_text() for feature in ("vnni", "amx_int8"))
 
 
 def _token_ids(entry: int | list[int] | None) -> list[int]:
