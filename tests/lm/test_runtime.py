@@ -39,6 +39,19 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(folder: Path) -> None:
     assert expected.startswith(written)
 
 
+def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(folder)
+    ids = np.array([[256, *b"and it came to pass in those days"]])
+    whole = generator.new_cache()
+    expected = generator.run(ids, whole)[:, -1:]
+    monkeypatch.setattr("lm.runtime._PIECE", 8)
+    pieces = generator.new_cache()
+    found = generator.run(ids, pieces, last=True)
+    assert pieces.lengths.tolist() == whole.lengths.tolist() == [ids.size]
+    # Sums come in another order, and a value may tip over a rounding boundary.
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
 def test_it_stops_where_the_models_positions_end(folder: Path) -> None:
     generator = Generator(folder)
     assert generator.context == 64
