@@ -45,8 +45,13 @@ def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_logits(folder: Path, m
     whole = generator.new_cache()
     expected = generator.run(ids, whole)[:, -1:]
     monkeypatch.setattr("lm.runtime._PIECE", 8)
+    observe, sizes = generator.observe, []
+    monkeypatch.setattr(
+        generator, "observe", lambda ids, *rest, **more: sizes.append(ids.size) or observe(ids, *rest, **more)
+    )
     pieces = generator.new_cache()
     found = generator.run(ids, pieces, last=True)
+    assert sizes == [8, 8, 8, 8, 2]
     assert pieces.lengths.tolist() == whole.lengths.tolist() == [ids.size]
     # Sums come in another order, and a value may tip over a rounding boundary.
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
