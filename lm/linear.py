@@ -1,7 +1,7 @@
 """The linear maps and the embedding of the model, with one seam for quantization-aware training.
 
 ``project(x, weight)`` and ``table(rows)`` are plain by default. :mod:`lm.quantization` puts its own functions there, so
-that a layer is quantized by changing what it calls, not how it is written.
+that a layer is quantized by changing what it calls, not how it is written. ``turn`` is there for :mod:`lm.rotation`.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,28 @@ Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Linear(nn.Linear):
-    """``x @ weight.T``, plus the bias if there is one: [..., in_features] to [..., out_features]."""
+    """``x @ weight.T``, plus the bias if there is one: [..., in_features] to [..., out_features].
+
+    Where there is a ``turn`` [K, K], each K inputs are multiplied by it before anything else.
+    """
+
+    turn: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         if bias:
             nn.init.zeros_(self.bias)
         self.project: Project = F.linear
+        self.register_buffer("turn", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project(x, self.weight)
+        y = self.project(turned(x, self.turn), self.weight)
         return y if self.bias is None else y + self.bias
+
+
+def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
+    """Returns ``x`` [..., n K] with each K numbers multiplied by ``turn`` [K, K]; as it is without one."""
+    return x if turn is None else (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
 
 
 def stacked(x: torch.Tensor, *layers: Linear) -> torch.Tensor:

@@ -20,6 +20,7 @@ from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.graph import FLOAT, INT64
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
+from lm.linear import Linear
 from lm.model import Block, LanguageModel
 from lm.onnx_attention import GroupedPlaces, LatentPlaces, grouped, latent
 from lm.packing import mixture_scheme, siblings
@@ -118,11 +119,14 @@ def _block(
 def _swiglu(graph: PlannedGraph, name: str, layer: SwiGLU, x: Rows) -> str:
     both = graph.packed(name, siblings(layer), x)
     gate, up = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
-    return graph.linear(f"{name}.down_proj", layer.down_proj, Rows(graph, _silu_mul(graph, gate, up)))
+    return graph.linear(f"{name}.down_proj", layer.down_proj, _hidden(graph, gate, up, layer.down_proj))
 
 
-def _silu_mul(graph: PlannedGraph, gate: str, up: str) -> str:
-    return graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
+def _hidden(graph: PlannedGraph, gate: str, up: str, reader: Linear | Experts) -> Rows:
+    # What `down_proj` reads. Twin of `gated`, and of the turn behind it.
+    gated = graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
+    size = (reader.down_proj if isinstance(reader, Experts) else reader.weight).shape[-1]
+    return Rows(graph, graph.turned(gated, size, reader.turn))
 
 
 def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
@@ -146,7 +150,7 @@ def _add_expert(graph: PlannedGraph, name: str, experts: Experts, index: int, x:
     chosen = graph.op("Squeeze", graph.op("NonZero", gate), graph.ints(0))
     both = graph.expert(name, "gate_up_proj", index, experts.gate_up_proj[index], x.take(chosen))
     left, right = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
-    hidden = Rows(graph, _silu_mul(graph, left, right))
+    hidden = _hidden(graph, left, right, experts)
     out = graph.expert(name, "down_proj", index, experts.down_proj[index], hidden)
     weighted = graph.op("Mul", out, graph.op("Unsqueeze", graph.op("Gather", gate, chosen), graph.ints(1)))
     return graph.op("ScatterND", y, graph.op("Unsqueeze", chosen, graph.ints(1)), weighted, reduction="add")

@@ -53,6 +53,14 @@ class PlannedGraph(Graph):
         biases = np.concatenate([array(layer.bias) for layer in layers.values()])
         return self.op("Add", y, self.weight(f"{name}.bias", biases))
 
+    def turned(self, x: str, size: int, turn: torch.Tensor | None) -> str:
+        """[N, size] to [N, size]. Twin of :func:`lm.linear.turned`."""
+        if turn is None:
+            return x
+        parts = self.op("Reshape", x, self.ints(-1, len(turn)))
+        parts = self.op("MatMul", parts, self.weight(turn_name(len(turn)), array(turn)))
+        return self.op("Reshape", parts, self.ints(-1, size))
+
     def rounded(self, name: str, x: str) -> str:
         """[N, in] as the product of the layer ``name`` sees it."""
         return self.plan.of(name).rounded(self, x)
@@ -72,6 +80,11 @@ class PlannedGraph(Graph):
         if key not in self._shapes:
             self._shapes[key] = self.op("Concat", self.op("Shape", ids, start=0, end=2), self.ints(*inner), axis=0)
         return self.op("Reshape", rows, self._shapes[key])
+
+
+def turn_name(width: int) -> str:
+    """Returns the initializer that holds the turn of ``width``, one for all layers that have it."""
+    return f"turn_{width}"
 
 
 def array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -4,6 +4,9 @@ A few channels of a trained model are many times larger than the others, and wha
 coarsely. An RMS norm without a weight does not see an orthogonal turn of its input, so what writes into a space can be
 turned, and what reads from it turned with it (QuaRot, arXiv 2404.00456, section 4): the large channels are spread over
 all. Turned are the residual stream, the values of each head, and the latents; norms' weights go into what reads them.
+
+What ``down_proj`` reads comes from a product of two numbers, which no turn passes: :func:`turn_hidden` has it turned
+while the model runs (the paper's online transform).
 """
 
 import math
@@ -12,14 +15,20 @@ import torch
 from torch import nn
 
 from lm.config import LatentConfig
-from lm.feed_forward import MixtureOfExperts, SwiGLU
+from lm.feed_forward import Experts, MixtureOfExperts, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.model import Block, LanguageModel
 from lm.norm import RMSNorm
+from lm.quantization import Plan, layers, products
 
 # A matrix, or a stack of them: what a space is read by, or written by, through its last axis or its last but one.
 Matrices = list[torch.Tensor]
+
+# The widest turn while the model runs. Wider ones spread more, and take more time: a token's width times this.
+_WIDEST = 128
+# A narrower one spreads too little to be worth a product.
+_NARROWEST = 8
 
 
 @torch.no_grad()
@@ -44,6 +53,35 @@ def rotate(model: LanguageModel) -> LanguageModel:
             _turn_values(attention)
     _read_normed(model.model.norm, [model.lm_head.weight], stream)
     return model
+
+
+@torch.no_grad()
+def turn_hidden(model: LanguageModel, plan: Plan) -> LanguageModel:
+    """Has what each ``down_proj`` reads turned while ``model`` runs, and its weight with it, in place. Returns it.
+
+    Only where ``plan`` has one scale for all inputs of a product: blocks of few hold little beside a large value. The
+    turn is as wide as the largest divisor of the inputs up to 128; with none from 8 on a layer stays as it is.
+    """
+    for name, layer in layers(model).items():
+        product = products(name, layer)[-1]
+        if not product.endswith(".down_proj") or not _share_a_scale(plan, name, product):
+            continue
+        weight = layer.down_proj if isinstance(layer, Experts) else layer.weight
+        width = _width(weight.shape[-1])
+        if width >= _NARROWEST:
+            turn = orthogonal(width)
+            _turn_reads([weight.unflatten(-1, (-1, width))], turn)
+            layer.turn = turn.to(weight)
+    return model
+
+
+def _share_a_scale(plan: Plan, name: str, product: str) -> bool:
+    levels = plan.of(name, product).levels
+    return levels is not None and levels.group is None
+
+
+def _width(size: int) -> int:
+    return next(width for width in range(min(size, _WIDEST), 0, -1) if size % width == 0)
 
 
 def orthogonal(size: int) -> torch.Tensor:

@@ -123,8 +123,7 @@ class Generator:
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # A thread that spins while it waits takes its core from whatever else runs there.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not _multiplies_exactly():
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        ask_for_exact_products(options)
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
         with _named(folder / "model.onnx") as model:
@@ -299,13 +298,14 @@ class _Row:
         return self._tell(end)
 
 
-def _multiplies_exactly() -> bool:
-    """Whether products of unsigned and signed 8 bits are exact here.
+def ask_for_exact_products(options: onnxruntime.SessionOptions) -> None:
+    """Has products of unsigned and signed 8 bits not overflow, as they do on x86 without VNNI or AMX.
 
-    On x86 without VNNI or AMX they overflow unless onnxruntime is asked for other ones, which pass AMX by.
+    Not asked for elsewhere: those products pass AMX by.
     """
     cpu = Path("/proc/cpuinfo")
-    return cpu.is_file() and any(feature in cpu.read_text() for feature in ("vnni", "amx_int8"))
+    if not (cpu.is_file() and any(feature in cpu.read_text() for feature in ("vnni", "amx_int8"))):
+        options.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def _token_ids(entry: int | list[int] | None) -> list[int]:

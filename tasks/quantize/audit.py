@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 
@@ -19,6 +20,7 @@ from lm.graph import nodes_of
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from lm.packing import mixture_scheme, packed_products
+from lm.planned_graph import turn_name
 from lm.quantization import Plan, layers
 from lm.scheme import Float, Scheme
 from lm.static import Range, Static
@@ -67,9 +69,11 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     graph = onnx.load(path, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     expected = expected_products(model, plan)
-    meant = _routers(model) | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
+    in_float = [*sorted(_routers(model)), *_turns(model)]
+    meant = {*in_float} | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
     faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(graph, tensors)) - meant)]
-    faults += _missing_products(graph, tensors, expected | dict.fromkeys(sorted(_routers(model)), "MatMul"))
+    faults += _missing_products(graph, tensors, expected | dict.fromkeys(in_float, "MatMul"))
+    faults += _unturned(graph, model, plan)
     faults += _other_numerics(graph, tensors, model, plan) + _coarse_scales(tensors, model, plan)
     faults += _float_embeddings(graph, tensors, model)
     if faults:
@@ -83,13 +87,49 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
         bytes_by_type=dict(sorted(sizes.items())),
         quantized_share_of_bytes=round((sizes["int8"] + sizes["uint8"]) / sizes.total(), 4),
         quantized_products=sum(operator not in _FLOAT_PRODUCTS for operator in expected.values()),
-        float_products=_float_weights(graph, tensors),
+        # What turns is one tensor for all layers, and each has a product with it.
+        float_products=[*dict.fromkeys(_float_weights(graph, tensors))],
         weights=weights,
     )
 
 
 def _routers(model: LanguageModel) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if module in model.routers()}
+
+
+def _turned(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The layers whose inputs are turned while the model runs, by name, and the turn of each."""
+    return {name: layer.turn for name, layer in layers(model).items() if layer.turn is not None}
+
+
+def _turns(model: LanguageModel) -> list[str]:
+    return sorted({turn_name(len(turn)) for turn in _turned(model).values()})
+
+
+def _unturned(graph: onnx.GraphProto, model: LanguageModel, plan: Plan) -> list[str]:
+    """Products whose weights are turned and whose activations are not, or the other way round."""
+    makers = {output: node for node in nodes_of(graph) for output in node.output}
+    turned = _turned(model)
+    expected = {}
+    for name, product in _products(model, plan).items():
+        layer = next((one for one in turned if f"{name}.".startswith(f"{one}.") and name.endswith("down_proj")), None)
+        expected[product.scheme.stored(name)] = None if layer is None else turn_name(len(turned[layer]))
+    faults = []
+    for node in nodes_of(graph):
+        for weight in expected.keys() & set(node.input):
+            found, wanted = _turn_before(makers, node), expected[weight]
+            if found != wanted:
+                faults.append(f"{weight} meets activations turned by {found or 'nothing'}, not {wanted or 'nothing'}")
+    return sorted(faults)
+
+
+def _turn_before(makers: dict[str, onnx.NodeProto], product: onnx.NodeProto) -> str | None:
+    node = makers.get(product.input[0])
+    while node is not None and node.op_type in {"QuantizeLinear", "Gather", "Reshape"}:
+        node = makers.get(node.input[0])
+    if node is None or node.op_type != "MatMul" or not node.input[1].startswith("turn_"):
+        return None
+    return node.input[1]
 
 
 def _float_weights(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> list[str]:

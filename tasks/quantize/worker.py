@@ -10,7 +10,7 @@ from lm.distillation import teach
 from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
-from lm.rotation import rotate
+from lm.rotation import rotate, turn_hidden
 from tasks import atomic, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import Progress, progress
@@ -98,7 +98,7 @@ def rounded(
     Returns it, and ``plan`` with the ranges of the turned model where it has any. ``seen`` are calibration windows.
     """
     if params.rotate:
-        plan = calibrate(rotate(model).to(seen.device), plan, seen)
+        plan = calibrate(turn_hidden(rotate(model), plan).to(seen.device), plan, seen)
     model.to(seen.device)
     if not params.compensate:
         return prepare(model, plan), plan

@@ -1,12 +1,15 @@
 """A turned model computes what it did, and its channels are alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from odd import make_grouped
+from odd import make_grouped, make_model
 
+from lm.feed_forward import Experts
 from lm.model import LanguageModel
-from lm.quantization import PLANS, prepare
-from lm.rotation import orthogonal, rotate
+from lm.quantization import PLANS, Plan, layers, prepare
+from lm.rotation import orthogonal, rotate, turn_hidden
 
 
 def _unlike_norms(model: LanguageModel) -> LanguageModel:
@@ -53,5 +56,63 @@ def test_large_channels_cost_less_once_they_are_spread(ids: torch.Tensor) -> Non
     plain, turned = (
         (prepare(model, PLANS["per-token-8"])(ids) - expected).square().mean()
         for model in (with_large_channels(), rotate(with_large_channels()))
+    )
+    assert turned < 0.5 * plain
+
+
+def _turned(model: LanguageModel, plan: Plan) -> dict[str, int]:
+    """The layers of ``model`` that turn what they read, each with the turn's width, after :func:`turn_hidden`."""
+    turn_hidden(model, plan)
+    return {name: len(layer.turn) for name, layer in layers(model).items() if layer.turn is not None}
+
+
+@torch.no_grad()
+def test_a_turn_while_the_model_runs_changes_nothing_in_float(model: LanguageModel, ids: torch.Tensor) -> None:
+    expected = model(ids)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    turned = _turned(model, PLANS["per-token-8"])
+    torch.testing.assert_close(model(ids), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert set(turned) == {name for name in layers(model) if name.endswith((".down_proj", ".experts"))}
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if ".down_proj" in name}
+    assert not [name for name in model.state_dict() if name.endswith("turn")]
+
+
+def test_what_is_turned_while_the_model_runs_shares_a_scale() -> None:
+    def make() -> LanguageModel:
+        return make_model(intermediate_size=260, moe_intermediate_size=254, n_shared_experts=1)
+
+    # The largest divisors up to 128.
+    first, shared, experts = (f"model.layers.{part}" for part in ("0.mlp", "1.mlp.shared_experts", "1.mlp.experts"))
+    found = _turned(make(), PLANS["per-token-8"])
+    assert found[f"{first}.down_proj"] == 65
+    assert found[f"{shared}.down_proj"] == found[experts] == 127
+    assert _turned(make(), PLANS["static-8"]) == found
+    # Blocks hold little beside a large value; a float layer has nothing to win; a prime number has no narrow turn.
+    assert not _turned(make(), PLANS["blockwise-8"])
+    in_float = Plan(PLANS["per-token-8"].others, PLANS["per-token-8"].head, ("*.experts", "model.layers.0.*"))
+    assert _turned(make(), in_float).keys() == found.keys() - {experts, f"{first}.down_proj"}
+    assert not _turned(make_grouped(intermediate_size=131), PLANS["per-token-8"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [make_model, make_grouped])
+def test_large_hidden_values_cost_less_once_they_are_turned(make: type[LanguageModel], ids: torch.Tensor) -> None:
+    def with_large_values() -> LanguageModel:
+        model = make(intermediate_size=128)
+        for block in model.model.layers:
+            mlp = block.mlp if hasattr(block.mlp, "up_proj") else block.mlp.shared_experts
+            mlp.up_proj.weight[3] *= 60
+            mlp.down_proj.weight[:, 3] /= 60
+            if isinstance(experts := getattr(block.mlp, "experts", None), Experts):
+                experts.gate_up_proj[:, -3] *= 60
+                experts.down_proj[:, :, -3] /= 60
+        return model
+
+    # Attention has losses of its own.
+    plan, expected = replace(PLANS["per-token-8"], in_float=("*.self_attn.*", "lm_head")), with_large_values()(ids)
+    plain, turned = (
+        (prepare(model, plan)(ids) - expected).square().mean()
+        for model in (with_large_values(), turn_hidden(with_large_values(), plan))
     )
     assert turned < 0.5 * plain

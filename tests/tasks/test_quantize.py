@@ -1,5 +1,6 @@
 """Quantization: the audit finds what was planted, and the stage resumes like training does."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -19,6 +20,7 @@ from lm import blockwise, hugging_face, onnx_model
 from lm.calibration import calibrate
 from lm.model import LanguageModel
 from lm.quantization import PLANS, prepare
+from lm.rotation import turn_hidden
 from tasks.errors import Refused
 from tasks.quantize.audit import audit, expected_products
 from tasks.quantize.params import QuantizeParams
@@ -208,6 +210,25 @@ def test_what_quantizers_do_in_silence_is_refused(
     onnx.save(planted, graph)
     with pytest.raises(Refused, match=told):
         audit(graph, model, PLAN)
+
+
+def test_a_weight_that_is_turned_meets_activations_that_are(model: LanguageModel, tmp_path: Path) -> None:
+    plain, path = copy.deepcopy(model), tmp_path / "model.onnx"
+    onnx_model.export(turn_hidden(model, PLAN), PLAN, path)
+    assert sorted(audit(path, model, PLAN).float_products) == ["model.layers.1.mlp.gate.weight", "turn_16", "turn_48"]
+    with pytest.raises(Refused, match=r"turn_16 is multiplied in float.*\.int8 meets .* turn_48, not nothing"):
+        audit(path, plain, PLAN)
+    # A pass that takes a product for one that changes nothing, because its matrix is orthogonal.
+    planted = onnx.load(path)
+    makers = {name: node for node in planted.graph.node for name in node.output}
+    product = _reader(planted, "turn_48")
+    unturned = makers[product.input[0]].input[0]
+    after = _reader(planted, product.output[0]).output[0]
+    for node in planted.graph.node:
+        node.input[:] = [unturned if name == after else name for name in node.input]
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=r"0\.mlp\.down_proj\.int8 meets activations turned by nothing, not turn_48"):
+        audit(path, model, PLAN)
 
 
 def _scale_a_token(planted: onnx.ModelProto) -> None:
