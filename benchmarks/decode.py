@@ -8,6 +8,7 @@ can be read for what one token needs: the active weights and the cache. The last
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -185,6 +186,7 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
     from lm.gguf_tokenizer import PIECES
     from lm.model import LanguageModel
     from lm.quantization import PLANS, Plan
+    from lm.rotation import turn_hidden
     from lm.scheme import Float
 
     model = LanguageModel(config_of(shape))
@@ -198,7 +200,8 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
         if side in OURS or side == FLOAT:
             place.mkdir()
             plan = PLANS[OURS[side]] if side in OURS else Plan(Float(), Float())
-            onnx_model.export(model, plan, place / "model.onnx")
+            # As the stage does it: the turns that are left while the model runs take their time.
+            onnx_model.export(turn_hidden(copy.deepcopy(model), plan), plan, place / "model.onnx")
             (place / "tokenizer.json").write_bytes(tokenizer.read_bytes())
             (place / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
         elif side in LLAMA_CPP:

@@ -241,7 +241,8 @@ _SCHEMES = {
     "weight-only-4": f"Weights: 4 bits, one scale a block of 32 inputs; 8 bits in the head. {_IN_BLOCKS} ",
 }
 _BEFORE_ROUNDING = {
-    "rotated": "Before that the spaces between its layers were turned: the function stays as it was, and no channel is "
+    "rotated": "Before that the spaces between its layers were turned, and where all inputs of a product share a "
+    "scale, what `down_proj` reads is turned while the model runs: the function stays as it was, and no channel is "
     "larger than all others (QuaRot, arXiv 2404.00456).",
     "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
     "training split bring into the layer (GPTQ, arXiv 2210.17323).",

@@ -419,14 +419,22 @@ def test_a_trial_is_what_a_plain_loop_over_windows_says() -> None:
 
 
 # Compensation after rotation is all there is, so it is done twice.
-@pytest.mark.parametrize(("rotated", "compensated", "times"), [(False, False, 1), (True, False, 1), (True, True, 2)])
+@pytest.mark.parametrize(
+    ("scheme", "rotated", "compensated", "times"),
+    [
+        ("weight-only-8", False, False, 1),
+        ("weight-only-8", True, False, 1),
+        ("weight-only-8", True, True, 2),
+        ("dynamic", True, True, 2),
+    ],
+)
 def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
-    trained: Path, rotated: bool, compensated: bool, times: int
+    trained: Path, scheme: str, rotated: bool, compensated: bool, times: int
 ) -> None:
     tiny.write_params(
         trained,
         **tiny.ALONE,
-        quantize__scheme="weight-only-8",
+        quantize__scheme=scheme,
         quantize__rotate=rotated,
         quantize__compensate=compensated,
         quantize__calibration_windows=4,
@@ -443,11 +451,14 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     # A turned model's norms have no weights of their own; a weight that is only rounded is that of the float model.
     assert (stored["model.layers.0.input_layernorm.weight"] == 1).all() == rotated
-    name = "model.layers.0.mlp.down_proj"
-    weight = hugging_face.load(trained / "models/float").model.layers[0].mlp.down_proj.weight
-    integers, _ = blockwise.quantize_weight(weight.detach(), 8)
-    same = (stored[f"{name}.int8"] == integers.numpy() + 128).all()
-    assert same == (not rotated and not compensated)
+    # What shares a scale over all inputs is turned while the model runs, too.
+    assert ("turn_48" in stored) == (rotated and scheme == "dynamic")
+    if scheme == "weight-only-8":
+        name = "model.layers.0.mlp.down_proj"
+        weight = hugging_face.load(trained / "models/float").model.layers[0].mlp.down_proj.weight
+        integers, _ = blockwise.quantize_weight(weight.detach(), 8)
+        same = (stored[f"{name}.int8"] == integers.numpy() + 128).all()
+        assert same == (not rotated and not compensated)
 
 
 @pytest.mark.parametrize(
