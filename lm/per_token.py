@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lm.graph import FLOAT, INT32, UINT8, Graph
+from lm.graph import FLOAT, UINT8, Graph
 from lm.scheme import Levels, Operand
 
 # Keeps the scale of an all-zero token or channel from dividing by zero; far below any scale that matters.
@@ -36,8 +36,8 @@ class _FakeQuantTokens(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
         low = x32.amin(dim=-1, keepdim=True).clamp(max=0)
-        high = x32.amax(dim=-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=SMALLEST_SCALE)
+        high = x32.amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+        scale = (high - low) / 255
         zero = (-low / scale).round()
         return (((x32 / scale).round() + zero).clamp(0, 255) - zero) * scale
 
@@ -69,11 +69,17 @@ def fake_quant_rows(weight: torch.Tensor) -> torch.Tensor:
     return result
 
 
+# In the middle of 0 ... 255. Sums of activations less this are as good as always exact in fp32: below 2^24.
+MIDDLE = 128
+# Of ONNX it is `MatMulInteger`, with what turns integers to fp32 behind it: here that takes no pass of its own.
+OPERATOR = "MatMulIntegerToFloat"
+
+
 @dataclass(frozen=True)
 class PerToken:
-    """u8 activations a token, s8 weights a channel: onnxruntime's ``MatMulInteger``."""
+    """u8 activations a token, s8 weights a channel: onnxruntime's ``MatMulIntegerToFloat``."""
 
-    operator: str = "MatMulInteger"
+    operator: str = OPERATOR
 
     @property
     def levels(self) -> Levels:
@@ -83,29 +89,31 @@ class PerToken:
         return F.linear(fake_quant_tokens(x), fake_quant_rows(weight))
 
     def operand(self, graph: Graph, x: str) -> Operand:
-        """Returns uint8 values [N, K], their fp32 scales [N] and uint8 zero points [N]."""
-        zero = graph.number(0.0)
-        low = graph.op("Min", graph.op("ReduceMin", x, graph.ints(-1), keepdims=0), zero)
-        high = graph.op("Max", graph.op("ReduceMax", x, graph.ints(-1), keepdims=0), zero)
-        span = graph.op("Div", graph.op("Sub", high, low), graph.number(255.0))
-        scale = graph.op("Max", span, graph.number(SMALLEST_SCALE))
-        point = graph.op("Cast", graph.op("Round", graph.op("Div", graph.op("Neg", low), scale)), to=UINT8)
-        return graph.op("QuantizeLinear", x, scale, point, axis=0), scale, point
+        """Returns uint8 values [N, K], their fp32 scales [N, 1], and their zero points less 128 [N, 1] in fp32."""
+        values, scale, point = self._quantized(graph, x)
+        offset = graph.op("DequantizeLinear", point, graph.number(1.0), _middle(graph))
+        return values, *(graph.op("Unsqueeze", one, graph.ints(1)) for one in (scale, offset))
 
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
-        """The zero points are taken out in exact integers: (x - zero) @ w = x @ w - zero * (column sums of w)."""
-        values, scale, point = x
+        """(x - zero) @ w = (x - 128) @ w - (zero - 128) * (column sums of w): the operator knows one zero for all."""
+        values, scale, offset = x
         integers, scales = quantize_weight(weight.detach())
-        columns = integers.numpy().T
-        product = graph.op("MatMulInteger", values, graph.weight(self.stored(name), columns))
-        sums = graph.weight(f"{name}.sums", columns.sum(axis=0, dtype=np.int32))
-        zeros = graph.op("Unsqueeze", graph.op("Cast", point, to=INT32), graph.ints(1))
-        exact = graph.op("Sub", product, graph.op("Mul", zeros, sums))
-        scaled = graph.op("Mul", graph.op("Cast", exact, to=FLOAT), graph.op("Unsqueeze", scale, graph.ints(1)))
-        return graph.op("Mul", scaled, graph.weight(f"{name}.scales", scales.squeeze(-1).numpy()))
+        columns, of_columns = integers.numpy().T, scales.squeeze(-1).numpy()
+        product = graph.op(
+            self.operator,
+            values,
+            graph.weight(self.stored(name), columns),
+            graph.number(1.0),
+            graph.weight(f"{name}.scales", of_columns),
+            _middle(graph),
+            domain="com.microsoft",
+        )
+        sums = columns.sum(axis=0, dtype=np.float64) * of_columns
+        zeros = graph.op("Mul", offset, graph.weight(f"{name}.sums", sums.astype(np.float32)))
+        return graph.op("Mul", graph.op("Sub", product, zeros), scale)
 
     def rounded(self, graph: Graph, x: str) -> str:
-        return graph.op("DequantizeLinear", *self.operand(graph, x), axis=0)
+        return graph.op("DequantizeLinear", *self._quantized(graph, x), axis=0)
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:
         integers, scales = quantize_weight(weight.detach())
@@ -114,3 +122,15 @@ class PerToken:
 
     def stored(self, name: str) -> str:
         return f"{name}.int8"
+
+    def _quantized(self, graph: Graph, x: str) -> tuple[str, str, str]:
+        # Values [N, K], scales [N] and zero points [N].
+        low = graph.op("Min", graph.op("ReduceMin", x, graph.ints(-1), keepdims=0), graph.number(0.0))
+        high = graph.op("Max", graph.op("ReduceMax", x, graph.ints(-1), keepdims=0), graph.number(SMALLEST_SCALE))
+        scale = graph.op("Div", graph.op("Sub", high, low), graph.number(255.0))
+        point = graph.op("QuantizeLinear", graph.op("Neg", low), scale, axis=0, output_dtype=UINT8)
+        return graph.op("QuantizeLinear", x, scale, point, axis=0), scale, point
+
+
+def _middle(graph: Graph) -> str:
+    return graph.weight(f"zero_{MIDDLE}_uint8", np.array(MIDDLE, np.uint8))

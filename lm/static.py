@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lm.graph import FLOAT, Graph
-from lm.per_token import SMALLEST_SCALE, PerToken, fake_quant_rows, quantize_weight
+from lm.graph import Graph
+from lm.per_token import OPERATOR, SMALLEST_SCALE, PerToken, fake_quant_rows, quantize_weight
 from lm.scheme import Levels, Operand
 
 # Weights are stored as this scheme stores them.
@@ -59,13 +59,13 @@ def fake_quant_within(x: torch.Tensor, within: Range) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Static:
-    """u8 activations within a fixed range, s8 weights a channel: onnxruntime's ``MatMulInteger``.
+    """u8 activations within a fixed range, s8 weights a channel: onnxruntime's ``MatMulIntegerToFloat``.
 
     ``within`` None: not calibrated yet, and nothing can be multiplied.
     """
 
     within: Range | None = None
-    operator: str = "MatMulInteger"
+    operator: str = OPERATOR
 
     @property
     def levels(self) -> Levels:
@@ -81,10 +81,9 @@ class Static:
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
         integers, scales = quantize_weight(weight.detach())
         columns = graph.weight(self.stored(name), integers.numpy().T)
+        by_channel = graph.weight(f"{name}.scales", scales.squeeze(-1).numpy())
         scale, zero = self._constants(graph)
-        exact = graph.op("MatMulInteger", *x, columns, zero)
-        by_channel = graph.op("Mul", scale, graph.weight(f"{name}.scales", scales.squeeze(-1).numpy()))
-        return graph.op("Mul", graph.op("Cast", exact, to=FLOAT), by_channel)
+        return graph.op(self.operator, *x, columns, scale, by_channel, zero, domain="com.microsoft")
 
     def rounded(self, graph: Graph, x: str) -> str:
         return graph.op("DequantizeLinear", *self.operand(graph, x), *self._constants(graph))

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 
-from lm import blockwise
+from lm import blockwise, per_token
 from lm.blockwise import Blockwise
 from lm.feed_forward import Experts
 from lm.graph import nodes_of
@@ -27,6 +27,7 @@ from lm.static import Range, Static
 from tasks.errors import Refused
 
 _FLOAT_PRODUCTS = {"MatMul", "Gemm"}
+_SCALE_AND_POINT = (TensorProto.FLOAT, TensorProto.UINT8)
 
 
 class Weight(BaseModel):
@@ -166,13 +167,16 @@ def _other_numerics(
     for node in nodes_of(graph):
         for weight in schemes.keys() & set(node.input):
             scheme = schemes[weight]
-            if node.op_type == "MatMulInteger" and tensors[weight].data_type != TensorProto.INT8:
-                faults.append(f"{weight} is not signed, so its product runs 3 times slower")
-            if node.op_type == "MatMulInteger" and isinstance(scheme, Static):
-                if not _lies_within(scheme.within, makers, tensors, node):
-                    faults.append(f"{weight} meets activations that are not unsigned 8 bits of its calibrated range")
-            elif node.op_type == "MatMulInteger" and not _has_a_scale_a_token(makers, tensors, node.input[0]):
-                faults.append(f"{weight} meets activations without a scale a token in unsigned 8 bits")
+            if node.op_type == per_token.OPERATOR:
+                if tensors[weight].data_type != TensorProto.INT8:
+                    faults.append(f"{weight} is not signed, so its product runs 3 times slower")
+                if isinstance(scheme, Static):
+                    if not _lies_within(scheme.within, makers, tensors, node):
+                        faults.append(
+                            f"{weight} meets activations that are not unsigned 8 bits of its calibrated range"
+                        )
+                elif not _has_a_scale_a_token(makers, tensors, node):
+                    faults.append(f"{weight} meets activations without a scale a token in unsigned 8 bits")
             if node.op_type == "MatMulNBits":
                 level = next((one.i for one in node.attribute if one.name == "accuracy_level"), 0)
                 if level != blockwise.ACCURACY_LEVEL:
@@ -186,14 +190,16 @@ def _other_numerics(
 
 
 def _has_a_scale_a_token(
-    makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], activations: str
+    makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], product: onnx.NodeProto
 ) -> bool:
-    node = _quantizes(makers, activations)
+    node = _quantizes(makers, product.input[0])
     if node is None:
         return False
     point = makers.get(node.input[2])
     by_token = any(one.name == "axis" and one.i == 0 for one in node.attribute) and node.input[1] not in tensors
-    return by_token and point is not None and any(one.i == TensorProto.UINT8 for one in point.attribute)
+    types = [] if point is None else [one.i for one in point.attribute if one.name == "output_dtype"]
+    # The tokens' own scales and zero points come behind the product.
+    return by_token and types == [TensorProto.UINT8] and _constants_of(product, tensors) == [1.0, per_token.MIDDLE]
 
 
 def _lies_within(
@@ -205,12 +211,22 @@ def _lies_within(
     node = _quantizes(makers, product.input[0])
     if node is None or within is None:
         return False
-    # The product takes out the zero point that the activations were given.
-    numbers = [tensors.get(name) for name in (*node.input[1:], *product.input[2:])]
-    types = [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.UINT8]
-    if [number.data_type for number in numbers if number is not None and not number.dims] != types:
-        return False
-    return [numpy_helper.to_array(number) for number in numbers] == [within.scale, within.zero, within.zero]
+    # The product takes out the scale and the zero point that the activations were given.
+    given = [_number(tensors, name, kind) for name, kind in zip(node.input[1:], _SCALE_AND_POINT, strict=False)]
+    return given == _constants_of(product, tensors) == [within.scale, within.zero]
+
+
+def _constants_of(product: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> list[float | None]:
+    """The scale of activations and their zero point that ``product`` itself takes out."""
+    names = (product.input[index] if index < len(product.input) else "" for index in (2, 4))
+    return [_number(tensors, name, kind) for name, kind in zip(names, _SCALE_AND_POINT, strict=True)]
+
+
+def _number(tensors: dict[str, onnx.TensorProto], name: str, kind: int) -> float | None:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dims or tensor.data_type != kind:
+        return None
+    return float(numpy_helper.to_array(tensor))
 
 
 def _quantizes(makers: dict[str, onnx.NodeProto], activations: str) -> onnx.NodeProto | None:

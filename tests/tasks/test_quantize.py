@@ -16,7 +16,7 @@ import torch
 from odd import make_model
 from onnx import numpy_helper
 
-from lm import blockwise, hugging_face, onnx_model
+from lm import blockwise, hugging_face, onnx_model, per_token
 from lm.calibration import calibrate
 from lm.model import LanguageModel
 from lm.quantization import PLANS, prepare
@@ -57,7 +57,7 @@ def test_the_audit_counts_what_the_graph_holds(graph: Path, model: LanguageModel
     found = audit(graph, model, PLAN)
     expected = expected_products(model, PLAN)
     assert found.quantized_products == len(expected)
-    assert found.operators["MatMulInteger"] == [*expected.values()].count("MatMulInteger")
+    assert found.operators[per_token.OPERATOR] == [*expected.values()].count(per_token.OPERATOR)
     # The expansion of the latents is absorbed by the products around it.
     absorbed = [name for name, operator in expected.items() if operator == "Cast"]
     assert absorbed == [f"model.layers.{layer}.self_attn.kv_b_proj.int8" for layer in range(2)]
@@ -76,7 +76,7 @@ def _float_of(path: Path, name: str) -> onnx.ModelProto:
     weight = numpy_helper.to_array(tensor).astype(np.float32)
     model.graph.initializer.append(numpy_helper.from_array(weight, f"{name}.float"))
     node = next(node for node in model.graph.node if name in node.input)
-    node.op_type = "MatMul" if node.op_type == "MatMulInteger" else node.op_type
+    node.op_type = "MatMul" if node.op_type == per_token.OPERATOR else node.op_type
     node.input[list(node.input).index(name)] = f"{name}.float"
     return model
 
@@ -93,7 +93,8 @@ def _float_of(path: Path, name: str) -> onnx.ModelProto:
 def test_a_layer_left_float_is_named(name: str, graph: Path, model: LanguageModel) -> None:
     onnx.save(_float_of(graph, name), graph)
     told = re.escape(name)
-    with pytest.raises(Refused, match=rf"{told}\.float is multiplied in float.*{told} is not read by MatMulInteger"):
+    operator = per_token.OPERATOR
+    with pytest.raises(Refused, match=rf"{told}\.float is multiplied in float.*{told} is not read by {operator}"):
         audit(graph, model, PLAN)
 
 
@@ -139,7 +140,18 @@ def _signed_activations(planted: onnx.ModelProto) -> None:
     product = _reader(planted, f"{UP}.int8")
     quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
     point = next(node for node in planted.graph.node if quantize.input[2] in node.output)
-    point.attribute[0].i = onnx.TensorProto.INT8
+    next(one for one in point.attribute if one.name == "output_dtype").i = onnx.TensorProto.INT8
+
+
+def _another_zero(planted: onnx.ModelProto) -> None:
+    # As a pass would have it that takes the middle of signed 8 bits for that of unsigned ones.
+    planted.graph.initializer.append(numpy_helper.from_array(np.array(127, np.uint8), "another_zero"))
+    _reader(planted, f"{UP}.int8").input[4] = "another_zero"
+
+
+def _a_scale_for_all(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "scale_for_all"))
+    _reader(planted, f"{UP}.int8").input[2] = "scale_for_all"
 
 
 def _unsigned_weight(planted: onnx.ModelProto) -> None:
@@ -179,7 +191,7 @@ def _router_in_int8(planted: onnx.ModelProto) -> None:
     name = "model.layers.1.mlp.gate.weight"
     tensor = _tensor(planted, name)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), name))
-    _reader(planted, name).op_type = "MatMulInteger"
+    _reader(planted, name).op_type = per_token.OPERATOR
 
 
 def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
@@ -193,11 +205,13 @@ def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
         (_scale_a_tensor, rf"{_UP}\.int8 meets activations without a scale a token"),
         (_one_constant_scale, rf"{_UP}\.int8 meets activations without a scale a token"),
         (_signed_activations, rf"{_UP}\.int8 meets activations without a scale a token in unsigned 8 bits"),
+        (_another_zero, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_a_scale_for_all, rf"{_UP}\.int8 meets activations without a scale a token"),
         (_unsigned_weight, rf"{_UP}\.int8 is not signed, so its product runs 3 times slower"),
         (_one_scale(f"{UP}.scales"), rf"{_UP}\.scales holds 1 scales, not 96"),
         (_one_scale("model.embed_tokens.scales"), r"model\.embed_tokens\.scales holds 1 scales, not 257"),
-        (_gemm, rf"{_UP}\.float is multiplied in float.*{_UP}\.int8 is not read by MatMulInteger"),
-        (_dequantized, rf"{_UP}\.int8 is not read by MatMulInteger"),
+        (_gemm, rf"{_UP}\.float is multiplied in float.*{_UP}\.int8 is not read by MatMulIntegerToFloat"),
+        (_dequantized, rf"{_UP}\.int8 is not read by MatMulIntegerToFloat"),
         (_router_in_int8, r"model\.layers\.1\.mlp\.gate\.weight is not read by MatMul"),
         (_stacked_experts_in_float, r"experts\.float is multiplied in float"),
     ],
@@ -239,14 +253,14 @@ def _scale_a_token(planted: onnx.ModelProto) -> None:
 
 
 def _zero_point_forgotten(planted: onnx.ModelProto) -> None:
-    del _reader(planted, f"{UP}.int8").input[2]
+    del _reader(planted, f"{UP}.int8").input[4]
 
 
 def _signed_range(planted: onnx.ModelProto) -> None:
     product = _reader(planted, f"{UP}.int8")
     quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
     planted.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), "signed"))
-    quantize.input[2] = product.input[2] = "signed"
+    quantize.input[2] = product.input[4] = "signed"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +273,7 @@ def test_only_the_range_that_was_calibrated_is_right_for_static(
     plan, path = calibrate(model, PLANS["static-8"], ids), tmp_path / "model.onnx"
     onnx_model.export(model, plan, path)
     found = audit(path, model, plan)
-    assert found.operators["MatMulInteger"] == [*expected_products(model, plan).values()].count("MatMulInteger")
+    assert found.operators[per_token.OPERATOR] == [*expected_products(model, plan).values()].count(per_token.OPERATOR)
     assert found.float_products == ["model.layers.1.mlp.gate.weight"]
     planted = onnx.load(path)
     plant(planted)
