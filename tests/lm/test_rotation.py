@@ -91,7 +91,8 @@ def test_what_is_turned_while_the_model_runs_shares_a_scale() -> None:
     # Blocks hold little beside a large value; a float layer has nothing to win; a prime number has no narrow turn.
     assert not _turned(make(), PLANS["blockwise-8"])
     in_float = Plan(PLANS["per-token-8"].others, PLANS["per-token-8"].head, ("*.experts", "model.layers.0.*"))
-    assert _turned(make(), in_float).keys() == found.keys() - {experts, f"{first}.down_proj"}
+    float_now = {name for name in found if name.endswith(".experts") or name.startswith("model.layers.0.")}
+    assert _turned(make(), in_float).keys() == found.keys() - float_now
     assert not _turned(make_grouped(intermediate_size=131), PLANS["per-token-8"])
 
 
