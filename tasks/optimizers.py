@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.optim.optimizer import ParamsT
 
-from lm.feed_forward import Router
+from lm.feed_forward import Experts, Router
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from tasks.parallel import whole
@@ -61,8 +62,10 @@ def _muon(model: LanguageModel, params: TrainingParams) -> "Together":
             optimizers.append(StackedMuon(matrices, lr=rate, weight_decay=decay))
         else:
             optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    if stacks := [parameter for parameter in hidden if parameter.dim() == 3]:
-        optimizers.append(StackedMuon(stacks, lr=rate, weight_decay=decay))
+    if any(isinstance(module, Experts) for module in model.modules()):
+        # A pipeline's stage may have none of them: a group with nothing in it, so that all stages count alike.
+        stacks = {"params": [parameter for parameter in hidden if parameter.dim() == 3]}
+        optimizers.append(StackedMuon([stacks], lr=rate, weight_decay=decay))
     return Together(optimizers)
 
 
@@ -73,7 +76,7 @@ class StackedMuon(torch.optim.Optimizer):
     matrices, each process puts a momentum together from its parts, and takes its part of what is made of that.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: ParamsT, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

@@ -225,7 +225,7 @@ class _Run:
                 windows = self._read(self.train_windows, micro)
             self.here.batch()
             with self.world.autocast():
-                loss = self.parallel.loss(windows) / passes
+                loss = self.parallel.loss(windows, passes)
             self.here.batch()
             self.parallel.backward(loss)
             total += loss.detach()

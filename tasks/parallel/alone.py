@@ -20,8 +20,8 @@ class Alone:
     def grouped(self, samples: Indices) -> Indices:
         return samples
 
-    def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(windows)
+    def loss(self, windows: torch.Tensor, over: float) -> torch.Tensor:
+        return self.model.loss(windows) / over
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.scale).backward()

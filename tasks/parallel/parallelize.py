@@ -35,8 +35,11 @@ class Parallel(Protocol):
     def grouped(self, samples: Indices) -> Indices:
         """Returns a step's ``samples`` [passes, micro-batch] of this process, a row for each call of :meth:`loss`."""
 
-    def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        """Returns the mean loss of this process's ``windows`` [B, T + 1]."""
+    def loss(self, windows: torch.Tensor, over: float) -> torch.Tensor:
+        """Returns the mean loss of this process's ``windows``, as :meth:`LanguageModel.loss` takes them, ``over`` that.
+
+        A pipeline has passed back the gradients of just this when it returns.
+        """
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds up the gradients of what :meth:`loss` returned last, scaled as ``loss`` is, and by :attr:`scale`."""
@@ -106,9 +109,9 @@ class Replicated(Alone):
             _Loss(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
         )
 
-    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+    def loss(self, windows: torch.Tensor, over: float) -> torch.Tensor:
         loss: torch.Tensor = self._parallel(windows)
-        return loss
+        return loss / over
 
     def reduce_in_backward(self, reduce: bool) -> None:
         self._parallel.require_backward_grad_sync = reduce

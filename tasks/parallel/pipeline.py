@@ -71,7 +71,7 @@ class Pipelined:
         self._in_parts: InParts | None = None
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
-        self.scale = 1.0
+        self.scale = self._over = 1.0
         self._passes = 0
         self._running: dict[tuple[int, ...], Running] = {}
 
@@ -80,10 +80,9 @@ class Pipelined:
         self._passes = len(samples)
         return samples.reshape(1, -1)
 
-    def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        """Returns the mean loss of the pipeline's ``windows``; forward and backward passes have both been made."""
-        running = self._schedule(windows)
-        ids, targets = windows[:, :-1], windows[:, 1:]
+    def loss(self, windows: torch.Tensor, over: float) -> torch.Tensor:
+        running, self._over = self._schedule(windows), over
+        ids, targets = _ids(windows), windows[..., 1:]
         losses: list[torch.Tensor] = []
         with torch.autocast(self._world.device.type, enabled=False), cause_told():
             running.step(
@@ -109,7 +108,7 @@ class Pipelined:
         pass
 
     def evaluate(self, windows: torch.Tensor) -> torch.Tensor:
-        x, place = windows[:, :-1], self._layout.process_of
+        x, place = _ids(windows), self._layout.process_of
         for number, stage in self._stages.items():
             if number and place(number - 1) != self._here:
                 x = self._hidden(windows, self._world.device, self._layout.tensor)
@@ -119,7 +118,7 @@ class Pipelined:
                 dist.send(x.contiguous(), group=self._group, group_dst=place(number + 1))
         if self._last not in self._stages:
             return torch.zeros((), device=self._world.device)
-        return self._stages[self._last].loss(x, windows[:, 1:])
+        return self._stages[self._last].loss(x, windows[..., 1:])
 
     def clip(self, max_norm: float) -> torch.Tensor:
         copied = self.model.get_parameter(_HEAD) if self._is_tied and self._last in self._stages else None
@@ -201,7 +200,7 @@ class Pipelined:
 
     def _hidden(self, windows: torch.Tensor, device: torch.device | str, shares: int) -> torch.Tensor:
         """Returns room for the hidden states of ``windows``, of which a process has one of so many ``shares``."""
-        tokens = (windows.shape[1] - 1) // shares
+        tokens = (windows.shape[-1] - 1) // shares
         return torch.empty(len(windows), tokens, self.model.config.hidden_size, dtype=torch.float32, device=device)
 
     def _schedule(self, windows: torch.Tensor) -> Running:
@@ -216,7 +215,7 @@ class Pipelined:
                     number,
                     self._layout.stages,
                     self._world.device,
-                    input_args=between if number else micro[:, :-1],
+                    input_args=between if number else _ids(micro),
                     output_args=at_end if number == self._last else between,
                     group=self._group,
                 )
@@ -229,7 +228,7 @@ class Pipelined:
         # Scaled here, as for the other meshes: gradients are summed over micro-batches and processes.
         shares = self._passes * self._layout.data
         of_last: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda x, targets: (  # noqa: E731
-            self._stages[self._last].loss(x, targets) / shares * self.scale
+            self._stages[self._last].loss(x, targets) / (shares * self._over) * self.scale
         )
         if self._layout.schedule == "1f1b":
             return Schedule1F1B(stages[0], self._passes, of_last, scale_grads=False)
@@ -329,6 +328,11 @@ class Pipelined:
         told: list[Any] = [None] * self._group.size()
         dist.all_gather_object(told, own, group=self._group)
         return told
+
+
+def _ids(windows: torch.Tensor) -> torch.Tensor:
+    """Returns what the first stage reads [B, T] of ``windows`` [B, T + 1] or, where not all counts, [B, 2, T + 1]."""
+    return (windows if windows.dim() == 2 else windows[:, 0])[:, :-1]
 
 
 def _numbered(groups: list[list[str]]) -> dict[str, int]:

@@ -38,12 +38,12 @@ class Sharded:
         self._reduces = True
         self.scale = 1.0
 
-    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+    def loss(self, windows: torch.Tensor, over: float) -> torch.Tensor:
         loss = self.model.loss(windows)
         if loss.requires_grad:
             # The mean over the processes: their gradients are summed.
             loss.register_hook(lambda gradient: gradient / self._data_size)
-        return loss
+        return loss / over
 
     def reduce_in_backward(self, reduce: bool) -> None:
         self._reduces = reduce

@@ -8,6 +8,7 @@ from torch import nn
 
 from lm.config import LatentConfig
 from lm.feed_forward import Experts
+from lm.loss import over_learned
 from lm.model import LanguageModel
 from tasks.world import World
 
@@ -43,10 +44,14 @@ class Stage(nn.Module):
                 x = layer(x, cos, sin)
             return x if self.norm is None else self.norm(x)
 
-    def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """Returns the mean cross-entropy of what the last stage made, in nats."""
+    def loss(self, x_BTD: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the mean cross-entropy of what the last stage made, in nats.
+
+        ``targets`` [B, T], or [B, 2, T] with what of them counts, as in :meth:`LanguageModel.loss`.
+        """
+        targets_BT, learned_BT = (targets, None) if targets.dim() == 2 else targets.unbind(1)
         with self._world.autocast():
-            return self._whole[0].loss_of(x_BTD, targets_BT)
+            return over_learned(self._whole[0].loss_of, x_BTD, targets_BT, learned_BT)
 
 
 def stages_of(model: LanguageModel, stages: int) -> list[range]:

@@ -151,15 +151,6 @@ class TrainParams(TrainingParams):
         return self
 
     @model_validator(mode="after")
-    def _the_optimizer_fits_the_mesh(self) -> Self:
-        if self.optimizer == "muon" and self.mesh.over(self.world_size).pipeline > 1:
-            raise ValueError(
-                "optimizer muon sorts the matrices of a whole model, and a pipeline's stage has some of them; set "
-                "optimizer to adamw, or mesh.pipeline to 1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _the_compression_fits(self) -> Self:
         if self.compression == "none" or (self.compression == "int8" and self.diloco.inner_steps):
             return self

@@ -22,11 +22,6 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
     Raises :class:`BadInput` where the checkpoint is damaged, not built here, or not of the shards' tokenizer, and
     :class:`BadParameter` where ``train.model`` or ``train.seq_len`` says something else than it.
     """
-    if manifest.has_conversations and params.mesh.pipeline > 1:
-        raise BadParameter(
-            f"{paths.PARAMS}: train.mesh.pipeline is {params.mesh.pipeline}, and of conversations only the answers are "
-            "learned, which the stages of a pipeline do not tell apart. Set it to 1, and cut the model with shard."
-        )
     folder = init.checkpoint()
     if folder is None:
         if params.model is None:

@@ -91,7 +91,8 @@ class Case:
 
     ``recomputed`` is its activation checkpointing, ``compiled`` the backend of ``torch.compile``, or nothing.
 
-    The loss of the step ``spoilt``, from 0, is infinite (of a pipeline). At most ``logits_held`` are there at once.
+    The loss of the step ``spoilt``, from 0, is infinite (of a pipeline). At most ``logits_held`` are there at once. Of
+    the tokens some are learned, if there are ``answers``: in some windows none.
     """
 
     mesh: dict[str, Any]
@@ -106,6 +107,7 @@ class Case:
     recomputed: str = "none"
     compiled: str = ""
     optimizer: str = "adamw"
+    answers: bool = False
 
 
 @dataclass
@@ -128,10 +130,14 @@ class Reader:
     """Windows of random tokens."""
 
     length = LENGTH
-    learned = None
 
-    def __init__(self, seed: int, count: int) -> None:
-        self._tokens = np.random.default_rng(seed).integers(0, VOCAB, (count, LENGTH + 1))
+    def __init__(self, seed: int, count: int, answers: bool = False) -> None:
+        draw = np.random.default_rng(seed)
+        self._tokens = draw.integers(0, VOCAB, (count, LENGTH + 1))
+        self.learned: Reader | None = None
+        if answers:
+            self.learned = Reader(seed, count)
+            self.learned._tokens = draw.integers(0, 2, self._tokens.shape) * draw.integers(0, 2, (count, 1))
         self.seen: list[int] = []
 
     def __len__(self) -> int:
@@ -190,20 +196,28 @@ def model_of(case: Case) -> LanguageModel:
     return model
 
 
-def alone(model_name: str, steps: int, optimizer_name: str = "adamw") -> Result:
+def alone(model_name: str, steps: int, optimizer_name: str = "adamw", answers: bool = False) -> Result:
     """Trains in this process: each step is one pass over the whole batch."""
     from tasks.order import batch_of_rank
 
     case = Case({}, model_name, steps=steps, optimizer=optimizer_name)
     result, params, model = Result(), params_of(case, 1), model_of(case)
     optimizer = make_optimizer(model, params)
-    reader, held_out = Reader(1, WINDOWS), Reader(2, 7)
+    reader, held_out = Reader(1, WINDOWS, answers), Reader(2, 7, answers)
+
+    def mean_loss(windows: Reader, indices: Any) -> torch.Tensor:
+        tokens = torch.from_numpy(windows.batch(indices))
+        if windows.learned is None:
+            return model.loss(tokens)
+        learned = torch.from_numpy(windows.learned.batch(indices))
+        return model.loss(torch.stack([tokens, learned], dim=1)) / learned[:, 1:].double().mean().float()
+
     for step in range(case.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         samples = batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH, 0, 1)[0]
         result.samples.append(sorted(samples.tolist()))
-        mean = model.loss(torch.from_numpy(reader.batch(samples)))
+        mean = mean_loss(reader, samples)
         mean.backward()
         result.losses.append(mean.item())
         if not step:
@@ -217,8 +231,7 @@ def alone(model_name: str, steps: int, optimizer_name: str = "adamw") -> Result:
             router.rebalance(params.bias_update_rate)
     model.eval()
     with torch.no_grad():
-        chosen = held_out.batch(torch.arange(5) * 7 // 5)
-        result.valid_loss = model.loss(torch.from_numpy(chosen)).item()
+        result.valid_loss = mean_loss(held_out, torch.arange(5) * 7 // 5).item()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     result.elements = sum(value.numel() for value in model.parameters())
     return result
@@ -279,13 +292,13 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     )  # fmt: skip
     counters.clear()
     training.compile_layers = functools.partial(compile_layers, backend=case.compiled)
-    model, reader = model_of(case), Reader(1, WINDOWS)
+    model, reader = model_of(case), Reader(1, WINDOWS, case.answers)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     run = _Run(
         model,
         params_of(case, world.data_size),
         reader,
-        Reader(2, 7),
+        Reader(2, 7, case.answers),
         world,
         Progress("train", Lines(lambda line: None)),
     )  # type: ignore[arg-type]
@@ -404,6 +417,11 @@ def _no_gradient_of_one(run: _Run) -> Callable[[], None]:
     return _replaced(Stage, "loss", without)
 
 
+def _answers_by_themselves(run: _Run) -> None:
+    counted = run.parallel.loss
+    run.parallel.loss = lambda windows, over: counted(windows, 1.0) / over  # type: ignore[method-assign]
+
+
 def _copies_apart(run: _Run) -> None:
     run.parallel._add_up_tied = lambda: None  # type: ignore[attr-defined]
 
@@ -434,6 +452,7 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,
     "the gradient of one micro-batch is missing": _no_gradient_of_one,
+    "the pipeline's answers are not counted over the batch": _answers_by_themselves,
     "the copies of tied weights have gradients of their own": _copies_apart,
     "each part is orthogonalized": _each_part_by_itself,
 }

@@ -27,8 +27,6 @@ from tasks.shard.params import ShardParams
 from tasks.shard.shard import shard
 from tasks.shards import Shards, SplitName, WindowReader, read_manifest, share_learned
 from tasks.sources import CollectParams
-from tasks.train import start
-from tasks.train.params import TrainParams
 
 WriteJsonl = Callable[[Path, Iterable[object]], None]
 START, END = tiny.VOCAB, tiny.VOCAB + 1
@@ -219,12 +217,6 @@ def test_the_loss_is_that_of_transformers_with_labels_of_minus_100(sharded: Path
     gradients["model.embed_tokens.weight"][tiny.VOCAB - 1] = ours.model.embed_tokens.weight.grad[tiny.VOCAB - 1]
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
-
-
-def test_stages_of_a_pipeline_do_not_tell_answers_apart(sharded: Path) -> None:
-    tiny.write_params(sharded, train__init="given", train__model=None, train__mesh__pipeline=2, shard__vocab_size=None)
-    with pytest.raises(BadParameter, match=r"train\.mesh\.pipeline is 2, and of conversations only the answers are"):
-        start.check(read_section("train", TrainParams), read_manifest())
 
 
 def test_windows_without_an_answer_move_nothing(sharded: Path) -> None:
