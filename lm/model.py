@@ -110,8 +110,12 @@ class LanguageModel(nn.Module):
 
         Of ``windows`` [B, 2, T + 1] the second row says with 1 which tokens count; the others add 0 to the same mean.
         """
+        ids = windows if windows.dim() == 2 else windows[:, 0]
+        return self.loss_from(self.model(ids[:, :-1]), windows)
+
+    def loss_from(self, x_BTD: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """Returns :meth:`loss` from what the decoder makes of ``windows``, of which the first token is not read."""
         windows, learned = (windows, None) if windows.dim() == 2 else windows.unbind(1)
-        x_BTD = self.model(windows[:, :-1])
         loss = self._loss_ahead(1, x_BTD, windows, learned)
         if self.training and len(self.mtp):
             further = self.mtp_loss_weight * self._further_loss(x_BTD, windows, learned)

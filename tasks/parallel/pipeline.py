@@ -5,7 +5,8 @@ The order is one of torch.distributed.pipelining: 1F1B and its interleaved form 
 
 The model of a process keeps the names and modules of the whole, with None for each parameter that another one has, and
 all routers' biases, which are small and move alike everywhere. Tied weights are two copies where embedding and head are
-different stages': their gradients are summed, so that they stay equal.
+different stages', and so is the embedding where multi-token prediction reads it behind the last stage: the copies'
+gradients are summed, so that they stay equal.
 """
 
 import contextlib
@@ -60,6 +61,8 @@ class Pipelined:
         self._here = self._group.rank()
         self._is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
+        # What the last stage has of the embedding: copies of its weights, by their names there.
+        self._copies = [_HEAD] * self._is_tied + [_EMBEDDING] * bool(len(model.mtp))
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         layers = stages_of(model, self._layout.stages)
         self._stage_of_layer = {layer: stage for stage, some in enumerate(layers) for layer in some}
@@ -93,8 +96,7 @@ class Pipelined:
             )
         if self._in_parts is not None:
             self._in_parts.sum_gradients()
-        if self._is_tied:
-            self._add_up_tied()
+        self._add_up_copies()
         found = torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._world.device)
         found /= self.scale
         dist.all_reduce(found, group=self._group)
@@ -121,8 +123,9 @@ class Pipelined:
         return self._stages[self._last].loss(x, windows[..., 1:])
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        copied = self.model.get_parameter(_HEAD) if self._is_tied and self._last in self._stages else None
-        return whole.clip_grad_norm(self.model.parameters(), max_norm, self._group, copied)
+        own = dict(self.model.named_parameters())
+        elsewhere = [own[name] for name in self._copies if name in own and self._last in self._stages]
+        return whole.clip_grad_norm(self.model.parameters(), max_norm, self._group, elsewhere)
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
         self._cut()
@@ -173,7 +176,7 @@ class Pipelined:
             for name, value in list(module.named_parameters(recurse=False)):
                 full = f"{path}.{name}"
                 kept = None
-                if self._is_here(self._stage_of(full)):
+                if self._is_here(self._stage_of(full)) or (full in self._copies and self._is_here(self._last)):
                     values = value.detach().clone() if self._is_tied and full == _HEAD else value.detach()
                     kept = nn.Parameter(values, requires_grad=value.requires_grad)
                 module.register_parameter(name, kept)
@@ -186,7 +189,8 @@ class Pipelined:
             self._in_parts = cut_regions(self.model, tensor)
             cut_vocabulary(self.model, tensor, self._layout.shard * self._layout.expert)
         for stage in self._stages.values():
-            for layer in stage.layers:
+            further = [one.block for one in stage.mtp] if stage.mtp is not None else []
+            for layer in [*stage.layers, *further]:
                 # A gather for each micro-batch and pass would cost more than the weights that lie there meanwhile.
                 shard_layer(layer, self._world.mesh, gather_again=False)
             fully_shard(stage, mesh=self._world.mesh.dense["replicate", "dense"], reshard_after_forward=False)
@@ -236,25 +240,30 @@ class Pipelined:
         return kind(stages, self._passes, of_last, scale_grads=False)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _add_up_tied(self) -> None:
-        """Gives both copies of the tied weights the sum of their gradients."""
+    def _add_up_copies(self) -> None:
+        """Gives all copies of the embedding's weights the sum of their gradients."""
         first, last = self._layout.process_of(0), self._layout.process_of(self._last)
         own = dict(self.model.named_parameters())
-        embedding, head = (
-            whole.local(own[name].grad) if name in own else None  # type: ignore[arg-type]
-            for name in (_EMBEDDING, _HEAD)
-        )
-        if embedding is not None and head is not None:
-            embedding += head
-            head.copy_(embedding)
-        elif embedding is not None:
-            arrived = torch.empty_like(embedding)
+        gradients = [
+            whole.local(own[name].grad)  # type: ignore[arg-type]
+            for name in dict.fromkeys([_EMBEDDING, *self._copies])
+            if name in own
+        ]
+        if not self._copies or not gradients:
+            return
+        total, *others = gradients
+        for other in others:
+            total += other
+        if first != last and self._here == first:
+            arrived = torch.empty_like(total)
             dist.recv(arrived, group=self._group, group_src=last)
-            embedding += arrived
-            dist.send(embedding, group=self._group, group_dst=last)
-        elif head is not None:
-            dist.send(head, group=self._group, group_dst=first)
-            dist.recv(head, group=self._group, group_src=first)
+            total += arrived
+            dist.send(total, group=self._group, group_dst=last)
+        elif first != last:
+            dist.send(total, group=self._group, group_dst=first)
+            dist.recv(total, group=self._group, group_src=first)
+        for other in others:
+            other.copy_(total)
 
     def _from_its_stage(self, name: str, shape: Any, kind: torch.dtype, value: torch.Tensor | None, keep: bool) -> Any:
         """Returns the whole tensor, of which its stage has ``value``, on the CPU; None where it is not to be kept."""

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lm.config import LatentConfig
 from lm.feed_forward import Experts
-from lm.loss import over_learned
 from lm.model import LanguageModel
 from tasks.world import World
 
@@ -29,6 +29,9 @@ class Stage(nn.Module):
         is_last = layers.stop == len(model.model.layers)
         self.norm = model.model.norm if is_last else None
         self.lm_head = model.lm_head if is_last else None
+        # What predicts further tokens reads the embedding again, and is used for the loss alone.
+        self.mtp = model.mtp if is_last else None
+        self.embed_again = model.model.embed_tokens if is_last and len(model.mtp) else None
         self._rotations = model.model.rotations
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,21 +52,21 @@ class Stage(nn.Module):
 
         ``targets`` [B, T], or [B, 2, T] with what of them counts, as in :meth:`LanguageModel.loss`.
         """
-        targets_BT, learned_BT = (targets, None) if targets.dim() == 2 else targets.unbind(1)
         with self._world.autocast():
-            return over_learned(self._whole[0].loss_of, x_BTD, targets_BT, learned_BT)
+            return self._whole[0].loss_from(x_BTD, F.pad(targets, [1, 0]))
 
 
 def stages_of(model: LanguageModel, stages: int) -> list[range]:
     """Returns the layers of each of ``stages`` stages, cut so that the largest is as small as can be.
 
     A stage's size is the parameters that multiply a token, which is its time, and all its parameters, which is its
-    memory, added up. So the head counts twice, the embedding once, and an idle expert once.
+    memory, added up. So the head counts twice, the embedding once, and an idle expert once. Of multi-token prediction
+    each depth multiplies by the head again, which is there already.
     """
     head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
     sizes = [_size(layer, model) for layer in model.model.layers]
     sizes[0] += embedding
-    sizes[-1] += 2 * head
+    sizes[-1] += 2 * head + sum(_size(further, model) + head for further in model.mtp)
     return balanced(sizes, stages)
 
 

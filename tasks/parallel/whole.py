@@ -93,11 +93,11 @@ def clip_grad_norm(
     parameters: Iterable[nn.Parameter],
     max_norm: float,
     stages: dist.ProcessGroup | None = None,
-    copy: nn.Parameter | None = None,
+    copies: Collection[nn.Parameter] = (),
 ) -> torch.Tensor:
     """Scales the gradients so that their norm over all of them is at most ``max_norm``; returns what it was.
 
-    ``stages`` are the processes that have other parameters than this one. ``copy`` is one of the parameters that counts
+    ``stages`` are the processes that have other parameters than this one. ``copies`` are parameters that count
     elsewhere already. torch's own takes only tensors of one mesh.
     """
     found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -105,7 +105,7 @@ def clip_grad_norm(
     # By the members of the groups: a process may know the same ones as several objects.
     squares: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, tuple[dist.ProcessGroup, ...]]] = {}
     for parameter, gradient in found:
-        if parameter is copy:
+        if any(parameter is copy for copy in copies):
             continue
         groups: tuple[dist.ProcessGroup, ...] = ()
         if isinstance(gradient, DTensor):

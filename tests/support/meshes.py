@@ -77,6 +77,9 @@ MODELS: dict[str, ModelConfig] = {
     "latent-further-even": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "vocab_size": VOCAB + 1}
     ),
+    "latent-further-tied": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}
+    ),
     # Adapted: its own weights are frozen.
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "qwen3": GroupedConfig.model_validate(
@@ -423,7 +426,7 @@ def _answers_by_themselves(run: _Run) -> None:
 
 
 def _copies_apart(run: _Run) -> None:
-    run.parallel._add_up_tied = lambda: None  # type: ignore[attr-defined]
+    run.parallel._add_up_copies = lambda: None  # type: ignore[attr-defined]
 
 
 def _own_statistics(run: _Run) -> None:

@@ -53,6 +53,7 @@ TWO = [
     Case({"pipeline": 2}, steps=3, optimizer="muon"),
     Case({"pipeline": 2}, answers=True),
     Case({"shard": 2}, answers=True),
+    Case({"pipeline": 2}, "latent-further"),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
@@ -74,6 +75,8 @@ FOUR = [
     Case({"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep", recomputed="full"),
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=3, optimizer="muon"),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even", answers=True),
+    Case({"pipeline": 2, "shard": 2}, "latent-further-tied"),
+    Case({"pipeline": 2, "tensor": 2}, "latent-further-even", answers=True),
 ]
 # Each takes over what the case of that number left after five steps.
 # Of the last, both copies of the tied weights lie in one process.
@@ -113,6 +116,7 @@ WRONG = [
     Case({"expert": 4}, steps=3, mistake="each process counts its own tokens alone"),
     Case({"pipeline": 2}, steps=3, mistake="the gradient of one micro-batch is missing"),
     Case({"pipeline": 2}, steps=3, mistake="the pipeline's answers are not counted over the batch", answers=True),
+    Case({"pipeline": 2}, "latent-further", steps=3, mistake="the copies of tied weights have gradients of their own"),
     Case({"pipeline": 4}, "qwen3-deep", steps=3, mistake="the copies of tied weights have gradients of their own"),
     Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=3, mistake="each part is orthogonalized", optimizer="muon"),
 ]
