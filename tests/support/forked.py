@@ -48,7 +48,7 @@ def together(function: Callable[[], None], processes: int, folder: Path) -> None
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
     log = folder / "log"
     ranks = [call(function, folder, log, {**place, "RANK": str(rank)}) for rank in range(processes)]
-    assert end(ranks, 300) == [0] * processes, log.read_text()
+    assert end(ranks, 900) == [0] * processes, log.read_text()
 
 
 def stage(
@@ -63,7 +63,7 @@ def stage(
     return process
 
 
-def end(ranks: Sequence[BaseProcess], seconds: float = 60.0) -> list[int | None]:
+def end(ranks: Sequence[BaseProcess], seconds: float = 240.0) -> list[int | None]:
     """Returns the exit codes of ``ranks``; one that does not end in time is killed, its stacks in the log."""
     for rank in ranks:
         rank.join(seconds)

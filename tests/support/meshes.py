@@ -28,7 +28,7 @@ from lm.model import LanguageModel
 from tasks import optimizers, step_meter, training
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
-from tasks.mesh import MeshParams
+from tasks.mesh import Mesh, MeshParams
 from tasks.optimizers import make_optimizer
 from tasks.parallel import tensor, tokens, vocabulary, whole
 from tasks.parallel.stages import Stage
@@ -37,7 +37,7 @@ from tasks.schedule import learning_rate_at
 from tasks.stopping import Stop
 from tasks.training import _Run
 from tasks.training_params import TrainingParams
-from tasks.world import World, device_mesh
+from tasks.world import Meshes, World, device_mesh
 
 VOCAB, LENGTH, WINDOWS, BATCH, STEPS = 31, 6, 24, 8, 10
 _TOKENS = {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 0}
@@ -90,7 +90,7 @@ MODELS: dict[str, ModelConfig] = {
 
 @dataclass
 class Case:
-    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that another case ended with.
+    """A mesh, a model, and what is to go wrong; ``resume`` takes over the state that the kept case of that number left.
 
     ``recomputed`` is its activation checkpointing, ``compiled`` the backend of ``torch.compile``, or nothing.
 
@@ -111,6 +111,7 @@ class Case:
     compiled: str = ""
     optimizer: str = "adamw"
     answers: bool = False
+    kept: bool = False
 
 
 @dataclass
@@ -286,13 +287,16 @@ def _set(model: LanguageModel, weights: list[torch.Tensor], biases: list[torch.T
         router.e_score_correction_bias.copy_(bias)
 
 
+@functools.lru_cache
+def _mesh(layout: Mesh) -> Meshes | None:
+    # One for all cases that have it: each has a dozen groups, and those have threads and connections.
+    return device_mesh(layout, torch.device("cpu"))
+
+
 def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
-    """Trains with all processes that run this, and leaves the state of the training behind ``states``."""
+    """Trains with all processes that run this, and leaves the state of the training behind ``states`` if it is kept."""
     result = Result()
-    world = World(
-        rank, size, torch.device("cpu"), "fp32",
-        device_mesh(MeshParams(**case.mesh).over(size), torch.device("cpu")),
-    )  # fmt: skip
+    world = World(rank, size, torch.device("cpu"), "fp32", _mesh(MeshParams(**case.mesh).over(size)))
     counters.clear()
     training.compile_layers = functools.partial(compile_layers, backend=case.compiled)
     model, reader = model_of(case), Reader(1, WINDOWS, case.answers)
@@ -349,9 +353,10 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     result.skipped = list(itertools.chain(*skipped))
     result.valid_loss = run.validate()
     result.graphs = counters["stats"]["unique_graphs"]
-    state = [run.state(done)]
-    dist.broadcast_object_list(state, src=0)
-    states += state
+    if case.kept:
+        state = [run.state(done)]
+        dist.broadcast_object_list(state, src=0)
+        states += state
     result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}

@@ -82,9 +82,9 @@ FOUR = [
 # Of the last, both copies of the tied weights lie in one process.
 TIED: dict[str, object] = {"pipeline": 2, "pipeline_schedule": "zero-bubble"}
 HALVES = [
-    *(Case(mesh, steps=5) for mesh in ({"shard": 2}, {"expert": 2}, {"tensor": 2}, {}, {"pipeline": 2})),
-    Case(TIED, "qwen3-deep", steps=5),
-    Case({"shard": 2}, steps=1, optimizer="muon"),
+    *(Case(mesh, steps=5, kept=True) for mesh in ({"shard": 2}, {"expert": 2}, {"tensor": 2}, {}, {"pipeline": 2})),
+    Case(TIED, "qwen3-deep", steps=5, kept=True),
+    Case({"shard": 2}, steps=1, optimizer="muon", kept=True),
 ]
 RESUMED = [
     Case({}, resume=0),
