@@ -351,13 +351,14 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     skipped: list[Any] = [None] * size
     dist.all_gather_object(skipped, run.curve.skipped)
     result.skipped = list(itertools.chain(*skipped))
+    # Before the validation, which leaves weights whole.
+    result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
     result.valid_loss = run.validate()
     result.graphs = counters["stats"]["unique_graphs"]
     if case.kept:
         state = [run.state(done)]
         dist.broadcast_object_list(state, src=0)
         states += state
-    result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
