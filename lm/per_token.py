@@ -91,7 +91,7 @@ class PerToken:
     def operand(self, graph: Graph, x: str) -> Operand:
         """Returns uint8 values [N, K], their fp32 scales [N, 1], and their zero points less 128 [N, 1] in fp32."""
         values, scale, point = self._quantized(graph, x)
-        offset = graph.op("DequantizeLinear", point, graph.number(1.0), _middle(graph))
+        offset = graph.op("DequantizeLinear", point, graph.number(1.0), zero_point(graph, MIDDLE))
         return values, *(graph.op("Unsqueeze", one, graph.ints(1)) for one in (scale, offset))
 
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
@@ -105,7 +105,7 @@ class PerToken:
             graph.weight(self.stored(name), columns),
             graph.number(1.0),
             graph.weight(f"{name}.scales", of_columns),
-            _middle(graph),
+            zero_point(graph, MIDDLE),
             domain="com.microsoft",
         )
         sums = columns.sum(axis=0, dtype=np.float64) * of_columns
@@ -132,5 +132,6 @@ class PerToken:
         return graph.op("QuantizeLinear", x, scale, point, axis=0), scale, point
 
 
-def _middle(graph: Graph) -> str:
-    return graph.weight(f"zero_{MIDDLE}_uint8", np.array(MIDDLE, np.uint8))
+def zero_point(graph: Graph, value: int) -> str:
+    """Returns the name of a constant zero point of unsigned 8 bits, shared by all who ask for the same."""
+    return graph.weight(f"zero_{value}_uint8", np.array(value, np.uint8))

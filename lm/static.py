@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lm.graph import Graph
-from lm.per_token import OPERATOR, SMALLEST_SCALE, PerToken, fake_quant_rows, quantize_weight
+from lm.per_token import OPERATOR, SMALLEST_SCALE, PerToken, fake_quant_rows, quantize_weight, zero_point
 from lm.scheme import Levels, Operand
 
 # Weights are stored as this scheme stores them.
@@ -101,5 +101,4 @@ class Static:
         return self.within
 
     def _constants(self, graph: Graph) -> tuple[str, str]:
-        scale, zero = self._range.scale, self._range.zero
-        return graph.number(scale), graph.weight(f"zero_{zero}_uint8", np.array(zero, np.uint8))
+        return graph.number(self._range.scale), zero_point(graph, self._range.zero)

@@ -242,6 +242,8 @@ class Pipelined:
     @torch.no_grad()
     def _add_up_copies(self) -> None:
         """Gives all copies of the embedding's weights the sum of their gradients."""
+        if not self._copies:
+            return
         first, last = self._layout.process_of(0), self._layout.process_of(self._last)
         own = dict(self.model.named_parameters())
         gradients = [
@@ -249,7 +251,7 @@ class Pipelined:
             for name in dict.fromkeys([_EMBEDDING, *self._copies])
             if name in own
         ]
-        if not self._copies or not gradients:
+        if not gradients:
             return
         total, *others = gradients
         for other in others:
