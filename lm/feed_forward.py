@@ -5,7 +5,7 @@ Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a t
 P rows of all experts.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +128,26 @@ class Router(nn.Module):
         load.zero_()
 
 
+class Beside(Protocol):
+    """What is added to the products of all experts, for :mod:`lm.low_rank`."""
+
+    def of_expert(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Returns what is added to the product of ``x`` [N, in] with the weight of ``expert``: [N, out]."""
+
+    def of_all(self, x_P: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Returns what is added to the products of the rows ``x_P`` [P, in], of which each expert's reach to an end."""
+
+
 class Experts(nn.Module):
     """The routed experts, their weights stacked: ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F].
 
-    ``turn`` is that of what ``down_proj`` reads, as of :class:`lm.linear.Linear`.
+    ``turn`` is that of what ``down_proj`` reads, as of :class:`lm.linear.Linear`. ``beside_in`` and ``beside_out`` are
+    modules that do as :class:`Beside` says.
     """
 
     turn: torch.Tensor | None
+    beside_in: Beside | None
+    beside_out: Beside | None
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -143,6 +156,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.project_in: Project = F.linear
         self.project_out: Project = F.linear
+        self.beside_in = self.beside_out = None
         self.register_buffer("turn", None, persistent=False)
 
     def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -154,9 +168,10 @@ class Experts(nn.Module):
         experts, x_ND = len(self.gate_up_proj), to_product_type(x_ND)
         if self._takes_groups(x_ND):
             rows = rows_by_row(experts_NK, experts)
-            ends, gate_up, down = rows.ends.int(), to_product_type(self.gate_up_proj), to_product_type(self.down_proj)
-            hidden_PF = turned(gated(F.grouped_mm(dealt(x_ND, rows), gate_up.mT, offs=ends)), self.turn)
-            return combined(F.grouped_mm(hidden_PF, down.mT, offs=ends), weights_NK, rows)
+            ends = rows.ends.int()
+            gate_up_PF = _all_products(dealt(x_ND, rows), self.gate_up_proj, self.beside_in, ends)
+            hidden_PF = turned(gated(gate_up_PF), self.turn)
+            return combined(_all_products(hidden_PF, self.down_proj, self.beside_out, ends), weights_NK, rows)
         return self.one_by_one(x_ND, experts_NK, weights_NK)
 
     def one_by_one(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -164,21 +179,33 @@ class Experts(nn.Module):
         rows = rows_by_pair(experts_NK, len(self.gate_up_proj))
         sizes: list[int] = rows.ends.diff(prepend=rows.ends.new_zeros(1)).tolist()
         outputs = [
-            self._expert(x, gate_up, down)
-            for x, gate_up, down in zip(
-                dealt(x_ND, rows).split(sizes), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
+            self._expert(expert, *parts)
+            for expert, parts in enumerate(
+                zip(dealt(x_ND, rows).split(sizes), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
             )
         ]
         return combined(torch.cat(outputs), weights_NK, rows)
 
-    def _expert(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return self.project_out(turned(gated(self.project_in(x, gate_up)), self.turn), down)
+    def _expert(self, expert: int, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        both = self.project_in(x, gate_up)
+        if self.beside_in is not None:
+            both = both + self.beside_in.of_expert(x, expert)
+        hidden = turned(gated(both), self.turn)
+        y = self.project_out(hidden, down)
+        return y if self.beside_out is None else y + self.beside_out.of_expert(hidden, expert)
 
     def _takes_groups(self, x_ND: torch.Tensor) -> bool:
         plain = self.project_in is F.linear and self.project_out is F.linear
-        aligned = not (x_ND.shape[1] % 8 or self.down_proj.shape[2] % 8)
+        # Sizes of factors are those of products too.
+        sizes = [size for weight in self.parameters() for size in weight.shape[1:]]
+        aligned = not any(size % 8 for size in sizes)
         # Of experts that are dealt out, no token may have come to this process.
         return len(x_ND) > 0 and plain and aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in GROUPED_ON
+
+
+def _all_products(x: torch.Tensor, weights: torch.Tensor, beside: Beside | None, ends: torch.Tensor) -> torch.Tensor:
+    y = F.grouped_mm(x, to_product_type(weights).mT, offs=ends)
+    return y if beside is None else y + beside.of_all(x, ends)
 
 
 class MixtureOfExperts(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from odd import make_grouped, make_model, write_checkpoint
 from safetensors.torch import load_file
 
-from lm import hugging_face, low_rank
+from lm import feed_forward, hugging_face, low_rank
 from lm.model import LanguageModel
 
 IDS = torch.arange(24).view(2, 12) * 7 % 101
@@ -48,7 +48,7 @@ def test_factors_begin_without_an_effect_and_nothing_else_learns(make: type[Lang
 @pytest.mark.parametrize("make", [make_grouped, make_model])
 def test_merged_weights_compute_what_the_factors_did(make: type[LanguageModel]) -> None:
     # Some layers of a product that is taken together, and not the others.
-    model = adapted(make(), "q_proj", "*.1.*up_proj", "o_proj")
+    model = adapted(make(), "q_proj", "*.1.*up_proj", "o_proj", "*.2.*down_proj")
     expected = model(IDS)
     assert (expected - make()(IDS)).abs().max() > 0.1
     low_rank.merge(model)
@@ -75,6 +75,62 @@ def test_patterns_choose_by_the_last_part_or_the_whole_name() -> None:
     ]
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_routed_experts_have_factors_of_their_own(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 48, "moe_intermediate_size": 24}
+    plain = make_model(**sizes)
+    low_rank.adapt(plain, ["*.mlp.experts.*"], rank=8, alpha=12, seed=5)
+    learning = {name: value for name, value in plain.named_parameters() if value.requires_grad}
+    assert {name: tuple(value.shape) for name, value in learning.items()} == {
+        f"model.layers.{layer}.mlp.experts.{beside}.{side}": size
+        for layer in (1, 2)
+        for beside, side, size in (
+            ("beside_in", "lora_A", (8, 8, 48)),
+            ("beside_in", "lora_B", (8, 48, 8)),
+            ("beside_out", "lora_A", (8, 8, 24)),
+            ("beside_out", "lora_B", (8, 48, 8)),
+        )
+    }
+    generator = torch.Generator().manual_seed(6)
+    experts = plain.model.layers[1].mlp.experts
+    with torch.no_grad():
+        for value in learning.values():
+            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    x = torch.randn(9, 48, generator=generator)
+    # Two experts a token; nobody chooses the last.
+    chosen = torch.stack([torch.randperm(7, generator=generator)[:2] for _ in range(9)])
+    weights = torch.rand(9, 2, generator=generator)
+    if grouped:
+        monkeypatch.setattr(feed_forward, "GROUPED_ON", {"cpu"})
+        monkeypatch.delattr(feed_forward.Experts, "one_by_one")
+    with torch.autocast("cpu", torch.bfloat16, enabled=grouped):
+        y = experts(x, chosen, weights)
+    (y.float() * x).sum().backward()
+    found = {name: value.grad.clone() for name, value in experts.named_parameters() if value.requires_grad}
+    monkeypatch.undo()
+
+    experts.zero_grad()
+    effective = [
+        weight.detach() + 1.5 * factors.lora_B @ factors.lora_A
+        for weight, factors in (
+            (experts.gate_up_proj, experts.beside_in), (experts.down_proj, experts.beside_out),
+        )
+    ]  # fmt: skip
+    expected = torch.zeros(9, 48)
+    for token in range(9):
+        for place, expert in enumerate(chosen[token].tolist()):
+            gate, up = (effective[0][expert] @ x[token]).chunk(2)
+            expected[token] += weights[token, place] * (effective[1][expert] @ (torch.nn.functional.silu(gate) * up))
+    close = {"atol": 0.05, "rtol": 0.05} if grouped else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(y.float(), expected, **close)
+    (expected * x).sum().backward()
+    for name, value in experts.named_parameters():
+        if value.requires_grad:
+            largest = value.grad.abs().max()
+            torch.testing.assert_close(found[name] / largest, value.grad / largest, **close)
+            assert not value.grad[7].any()
+
+
 def test_peft_computes_with_the_written_factors_what_the_model_does(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -86,7 +142,7 @@ def test_peft_computes_with_the_written_factors_what_the_model_does(tmp_path: Pa
             write_checkpoint(base, make),
             "*_proj" if name == "grouped" else "[qko]*_proj*",
             "down_proj",
-            "*.2.*.gate_proj",
+            "*.2.*.gate*_proj",
         )
         low_rank.save(model, base / "adapter")
         again = tmp_path / f"{name}-again"
