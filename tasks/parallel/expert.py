@@ -20,8 +20,9 @@ from tasks.parallel.local import cut, local_parameters
 
 def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
     """Leaves each process of ``mesh`` (one axis) its consecutive share of ``experts``, and lets tokens travel."""
-    for name, _ in list(experts.named_parameters(recurse=False)):
-        cut(experts, name, mesh, Shard(0))
+    for module in experts.modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            cut(module, name, mesh, Shard(0))
     experts.forward = functools.partial(_forward, experts, mesh.get_group())  # type: ignore[method-assign]
 
 

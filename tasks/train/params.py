@@ -9,7 +9,7 @@ from lm.config import GroupedArchitecture, LatentArchitecture
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
-from tasks.mesh import AXES, MeshParams, check_fits, check_micro_batches, check_tokens
+from tasks.mesh import MeshParams, check_fits, check_micro_batches, check_tokens
 from tasks.section import Section, validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
@@ -143,9 +143,14 @@ class TrainParams(TrainingParams):
             raise ValueError("lora adapts a model that is there, and init: scratch has none; name a checkpoint in init")
         if self.optimizer != "adamw":
             raise ValueError(f"lora trains with adamw, and optimizer is {self.optimizer}; set optimizer to adamw")
-        axes = dict(zip(AXES, self.mesh.over(self.world_size).sizes, strict=True))
-        if others := [axis for axis, size in axes.items() if size > 1 and axis not in ("replicate", "shard")]:
-            raise ValueError(f"lora trains over replicate and shard alone; set mesh.{others[0]} to 1")
+        mesh = self.mesh.over(self.world_size)
+        if others := [axis for axis in ("tensor", "pipeline") if getattr(mesh, axis) > 1]:
+            raise ValueError(f"lora trains over replicate, shard and expert alone; set mesh.{others[0]} to 1")
+        if mesh.expert > 1 and self.lora.rank % mesh.shard:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} does not divide over mesh.shard {mesh.shard}, as it must with mesh.expert "
+                "above 1; change one of them"
+            )
         if self.compression != "none" or self.diloco.inner_steps:
             raise ValueError("lora's gradients are small as they are; set compression: none and diloco.inner_steps: 0")
         return self

@@ -192,7 +192,7 @@ def model_of(case: Case) -> LanguageModel:
             if case.model == "latent-uneven":
                 router.e_score_correction_bias[:2] += 10
     if case.model == "latent-lora":
-        low_rank.adapt(model, ["[qo]_proj", "*.shared_experts.up_proj"], rank=4, alpha=8, seed=9)
+        low_rank.adapt(model, ["[qo]_proj", "*.shared_experts.up_proj", "*.mlp.experts.*"], rank=4, alpha=8, seed=9)
         with torch.no_grad():
             for name, value in model.named_parameters():
                 # Factors that are zero would leave the others without a gradient.

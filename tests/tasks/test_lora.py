@@ -77,7 +77,12 @@ def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(mesh: d
     [
         ({}, {"train__init": "scratch"}, "lora adapts a model that is there, and init: scratch has none"),
         ({}, {"train__optimizer": "muon"}, "lora trains with adamw, and optimizer is muon; set optimizer to adamw"),
-        ({}, {"train__mesh": {"tensor": 2}}, "lora trains over replicate and shard alone; set mesh.tensor to 1"),
+        ({}, {"train__mesh": {"tensor": 2}}, "lora trains over replicate, shard and expert alone; set mesh.tensor"),
+        (
+            {"rank": 3},
+            {"train__mesh": {"shard": 2, "expert": 2}, "train__world_size": 4},
+            "lora.rank 3 does not divide over mesh.shard 2, as it must with mesh.expert above 1; change one of them",
+        ),
         ({}, {"train__compression": "int8"}, "lora's gradients are small as they are; set compression: none"),
         ({"rank": 0}, {}, r"train\.lora\.rank: input should be greater than or equal to 1, found 0"),
         ({"targets": []}, {}, r"train\.lora\.targets: .* at least 1 item"),
