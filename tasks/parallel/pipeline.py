@@ -12,7 +12,7 @@ gradients are summed, so that they stay equal.
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class Pipelined:
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
         self._cut()
         keep = self._world.is_first
-        return self._model_state(keep), self._optimizer_state(optimizer, keep)
+        return self._model_state(keep, whole.frozen(self._whole)), self._optimizer_state(optimizer, keep)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
@@ -278,19 +278,21 @@ class Pipelined:
         dist.broadcast(sent, group=self._group, group_src=source)
         return sent.to("cpu", copy=True) if keep else None
 
-    def _model_state(self, keep: bool) -> State:
+    def _model_state(self, keep: bool, left_out: Collection[str] = ()) -> State:
         own = dict(self.model.named_parameters())
         types = {name: parameter.dtype for name, parameter in self._whole.named_parameters()}
         gathered = {
             name: self._from_its_stage(name, shape, types[name], own.get(name), keep)
             for name, shape in self._shapes.items()
+            if name not in left_out
         }
-        if self._is_tied:
+        if self._is_tied and _EMBEDDING in gathered:
             gathered[_HEAD] = gathered[_EMBEDDING]
         buffers = dict(self.model.named_buffers())
         return {
             name: gathered[name] if name in gathered else whole.whole(buffers[name])
             for name in self._whole.state_dict()
+            if name not in left_out
         }
 
     def _optimizer_state(self, optimizer: torch.optim.Optimizer, keep: bool) -> State:

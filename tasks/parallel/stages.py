@@ -40,6 +40,9 @@ class Stage(nn.Module):
             positions = x.shape[1]
             if self.embed_tokens is not None:
                 x = self.embed_tokens(x)
+                if torch.is_grad_enabled() and not x.requires_grad:
+                    # Of frozen weights: a schedule passes gradients back through every stage.
+                    x.requires_grad_()
             elif self._world.mesh is not None:
                 positions *= self._world.mesh.layout.tensor
             cos, sin = self._rotations[:, :positions]

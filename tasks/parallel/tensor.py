@@ -22,6 +22,7 @@ from lm.feed_forward import MixtureOfExperts, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
 from lm.linear import Linear, to_product_type
+from lm.low_rank import LowRank
 from lm.model import LanguageModel
 from tasks.parallel import tokens, whole
 from tasks.parallel.local import cut, local_parameters
@@ -45,8 +46,13 @@ class InParts:
         self._places: list[tuple[nn.Module, str]] = []
 
     def add(self, modules: Iterable[nn.Module]) -> None:
+        """Adds the weights of ``modules`` and of all that is in them."""
         for module in modules:
-            self._places += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+            for part in module.modules():
+                self.add_some(part, [name for name, _ in part.named_parameters(recurse=False)])
+
+    def add_some(self, module: nn.Module, names: Iterable[str]) -> None:
+        self._places += [(module, name) for name in names]
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
@@ -95,8 +101,17 @@ def _cut_regions(block: nn.Module, mesh: DeviceMesh, in_parts: InParts, enter: t
             if name not in CUT_OUTPUTS + CUT_INPUTS:
                 in_parts.add([layer])
                 continue
+            along = 0 if name in CUT_OUTPUTS else 1
             for parameter, _ in list(layer.named_parameters(recurse=False)):
-                cut(layer, parameter, mesh, Shard(0 if name in CUT_OUTPUTS else 1))
+                cut(layer, parameter, mesh, Shard(along))
+            factors = getattr(layer, "project", None)
+            if isinstance(factors, LowRank):
+                # One has the layer's outputs or inputs; the other is whole, with a part of its gradient.
+                for parameter, _ in list(factors.named_parameters(recurse=False)):
+                    if parameter == ("lora_B" if name in CUT_OUTPUTS else "lora_A"):
+                        cut(factors, parameter, mesh, Shard(along))
+                    else:
+                        in_parts.add_some(factors, [parameter])
             if name in CUT_OUTPUTS:
                 assert isinstance(layer, Linear)
                 layer.out_features //= mesh.size()

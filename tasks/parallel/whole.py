@@ -100,7 +100,8 @@ def clip_grad_norm(
     ``stages`` are the processes that have other parameters than this one. ``copies`` are parameters that count
     elsewhere already. torch's own takes only tensors of one mesh.
     """
-    found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    every = list(parameters)
+    found = [(parameter, parameter.grad) for parameter in every if parameter.grad is not None]
     gradients = [gradient for _, gradient in found]
     # By the members of the groups: a process may know the same ones as several objects.
     squares: dict[tuple[tuple[int, ...], ...], tuple[torch.Tensor, tuple[dist.ProcessGroup, ...]]] = {}
@@ -119,7 +120,11 @@ def clip_grad_norm(
     for square, groups in squares.values():
         for group in groups:
             dist.all_reduce(square, group=group)
-    square = torch.stack([square for square, _ in squares.values()]).sum()
+    if squares:
+        square = torch.stack([square for square, _ in squares.values()]).sum()
+    else:
+        # Of a stage in which all is frozen.
+        square = torch.zeros((), dtype=torch.float64, device=every[0].device)
     if stages is not None:
         dist.all_reduce(square, group=stages)
     norm = square.sqrt().float()

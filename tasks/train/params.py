@@ -144,8 +144,6 @@ class TrainParams(TrainingParams):
         if self.optimizer != "adamw":
             raise ValueError(f"lora trains with adamw, and optimizer is {self.optimizer}; set optimizer to adamw")
         mesh = self.mesh.over(self.world_size)
-        if others := [axis for axis in ("tensor", "pipeline") if getattr(mesh, axis) > 1]:
-            raise ValueError(f"lora trains over replicate, shard and expert alone; set mesh.{others[0]} to 1")
         if mesh.expert > 1 and self.lora.rank % mesh.shard:
             raise ValueError(
                 f"lora.rank {self.lora.rank} does not divide over mesh.shard {mesh.shard}, as it must with mesh.expert "

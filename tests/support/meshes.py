@@ -80,11 +80,18 @@ MODELS: dict[str, ModelConfig] = {
     "latent-further-tied": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}
     ),
-    # Adapted: its own weights are frozen.
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
+    "latent-deep-lora": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
+    ),
     "qwen3": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
     ),
+}
+# What of them is adapted: all else is frozen. Of the deep one, that is nothing in the first half.
+ADAPTED = {
+    "latent-lora": ["[qo]_proj", "kv_a*", "*.shared_experts.*", "*.mlp.experts.*"],
+    "latent-deep-lora": ["*.[23].self_attn.*_proj*", "*.[23].mlp.experts.*"],
 }
 
 
@@ -191,8 +198,8 @@ def model_of(case: Case) -> LanguageModel:
             router.e_score_correction_bias += 0.1 * torch.randn(4, generator=generator)
             if case.model == "latent-uneven":
                 router.e_score_correction_bias[:2] += 10
-    if case.model == "latent-lora":
-        low_rank.adapt(model, ["[qo]_proj", "*.shared_experts.up_proj", "*.mlp.experts.*"], rank=4, alpha=8, seed=9)
+    if case.model in ADAPTED:
+        low_rank.adapt(model, ADAPTED[case.model], rank=4, alpha=8, seed=9)
         with torch.no_grad():
             for name, value in model.named_parameters():
                 # Factors that are zero would leave the others without a gradient.
@@ -401,6 +408,11 @@ def _no_sum_over_shares(run: _Run) -> Callable[[], None]:
     return _replaced(tensor.InParts, "sum_gradients", lambda _: None)
 
 
+def _no_sum_of_factors(run: _Run) -> None:
+    parts = run.parallel._in_parts  # type: ignore[attr-defined]
+    parts._places = [place for place in parts._places if type(place[0]) is not low_rank.LowRank]
+
+
 def _no_sum_over_words(run: _Run) -> Callable[[], None]:
     return _replaced(tokens, "whole_for_parts", lambda x, group: x)
 
@@ -457,6 +469,7 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "each process clips by the norm of its part": _norm_of_a_part,
     "parts of an output are not summed over tensor": _no_sum_over_tensor,
     "gradients of shares of the tokens are not summed over tensor": _no_sum_over_shares,
+    "the other factors' gradients are not summed over tensor": _no_sum_of_factors,
     "parts of the logits' gradient are not summed over tensor": _no_sum_over_words,
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,

@@ -77,7 +77,6 @@ def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(mesh: d
     [
         ({}, {"train__init": "scratch"}, "lora adapts a model that is there, and init: scratch has none"),
         ({}, {"train__optimizer": "muon"}, "lora trains with adamw, and optimizer is muon; set optimizer to adamw"),
-        ({}, {"train__mesh": {"tensor": 2}}, "lora trains over replicate, shard and expert alone; set mesh.tensor"),
         (
             {"rank": 3},
             {"train__mesh": {"shard": 2, "expert": 2}, "train__world_size": 4},

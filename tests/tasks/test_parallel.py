@@ -43,6 +43,8 @@ TWO = [
     Case({}, "latent-lora"),
     Case({"shard": 2}, "latent-lora", micro_batch=1),
     Case({"expert": 2}, "latent-lora"),
+    Case({"tensor": 2}, "latent-lora"),
+    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep-lora"),
     Case({}, "latent-further"),
     Case({"expert": 2}, "latent-further"),
     Case({"tensor": 2}, "latent-further-even", logits_held=64),
@@ -78,6 +80,7 @@ FOUR = [
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=3, optimizer="muon"),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even", answers=True),
     Case({"pipeline": 2, "shard": 2}, "latent-further-tied"),
+    Case({"pipeline": 2, "tensor": 2}, "latent-deep-lora"),
     Case({"pipeline": 2, "tensor": 2}, "latent-further-even", answers=True),
 ]
 # Each takes over what the case of that number left after five steps.
@@ -87,6 +90,7 @@ HALVES = [
     *(Case(mesh, steps=5, kept=True) for mesh in ({"shard": 2}, {"expert": 2}, {"tensor": 2}, {}, {"pipeline": 2})),
     Case(TIED, "qwen3-deep", steps=5, kept=True),
     Case({"shard": 2}, steps=1, optimizer="muon", kept=True),
+    Case({"pipeline": 2}, "latent-lora", steps=5, kept=True),
 ]
 RESUMED = [
     Case({}, resume=0),
@@ -100,6 +104,8 @@ RESUMED = [
     Case({}, steps=3, resume=6, optimizer="muon"),
     Case({"expert": 2}, steps=3, resume=6, optimizer="muon"),
     Case({"pipeline": 2}, steps=3, resume=6, optimizer="muon"),
+    Case({"tensor": 2}, "latent-lora", resume=7),
+    Case({"pipeline": 2}, "latent-lora", resume=7),
 ]
 # Traced by torch, of the second its gradients too; the code that comes of it is for test_compiled, in one process.
 COMPILED = [
@@ -121,6 +127,7 @@ WRONG = [
     Case({"pipeline": 2}, "latent-further", steps=3, mistake="the copies of tied weights have gradients of their own"),
     Case({"pipeline": 4}, "qwen3-deep", steps=3, mistake="the copies of tied weights have gradients of their own"),
     Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=3, mistake="each part is orthogonalized", optimizer="muon"),
+    Case({"tensor": 2}, "latent-lora", steps=3, mistake="the other factors' gradients are not summed over tensor"),
 ]
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
