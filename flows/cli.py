@@ -94,7 +94,9 @@ def rerun(
         str | None, typer.Option("--from", metavar="STAGE", help="Begin at this stage instead, also of a finished run.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Repeat stages though unchanged.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="When another run is at work, wait until it has ended.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="When this run or another is at work, wait until it has ended.")
+    ] = False,
 ) -> None:
     """Go on with a run that failed, was stopped or was killed; what it had finished is not repeated.
 

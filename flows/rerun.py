@@ -1,6 +1,7 @@
 """``overnight rerun``: goes on with a run that failed, was stopped or was killed, under the same id."""
 
 import os
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -12,15 +13,20 @@ from flows.terminal import speaker
 from flows.termination import sigterm_raises
 from tasks.errors import UserMistake
 
+_SECONDS_BETWEEN_LOOKS = 0.2
+
 
 def rerun(name: str | None, from_stage: str | None, force: bool, wait: bool, out: Console, err: Console) -> int:
     """Goes on with the run ``name`` (None: the last one that can) and returns the exit code, as ``overnight run`` does.
 
     Without ``from_stage`` it finishes what the run was asked to do. With one it does that instead, with a finished run
-    too. Raises :class:`UserMistake` when there is nothing to do, :class:`flows.lock.Held` when a run is at work.
+    too. With ``wait`` it waits for the end of a run that is at work, this one or another. Raises :class:`UserMistake`
+    when there is nothing to do, :class:`flows.lock.Held` when a run is at work.
     """
     root = project.find()
     chosen = choose(runs.read(root), from_stage is not None) if name is None else runs.find(root, name)
+    if chosen.alive and wait:
+        chosen = _ended(root, chosen, err)
     if chosen.alive:
         raise lock.Held(
             f"run {chosen.run} is at work (process {chosen.pid}); there is nothing to go on with. `overnight status` "
@@ -89,6 +95,15 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
         err.print(f"The whole log: {log.relative_to(root)}", markup=False, highlight=False, soft_wrap=True)
     err.print(f"Go on with: overnight rerun {failed.run}", markup=False, highlight=False, soft_wrap=True)
     return run.EXIT_FAILED
+
+
+def _ended(root: Path, chosen: runs.Run, err: Console) -> runs.Run:
+    """Waits until no process works on the run, as one told to stop does for seconds; returns it as it is then."""
+    speaker(err)(f"run {chosen.run} is at work (process {chosen.pid}); waiting until it has ended.")
+    while chosen.alive:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        chosen = runs.find(root, chosen.run)
+    return chosen
 
 
 def _tell_commit(root: Path, chosen: runs.Run, err: Console) -> None:

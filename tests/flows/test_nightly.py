@@ -233,6 +233,27 @@ def test_a_night_that_somebody_has_taken_up_again_is_not_marked_as_dead(
 
 
 @pytest.mark.parametrize("wait", [False, True])
+def test_a_rerun_waits_for_the_run_itself_only_when_it_is_asked_to(root: Path, wait: bool) -> None:
+    err = Console(file=io.StringIO(), width=200)
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(runs.attempt(root, "night", night=True))
+        if not wait:
+            with pytest.raises(lock.Held, match="run night is at work"):
+                rerun("night", None, False, wait, err, err)
+            return
+
+        def end() -> None:
+            record.end("stopped", "terminated (SIGTERM)")
+            stack.close()
+
+        threading.Timer(0.5, end).start()
+        # It has ended by then, so that the next mistake is told.
+        with pytest.raises(UserMistake, match="nowhere"):
+            rerun("night", "nowhere", False, wait, err, err)
+    assert "run night is at work" in err.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wait", [False, True])
 def test_a_rerun_of_a_night_waits_for_another_run_only_when_it_is_asked_to(root: Path, wait: bool) -> None:
     runs.begin(root, "night", night=True).end("failed")
     err = Console(file=io.StringIO(), width=200)
