@@ -22,6 +22,8 @@ _DATA_SHEETS = {
     "RTX 3090": 71e12,
 }
 _ROUNDS = 4
+# Of a product that is followed by a larger one, in seconds.
+_SHORT = 0.02
 
 
 def peak(world: World) -> tuple[float, str]:
@@ -39,13 +41,17 @@ def peak(world: World) -> tuple[float, str]:
 def _measured(world: World) -> float:
     """Operations a second of this process: the best of some square products of ones (no random number is drawn)."""
     cuda = world.device.type == "cuda"
-    size = 8192 if cuda else 1024
-    x = torch.ones(size, size, device=world.device, dtype=PRODUCT_TYPES[world.precision])
-    seconds = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        x @ x
-        if cuda:
-            torch.cuda.synchronize(world.device)
-        seconds.append(time.perf_counter() - started)
+    largest = 8192 if cuda else 1024
+    size, seconds = 128, [0.0]
+    # A CPU without instructions for that type takes seconds for the largest, and is no faster there.
+    while size < largest and min(seconds) < _SHORT:
+        size *= 2
+        x = torch.ones(size, size, device=world.device, dtype=PRODUCT_TYPES[world.precision])
+        seconds = []
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            x @ x
+            if cuda:
+                torch.cuda.synchronize(world.device)
+            seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)

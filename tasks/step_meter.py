@@ -10,12 +10,15 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
+from lm.config import LatentConfig
+from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks import paths
 from tasks.peak import peak
@@ -184,6 +187,16 @@ def active_in_products(model: LanguageModel) -> int:
 
 
 def _trained_in_products(model: LanguageModel) -> int:
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    # Where some are frozen, what is not is a layer's own factors.
-    return sum(trained) if len(trained) < len(list(model.parameters())) else active_in_products(model)
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return active_in_products(model)
+    # Where some are frozen, what is not is a layer's own factors, or an expert's.
+    trained = _trained([model])
+    if isinstance(model.config, LatentConfig):
+        routed = _trained(module for module in model.modules() if isinstance(module, Experts))
+        trained -= routed - round(routed * model.config.num_experts_per_tok / model.config.n_routed_experts)
+    return trained
+
+
+def _trained(modules: Iterable[nn.Module]) -> int:
+    every = (parameter for module in modules for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in every if parameter.requires_grad)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Callable
 
 import odd
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm import low_rank
+from lm.model import LanguageModel
 from tasks import step_meter
 from tasks.step_meter import StepMeter, active_in_products
 from tasks.world import World
@@ -79,11 +81,16 @@ def test_utilization_is_six_operations_a_parameter_and_token_over_the_peak(
     assert meter.totals()["peak_is"] == "a test"
 
 
-def test_frozen_weights_count_for_two_thirds(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("make", "targets", "share"), [(odd.make_grouped, "*_proj", 1), (odd.make_model, "*.mlp.experts.*", 3 / 8)]
+)
+def test_frozen_weights_count_for_two_thirds(
+    make: Callable[[], LanguageModel], targets: str, share: float, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step_meter, "peak", lambda world: (1e9, "a test"))
-    model = odd.make_grouped()
-    low_rank.adapt(model, ["*_proj"], rank=2, alpha=4, seed=1)
-    factors = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    model = make()
+    low_rank.adapt(model, [targets], rank=2, alpha=4, seed=1)
+    factors = share * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     report = StepMeter(model, 1000, alone)
     report.begin()
     time.sleep(0.01)
@@ -103,12 +110,23 @@ def test_what_counts_as_active_is_what_is_multiplied(tied: bool) -> None:
     assert products == 2 * 32 * (active_in_products(model) - vectors)
 
 
-def test_the_peak_is_the_fastest_of_some_products(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    took = iter([0.5, 0.2, 0.1, 0.4])
+@pytest.mark.parametrize(
+    ("seconds", "size"),
+    [
+        # A product that takes long is followed by no larger one.
+        ([0.5, 0.2, 0.1, 0.4], 256),
+        ([0.5, 0.01, 0.1, 0.4, 0.5, 0.2, 0.1, 0.4], 512),
+        ([*[0.01] * 8, 0.5, 0.2, 0.1, 0.4], 1024),
+    ],
+)
+def test_the_peak_is_the_fastest_of_some_products(
+    seconds: list[float], size: int, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took = iter(seconds)
     now = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in took))
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     found, source = step_meter.peak(alone)
-    assert found == pytest.approx(2 * 1024**3 / 0.1)
+    assert found == pytest.approx(2 * size**3 / 0.1)
     assert source == "fp32 product measured here"
 
 
