@@ -1,4 +1,8 @@
-"""Checkpoints of a long stage: kept outside the DVC outputs, keyed by the stage's inputs, verified when loaded."""
+"""Checkpoints of a long stage: kept outside the DVC outputs, keyed by the stage's inputs, verified when loaded.
+
+What all processes share is one file, which one of them writes. The weights of a model that is cut over them lie beside
+it, in a folder to which each adds a file; the first file, written last, holds the digests of those.
+"""
 
 import io
 import os
@@ -9,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 
 from tasks import atomic, paths
+from tasks.parallel import parts
 
 KEPT_RUNS = 3
 
@@ -40,6 +46,24 @@ class Checkpoints:
         self.finish()
         self._writing = self._writer.submit(self._write, step, _copy({**state, "key": self.folder.name}), part)
 
+    def save_parts(
+        self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
+    ) -> None:
+        """Does what :meth:`save` does, of a state of which each process of ``group`` has ``tensors``. Collective."""
+        self.finish()
+        copied = _copy({**state, "key": self.folder.name}), parts.staged(tensors)
+        self._writing = self._writer.submit(self._write_parts, step, *copied, group)
+
+    def _write_parts(
+        self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
+    ) -> None:
+        digests = parts.write(tensors, self._parts(step), group)
+        if dist.get_rank(group) == 0:
+            self._write(step, {**state, "parts": digests}, 0)
+
+    def _parts(self, step: int) -> Path:
+        return self.folder / f"parts-{step:09d}"
+
     def finish(self) -> None:
         """Returns when the last checkpoint is on the disk. Raises :class:`tasks.errors.DiskFull` when it is full."""
         writing, self._writing = self._writing, None
@@ -54,6 +78,15 @@ class Checkpoints:
         atomic.write_bytes(self.folder / name, content)
         for old in sorted(self.folder.glob(f"{_prefix(part)}*.pt"))[: -self._kept]:
             old.unlink(missing_ok=True)
+        self._forget_parts(step)
+
+    def _forget_parts(self, until: int | None = None) -> None:
+        """Removes the parts, ``until`` a step, of checkpoints that are gone, or never came to be."""
+        kept = {self._parts(_step(file)) for file in self.folder.glob(f"{_prefix(0)}*.pt")}
+        for folder in set(self.folder.glob("parts-*")) - kept:
+            # Others may have begun with the next step's.
+            if until is None or _step(folder) <= until:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def keep_one_before(self) -> None:
         """Keeps two checkpoints at least: one of which every process has its part, while the next is written."""
@@ -62,7 +95,8 @@ class Checkpoints:
     def load_latest(self, at_most: int | None = None, part: int = 0) -> dict[str, Any] | None:
         """Returns the newest intact ``part`` of a state, after ``at_most`` steps if that is given, or None.
 
-        A damaged or foreign file is passed over, which one process of each machine reports.
+        A damaged or foreign file is passed over, which one process of each machine reports. In a state whose tensors
+        lie in parts, ``parts`` is their folder.
         """
         own = self.folder.name
         pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
@@ -75,12 +109,19 @@ class Checkpoints:
             content = file.read_bytes()
             if xxhash.xxh3_128_hexdigest(content) == file.stem.rpartition("-")[2]:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-                if state.pop("key") == file.parent.name:
+                folder, digests = file.parent / self._parts(_step(file)).name, state.pop("parts", None)
+                if state.pop("key") != file.parent.name:
+                    fault = "checkpoint of other inputs"
+                elif digests is None:
                     return state
-                fault = "checkpoint of other inputs"
+                elif (bad := parts.damaged(folder, digests)) is None:
+                    return {**state, "parts": folder}
+                else:
+                    file, fault = bad, "damaged checkpoint"
             else:
                 fault = "damaged checkpoint"
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            # Of parts each process has looked at others.
+            if file.suffix != ".pt" or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"warning: {file}: {fault}; going back to the one before", file=sys.stderr, flush=True)
         return None
 
@@ -88,6 +129,7 @@ class Checkpoints:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them."""
         if not self._stage.is_dir():
             return
+        self._forget_parts()
         others = sorted(
             (run for run in self._stage.iterdir() if run != self.folder), key=lambda run: run.stat().st_mtime
         )

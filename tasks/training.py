@@ -109,12 +109,16 @@ def train(
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
                 run.here.at(done, "the checkpoint")
                 # Each process has a part in the state, even if one alone writes it.
-                state = run.state(done)
+                state, tensors = run.state(done)
                 if run.exchange.in_parts:
                     # Nobody writes the next one before all have this one's predecessor.
                     checkpoints.finish()
                     world.lowest(0)
-                if (part := run.exchange.writes) is not None:
+                if tensors:
+                    assert world.mesh is not None
+                    assert world.mesh.writers is not None
+                    checkpoints.save_parts(done, state, tensors, world.mesh.writers)
+                elif (part := run.exchange.writes) is not None:
                     checkpoints.save(done, state, part)
             progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
             if stopped:
@@ -363,17 +367,18 @@ class _Run:
     def latest(self) -> dict[str, float]:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
 
-    def state(self, step: int) -> dict[str, Any]:
-        model, optimizer = self.parallel.state(self.optimizer)
-        own = self.exchange.own_state(optimizer)
+    def state(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Returns what one process writes after ``step`` steps, and the tensors of which each writes its part."""
+        kept = self.parallel.state(self.optimizer)
+        own = self.exchange.own_state(kept.optimizer)
         if self.exchange.writes:
-            return {"step": step, "own": own, "scale": self.scale.state()}
-        return {
+            return {"step": step, "own": own, "scale": self.scale.state()}, {}
+        state = {
             "step": step,
             "own": own,
             "scale": self.scale.state(),
-            "model": model,
-            "optimizer": optimizer,
+            "model": kept.model,
+            "optimizer": kept.optimizer,
             "curve": self.curve.rows,
             "skipped": self.curve.skipped,
             "processes": self.curve.processes,
@@ -381,13 +386,17 @@ class _Run:
             "load": self.load,
             "steps_since_row": self.steps_since_row,
         }
+        return state, kept.tensors
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Takes over ``state``; returns how many steps are done."""
         if state is None:
             return 0
         own = state["own"]
-        self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
+        if "parts" in state:
+            self.parallel.load_parts(self.optimizer, state["parts"], (state["model"], state["optimizer"]))
+        else:
+            self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
         self.exchange.load_state(own)
         self.scale.load_state(state["scale"])
         self.curve.overflows = self.scale.overflows

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import math
 import os
@@ -37,12 +38,15 @@ class Meshes:
     Each begins with ``pipeline`` and ends with ``tensor``. data: between them ``data`` (all that take windows of their
     own). dense: ``replicate`` x ``dense`` (over which the weights outside the experts are cut: ``shard`` x ``expert``).
     experts: ``replicate`` x ``shard`` x ``expert``.
+
+    ``writers`` are all of them once more, for what they say to each other about a checkpoint while training goes on.
     """
 
     layout: Mesh
     data: DeviceMesh
     dense: DeviceMesh
     experts: DeviceMesh
+    writers: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ def device_mesh(mesh: Mesh, device: torch.device) -> Meshes | None:
         return None
     # It warns of each tensor that two axes cut and that takes two gathers: at checkpoints, where speed is no matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    return seen(init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",)), mesh)
+    processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
+    return dataclasses.replace(seen(processes, mesh), writers=dist.new_group(backend="gloo"))
 
 
 def seen(processes: DeviceMesh, mesh: Mesh) -> Meshes:

@@ -1,12 +1,15 @@
 """A model whose gradients nothing sums while they are computed."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from lm.model import LanguageModel
 from tasks.order import Indices
-from tasks.parallel import whole
+from tasks.parallel import parts, whole
 from tasks.parallel.exchange import State
+from tasks.parallel.parts import Kept
 from tasks.world import World
 
 
@@ -35,14 +38,17 @@ class Alone:
     def clip(self, max_norm: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+    def state(self, optimizer: torch.optim.Optimizer) -> Kept:
         frozen = whole.frozen(self.model)
         state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
-        return state, optimizer.state_dict()
+        return Kept(state, optimizer.state_dict())
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
         optimizer.load_state_dict(optimizer_state)
+
+    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
+        parts.load(self.model, optimizer, folder, rest)
 
     def finish(self) -> None:
         pass

@@ -6,6 +6,7 @@ Any other mesh goes through FSDP2: one all-gather a block before it computes, on
 Of a pipeline each stage does so by itself.
 """
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from tasks.parallel.alone import Alone
 from tasks.parallel.compressed import compressed
 from tasks.parallel.diloco import Diloco, replica_of
 from tasks.parallel.exchange import Exchange, State
+from tasks.parallel.parts import Kept
 from tasks.parallel.pipeline import Pipelined
 from tasks.parallel.sharded import Sharded
 from tasks.training_params import TrainingParams
@@ -53,14 +55,17 @@ class Parallel(Protocol):
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
-    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        """Returns the whole state of model and optimizer, the same on any mesh; in the first process at least.
+    def state(self, optimizer: torch.optim.Optimizer) -> Kept:
+        """Returns the state of model and optimizer, which every mesh can take over; in the first process at least.
 
         Without the weights that are frozen: they are what training began with.
         """
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        """Takes over what :meth:`state` returned, on this mesh or another."""
+        """Takes over a whole state, of this mesh or another."""
+
+    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
+        """Takes over the parts of a state that lie in ``folder``, and the ``rest``; see :mod:`tasks.parallel.parts`."""
 
     def finish(self) -> None:
         """Gives the model that was laid out its weights, whole, on every process."""
@@ -71,7 +76,8 @@ def lay_out(model: LanguageModel, world: World, params: TrainingParams) -> tuple
     exchange = params.exchange
     if exchange.diloco.inner_steps:
         near = replica_of(world)
-        parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near)
+        # Each replica's state is whole in its first process.
+        parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near, gathers=True)
         return parallel, Diloco(parallel.model, near, world, exchange.diloco, exchange.compression == "int8")
     if exchange.compression != "none":
         parallel = Alone(model, world)

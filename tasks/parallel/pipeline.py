@@ -12,7 +12,8 @@ gradients are summed, so that they stay equal.
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from torch.distributed.pipelining.schedules import (
 
 from lm.model import LanguageModel
 from tasks.order import Indices
-from tasks.parallel import whole
+from tasks.parallel import parts, whole
+from tasks.parallel.parts import Kept
 from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
 from tasks.parallel.stages import Stage, stages_of
 from tasks.parallel.tensor import InParts, cut_regions
@@ -61,6 +63,7 @@ class Pipelined:
         self._here = self._group.rank()
         self._is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
+        self._tied = {_HEAD: _EMBEDDING} if self._is_tied else {}
         # What the last stage has of the embedding: copies of its weights, by their names there.
         self._copies = [_HEAD] * self._is_tied + [_EMBEDDING] * bool(len(model.mtp))
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -127,10 +130,13 @@ class Pipelined:
         elsewhere = [own[name] for name in self._copies if name in own and self._last in self._stages]
         return whole.clip_grad_norm(self.model.parameters(), max_norm, self._group, elsewhere)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+    def state(self, optimizer: torch.optim.Optimizer) -> Kept:
         self._cut()
-        keep = self._world.is_first
-        return self._model_state(keep, whole.frozen(self._whole)), self._optimizer_state(optimizer, keep)
+        return parts.kept(self.model, optimizer, self._tied)
+
+    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
+        self._cut()
+        parts.load(self.model, optimizer, folder, rest, self._tied)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
@@ -151,7 +157,7 @@ class Pipelined:
 
     def finish(self) -> None:
         self._cut()
-        state = self._model_state(True)
+        state = self._model_state()
         for parameter, shape, device in self._places:
             parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
         self._whole.load_state_dict(state)
@@ -267,69 +273,38 @@ class Pipelined:
         for other in others:
             other.copy_(total)
 
-    def _from_its_stage(self, name: str, shape: Any, kind: torch.dtype, value: torch.Tensor | None, keep: bool) -> Any:
-        """Returns the whole tensor, of which its stage has ``value``, on the CPU; None where it is not to be kept."""
+    def _from_its_stage(
+        self, name: str, shape: torch.Size, kind: torch.dtype, value: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the whole tensor, of which its stage has ``value``, on the CPU."""
         source = self._layout.process_of(self._stage_of(name))
         if source == self._here:
             assert value is not None
             sent = whole.gathered(value).to(self._world.device).contiguous()
         else:
-            sent = torch.empty(tuple(shape), dtype=kind, device=self._world.device)
+            sent = torch.empty(shape, dtype=kind, device=self._world.device)
         dist.broadcast(sent, group=self._group, group_src=source)
-        return sent.to("cpu", copy=True) if keep else None
+        return sent.to("cpu", copy=True)
 
-    def _model_state(self, keep: bool, left_out: Collection[str] = ()) -> State:
+    def _model_state(self) -> State:
         own = dict(self.model.named_parameters())
         types = {name: parameter.dtype for name, parameter in self._whole.named_parameters()}
         gathered = {
-            name: self._from_its_stage(name, shape, types[name], own.get(name), keep)
-            for name, shape in self._shapes.items()
-            if name not in left_out
+            name: self._from_its_stage(name, shape, types[name], own.get(name)) for name, shape in self._shapes.items()
         }
-        if self._is_tied and _EMBEDDING in gathered:
+        if self._is_tied:
             gathered[_HEAD] = gathered[_EMBEDDING]
         buffers = dict(self.model.named_buffers())
         return {
             name: gathered[name] if name in gathered else whole.whole(buffers[name])
             for name in self._whole.state_dict()
-            if name not in left_out
-        }
-
-    def _optimizer_state(self, optimizer: torch.optim.Optimizer, keep: bool) -> State:
-        own = self._own_names_by_group(optimizer)
-        state = optimizer.state_dict()
-        mine = {
-            name: state["state"][number]
-            for number, name in enumerate(name for group in own for name in group)
-            if number in state["state"]
-        }
-        told = [{name: {key: (tuple(v.shape), v.dtype) for key, v in entry.items()} for name, entry in mine.items()}]
-        found: list[dict[str, Any]] = self._told_by_all(told[0])
-        kinds = {name: entry for one in found for name, entry in one.items()}
-        groups = self._names_by_group(optimizer)
-        numbers = _numbered(groups)
-        entries = {
-            number: {
-                key: self._from_its_stage(name, shape, kind, mine.get(name, {}).get(key), keep)
-                for key, (shape, kind) in kinds[name].items()
-            }
-            for name, number in numbers.items()
-            if name in kinds
-        }
-        return {
-            "state": entries,
-            "param_groups": [
-                {**group, "params": [numbers[name] for name in names]}
-                for group, names in zip(state["param_groups"], groups, strict=True)
-            ],
         }
 
     def _own_names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """Returns the names of the parameters in each group; a copy of tied weights has the name of the embedding."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters(remove_duplicate=False)}
-        tied = {_HEAD: _EMBEDDING} if self._is_tied else {}
         found = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        return [[tied.get(name, name) for name in group] for group in found]
+        return [[self._tied.get(name, name) for name in group] for group in found]
 
     def _names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """Returns the names of an optimizer's parameters as it would have them for the whole model."""

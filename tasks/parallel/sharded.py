@@ -6,6 +6,7 @@ lies in one place of ``expert``, cut over ``shard``.
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.distributed.tensor import Shard
 from lm.feed_forward import MixtureOfExperts
 from lm.model import LanguageModel
 from tasks.order import Indices
-from tasks.parallel import whole
+from tasks.parallel import parts, whole
 from tasks.parallel.expert import deal_out
+from tasks.parallel.parts import Kept
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import Meshes, World
@@ -28,8 +30,10 @@ State = dict[str, Any]
 class Sharded:
     """A part of the model in each process, and whole blocks only while they compute."""
 
-    def __init__(self, model: LanguageModel, world: World) -> None:
+    def __init__(self, model: LanguageModel, world: World, gathers: bool = False) -> None:
+        """``gathers``: the first process has the whole state for a checkpoint, instead of each a part."""
         assert world.mesh is not None
+        self._gathers = gathers
         self._whole, self._data_size, self._is_first = model, world.data_size, world.is_first
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
         # The modules twice, the weights once: laying out replaces those of the copy.
@@ -64,14 +68,21 @@ class Sharded:
     def clip(self, max_norm: float) -> torch.Tensor:
         return whole.clip_grad_norm(self.model.parameters(), max_norm)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-        weights = self._whole_weights(self._is_first, whole.frozen(self.model))
-        return weights, whole.optimizer_state(optimizer, self._is_first)
+    def state(self, optimizer: torch.optim.Optimizer) -> Kept:
+        if self._gathers:
+            weights = self._whole_weights(self._is_first, whole.frozen(self.model))
+            return Kept(weights, whole.optimizer_state(optimizer, self._is_first))
+        self._cut()
+        return parts.kept(self.model, optimizer)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
         whole.load_model_state(self.model, model_state)
         whole.load_optimizer_state(optimizer, optimizer_state)
+
+    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
+        self._cut()
+        parts.load(self.model, optimizer, folder, rest)
 
     def finish(self) -> None:
         state = self._whole_weights(True)

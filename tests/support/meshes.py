@@ -30,7 +30,7 @@ from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.mesh import Mesh, MeshParams
 from tasks.optimizers import make_optimizer
-from tasks.parallel import tensor, tokens, vocabulary, whole
+from tasks.parallel import parts, tensor, tokens, vocabulary, whole
 from tasks.parallel.stages import Stage
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
@@ -300,8 +300,11 @@ def _mesh(layout: Mesh) -> Meshes | None:
     return device_mesh(layout, torch.device("cpu"))
 
 
-def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
-    """Trains with all processes that run this, and leaves the state of the training behind ``states`` if it is kept."""
+def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) -> Result:
+    """Trains with all processes that run this.
+
+    Leaves the state of the training behind ``states`` if it is kept, parts of it in ``folder``.
+    """
     result = Result()
     world = World(rank, size, torch.device("cpu"), "fp32", _mesh(MeshParams(**case.mesh).over(size)))
     counters.clear()
@@ -363,9 +366,15 @@ def together(case: Case, rank: int, size: int, states: list[Any]) -> Result:
     result.valid_loss = run.validate()
     result.graphs = counters["stats"]["unique_graphs"]
     if case.kept:
-        state = [run.state(done)]
-        dist.broadcast_object_list(state, src=0)
-        states += state
+        state, tensors = run.state(done)
+        if tensors:
+            assert world.mesh is not None
+            assert world.mesh.writers is not None
+            state["parts"] = folder / str(len(states))
+            parts.write(parts.staged(tensors), state["parts"], world.mesh.writers)
+        told = [state]
+        dist.broadcast_object_list(told, src=0)
+        states += told
     run.parallel.finish()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
@@ -491,7 +500,9 @@ def work(cases: Path, results: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{results}.store", rank=rank, world_size=size)
     states: list[Any] = []
-    found = [asdict(together(Case(**case), rank, size, states)) for case in json.loads(cases.read_text())]
+    found = [
+        asdict(together(Case(**case), rank, size, states, results.parent)) for case in json.loads(cases.read_text())
+    ]
     if rank == 0:
         torch.save(found, results)
     dist.barrier()

@@ -1,0 +1,177 @@
+"""The state of a model that is cut, in parts: each process writes what lies in it, and reads what it needs of all.
+
+torch.distributed.checkpoint knows of each tensor which elements a process has, so that a state is read on another mesh
+than it was written on, and no process ever holds the whole. Names are those of the whole model: ``model.NAME`` for
+weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weights are left out.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
+from tasks import atomic
+from tasks.parallel import whole
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds of model and optimizer: all of both, or of both the rest beside ``tensors``, a part."""
+
+    model: State
+    optimizer: State
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+NONE: Mapping[str, str] = {}
+_METADATA = ".metadata"
+_BYTES_AT_ONCE = 2**24
+
+
+def kept(model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE) -> Kept:
+    """Returns the state that lies in this process. ``copies``: what weights with another name are a copy of."""
+    return Kept(_buffers(model), _groups(optimizer), _tensors(model, optimizer, copies))
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    names = _names(model)
+    found = {
+        f"model.{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in copies
+    }
+    for parameter, entry in _entries(optimizer):
+        if names[parameter] not in copies:
+            found |= {f"optimizer.{names[parameter]}.{key}": value for key, value in entry.items()}
+    return found
+
+
+def _buffers(model: nn.Module) -> State:
+    """Returns what ``model`` keeps beside its parameters, which every process has whole."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: whole.whole(value) for name, value in model.state_dict().items() if name not in parameters}
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> State:
+    """Returns the settings of each group of parameters, which are the same on every mesh."""
+    return {
+        "param_groups": [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+    }
+
+
+def staged(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns a copy of ``found`` on the CPU."""
+    copied: dict[str, torch.Tensor] = BlockingAsyncStager(cache_staged_state_dict=False).stage(found)
+    return copied
+
+
+def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
+    """Writes ``found`` of each process of ``group`` into ``folder``; returns the digest of each file. Collective.
+
+    Raises :class:`tasks.errors.DiskFull` on all of them when one has no room left.
+    """
+    with atomic.disk_full_is_told(folder):
+        try:
+            save_parts(found, storage_writer=FileSystemWriter(folder), process_group=group)
+        except CheckpointException as error:
+            fault: BaseException = next(iter(error.failures.values()))[0]
+            raise fault from None
+    own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / _METADATA] if dist.get_rank(group) == 0 else [])]
+    told: list[dict[str, str]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(told, {file.name: _digest(file) for file in own}, group=group)
+    return dict(sorted(itertools.chain(*(files.items() for files in told))))
+
+
+def damaged(folder: Path, digests: Mapping[str, str]) -> Path | None:
+    """Returns a file of ``folder`` that is not what was written, of those that fall to this process; None: none is."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for number, (name, digest) in enumerate(digests.items()):
+        # What each process reads first; the others learn of it when they agree on a step.
+        if name == _METADATA or number % size == rank:
+            file = folder / name
+            if not file.is_file() or _digest(file) != digest:
+                return file
+    return None
+
+
+@torch.no_grad()
+def load(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    rest: tuple[State, State],
+    copies: Mapping[str, str] = NONE,
+) -> None:
+    """Takes over what :func:`write` left in ``folder``, and its ``rest``, what :class:`Kept` holds beside it.
+
+    Each process reads by itself, and only what it needs.
+    """
+    own_buffers, own_groups = rest
+    kinds = FileSystemReader(folder).read_metadata().state_dict_metadata
+    names, every = _names(model), [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted: list[dict[str, torch.Tensor]] = [{}, {}]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for parameter, name in names.items():
+        # A copy is read by itself: its original may lie here too.
+        place = wanted[name in copies]
+        name = copies.get(name, name)
+        if parameter.requires_grad:
+            place[f"model.{name}"] = parameter.detach()
+        start = f"optimizer.{name}."
+        entry = {key.removeprefix(start): _room(kinds[key], parameter) for key in kinds if key.startswith(start)}
+        if entry:
+            state[next(number for number, one in enumerate(every) if one is parameter)] = entry
+            place |= {start + key: value for key, value in entry.items()}
+    for place in wanted:
+        if place:
+            load_parts(place, storage_reader=FileSystemReader(folder), no_dist=True)
+    settings = zip(own_groups["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": [{**group, "params": own["params"]} for group, own in settings]}
+    )
+    own = model.state_dict()
+    for name, value in own_buffers.items():
+        own[name].copy_(value)
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _entries(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict[str, torch.Tensor]]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter, optimizer.state.get(parameter, {})
+
+
+def _room(kind: STORAGE_TYPES, parameter: nn.Parameter) -> torch.Tensor:
+    """Returns a tensor to read into, laid out as ``parameter`` is; a number belongs to it as a whole."""
+    assert isinstance(kind, TensorStorageMetadata)
+    if not kind.size:
+        return torch.zeros((), dtype=kind.properties.dtype)
+    return torch.zeros_like(parameter.detach(), dtype=kind.properties.dtype)
+
+
+def _digest(file: Path) -> str:
+    found = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(_BYTES_AT_ONCE):
+            found.update(block)
+    return found.hexdigest()
