@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch.distributed as dist
 import xxhash
 
 from tasks import atomic, paths
+from tasks.errors import DiskFull
 from tasks.parallel import parts
 
 KEPT_RUNS = 3
+_SECONDS_TO_TELL = 1.0
 
 
 class Checkpoints:
@@ -57,7 +60,14 @@ class Checkpoints:
     def _write_parts(
         self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
     ) -> None:
-        digests = parts.write(tensors, self._parts(step), group)
+        try:
+            digests = parts.write(tensors, self._parts(step), group)
+        except DiskFull as error:
+            if dist.get_rank(group) == 0:
+                raise
+            # All have met it. The first one tells it; whoever ends first takes the others along.
+            time.sleep(_SECONDS_TO_TELL)
+            sys.exit(error.exit_code)
         if dist.get_rank(group) == 0:
             self._write(step, {**state, "parts": digests}, 0)
 
@@ -76,7 +86,10 @@ class Checkpoints:
         content = buffer.getbuffer()
         name = f"{_prefix(part)}{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt"
         atomic.write_bytes(self.folder / name, content)
-        for old in sorted(self.folder.glob(f"{_prefix(part)}*.pt"))[: -self._kept]:
+        # Of the same step one is left that was passed over, its parts being damaged.
+        passed_over = set(self.folder.glob(f"{_prefix(part)}{step:09d}-*.pt")) - {self.folder / name}
+        every = sorted(set(self.folder.glob(f"{_prefix(part)}*.pt")) - passed_over)
+        for old in {*every[: -self._kept], *passed_over}:
             old.unlink(missing_ok=True)
         self._forget_parts(step)
 

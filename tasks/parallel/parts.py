@@ -5,8 +5,10 @@ than it was written on, and no process ever holds the whole. Names are those of 
 weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weights are left out.
 """
 
+import errno
 import itertools
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +21,12 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from tasks import atomic
 from tasks.parallel import whole
@@ -89,7 +94,7 @@ def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
     """
     with atomic.disk_full_is_told(folder):
         try:
-            save_parts(found, storage_writer=FileSystemWriter(folder), process_group=group)
+            save_parts(found, storage_writer=_Writer(folder, _size(found)), process_group=group)
         except CheckpointException as error:
             fault: BaseException = next(iter(error.failures.values()))[0]
             raise fault from None
@@ -97,6 +102,26 @@ def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
     told: list[dict[str, str]] = [{} for _ in range(group.size())]
     dist.all_gather_object(told, {file.name: _digest(file) for file in own}, group=group)
     return dict(sorted(itertools.chain(*(files.items() for files in told))))
+
+
+class _Writer(FileSystemWriter):
+    """Tells a full disk as such: torch says that its place in the file is not the one that it expected."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        super().__init__(folder)
+        self._folder, self._size = folder, size
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if shutil.disk_usage(self._folder).free < self._size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+
+
+def _size(found: dict[str, torch.Tensor]) -> int:
+    return sum(whole.local(value).nbytes for value in found.values())
 
 
 def damaged(folder: Path, digests: Mapping[str, str]) -> Path | None:

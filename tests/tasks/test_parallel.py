@@ -107,6 +107,15 @@ RESUMED = [
     Case({"tensor": 2}, "latent-lora", resume=7),
     Case({"pipeline": 2}, "latent-lora", resume=7),
 ]
+# The same on four.
+HALVES_OF_FOUR = [
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=5, kept=True),
+    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=5, kept=True),
+]
+RESUMED_ON_FOUR = [
+    Case({"pipeline": 2, "shard": 2}, "qwen3-even", resume=0),
+    Case({"expert": 2, "tensor": 2}, micro_batch=4, resume=1),
+]
 # Traced by torch, of the second its gradients too; the code that comes of it is for test_compiled, in one process.
 COMPILED = [
     Case({}, compiled="eager"),
@@ -163,7 +172,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG, APART_AND_CUT])
+    return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT])
 
 
 def check_like(case: Case, result: Result) -> None:
@@ -213,12 +222,20 @@ def test_four_processes_train_as_one_does(case: Case, four: list[Result]) -> Non
 
 @pytest.mark.parametrize("number", range(len(RESUMED)))
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(number: int, two: list[Result]) -> None:
-    case = RESUMED[number]
-    resumed, expected = two[len(HALVES) + number], alone(case.model, case.steps, case.optimizer)
+    check_resumed(RESUMED[number], HALVES, two[len(HALVES) + number])
+
+
+@pytest.mark.parametrize("number", range(len(RESUMED_ON_FOUR)))
+def test_a_checkpoint_of_two_axes_goes_on_on_others(number: int, four: list[Result]) -> None:
+    result = four[len(FOUR + WRONG + HALVES_OF_FOUR) + number]
+    check_resumed(RESUMED_ON_FOUR[number], HALVES_OF_FOUR, result)
+
+
+def check_resumed(case: Case, halves: list[Case], result: Result) -> None:
+    expected = alone(case.model, case.steps, case.optimizer)
     assert case.resume is not None
-    done = HALVES[case.resume].steps
-    assert resumed.losses == pytest.approx(expected.losses[done:], rel=2e-6 * leeway_of(case))
-    check_weights(resumed, expected, leeway_of(case))
+    assert result.losses == pytest.approx(expected.losses[halves[case.resume].steps :], rel=2e-6 * leeway_of(case))
+    check_weights(result, expected, leeway_of(case))
 
 
 @pytest.mark.parametrize("case", WRONG, ids=name_of)
