@@ -114,7 +114,7 @@ def train(
                     # Nobody writes the next one before all have this one's predecessor.
                     checkpoints.finish()
                     world.lowest(0)
-                if tensors:
+                if tensors is not None:
                     assert world.mesh is not None
                     assert world.mesh.writers is not None
                     checkpoints.save_parts(done, state, tensors, world.mesh.writers)
@@ -367,12 +367,12 @@ class _Run:
     def latest(self) -> dict[str, float]:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
 
-    def state(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Returns what one process writes after ``step`` steps, and the tensors of which each writes its part."""
+    def state(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+        """Returns what one process writes after ``step`` steps, and what this one does where each writes a part."""
         kept = self.parallel.state(self.optimizer)
         own = self.exchange.own_state(kept.optimizer)
         if self.exchange.writes:
-            return {"step": step, "own": own, "scale": self.scale.state()}, {}
+            return {"step": step, "own": own, "scale": self.scale.state()}, None
         state = {
             "step": step,
             "own": own,

@@ -2,7 +2,8 @@
 
 torch.distributed.checkpoint knows of each tensor which elements a process has, so that a state is read on another mesh
 than it was written on, and no process ever holds the whole. Names are those of the whole model: ``model.NAME`` for
-weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weights are left out.
+weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weights are left out. torch's account of the
+parts is a pickle: it is read where its digest is that of a checkpoint which this training has written.
 """
 
 import errno
@@ -10,7 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,21 @@ from tasks import atomic
 from tasks.parallel import whole
 
 State = dict[str, Any]
+NONE: Mapping[str, str] = {}
+_METADATA = ".metadata"
+_BYTES_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint holds of model and optimizer: all of both, or of both the rest beside ``tensors``, a part."""
+    """What a checkpoint holds of model and optimizer: all of both, or what is left of both beside ``tensors``.
+
+    Those are this process's part, perhaps nothing; None where there are no parts.
+    """
 
     model: State
     optimizer: State
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-NONE: Mapping[str, str] = {}
-_METADATA = ".metadata"
-_BYTES_AT_ONCE = 2**24
+    tensors: dict[str, torch.Tensor] | None = None
 
 
 def kept(model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE) -> Kept:

@@ -367,7 +367,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     result.graphs = counters["stats"]["unique_graphs"]
     if case.kept:
         state, tensors = run.state(done)
-        if tensors:
+        if tensors is not None:
             assert world.mesh is not None
             assert world.mesh.writers is not None
             state["parts"] = folder / str(len(states))

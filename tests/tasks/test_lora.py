@@ -1,6 +1,7 @@
 """Training low-rank factors: what is refused, what a stage leaves, and that a killed run ends in the same bytes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tiny
 import torch
 from odd import make_grouped, make_model, write_checkpoint
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lm import hugging_face, low_rank
 from tasks import init, paths
@@ -66,9 +68,26 @@ def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(mesh: d
 
     saved = sorted(project.glob(".overnight/checkpoints/train/*/step-*.pt"))
     state = torch.load(saved[-1], weights_only=True)
-    assert {name.rpartition(".")[2] for name in state["model"]} == {"lora_A", "lora_B"}
-    assert len(state["optimizer"]["state"]) == len(state["model"]) == 12
+    kept, moments = list(state["model"]), len(state["optimizer"].get("state", []))
+    if mesh:
+        assert not kept
+        parts = FileSystemReader(saved[-1].parent / f"parts-{saved[-1].name.split('-')[1]}")
+        names = list(parts.read_metadata().state_dict_metadata)
+        kept = [name for name in names if name.startswith("model.")]
+        moments = len([name for name in names if name.startswith("optimizer.") and name.endswith(".exp_avg")])
+    assert {name.rpartition(".")[2] for name in kept} == {"lora_A", "lora_B"}
+    assert moments == len(kept) == 12
     saved[-1].unlink()
+    assert train(project) == expected
+
+
+def test_a_stage_in_which_all_is_frozen_has_its_place_in_checkpoints(project: Path) -> None:
+    # The first of two stages has the first layer.
+    write_params(project, {"targets": ["*.2.mlp.*_proj"]}, train__mesh={"pipeline": 2})
+    expected = train(project)
+    assert json.loads(paths.TRAIN_REPORT.read_text())["trained_parameters"] == 2 * 3 * (70 + 42)
+    max(project.glob(".overnight/checkpoints/train/*/step-*.pt")).unlink()
+    shutil.rmtree(project / "models/float")
     assert train(project) == expected
 
 
