@@ -61,7 +61,7 @@ class Checkpoints:
         self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
     ) -> None:
         try:
-            digests = parts.write(tensors, self._parts(step), group)
+            digests = parts.write(tensors, _parts(self.folder, step), group)
         except DiskFull as error:
             if dist.get_rank(group) == 0:
                 raise
@@ -70,9 +70,6 @@ class Checkpoints:
             sys.exit(error.exit_code)
         if dist.get_rank(group) == 0:
             self._write(step, {**state, "parts": digests}, 0)
-
-    def _parts(self, step: int) -> Path:
-        return self.folder / f"parts-{step:09d}"
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on the disk. Raises :class:`tasks.errors.DiskFull` when it is full."""
@@ -95,7 +92,7 @@ class Checkpoints:
 
     def _forget_parts(self, until: int | None = None) -> None:
         """Removes the parts, ``until`` a step, of checkpoints that are gone, or never came to be."""
-        kept = {self._parts(_step(file)) for file in self.folder.glob(f"{_prefix(0)}*.pt")}
+        kept = {_parts(self.folder, _step(file)) for file in self.folder.glob(f"{_prefix(0)}*.pt")}
         for folder in set(self.folder.glob("parts-*")) - kept:
             # Others may have begun with the next step's.
             if until is None or _step(folder) <= until:
@@ -119,24 +116,28 @@ class Checkpoints:
         for file in reversed(found):
             if at_most is not None and _step(file) > at_most:
                 continue
-            content = file.read_bytes()
-            if xxhash.xxh3_128_hexdigest(content) == file.stem.rpartition("-")[2]:
-                state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-                folder, digests = file.parent / self._parts(_step(file)).name, state.pop("parts", None)
-                if state.pop("key") != file.parent.name:
-                    fault = "checkpoint of other inputs"
-                elif digests is None:
-                    return state
-                elif (bad := parts.damaged(folder, digests)) is None:
-                    return {**state, "parts": folder}
-                else:
-                    file, fault = bad, "damaged checkpoint"
-            else:
-                fault = "damaged checkpoint"
-            # Of parts each process has looked at others.
-            if file.suffix != ".pt" or os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"warning: {file}: {fault}; going back to the one before", file=sys.stderr, flush=True)
+            state, bad, fault = self._read(file)
+            if state is not None:
+                return state
+            # Of parts, each process has looked at others.
+            if bad != file or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"warning: {bad}: {fault}; going back to the one before", file=sys.stderr, flush=True)
         return None
+
+    def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
+        """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
+        content = file.read_bytes()
+        if xxhash.xxh3_128_hexdigest(content) != file.stem.rpartition("-")[2]:
+            return None, file, "damaged checkpoint"
+        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+        if state.pop("key") != file.parent.name:
+            return None, file, "checkpoint of other inputs"
+        if "parts" in state:
+            folder = _parts(file.parent, _step(file))
+            if bad := parts.damaged(folder, state["parts"]):
+                return None, bad, "damaged checkpoint"
+            state["parts"] = folder
+        return state, file, ""
 
     def forget_others(self) -> None:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them."""
@@ -152,6 +153,10 @@ class Checkpoints:
 
 def _prefix(part: int) -> str:
     return f"part{part}-" if part else "step-"
+
+
+def _parts(folder: Path, step: int) -> Path:
+    return folder / f"parts-{step:09d}"
 
 
 def _step(file: Path) -> int:
