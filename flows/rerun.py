@@ -14,6 +14,7 @@ from flows.termination import sigterm_raises
 from tasks.errors import UserMistake
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_WELL = ("completed", "unchanged", "skipped")
 
 
 def rerun(name: str | None, from_stage: str | None, force: bool, wait: bool, out: Console, err: Console) -> int:
@@ -27,6 +28,9 @@ def rerun(name: str | None, from_stage: str | None, force: bool, wait: bool, out
     chosen = choose(runs.read(root), from_stage is not None) if name is None else runs.find(root, name)
     if chosen.alive and wait:
         chosen = _ended(root, chosen, err)
+        if chosen.state in _WELL and from_stage is None:
+            speaker(err)(f"run {chosen.run} is {chosen.condition}; nothing is left to go on with.")
+            return 0
     if chosen.alive:
         raise lock.Held(
             f"run {chosen.run} is at work (process {chosen.pid}); there is nothing to go on with. `overnight status` "

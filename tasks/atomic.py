@@ -40,8 +40,8 @@ def folder(path: Path) -> Iterator[Path]:
         try:
             yield partial
             for entry in sorted(partial.rglob("*")):
-                _sync(entry)
-            _sync(partial)
+                sync(entry)
+            sync(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -52,7 +52,7 @@ def folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.rename(path, old)
         os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -71,7 +71,7 @@ def file(path: Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
             raise
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
@@ -95,7 +95,7 @@ def _partial(path: Path, kind: str) -> Path:
     return path.parent / f".partial-{kind}-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -39,6 +39,10 @@ class Checkpoints:
         self.folder = self._stage / key
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        # Of those that write parts of one checkpoint.
+        self._is_first = True
+        self.digest = ""
+        """Of the file that was loaded last, of what all processes share."""
 
     def save(self, step: int, state: dict[str, Any], part: int = 0) -> None:
         """Copies ``state`` as the checkpoint after ``step`` steps; it is written while training goes on.
@@ -54,6 +58,7 @@ class Checkpoints:
     ) -> None:
         """Does what :meth:`save` does, of a state of which each process of ``group`` has ``tensors``. Collective."""
         self.finish()
+        self._is_first = dist.get_rank(group) == 0
         copied = _copy({**state, "key": self.folder.name}), parts.staged(tensors)
         self._writing = self._writer.submit(self._write_parts, step, *copied, group)
 
@@ -62,20 +67,25 @@ class Checkpoints:
     ) -> None:
         try:
             digests = parts.write(tensors, _parts(self.folder, step), group)
-        except DiskFull as error:
-            if dist.get_rank(group) == 0:
-                raise
-            # All have met it. The first one tells it; whoever ends first takes the others along.
-            time.sleep(_SECONDS_TO_TELL)
-            sys.exit(error.exit_code)
-        if dist.get_rank(group) == 0:
+        except DiskFull:
+            if self._is_first:
+                shutil.rmtree(_parts(self.folder, step), ignore_errors=True)
+            raise
+        if self._is_first:
             self._write(step, {**state, "parts": digests}, 0)
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on the disk. Raises :class:`tasks.errors.DiskFull` when it is full."""
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        try:
+            if writing is not None:
+                writing.result()
+        except DiskFull as error:
+            if self._is_first:
+                raise
+            # All have met it. The first one tells it, and whoever ends first takes the others along.
+            time.sleep(_SECONDS_TO_TELL)
+            sys.exit(error.exit_code)
 
     def _write(self, step: int, state: dict[str, Any], part: int) -> None:
         buffer = io.BytesIO()
@@ -83,19 +93,20 @@ class Checkpoints:
         content = buffer.getbuffer()
         name = f"{_prefix(part)}{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt"
         atomic.write_bytes(self.folder / name, content)
-        # Of the same step one is left that was passed over, its parts being damaged.
-        passed_over = set(self.folder.glob(f"{_prefix(part)}{step:09d}-*.pt")) - {self.folder / name}
-        every = sorted(set(self.folder.glob(f"{_prefix(part)}*.pt")) - passed_over)
-        for old in {*every[: -self._kept], *passed_over}:
+        every = sorted(self.folder.glob(f"{_prefix(part)}*.pt"))
+        # Those of this step and later ones are damaged, for training has passed them over.
+        passed_over = {file for file in every if _step(file) >= step and file.name != name}
+        older = [file for file in every if file not in passed_over]
+        for old in {*older[: -self._kept], *passed_over}:
             old.unlink(missing_ok=True)
         self._forget_parts(step)
 
-    def _forget_parts(self, until: int | None = None) -> None:
+    def _forget_parts(self, until: int) -> None:
         """Removes the parts, ``until`` a step, of checkpoints that are gone, or never came to be."""
         kept = {_parts(self.folder, _step(file)) for file in self.folder.glob(f"{_prefix(0)}*.pt")}
         for folder in set(self.folder.glob("parts-*")) - kept:
             # Others may have begun with the next step's.
-            if until is None or _step(folder) <= until:
+            if _step(folder) <= until:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def keep_one_before(self) -> None:
@@ -118,9 +129,11 @@ class Checkpoints:
                 continue
             state, bad, fault = self._read(file)
             if state is not None:
+                if not part:
+                    self.digest = file.stem.rpartition("-")[2]
                 return state
             # Of parts, each process has looked at others.
-            if bad != file or os.environ.get("LOCAL_RANK", "0") == "0":
+            if bad.name.startswith("__") or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"warning: {bad}: {fault}; going back to the one before", file=sys.stderr, flush=True)
         return None
 
@@ -143,7 +156,9 @@ class Checkpoints:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them."""
         if not self._stage.is_dir():
             return
-        self._forget_parts()
+        if listed := [_step(file) for file in self.folder.glob(f"{_prefix(0)}*.pt")]:
+            # Not newer ones: another machine may have written a checkpoint that is not listed here yet.
+            self._forget_parts(max(listed))
         others = sorted(
             (run for run in self._stage.iterdir() if run != self.folder), key=lambda run: run.stat().st_mtime
         )

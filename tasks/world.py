@@ -143,7 +143,8 @@ def joined(
     dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
     size = int(os.environ["WORLD_SIZE"])
     try:
-        yield World(rank, size, device, resolve_precision(params), device_mesh(mesh.over(size), device))
+        meshes = device_mesh(mesh.over(size), device, patience)
+        yield World(rank, size, device, resolve_precision(params), meshes)
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
@@ -158,14 +159,14 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def device_mesh(mesh: Mesh, device: torch.device) -> Meshes | None:
+def device_mesh(mesh: Mesh, device: torch.device, patience: timedelta | None = None) -> Meshes | None:
     """Returns torch's meshes for ``mesh``, or None where there is nothing but replicas."""
     if mesh.is_replicated:
         return None
-    # It warns of each tensor that two axes cut and that takes two gathers: at checkpoints, where speed is no matter.
+    # It warns of each tensor that two axes cut and that takes two gathers: at the end, where speed is no matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
-    return dataclasses.replace(seen(processes, mesh), writers=dist.new_group(backend="gloo"))
+    return dataclasses.replace(seen(processes, mesh), writers=dist.new_group(backend="gloo", timeout=patience))
 
 
 def seen(processes: DeviceMesh, mesh: Mesh) -> Meshes:

@@ -56,9 +56,9 @@ class Parallel(Protocol):
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> Kept:
-        """Returns the state of model and optimizer, which every mesh can take over; in the first process at least.
+        """Returns the state of model and optimizer, whole in the first process, or of each process its part.
 
-        Without the weights that are frozen: they are what training began with.
+        Every mesh can take it over. Without the weights that are frozen: they are what training began with.
         """
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:

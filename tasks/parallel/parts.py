@@ -6,10 +6,9 @@ weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weig
 parts is a pickle: it is read where its digest is that of a checkpoint which this training has written.
 """
 
-import errno
 import itertools
 import os
-import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,9 @@ State = dict[str, Any]
 NONE: Mapping[str, str] = {}
 _METADATA = ".metadata"
 _BYTES_AT_ONCE = 2**24
+# Each process reads by itself, and what a killed attempt has begun is begun anew.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", "Detected an existing checkpoint")
 
 
 @dataclass(frozen=True)
@@ -96,41 +98,42 @@ def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
     """
     with atomic.disk_full_is_told(folder):
         try:
-            save_parts(found, storage_writer=_Writer(folder, _size(found)), process_group=group)
+            save_parts(found, storage_writer=_Writer(folder), process_group=group)
         except CheckpointException as error:
             fault: BaseException = next(iter(error.failures.values()))[0]
             raise fault from None
-    own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / _METADATA] if dist.get_rank(group) == 0 else [])]
+    is_first = dist.get_rank(group) == 0
+    own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / _METADATA] if is_first else [])]
     told: list[dict[str, str]] = [{} for _ in range(group.size())]
     dist.all_gather_object(told, {file.name: _digest(file) for file in own}, group=group)
+    if is_first:
+        # torch has synced the files, not that they are there.
+        atomic.sync(folder)
     return dict(sorted(itertools.chain(*(files.items() for files in told))))
 
 
 class _Writer(FileSystemWriter):
-    """Tells a full disk as such: torch says that its place in the file is not the one that it expected."""
+    """Tells what the disk said: torch says that its place in the file is not the one that it expected."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        super().__init__(folder)
-        self._folder, self._size = folder, size
+    def __init__(self, folder: Path) -> None:
+        # Nothing is copied ahead from a GPU: what is written lies on the CPU, and this thread has no device of its own.
+        super().__init__(folder, per_thread_copy_ahead=0)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            if shutil.disk_usage(self._folder).free < self._size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
-
-
-def _size(found: dict[str, torch.Tensor]) -> int:
-    return sum(whole.local(value).nbytes for value in found.values())
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 def damaged(folder: Path, digests: Mapping[str, str]) -> Path | None:
     """Returns a file of ``folder`` that is not what was written, of those that fall to this process; None: none is."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for number, (name, digest) in enumerate(digests.items()):
-        # What each process reads first; the others learn of it when they agree on a step.
+        # What each process reads first; of the others it learns when all agree on a checkpoint.
         if name == _METADATA or number % size == rank:
             file = folder / name
             if not file.is_file() or _digest(file) != digest:

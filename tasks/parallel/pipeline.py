@@ -252,11 +252,9 @@ class Pipelined:
             return
         first, last = self._layout.process_of(0), self._layout.process_of(self._last)
         own = dict(self.model.named_parameters())
-        gradients = [
-            whole.local(own[name].grad)  # type: ignore[arg-type]
-            for name in dict.fromkeys([_EMBEDDING, *self._copies])
-            if name in own
-        ]
+        found = [own[name].grad for name in dict.fromkeys([_EMBEDDING, *self._copies]) if name in own]
+        # Frozen weights have none, in any of the stages.
+        gradients = [whole.local(gradient) for gradient in found if gradient is not None]
         if not gradients:
             return
         total, *others = gradients

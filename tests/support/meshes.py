@@ -60,6 +60,9 @@ MODELS: dict[str, ModelConfig] = {
     "latent-deep": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
     ),
+    "qwen3-deep-lora": GroupedConfig.model_validate(
+        {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "num_hidden_layers": 4}
+    ),
     "qwen3-deep": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "num_hidden_layers": 4}
     ),
@@ -92,6 +95,8 @@ MODELS: dict[str, ModelConfig] = {
 ADAPTED = {
     "latent-lora": ["[qo]_proj", "kv_a*", "*.shared_experts.*", "*.mlp.experts.*"],
     "latent-deep-lora": ["*.[23].self_attn.*_proj*", "*.[23].mlp.experts.*"],
+    # Its head is its embedding.
+    "qwen3-deep-lora": ["[qv]_proj", "*.1.mlp.*"],
 }
 
 

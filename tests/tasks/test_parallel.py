@@ -45,6 +45,8 @@ TWO = [
     Case({"expert": 2}, "latent-lora"),
     Case({"tensor": 2}, "latent-lora"),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep-lora"),
+    Case({"pipeline": 2}, "qwen3-deep-lora"),
+    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep-lora"),
     Case({}, "latent-further"),
     Case({"expert": 2}, "latent-further"),
     Case({"tensor": 2}, "latent-further-even", logits_held=64),
