@@ -36,6 +36,15 @@ def _told(again: str = "overnight run") -> Iterator[None]:
     except (UserMistake, TryAgain) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except EOFError as error:
+        if "marshal" not in str(error):
+            raise
+        typer.echo(
+            "error: a file that Python has compiled is cut off, as a full disk leaves it. Remove them, and run again: "
+            "find . -name __pycache__ -prune -exec rm -r {} +",
+            err=True,
+        )
+        raise typer.Exit(UserMistake.exit_code) from None
     except KeyboardInterrupt:
         typer.echo(f"interrupted; `{again}` goes on where this one stopped.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

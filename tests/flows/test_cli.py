@@ -1,11 +1,20 @@
 """What a user meets before anything runs: help, and one clear line for each mistake."""
 
+import contextlib
+import marshal
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import typer
+from tiny import ROOT
+
+from flows import cli
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -80,3 +89,29 @@ def test_help_reads_well_and_comes_at_once(arguments: list[str]) -> None:
     # Processor time, which does not grow when the machine is busy.
     assert float(cpu) < 1.0
     assert "Usage: overnight" in text
+
+
+def test_a_full_disk_leaves_no_compiled_file_cut_off(
+    tmp_path: Path, small_disk: Callable[[Path, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    small_disk(disk, 64)
+    (disk / "tasks").mkdir()
+    shutil.copy(ROOT / "tasks/__init__.py", disk / "tasks")
+    (disk / "tasks/large.py").write_text("\n".join(f"name_{number} = {number}" for number in range(300)))
+    with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    # A page is left, which the compiled file begins to fill.
+    os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 2 * 4096)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    subprocess.run([sys.executable, "-c", "import tasks.large"], cwd=disk, check=True)
+    (disk / "ballast").unlink()
+    subprocess.run([sys.executable, "-c", "import tasks.large"], cwd=disk, check=True)
+
+
+def test_a_compiled_file_that_is_cut_off_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, cli._told():
+        marshal.loads(marshal.dumps("cut off")[:-1])
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err.startswith("error: a file that Python has compiled is cut off")
