@@ -26,6 +26,7 @@ from flows.graph import Graph
 from flows.overnight import Night
 from flows.terminal import Terminal
 from flows.watch import All
+from tasks import atomic
 from tasks.errors import TryAgain, UserMistake
 from tasks.notice_params import Kind
 from tasks.params import Params
@@ -120,7 +121,8 @@ def _night(flow_run: FlowRun, from_stage: str | None, force: bool) -> State[Any]
     begun = runs.recall(root, name) is not None
     with Terminal(Console(stderr=True)) as terminal, runs.attempt(root, name, **known) as record:
         try:
-            outcome = _in_turn(root, flow_run, begun, record, terminal)
+            with atomic.disk_full_is_told(root):
+                outcome = _in_turn(root, flow_run, begun, record, terminal)
         except (UserMistake, TryAgain) as error:
             outcome = Outcome("failure", str(error))
         except Exception as error:

@@ -27,10 +27,10 @@ from flows.plan import Action, Step, collects, plan
 from flows.publish import ChampionMoved, Look, Published, publish
 from flows.runs import Record, Resumed
 from flows.watch import Outcome, StageRun, Watch
-from tasks import paths
+from tasks import atomic, paths
 from tasks.champion import read as read_champion
 from tasks.collect.report import read as read_report
-from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
+from tasks.errors import EXIT_USER_MISTAKE, DiskFull, TryAgain, UserMistake
 from tasks.init import read as read_init
 from tasks.params import FlowParams, Params
 from tasks.progress import Event
@@ -44,7 +44,12 @@ def make_flow(
     def overnight(from_stage: str | None = None, force: bool = False) -> State[Any]:
         record.set(flow_run=str(flow_run.get_id()))
         night = Night(site, params, watch, record.resumed)
-        night.work(graph, from_stage, force)
+        try:
+            with atomic.disk_full_is_told(site.root):
+                night.work(graph, from_stage, force)
+        except DiskFull as error:
+            # Between two stages.
+            return Failed(message=str(error))
         if night.failed:
             return Failed(message=f"{night.failed[0].stage}: {night.failed[0].message} ({night.counts()})")
         return Completed(message=night.counts())
