@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -29,12 +28,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tasks import atomic
+from tasks.init import digest_of
 from tasks.parallel import whole
 
 State = dict[str, Any]
 NONE: Mapping[str, str] = {}
 _METADATA = ".metadata"
-_BYTES_AT_ONCE = 2**24
 # Each process reads by itself, and what a killed attempt has begun is begun anew.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 warnings.filterwarnings("ignore", "Detected an existing checkpoint")
@@ -105,7 +104,7 @@ def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
     is_first = dist.get_rank(group) == 0
     own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / _METADATA] if is_first else [])]
     told: list[dict[str, str]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(told, {file.name: _digest(file) for file in own}, group=group)
+    dist.all_gather_object(told, {file.name: digest_of(file) for file in own}, group=group)
     if is_first:
         # torch has synced the files, not that they are there.
         atomic.sync(folder)
@@ -136,7 +135,7 @@ def damaged(folder: Path, digests: Mapping[str, str]) -> Path | None:
         # What each process reads first; of the others it learns when all agree on a checkpoint.
         if name == _METADATA or number % size == rank:
             file = folder / name
-            if not file.is_file() or _digest(file) != digest:
+            if not file.is_file() or digest_of(file) != digest:
                 return file
     return None
 
@@ -197,11 +196,3 @@ def _room(kind: STORAGE_TYPES, parameter: nn.Parameter) -> torch.Tensor:
     if not kind.size:
         return torch.zeros((), dtype=kind.properties.dtype)
     return torch.zeros_like(parameter.detach(), dtype=kind.properties.dtype)
-
-
-def _digest(file: Path) -> str:
-    found = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while block := opened.read(_BYTES_AT_ONCE):
-            found.update(block)
-    return found.hexdigest()
