@@ -11,17 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import atomic, paths
+from tasks.digest import digest_of
 from tasks.errors import BadInput
 from tasks.section import read_yaml
 
 SCRATCH = "scratch"
 PREVIOUS = "previous"
 Kind = Literal["scratch", "previous", "checkpoint"]
-_CHUNK = 2**20
 
 
 class Init(BaseModel):
@@ -104,15 +103,6 @@ def write_record(folder: Path, init: Init) -> None:
     """Writes ``init.json`` beside the files in ``folder``; of ``init`` all but the digests counts."""
     files = {path.name: digest_of(path) for path in sorted(folder.iterdir()) if path.name != paths.INIT_RECORD.name}
     atomic.write_json(folder / paths.INIT_RECORD.name, init.model_copy(update={"files": files}).model_dump())
-
-
-def digest_of(path: Path) -> str:
-    """Returns the 128-bit XXH3 digest of the file at ``path``, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

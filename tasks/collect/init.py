@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tasks import atomic, init, paths
 from tasks.collect.report import InitReport
+from tasks.digest import digest_of
 from tasks.errors import BadInput, BadParameter
 
 
@@ -92,7 +93,7 @@ def _held(root: Path, wanted: str) -> init.Init | None:
 
 def _digests(files: list[Path]) -> dict[str, str]:
     try:
-        return {file.name: init.digest_of(file) for file in files}
+        return {file.name: digest_of(file) for file in files}
     except OSError as error:
         raise BadInput(f"{error.filename}: cannot be read ({error.strerror}). Mend its permissions.") from None
 

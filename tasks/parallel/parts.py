@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tasks import atomic
-from tasks.init import digest_of
+from tasks.digest import digest_of
 from tasks.parallel import whole
 
 State = dict[str, Any]

@@ -21,6 +21,7 @@ from lm.gguf_tokenizer import PIECES
 from lm.runtime import Generator
 from tasks import init, paths
 from tasks.collect.init import collect_init
+from tasks.digest import digest_of
 from tasks.errors import BadInput, BadParameter, UserMistake
 from tasks.section import read_section
 from tasks.shard.params import ShardParams
@@ -146,7 +147,7 @@ def test_a_gguf_file_is_unpacked_into_a_checkpoint(corpus: Path, tmp_path: Path)
     assert first is not None
     assert again is not None
     assert (first.state, again.state) == ("new", "unchanged")
-    assert init.read().unpacked == init.digest_of(corpus / "given.gguf")
+    assert init.read().unpacked == digest_of(corpus / "given.gguf")
     assert (paths.INIT / "chat_template.jinja").read_text() == "{{ messages[0].content }}\n"
     unpacked, written = (load_file(folder / "model.safetensors") for folder in (paths.INIT, tmp_path / "source"))
     assert unpacked.keys() == written.keys()
