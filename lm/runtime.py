@@ -137,6 +137,7 @@ class Generator:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
             told = json.loads(config.read_text())
+            self.vocab_size: int = told["vocab_size"]
             # The longest text, in tokens, that the model has positions for.
             self.context: int = told["max_position_embeddings"]
             # And the longest that it was trained on last.

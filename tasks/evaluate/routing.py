@@ -30,15 +30,21 @@ class FloatRouting:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
+        self.vocab_size = model.config.vocab_size
         self._of_thread = threading.local()
         for router in model.routers():
             router.register_forward_hook(self._note)
 
     def run(self, ids: Ids) -> tuple[torch.Tensor, Chosen]:
-        """Returns logits [batch, length, vocabulary] and the experts of each token."""
+        """Returns hidden states [batch, length, hidden] and the experts of each token."""
         self._of_thread.noted = []
-        logits: torch.Tensor = self._model(torch.from_numpy(ids))
-        return logits, _sorted([experts.numpy() for experts in self._of_thread.noted], ids)
+        x_BTD: torch.Tensor = self._model.model(torch.from_numpy(ids))
+        return x_BTD, _sorted([experts.numpy() for experts in self._of_thread.noted], ids)
+
+    def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [batch, length, vocabulary] of hidden states."""
+        logits: torch.Tensor = self._model.lm_head(x_BTD)
+        return logits
 
     def _note(self, router: Router, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         self._of_thread.noted.append(output[0])
@@ -53,9 +59,12 @@ class Int8Routing:
         graph = folder / "model.onnx"
         self._generator = Generator(folder, threads=1, graph=_with_outputs(graph, self._names) if self._names else None)
 
-    def run(self, ids: Ids) -> tuple[torch.Tensor, Chosen]:
-        """Returns logits [batch, length, vocabulary] and the experts of each token."""
-        cache: Cache = self._generator.new_cache(len(ids))
+    def new_cache(self, batch: int) -> Cache:
+        """Returns the cache before the first token of ``batch`` texts."""
+        return self._generator.new_cache(batch)
+
+    def run(self, ids: Ids, cache: Cache) -> tuple[torch.Tensor, Chosen]:
+        """Returns logits [batch, length, vocabulary] of ``ids``, which come after ``cache``, and each one's experts."""
         logits, chosen = self._generator.observe(ids, cache, self._names)
         return torch.from_numpy(logits), _sorted(chosen, ids)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from lm.config import ModelConfig
 from lm.model import LanguageModel
 from lm.runtime import Generator
 from tasks.evaluate.routing import FloatRouting, Int8Routing
@@ -18,6 +19,9 @@ from tasks.progress import Progress
 from tasks.shards import Tokens
 
 WINDOWS_AT_ONCE = 8
+# 64 MiB of fp32, of which a thread holds about five at a time: of eight windows of 2,048 tokens and a vocabulary of
+# 150,000 they would be 10 GB each. Where that is too little for one window, it is read piece by piece, as a text is.
+LOGITS_AT_ONCE = 2**24
 Ids = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]
 Learned = npt.NDArray[np.bool_]
@@ -101,7 +105,7 @@ def score(
     progress.begin("scoring")
     routed = FloatRouting(model)
     score_batch = partial(_score_batch, routed, quantized, model.config.eos_token_id)
-    found = _by_window(score_batch, ids, model.config.window, threads, progress, learned)
+    found = _by_window(score_batch, ids, model.config, threads, progress, learned)
     # [documents, numbers] of each model, and the divergences of a document's windows one after the other.
     sums = {name: _summed(len(ids), [(window, sides[name][0]) for window, sides in found]) for name in ("", *quantized)}
     divergence: dict[str, list[list[Sums]]] = {name: [[] for _ in ids] for name in quantized}
@@ -137,14 +141,14 @@ def nats_of(
     """
     progress.begin("champion")
     padding = int(documents[0][0])
-    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8.window, threads, progress, learned)
+    found = _by_window(partial(_nats_of_batch, int8, padding), documents, int8, threads, progress, learned)
     return _summed(len(documents), found)[:, 0]
 
 
 def _by_window(
     score_batch: Callable[[list[Window]], list[Found]],
     documents: list[Ids],
-    context: int,
+    model: Generator | ModelConfig,
     threads: int,
     progress: Progress,
     learned: list[Learned] | None,
@@ -157,16 +161,28 @@ def _by_window(
     windows = [
         window
         for index, tokens in enumerate(documents)
-        for window in windows_of(index, tokens, context, None if learned is None else learned[index])
+        for window in windows_of(index, tokens, model.window, None if learned is None else learned[index])
     ]
     windows.sort(key=lambda window: len(window.inputs))
-    batches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
+    batches = list(_batches(windows, model.vocab_size))
     rows: list[Found] = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for found in pool.map(score_batch, batches):
             rows += found
             progress.update(len(rows), len(windows), "windows")
     return list(zip(windows, rows, strict=True))
+
+
+def _batches(windows: list[Window], vocabulary: int) -> Iterator[list[Window]]:
+    """Yields ``windows``, sorted by length, in batches of at most ``LOGITS_AT_ONCE``, or of one window."""
+    batch: list[Window] = []
+    for window in windows:
+        logits = (len(batch) + 1) * len(window.inputs) * vocabulary
+        if batch and (len(batch) == WINDOWS_AT_ONCE or logits > LOGITS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
 
 
 def _summed(documents: int, found: list[tuple[Window, Sums]]) -> Sums:
@@ -183,34 +199,62 @@ def _score_batch(
 ) -> list[dict[str, tuple[Sums, Sums]]]:
     """Returns for each window and each model ("" is float) its sums and, token by token, the divergence from float."""
     ids = _padded(batch, padding)
-    logits_float, experts_float = routed.run(ids)
-    results: list[dict[str, tuple[Sums, Sums]]] = [{} for _ in batch]
-    for name, side in {"": None, **quantized}.items():
-        logits, experts = (logits_float, experts_float) if side is None else side.run(ids)
+    x_BTD, experts_float = routed.run(ids)
+    caches = {name: side.new_cache(len(ids)) for name, side in quantized.items()}
+    # Of each window, of each model: what each piece adds.
+    parts: list[dict[str, list[tuple[Sums, Sums]]]] = [{name: [] for name in ("", *quantized)} for _ in batch]
+    for piece in _pieces(ids, routed.vocab_size):
+        logits_float = routed.head(x_BTD[:, piece])
+        read = {name: side.run(ids[:, piece], caches[name]) for name, side in quantized.items()}
         for row, window in enumerate(batch):
-            kept = window.scored
-            targets = torch.from_numpy(window.targets[kept])
-            log = F.log_softmax(logits[row, kept], dim=-1)
-            sums = [F.nll_loss(log, targets, reduction="sum"), (log.argmax(dim=-1) == targets).sum()]
-            divergence = torch.zeros(0)
-            if side is not None:
-                log_float = F.log_softmax(logits_float[row, kept], dim=-1)
+            kept, targets = _inside(window, piece)
+            log_float = F.log_softmax(logits_float[row, kept], dim=-1)
+            parts[row][""].append((np.array(_marks(log_float, targets)), np.zeros(0)))
+            for name, (logits, experts) in read.items():
+                log = F.log_softmax(logits[row, kept], dim=-1)
                 divergence = F.kl_div(log, log_float, reduction="none", log_target=True).sum(dim=-1)
-                same = (experts[:, row, kept] == experts_float[:, row, kept]).all(axis=-1).sum(axis=-1)
-                sums += [(log.argmax(dim=-1) == log_float.argmax(dim=-1)).sum(), *torch.from_numpy(same)]
-            results[row][name] = np.array([float(value) for value in sums]), divergence.double().numpy()
-    return results
+                same_top = float((log.argmax(dim=-1) == log_float.argmax(dim=-1)).sum())
+                # [layers, tokens, experts a token]
+                same = experts[:, row, kept] == experts_float[:, row, piece][:, kept]
+                sums = [*_marks(log, targets), same_top, *same.all(axis=-1).sum(axis=-1)]
+                parts[row][name].append((np.array(sums), divergence.double().numpy()))
+    return [{name: _added(found) for name, found in models.items()} for models in parts]
 
 
 def _nats_of_batch(int8: Generator, padding: int, batch: list[Window]) -> list[Sums]:
     ids = _padded(batch, padding)
-    logits = torch.from_numpy(int8.run(ids, int8.new_cache(len(batch))))
-    results = []
-    for row, window in enumerate(batch):
-        kept = window.scored
-        log = F.log_softmax(logits[row, kept], dim=-1)
-        results.append(np.array([float(F.nll_loss(log, torch.from_numpy(window.targets[kept]), reduction="sum"))]))
-    return results
+    cache = int8.new_cache(len(ids))
+    nats = np.zeros((len(batch), 1))
+    for piece in _pieces(ids, int8.vocab_size):
+        logits = torch.from_numpy(int8.run(ids[:, piece], cache))
+        for row, window in enumerate(batch):
+            kept, targets = _inside(window, piece)
+            nats[row] += _marks(F.log_softmax(logits[row, kept], dim=-1), targets)[0]
+    return list(nats)
+
+
+def _pieces(ids: Ids, vocabulary: int) -> Iterator[slice]:
+    """Yields the positions of ``ids`` [batch, length], all at once or, of one window, ``LOGITS_AT_ONCE`` at a time."""
+    # onnxruntime's grouped attention goes on from a cache in one row alone.
+    size = max(1, LOGITS_AT_ONCE // vocabulary) if len(ids) == 1 else ids.shape[1]
+    for start in range(0, ids.shape[1], size):
+        yield slice(start, min(start + size, ids.shape[1]))
+
+
+def _inside(window: Window, piece: slice) -> tuple[Ids, torch.Tensor]:
+    """Returns which tokens of ``piece`` are scored, counted from where it begins, and what follows each."""
+    kept = window.scored[(window.scored >= piece.start) & (window.scored < piece.stop)]
+    return kept - piece.start, torch.from_numpy(window.targets[kept])
+
+
+def _marks(log: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """Returns of log probabilities [tokens, vocabulary] the loss in nats, and how many likeliest tokens are right."""
+    return [float(F.nll_loss(log, targets, reduction="sum")), float((log.argmax(dim=-1) == targets).sum())]
+
+
+def _added(parts: list[tuple[Sums, Sums]]) -> tuple[Sums, Sums]:
+    sums, divergences = zip(*parts, strict=True)
+    return np.sum(sums, axis=0), np.concatenate(divergences)
 
 
 def _padded(batch: list[Window], token: int) -> Ids:

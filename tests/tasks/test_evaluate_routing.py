@@ -17,7 +17,7 @@ from lm.quantization import Plan
 from lm.runtime import Generator
 from lm.scheme import Float
 from tasks.errors import BadInput
-from tasks.evaluate.routing import FloatRouting, Int8Routing
+from tasks.evaluate.routing import Chosen, FloatRouting, Int8Routing
 
 IDS = np.random.default_rng(0).integers(0, 256, (3, 40))
 OVER_BYTES = {"vocab_size": tiny.VOCAB, "bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1}
@@ -33,13 +33,17 @@ def folder(model: LanguageModel, tmp_path: Path) -> Path:
     return export_over_bytes(tmp_path / "int8", lambda **_: model)
 
 
+def read(side: Int8Routing) -> tuple[torch.Tensor, Chosen]:
+    return side.run(IDS, side.new_cache(len(IDS)))
+
+
 @torch.no_grad()
 def test_a_graph_in_float_chooses_what_the_float_model_chooses(model: LanguageModel, tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path / "tokenizer.json")
     onnx_model.export(model, Plan(Float(), Float()), tmp_path / "model.onnx")
     (tmp_path / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
     _, expected = FloatRouting(model).run(IDS)
-    _, chosen = Int8Routing(tmp_path, model).run(IDS)
+    _, chosen = read(Int8Routing(tmp_path, model))
     # Layers with experts, batch, length, experts a token; sorted, because their order says nothing.
     assert chosen.shape == (2, 3, 40, 3)
     # The embedding is INT8 even here, which moves few tokens from one expert to another.
@@ -50,13 +54,13 @@ def test_a_graph_in_float_chooses_what_the_float_model_chooses(model: LanguageMo
 @torch.no_grad()
 def test_rounding_moves_some_tokens_to_other_experts(model: LanguageModel, folder: Path) -> None:
     _, expected = FloatRouting(model).run(IDS)
-    _, chosen = Int8Routing(folder, model).run(IDS)
+    _, chosen = read(Int8Routing(folder, model))
     assert 0.5 < (chosen == expected).all(axis=-1).mean() < 1
 
 
 def test_asking_what_was_chosen_does_not_change_what_is_computed(model: LanguageModel, folder: Path) -> None:
     plain = Generator(folder, threads=1)
-    logits, _ = Int8Routing(folder, model).run(IDS)
+    logits, _ = read(Int8Routing(folder, model))
     np.testing.assert_array_equal(logits.numpy(), plain.run(IDS, plain.new_cache(len(IDS))))
 
 
@@ -72,7 +76,7 @@ def test_each_thread_is_told_its_own_tokens_experts(model: LanguageModel) -> Non
 
 def test_a_model_without_experts_has_no_choices(tmp_path: Path) -> None:
     folder = export_over_bytes(tmp_path / "int8", make_grouped)
-    _, chosen = Int8Routing(folder, make_grouped(**OVER_BYTES)).run(IDS)
+    _, chosen = read(Int8Routing(folder, make_grouped(**OVER_BYTES)))
     assert chosen.shape == (0, 3, 40, 0)
 
 
