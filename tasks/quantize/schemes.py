@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
+from lm.loss import logits_held
 from lm.model import LanguageModel
 from lm.quantization import PLANS, Plan, layers
 from lm.static import Range
@@ -129,12 +130,20 @@ class Measure:
         sums = torch.zeros(3, self.count, dtype=torch.float64, device=world.device)
         for one in (model, self._float):
             one.to(world.device).eval()
+        # Of a long window and a large vocabulary all logits would be gigabytes.
+        rows = max(1, logits_held(world.device.type) // model.config.vocab_size)
         for place in range(world.rank, self.count, world.size):
             window = torch.from_numpy(self._windows.batch(self._chosen[place : place + 1])).to(world.device).long()[0]
-            ours, theirs = (F.log_softmax(one(window[None, :-1])[0].float(), dim=-1) for one in (model, self._float))
-            sums[0, place] = F.nll_loss(ours, window[1:], reduction="sum")
-            sums[1, place] = F.nll_loss(theirs, window[1:], reduction="sum")
-            sums[2, place] = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+            hidden = [one.model(window[None, :-1]) for one in (model, self._float)]
+            for start in range(0, len(window) - 1, rows):
+                ours, theirs = (
+                    F.log_softmax(one.lm_head(x_BTD[:, start : start + rows])[0].float(), dim=-1)
+                    for one, x_BTD in zip((model, self._float), hidden, strict=True)
+                )
+                targets = window[1:][start : start + rows]
+                sums[0, place] += F.nll_loss(ours, targets, reduction="sum")
+                sums[1, place] += F.nll_loss(theirs, targets, reduction="sum")
+                sums[2, place] += F.kl_div(ours, theirs, reduction="sum", log_target=True)
         model.train()
         summed: Values = world.sum(sums).cpu().numpy()
         return summed

@@ -412,14 +412,20 @@ class _Alone(World):
         return values
 
 
+# All of a window's logits at once, or those of seven tokens, or of one.
+@pytest.mark.parametrize("held", [2**26, 7 * 101, 1])
 @torch.no_grad()
-def test_a_trial_is_what_a_plain_loop_over_windows_says() -> None:
+def test_a_trial_is_what_a_plain_loop_over_windows_says(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm.loss.LOGITS_HELD", held)
     tokens = np.random.default_rng(0).integers(0, 100, 400).astype(np.uint16)
     windows = WindowReader([tokens], 20)
     params = read_section("quantize", QuantizeParams, Path(tiny.ROOT / "params.yaml"))
     params = params.model_copy(update={"validation_windows": 100})
     measure = Measure(make_model(), windows, params, _Alone(0, 1, torch.device("cpu"), "fp32"))
-    trial = measure.trial("dynamic", "post-training", prepare(make_model(), PLAN))
+    model, sizes = prepare(make_model(), PLAN), set[int]()
+    model.lm_head.register_forward_hook(lambda _, __, logits: sizes.add(logits.numel()))
+    trial = measure.trial("dynamic", "post-training", model)
+    assert max(sizes) == min(max(held // 101, 1), 20) * 101
     floating, rounded = make_model(), prepare(make_model(), PLAN).eval()
     losses, divergence = np.zeros(2), 0.0
     for window in torch.from_numpy(windows.batch(np.arange(len(windows)))).long():
