@@ -130,14 +130,15 @@ class Generator:
             if graph is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
-        self._outputs = [value.name for value in self.session.get_outputs()]
+        outputs = {value.name: value.shape for value in self.session.get_outputs()}
+        self._outputs = list(outputs)
+        self.vocab_size: int = outputs["logits"][-1]
         if "positions" not in {value.name for value in self.session.get_inputs()}:
             raise OtherInterface(f"{model}: exported by another version of Overnight; it runs with that one's code")
         with _named(folder / "tokenizer.json") as tokenizer:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
             told = json.loads(config.read_text())
-            self.vocab_size: int = told["vocab_size"]
             # The longest text, in tokens, that the model has positions for.
             self.context: int = told["max_position_embeddings"]
             # And the longest that it was trained on last.

@@ -33,7 +33,11 @@ def front_matter(evidence: Evidence, params: CardParams) -> str:
         license=params.licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[evidence.config.get("model_type") or "causal-lm", "onnx", "int8", "quantization-aware-training"],
+        tags=[
+            evidence.config.get("model_type") or "causal-lm",
+            *("onnx", "int8"),
+            *(["quantization-aware-training"] if evidence.quantization.get("fine_tuned") else []),
+        ],
         model_name=params.name,
         eval_results=results or None,
     )
@@ -169,7 +173,11 @@ def _training(evidence: Evidence) -> str:
             if train.get("trained_parameters")
             else []
         ),
-        ["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")],
+        *(
+            [["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")]]
+            if evidence.config.get("num_experts_per_tok")
+            else []
+        ),
     ]
     return table(["", ""], rows)
 
@@ -209,7 +217,7 @@ def _evaluation(evidence: Evidence) -> str:
     return "\n\n".join(
         [
             f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test "
-            "split, none of whose groups was trained on. In brackets: 95% intervals from a bootstrap over documents."
+            f"split, {_unseen(evidence)}. In brackets: 95% intervals from a bootstrap over documents."
             + (
                 " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
                 if "post_training" in sides
@@ -225,6 +233,12 @@ def _evaluation(evidence: Evidence) -> str:
             table(["", "bits per byte"], others),
         ]
     )
+
+
+def _unseen(evidence: Evidence) -> str:
+    if not (start := evidence.train.get("started_from")):
+        return "none of whose groups was trained on"
+    return f"none of whose groups this training has read (what {start} had read before, its own card may tell)"
 
 
 _ACTIVATIONS = "Activations: unsigned 8 bits, one scale and zero point a token."
@@ -257,7 +271,7 @@ _FINE_TUNED = {
 
 def _quantization(evidence: Evidence) -> str:
     report, audit, found = evidence.evaluation, evidence.audit, evidence.quantization
-    products = ", ".join(f"`{name}`" for name in audit.get("float_products") or []) or NOT_ASSESSED
+    products = audit.tell("float_products", lambda names: ", ".join(f"`{name}`" for name in names) or "none")
     told = found.tell("scheme", _SCHEMES.__getitem__)
     trials = [
         [
@@ -296,10 +310,16 @@ def _limits(evidence: Evidence, params: CardParams) -> str:
         [
             f"- Out of scope: {params.out_of_scope}",
             f"- It attends to at most {context} tokens; longer texts have to be cut.",
-            "- It writes like its corpus and knows nothing else; what it says is not checked for truth.",
+            f"- {_knowledge(evidence)}; what it says is not checked for truth.",
             "- Factual accuracy, bias, toxicity and memorization of training text: " + NOT_ASSESSED + ".",
         ]
     )
+
+
+def _knowledge(evidence: Evidence) -> str:
+    if start := evidence.train.get("started_from"):
+        return f"What it knows comes from {start} and from its corpus"
+    return "It writes like its corpus and knows nothing else"
 
 
 def _risks(evidence: Evidence) -> str:
@@ -317,7 +337,11 @@ def _risks(evidence: Evidence) -> str:
                 "exact duplicates are removed over all splits",
                 f"{duplicated} removed",
             ],
-            ["test text seen in training", "splits are dealt by group, not by document", "the table of splits above"],
+            [
+                "test text seen in training",
+                "splits are dealt by group, not by document",
+                "the table of splits above" + (", of this training" if evidence.train.get("started_from") else ""),
+            ],
             ["quantization harms the model", "a gate on the paired relative loss", "the table of the gate above"],
             [
                 "a worse model takes the place of a better one",

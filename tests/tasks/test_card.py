@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -27,6 +28,18 @@ CORPUS = {
     ],
     "splits": {"test": {"documents": 5, "bytes": 4321, "groups": 2, "group_names": ["Ruth", "Jonah"]}},
 }
+
+
+PARAMS = CardParams(name="lm", licence="mit", language=["en"], intended_use="none", out_of_scope="all")
+
+
+def evidence_of(**reports: dict[str, Any]) -> Evidence:
+    """Returns evidence with these reports, and no other."""
+    names = ("corpus", "manifest", "config", "train", "audit", "quantization", "evaluation")
+    made = {name: Report(Path("nowhere.json")) for name in names}
+    for name, content in reports.items():
+        made[name].content = content
+    return Evidence(**made, curve=[], hashes={})
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +99,9 @@ def test_a_refused_models_card_says_so_at_the_top_and_shows_the_champion() -> No
         {"name": "int8_against_float", "passed": True, "reason": "INT8 is close to float"},
         {"name": "against_champion", "passed": False, "reason": "lm@v1.2.0 stays the champion"},
     ]
-    evaluation = Report(Path("nowhere.json"))
-    evaluation.content = {"gate": {"passed": False, "checks": checks}, "champion": champion}
-    nothing = Report(Path("nowhere.json"))
-    params = CardParams(name="lm", licence="mit", language=["en"], intended_use="none", out_of_scope="all")
-    card = text.body(Evidence(nothing, nothing, nothing, nothing, nothing, nothing, evaluation, [], {}), params)
+    card = text.body(
+        evidence_of(evaluation={"gate": {"passed": False, "checks": checks}, "champion": champion}), PARAMS
+    )
     top = card[: card.index("## How to run it")]
     assert "> **Refused.**" in top
     assert "> - lm@v1.2.0 stays the champion" in top
@@ -98,6 +109,37 @@ def test_a_refused_models_card_says_so_at_the_top_and_shows_the_champion() -> No
     assert "The gate: **refused**." in top
     assert "| against the champion | **refused** | lm@v1.2.0 stays the champion |" in card
     assert "| the champion, lm@v1.2.0 (INT8) | 1.500 [1.400, 1.600] |" in card
+
+
+def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_fine_tuning_or_what_was_read() -> None:
+    evidence = evidence_of(
+        config={"model_type": "llama", "num_key_value_heads": 3, "head_dim": 64},
+        train={"started_from": "v1.3.0", "expert_imbalance": 1.0},
+        quantization={"scheme": "weight-only-8", "asked": "auto", "fine_tuned": False},
+        audit={"float_products": []},
+    )
+    card = text.body(evidence, PARAMS)
+    assert "expert" not in card
+    assert "none of whose groups this training has read (what v1.3.0 had read before" in card
+    assert "What it knows comes from v1.3.0 and from its corpus" in card
+    assert "knows nothing else" not in card
+    assert "| left in float on purpose | none |" in card
+    assert "quantization-aware-training" not in text.front_matter(evidence, PARAMS)
+
+
+def test_a_mixture_from_scratch_that_was_fine_tuned_says_so() -> None:
+    evidence = evidence_of(
+        config={"model_type": "deepseek_v3", "kv_lora_rank": 48, "qk_rope_head_dim": 16, "num_experts_per_tok": 2},
+        train={"expert_imbalance": 1.25},
+        quantization={"scheme": "qat", "objective": "text", "fine_tuned": True},
+        audit={"float_products": ["lm_head"]},
+    )
+    card = text.body(evidence, PARAMS)
+    assert "| busiest expert's tokens over the mean's | 1.25 |" in card
+    assert "none of whose groups was trained on." in card
+    assert "It writes like its corpus and knows nothing else" in card
+    assert "| left in float on purpose | `lm_head` |" in card
+    assert "- quantization-aware-training" in text.front_matter(evidence, PARAMS)
 
 
 def test_one_document_has_no_interval_to_show() -> None:
