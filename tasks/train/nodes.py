@@ -162,6 +162,8 @@ def _parsed() -> LaunchConfig:
             arguments = torchrun.get_args_parser().parse_args(["--module", "worker"])
             if "PET_RDZV_BACKEND" not in os.environ:
                 arguments.rdzv_backend = "c10d"
+            # What processes say goes to this one's output; torchrun would leave a folder for it after each training.
+            arguments.log_dir = arguments.log_dir or os.devnull
             config, _, _ = torchrun.config_from_args(arguments)
     except (SystemExit, ValueError, RuntimeError, AssertionError) as error:
         lines = faults.getvalue().splitlines() or [str(error)]

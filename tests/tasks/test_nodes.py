@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -271,3 +272,24 @@ def test_machines_that_cannot_train_together_are_one_line(
 def test_one_machine_asks_for_none(tmp_path: Path) -> None:
     tiny.write_params(tmp_path)
     assert nodes.asked(read_section("train", TrainParams, tmp_path / "params.yaml"), {"PET_NNODES": "1"}) is None
+
+
+@pytest.mark.parametrize("wanted", ["", "logs"])
+def test_no_folder_is_left_but_where_one_is_asked_for(
+    wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 2)
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    variables = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "127.0.0.1:1", "PET_NPROC_PER_NODE": "1"}
+    if wanted:
+        variables["PET_LOG_DIR"] = str(place / wanted)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = nodes.asked(read_section("train", TrainParams, tmp_path / "params.yaml"), variables)
+    assert config is not None
+    assert config.logs_specs is not None
+    workers = {0: {"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "0"}}
+    config.logs_specs.reify(workers)
+    assert [path.name for path in place.iterdir()] == ([wanted] if wanted else [])
