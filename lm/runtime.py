@@ -132,9 +132,9 @@ class Generator:
             self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
         outputs = {value.name: value.shape for value in self.session.get_outputs()}
         self._outputs = list(outputs)
-        self.vocab_size: int = outputs["logits"][-1]
         if "positions" not in {value.name for value in self.session.get_inputs()}:
             raise OtherInterface(f"{model}: exported by another version of Overnight; it runs with that one's code")
+        self.vocab_size: int = outputs["logits"][-1]
         with _named(folder / "tokenizer.json") as tokenizer:
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
         with _named(folder / "config.json") as config:
