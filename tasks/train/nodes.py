@@ -82,11 +82,19 @@ def launch_on(config: LaunchConfig, module: str, threads: int) -> None:
         except SignalException as error:
             sys.exit(128 + error.sigval)
         except RendezvousError as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise TryAgain(
-                f"the machines do not find each other at {config.rdzv_endpoint}: the first one is gone, or too few are "
-                f"left ({reason}). Run again on all to go on from the last checkpoint."
+                f"the machines do not find each other at {config.rdzv_endpoint}: the first one is gone, too few are "
+                f"left, or another program has the port ({_reason(error)}). Run again on all to go on from the last "
+                "checkpoint."
             ) from None
+
+
+def _reason(error: RendezvousError) -> str:
+    """Returns the first line of what ``error`` came from; below it torch prints its own stack."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
 
 
 class _Agent(LocalElasticAgent):

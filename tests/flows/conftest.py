@@ -12,6 +12,7 @@ import command
 import psutil
 import publishing
 import pytest
+from processes import within
 from publishing import Clone
 from ruamel.yaml import YAML
 from versioned import Versioned, make
@@ -106,16 +107,7 @@ class Project:
 
     def processes(self) -> list[psutil.Process]:
         """Every living process whose current directory is in the project, but for the one that runs the tests."""
-        others = (process for process in psutil.process_iter() if process.pid != os.getpid())
-        return [process for process in others if self._is_ours(process)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return False
-            return Path(process.cwd()).is_relative_to(self.root)
-        except psutil.Error:
-            return False
+        return within(self.root)
 
 
 @pytest.fixture

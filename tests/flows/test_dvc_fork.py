@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import alive
 
 from flows import dvc_fork, dvc_lock, supervise
 from flows.dvc_fork import PREFIX, DvcChild
@@ -41,8 +42,8 @@ def run(folder: Path, *arguments: str, kept: tuple[int, ...] = (), **more: str) 
 
 def forker() -> psutil.Process:
     """The process of this test; others in the same interpreter may have left theirs."""
-    alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
-    (found,) = [one for one in alive if "dvc_fork.serve" in " ".join(one.cmdline()) and Path(one.cwd()) == Path.cwd()]
+    left = filter(alive, psutil.Process().children())
+    (found,) = [one for one in left if "dvc_fork.serve" in " ".join(one.cmdline()) and Path(one.cwd()) == Path.cwd()]
     return found
 
 

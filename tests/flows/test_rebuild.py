@@ -1,6 +1,5 @@
 """A rebuilt version: computed by its own code, without a cache, compared byte for byte, with a certificate."""
 
-import contextlib
 import json
 import os
 import signal
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import page
-import psutil
 import pytest
 import tiny
+from processes import within
 from ruamel.yaml import YAML
 
 from flows import virtual_environment
@@ -40,16 +39,6 @@ def checkout(versioned: "Versioned") -> dict[str, bytes]:
     """Every file of the project that is not Overnight's, DVC's or Git's own."""
     files = tiny.files_of(versioned.root)
     return {name: content for name, content in files.items() if not name.startswith((".overnight/", ".dvc/", ".git/"))}
-
-
-def processes(root: Path) -> list[psutil.Process]:
-    """Every living process but this one whose current directory is at or below ``root``."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(root):
-                found.append(process)
-    return found
 
 
 def cache(versioned: "Versioned") -> dict[str, bytes]:
@@ -171,7 +160,7 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
     assert said.code == 0, said.err
     assert report.read_text().split()[::2] == ["measure"]
     assert certificate(versioned).attempts == 2
-    assert not processes(versioned.root)
+    assert not within(versioned.root)
 
 
 def test_a_failing_stage_says_why(versioned: "Versioned") -> None:

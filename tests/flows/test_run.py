@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
+from processes import alive
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -198,7 +198,7 @@ def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Pr
     nightly.ran()
     # It must not meet what the old run has left, and must not give up because of it either.
     following = nightly.start("run", "--from", "second")
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in left):
+    while any(map(alive, left)):
         assert time.monotonic() - started < 10, left
         time.sleep(0.05)
     _, err = following.communicate(timeout=120)

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import within
 
 from flows import process, supervise
 from flows.process import Child
@@ -26,27 +26,16 @@ pathlib.Path("up").write_text("")
 """
 
 
-def members(folder: Path) -> list[psutil.Process]:
-    found = []
-    for one in psutil.process_iter():
-        try:
-            if one.status() != psutil.STATUS_ZOMBIE and Path(one.cwd()) == folder:
-                found.append(one)
-        except psutil.Error:
-            continue
-    return found
-
-
 def wait_for(members_wanted: int, folder: Path, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
-    while len(members(folder)) < members_wanted:
-        assert time.monotonic() < deadline, members(folder)
+    while len(within(folder)) < members_wanted:
+        assert time.monotonic() < deadline, within(folder)
         time.sleep(0.05)
 
 
 def until_gone(folder: Path) -> float:
     started = time.monotonic()
-    while left := members(folder):
+    while left := within(folder):
         assert time.monotonic() - started < 15, left
         time.sleep(0.05)
     return time.monotonic() - started
@@ -90,7 +79,7 @@ def test_a_command_that_ends_leaves_no_daemon(folder: Path) -> None:
     supervisor = start(folder, "sys.exit(7)")
     assert supervisor.wait(20) == 7
     assert (folder / "up").exists()
-    assert members(folder) == []
+    assert within(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -122,7 +111,7 @@ def test_an_exception_in_the_flow_ends_the_child(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt), Child([sys.executable, "-c", code], folder / "log", os.environ) as child:
         fail(child)
-    assert members(folder) == []
+    assert within(folder) == []
 
 
 def test_a_kept_descriptor_stays_open_in_the_supervisor_and_is_not_the_commands(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import command
 import psutil
 import tiny
+from processes import within
 from ruamel.yaml import YAML
 
 STAGES = ("ingest", "shard", "train", "quantize", "evaluate", "card")
@@ -129,7 +130,7 @@ class Chain:
 
     def processes(self) -> list[psutil.Process]:
         """Every living process whose current directory is in the project."""
-        return [process for process in psutil.process_iter() if self._holds(process)]
+        return within(self.root)
 
     def seconds_until_empty(self) -> float:
         """Returns how long it takes until no process of the project is left; fails after ``SECONDS_TO_END``."""
@@ -138,12 +139,6 @@ class Chain:
             assert time.monotonic() - started < SECONDS_TO_END, left
             time.sleep(0.05)
         return time.monotonic() - started
-
-    def _holds(self, process: psutil.Process) -> bool:
-        try:
-            return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(self.root)
-        except psutil.Error:
-            return False
 
 
 class Running:

@@ -5,11 +5,12 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tasks.train.worker", "tasks.quantize.worker", "tasks.evaluate.__main__"])
@@ -26,8 +27,7 @@ def start(
 
     Each calls ``prepare``, a function of a module in ``tests/support``, first; what they print is appended to ``log``.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = [(folder, rank, len(folders), port, log, prepare, environment) for rank, folder in enumerate(folders)]
     ranks = [_CONTEXT.Process(target=_work, args=one) for one in arguments]
     for rank in ranks:
@@ -44,8 +44,7 @@ def call(function: Callable[[], None], folder: Path, log: Path, environment: Map
 
 def together(function: Callable[[], None], processes: int, folder: Path) -> None:
     """Calls ``function``, of a module in ``tests/support``, in so many processes, which torchrun's variables name."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     log = folder / "log"
     ranks = [call(function, folder, log, {**place, "RANK": str(rank)}) for rank in range(processes)]
     assert end(ranks, 900) == [0] * processes, log.read_text()

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import needed
+from ports import free_port
 from ruamel.yaml import YAML
 
 from flows.process import Child
@@ -49,7 +50,7 @@ def postgres() -> Iterator[str]:
         other = _other_user(folder)
         create = [programs / "initdb", "-D", data, "-U", "prefect", "-A", "scram-sha-256", "--pwfile", password]
         subprocess.run([*other, *create, "--no-sync", "-E", "UTF8"], cwd=folder, check=True, capture_output=True)
-        port = _free_port()
+        port = free_port()
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": port,
@@ -78,7 +79,7 @@ def prefect_server(home: Path, database: str, port: int | None = None) -> Iterat
 
     With the ``port`` of an earlier one it takes that one's place.
     """
-    port = port or _free_port()
+    port = port or free_port()
     home.mkdir(parents=True, exist_ok=True)
     auth = f"overnight:{_password(home)}"
     compose = YAML(typ="safe", pure=True).load(_COMPOSE)
@@ -135,12 +136,6 @@ def _other_user(folder: Path) -> list[str]:
     for path in (folder, *folder.iterdir()):
         os.chown(path, user.pw_uid, user.pw_gid)
     return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _wait_for_port(port: int, child: Child, log: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ports import free_port
 
 from flows.process import Child
 
@@ -41,8 +41,7 @@ class PrefectServer:
     def __init__(self, home: Path, database: Path) -> None:
         (home / "prefect").mkdir(parents=True)
         shutil.copy(database, home / "prefect")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self._home = home
         self.api = f"http://127.0.0.1:{self._port}/api"
 

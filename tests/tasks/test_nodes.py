@@ -22,6 +22,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from ports import free_port
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -54,11 +55,6 @@ def write(project: Path, world_size: int, **changes: Any) -> None:
         "train__keep_checkpoints": STEPS,
     }
     tiny.write_params(project, **{**kept, **changes})
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def start(project: Path, log: Path, port: int, **changes: str) -> BaseProcess:
@@ -182,6 +178,20 @@ def test_two_machines_write_what_one_does(tmp_path: Path) -> None:
     machines = [start(apart, tmp_path / "log", port, PET_NNODES="2", SECONDS_A_STEP="0") for _ in range(2)]
     assert forked.end(machines, 120) == [0, 0], (tmp_path / "log").read_text()
     assert tiny.files_of(apart / "models") == tiny.files_of(alone / "models")
+
+
+def test_a_port_that_another_program_has_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        first = start(tmp_path, log, port, PET_RDZV_CONF=f"is_host=true,{RENDEZVOUS}")
+        assert forked.end([first], 60) == [EXIT_TRY_AGAIN], log.read_text()
+    (told,) = log.read_text().splitlines()
+    assert f"the machines do not find each other at 127.0.0.1:{port}: " in told
+    assert "another program has the port (The server socket has failed to listen" in told
+    assert told.endswith("address already in use). Run again on all to go on from the last checkpoint.")
 
 
 @pytest.mark.parametrize(
