@@ -10,7 +10,7 @@ import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -102,7 +102,7 @@ def validate(section: type[SectionType], content: object, path: Path, prefix: st
         meant = {
             fault["loc"]: name
             for fault in faults
-            if fault["type"] == "extra_forbidden" and (name := _meant(section, fault["loc"]))
+            if fault["type"] == "extra_forbidden" and (name := _meant(section, fault["loc"], content))
         }
         # A key that is only spelt wrongly is one fault, not also one that is missing.
         right = {(*place[:-1], name) for place, name in meant.items()}
@@ -123,24 +123,36 @@ def _keys(place: Sequence[int | str], content: Any) -> tuple[int | str, ...]:
     return (*keys, last) if place else ()
 
 
-def _meant(section: type[Section], place: Sequence[int | str]) -> str | None:
-    """Returns the key that the unknown one at ``place`` resembles, or None."""
-    known = {name for found in _sections_at(section, place[:-1]) for name in found.model_fields}
+def _meant(section: type[Section], place: Sequence[int | str], content: object) -> str | None:
+    """Returns the key that the unknown one at ``place`` of ``content`` resembles, or None."""
+    known = {name for found in _sections_at(section, place[:-1], content) for name in found.model_fields}
     close = difflib.get_close_matches(str(place[-1]), sorted(known), n=1)
     return close[0] if close else None
 
 
-def _sections_at(section: type[BaseModel], place: Sequence[int | str]) -> Iterator[type[BaseModel]]:
+def _sections_at(section: type[BaseModel], place: Sequence[int | str], content: Any) -> Iterator[type[BaseModel]]:
     if not place:
         yield section
         return
     name, *rest = place
     field = section.model_fields.get(str(name))
     if field is not None:
+        content = content.get(name) if isinstance(content, dict) else None
         # The number of an item of a list leads to no other section.
         below = [part for part in rest if isinstance(part, str)]
-        for inner in _sections_in(field.annotation):
-            yield from _sections_at(inner, below)
+        kinds = list(_sections_in(field.annotation))
+        # Of several kinds, the one that the content says it is.
+        for inner in [kind for kind in kinds if _says_that_it_is(kind, content)] or kinds:
+            yield from _sections_at(inner, below, content)
+
+
+def _says_that_it_is(kind: type[BaseModel], content: object) -> bool:
+    fixed = {
+        name: get_args(field.annotation)
+        for name, field in kind.model_fields.items()
+        if get_origin(field.annotation) is Literal
+    }
+    return isinstance(content, dict) and all(content.get(name) in values for name, values in fixed.items())
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
