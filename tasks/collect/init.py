@@ -31,7 +31,7 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
         if held is None:
             raise BadParameter(
                 f"{paths.PARAMS}: train.init: {wanted!r} is neither scratch nor previous, and there is no such folder "
-                f"({source}). Name a folder in Hugging Face layout, or a GGUF file."
+                f"or file ({source}). Name a folder in Hugging Face layout, or a GGUF file."
             )
         return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
     known = (root / paths.INIT_RECORD).is_file()
