@@ -152,7 +152,7 @@ def active_bytes(shape: str, side: str) -> float:
     """Returns the bytes that one token reads half-way through the decoding: its weights, and the cache in fp32."""
     import torch
 
-    from lm.config import GroupedConfig
+    from lm.config import GroupedShape
     from lm.model import LanguageModel
 
     config = config_of(shape)
@@ -163,7 +163,7 @@ def active_bytes(shape: str, side: str) -> float:
         active -= config.vocab_size * config.hidden_size
     # A block of 32 has a scale of 4 bytes.
     bits = {"per token, 8 bits": 8, "blocks, 8 bits": 9, "blocks, 4 bits": 5}[side]
-    grouped = isinstance(config, GroupedConfig)
+    grouped = isinstance(config, GroupedShape)
     width = 2 * config.num_key_value_heads * config.head_dim if grouped else config.cache_width
     return active * bits / 8 + config.num_hidden_layers * width * 4 * (PREFILL + DECODE / 2)
 

@@ -36,7 +36,7 @@ from pairs import compare
 from train_peers import PEERS, TOKENS, WARM_UP, Stopwatch
 
 from lm import hugging_face
-from lm.config import GroupedArchitecture, GroupedConfig, LatentArchitecture, LatentConfig
+from lm.config import Architecture, GroupedArchitecture, LatentArchitecture, completed
 from lm.model import LanguageModel
 from tasks.launch import worker_environment
 from tasks.progress import Progress
@@ -54,7 +54,7 @@ class Shape:
     """A model, and the windows it is trained on; without an architecture it is the project's own."""
 
     vocabulary: int
-    architecture: GroupedArchitecture | LatentArchitecture | None = None
+    architecture: Architecture | None = None
     seq_len: int = 2048
     micro_batch: int = 16
 
@@ -177,9 +177,8 @@ def parameters(arguments: argparse.Namespace) -> TrainParams:
 def write_model(params: TrainParams, vocabulary: int, folder: Path) -> int:
     """Writes one random model in the layout that both sides read; returns its operations a token."""
     assert params.model is not None
-    kind = GroupedConfig if isinstance(params.model, GroupedArchitecture) else LatentConfig
-    config = kind(
-        **params.model.model_dump(),
+    config = completed(
+        params.model,
         vocab_size=vocabulary,
         max_position_embeddings=params.seq_len,
         bos_token_id=vocabulary - 1,

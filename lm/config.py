@@ -1,7 +1,7 @@
 """The shape of a model, in the terms of Hugging Face's configurations of the same ``model_type``."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -169,14 +169,10 @@ class LatentArchitecture(_Shape):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-class GroupedArchitecture(_Shape):
-    """What a user chooses about a Llama-, Qwen2- or Qwen3-style decoder: grouped-query attention, dense SwiGLU.
+class GroupedShape(_Shape):
+    """What all decoders with grouped-query attention have."""
 
-    Qwen2 adds biases to queries, keys and values (arXiv 2407.10671); Qwen3 norms each head's queries and keys instead
-    (arXiv 2505.09388).
-    """
-
-    model_type: Literal["llama", "qwen2", "qwen3"]
+    model_type: str
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
@@ -184,13 +180,12 @@ class GroupedArchitecture(_Shape):
     head_dim: int = Field(ge=2)
     rope_theta: float = Field(gt=0)
     rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None
-    intermediate_size: int = Field(ge=1)
     tie_word_embeddings: bool
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
 
     @model_validator(mode="after")
-    def _the_numbers_fit(self) -> Self:
+    def _heads_fit(self) -> Self:
         if self.head_dim % 16:
             raise ValueError(f"head_dim is {self.head_dim}; the exported graph's attention takes multiples of 16")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -206,12 +201,71 @@ class GroupedArchitecture(_Shape):
 
     @property
     def norms_heads(self) -> bool:
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
     @property
     def rotary_dim(self) -> int:
         """How many numbers of a head turn with the position."""
         return self.head_dim
+
+
+class GroupedArchitecture(GroupedShape):
+    """What a user chooses about a Llama-, Qwen2- or Qwen3-style decoder: grouped-query attention, dense SwiGLU.
+
+    Qwen2 adds biases to queries, keys and values (arXiv 2407.10671); Qwen3 norms each head's queries and keys instead
+    (arXiv 2505.09388).
+    """
+
+    model_type: Literal["llama", "qwen2", "qwen3"]
+    intermediate_size: int = Field(ge=1)
+
+
+class GroupedMixtureArchitecture(GroupedShape):
+    """What a user chooses about a Qwen3-MoE-style decoder (arXiv 2505.09388, section 2): Qwen3's attention, and a
+    mixture of experts in each layer.
+
+    Experts are scored by a softmax over all of them. None is shared, and no bias evens them out.
+    """
+
+    model_type: Literal["qwen3_moe"]
+    moe_intermediate_size: int = Field(ge=1)
+    num_experts: int = Field(ge=2)
+    num_experts_per_tok: int = Field(ge=1)
+    norm_topk_prob: bool
+
+    @model_validator(mode="after")
+    def _there_are_enough_experts(self) -> Self:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
+            )
+        return self
+
+    # What DeepSeek's mixtures have besides, in their terms.
+
+    @property
+    def n_routed_experts(self) -> int:
+        return self.num_experts
+
+    @property
+    def n_shared_experts(self) -> int:
+        return 0
+
+    @property
+    def n_group(self) -> int:
+        return 1
+
+    @property
+    def topk_group(self) -> int:
+        return 1
+
+    @property
+    def routed_scaling_factor(self) -> float:
+        return 1.0
+
+    @property
+    def has_bias(self) -> bool:
+        return False
 
 
 class _Tokens(_Shape):
@@ -236,4 +290,18 @@ class GroupedConfig(GroupedArchitecture, _Tokens):
     """An architecture with what the tokenizer and the training add to it."""
 
 
-ModelConfig = LatentConfig | GroupedConfig
+class GroupedMixtureConfig(GroupedMixtureArchitecture, _Tokens):
+    """An architecture with what the tokenizer and the training add to it."""
+
+
+Architecture = LatentArchitecture | GroupedArchitecture | GroupedMixtureArchitecture
+ModelConfig = LatentConfig | GroupedConfig | GroupedMixtureConfig
+# Those that have experts; DeepSeek's first layers may be without.
+MixtureConfig = LatentConfig | GroupedMixtureConfig
+
+
+def completed(architecture: Architecture, **tokens: int) -> ModelConfig:
+    """Returns ``architecture`` with what a tokenizer and a training add: ``tokens`` are the fields of that."""
+    kind = next(kind for kind in get_args(ModelConfig) if issubclass(kind, type(architecture)))
+    config: ModelConfig = kind(**architecture.model_dump(), **tokens)
+    return config

@@ -1,5 +1,5 @@
-"""Feed-forward layers: SwiGLU (arXiv 2002.05202), DeepSeek's mixture of experts (V3: arXiv 2412.19437, section 2.1.2;
-V2: arXiv 2405.04434, section 2.2).
+"""Feed-forward layers: SwiGLU (arXiv 2002.05202), mixtures of experts: DeepSeek's (V3: arXiv 2412.19437, section 2.1.2;
+V2: arXiv 2405.04434, section 2.2) and Qwen3's (arXiv 2505.09388, section 2).
 
 Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts,
 P rows of all experts.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lm.config import LatentConfig
+from lm.config import MixtureConfig
 from lm.dispatch import combined, counted, dealt, rows_by_pair, rows_by_row
 from lm.linear import Linear, Project, stacked, to_product_type, together, turned
 
@@ -69,13 +69,13 @@ class SwiGLU(nn.Module):
 class Router(nn.Module):
     """Chooses each token's experts by sigmoid scores, evened out by a bias that no gradient touches.
 
-    Of DeepSeek-V2: by their softmax, without a bias.
+    Of DeepSeek-V2 and Qwen3: by their softmax, without a bias.
     """
 
     e_score_correction_bias: torch.Tensor | None
     tokens_per_expert: torch.Tensor
 
-    def __init__(self, config: LatentConfig) -> None:
+    def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
@@ -149,7 +149,7 @@ class Experts(nn.Module):
     beside_in: Beside | None
     beside_out: Beside | None
 
-    def __init__(self, config: LatentConfig) -> None:
+    def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
         experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
@@ -209,15 +209,19 @@ def _all_products(x: torch.Tensor, weights: torch.Tensor, beside: Beside | None,
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts, and shared ones that see every token."""
+    """Routed experts, and where a family has them, shared ones that see every token."""
 
-    def __init__(self, config: LatentConfig) -> None:
+    shared_experts: SwiGLU | None
+
+    def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_ND = x.flatten(0, -2)
         experts_NK, weights_NK = self.gate(x_ND)
-        return self.experts(x_ND, experts_NK, weights_NK).view_as(x) + self.shared_experts(x)
+        y = self.experts(x_ND, experts_NK, weights_NK).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)

@@ -6,27 +6,45 @@ from typing import Any, get_args
 import numpy as np
 from pydantic import ValidationError
 
-from lm.config import GroupedConfig, LatentConfig, Llama3Scaling, ModelConfig, YarnScaling
+from lm.config import (
+    GroupedConfig,
+    GroupedMixtureConfig,
+    GroupedShape,
+    LatentConfig,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+)
 from lm.gguf_tensors import Array, Unfit, rope_factors, takes_plain_queries
 
 Value = int | float | bool | str
 
-# llama.cpp's name for DeepSeek-V2 and V3, and ours.
+# llama.cpp's names for DeepSeek-V2 and V3, and for Qwen3 with experts.
 _LATENT = "deepseek2"
+_GROUPED_MIXTURE = "qwen3moe"
+ARCHITECTURES = (_LATENT, *get_args(GroupedConfig.model_fields["model_type"].annotation), _GROUPED_MIXTURE)
 _SIGMOID = 2
-_BOTH = {
+_DENSE_KEY = "feed_forward_length"
+_ALL = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
+    _DENSE_KEY: "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+_GROUPED = {**_ALL, "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
 _KEYS: dict[type[ModelConfig], dict[str, str]] = {
-    GroupedConfig: {**_BOTH, "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"},
+    GroupedConfig: _GROUPED,
+    GroupedMixtureConfig: {
+        **{key: name for key, name in _GROUPED.items() if key != _DENSE_KEY},
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+    },
     LatentConfig: {
-        **_BOTH,
+        **_ALL,
         "attention.q_lora_rank": "q_lora_rank",
         "attention.kv_lora_rank": "kv_lora_rank",
         "attention.value_length_mla": "v_head_dim",
@@ -63,6 +81,8 @@ _LLAMA_3 = {
 
 def architecture(config: ModelConfig) -> str:
     """Returns what llama.cpp calls the family of ``config``."""
+    if isinstance(config, GroupedMixtureConfig):
+        return _GROUPED_MIXTURE
     return _LATENT if isinstance(config, LatentConfig) else config.model_type
 
 
@@ -71,6 +91,10 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     if config.model_type == "deepseek_v2" or isinstance(config.rope_scaling, YarnScaling):
         told = "DeepSeek-V2" if config.model_type == "deepseek_v2" else "YaRN"
         raise Unfit(f"{told} is not written as GGUF here; --to hf writes what llama.cpp's own converter reads")
+    if isinstance(config.rope_scaling, Llama3Scaling) and config.model_type != "llama":
+        raise Unfit(f"llama.cpp reads Llama 3's rope_scaling of no {config.model_type}; --to hf writes it")
+    if isinstance(config, GroupedMixtureConfig) and not config.norm_topk_prob:
+        raise Unfit("llama.cpp normalizes the weights of a qwen3moe's experts, and norm_topk_prob is false here")
     named: dict[str, Value] = {
         key: value for key, name in _KEYS[type(config)].items() if (value := getattr(config, name)) is not None
     }
@@ -106,15 +130,15 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
     ``embedding`` is that tensor's shape [vocabulary, hidden size], ``tied`` says whether it is the head as well, and
     ``factors`` are those of the tensor ``rope_freqs``. Raises :class:`Unfit` for what :mod:`lm.config` cannot tell.
     """
-    family = found.get("general.architecture")
-    known = (_LATENT, *get_args(GroupedConfig.model_fields["model_type"].annotation))
-    if family not in known:
-        raise Unfit(f"its architecture is {family!r}; known are {', '.join(known)}")
+    family = found.get("general.architecture", "")
+    if family not in ARCHITECTURES:
+        raise Unfit(f"its architecture is {family!r}; known are {', '.join(ARCHITECTURES)}")
     said = {key.removeprefix(f"{family}."): value for key, value in found.items() if key.startswith(f"{family}.")}
-    kind: type[ModelConfig] = LatentConfig if family == _LATENT else GroupedConfig
+    kinds: dict[str, type[ModelConfig]] = {_LATENT: LatentConfig, _GROUPED_MIXTURE: GroupedMixtureConfig}
+    kind = kinds.get(family, GroupedConfig)
     values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in _KEYS[kind].items()}
     values |= {
-        "model_type": "deepseek_v3" if kind is LatentConfig else family,
+        "model_type": {_LATENT: "deepseek_v3", _GROUPED_MIXTURE: "qwen3_moe"}.get(family, family),
         "vocab_size": embedding[0],
         "initializer_range": found.get(f"{_OWN}initializer_range", 0.02),
         "eos_token_id": (end := found.get("tokenizer.ggml.eos_token_id", ...)),
@@ -135,12 +159,14 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         _same(said, "attention.value_length", values["head_dim"])
         _same(said, "rope.dimension_count", values["head_dim"])
         values |= {"tie_word_embeddings": tied, "rope_scaling": None}
+        if kind is GroupedMixtureConfig:
+            values["norm_topk_prob"] = True
     _same(said, "rope.scaling.type", "none")
     if missing := [key for key, name in _KEYS[kind].items() if values[name] is ...]:
         raise Unfit(f"its metadata lack {family}.{missing[0]}")
     try:
         config = kind.model_validate(_without_blanks(values))
-        if isinstance(config, GroupedConfig) and factors is not None:
+        if isinstance(config, GroupedShape) and factors is not None:
             return config.model_copy(update={"rope_scaling": _scaling(found, config, factors)})
         return config
     except ValidationError as error:
@@ -150,7 +176,7 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         raise Unfit(f"its metadata make no model: {where + ': ' if where else ''}{told}") from None
 
 
-def _scaling(found: Mapping[str, Any], config: GroupedConfig, factors: Array) -> Llama3Scaling:
+def _scaling(found: Mapping[str, Any], config: GroupedShape, factors: Array) -> Llama3Scaling:
     own = {name: found[f"{_OWN}{name}"] for name in Llama3Scaling.model_fields if f"{_OWN}{name}" in found}
     # GGUF keeps the factors, not what they were computed from; Llama 3.1 to 3.3 differ in the largest one alone.
     scaling = Llama3Scaling.model_validate(own or {**_LLAMA_3, "factor": float(factors.max())})

@@ -1,6 +1,6 @@
 """Which tensors of llama.cpp's file format GGUF are which of Hugging Face's layout, and how one becomes the other.
 
-Names and forms are those that llama.cpp reads for its architectures llama, qwen2, qwen3 and deepseek2
+Names and forms are those that llama.cpp reads for its architectures llama, qwen2, qwen3, qwen3moe and deepseek2
 (github.com/ggml-org/llama.cpp, ``src/llama-arch.cpp`` and ``conversion/``). Imports no torch.
 
 Shape suffixes: H heads, W head size, C latent rank, N head size without position, V value head size.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from lm.config import GroupedConfig, LatentConfig, Llama3Scaling, ModelConfig
+from lm.config import GroupedMixtureConfig, GroupedShape, LatentConfig, Llama3Scaling, MixtureConfig, ModelConfig
 
 Array = npt.NDArray[np.float32]
 Change = Callable[[Sequence[Array]], list[Array]]
@@ -38,7 +38,7 @@ class Part:
 def parts(config: ModelConfig) -> list[Part]:
     """Returns all tensors of a model of the shape ``config``, in the order in which they are written."""
     found = [Part(("token_embd.weight",), ("model.embed_tokens.weight",))]
-    if isinstance(config, GroupedConfig) and isinstance(config.rope_scaling, Llama3Scaling):
+    if isinstance(config, GroupedShape) and isinstance(config.rope_scaling, Llama3Scaling):
         factors = rope_factors(config.head_dim, config.rope_theta, config.rope_scaling)
         found.append(Part(("rope_freqs.weight",), (), lambda _: [factors], lambda _: []))
     for layer in range(config.num_hidden_layers):
@@ -73,7 +73,9 @@ _MOST_NAMED = 3
 
 def _layer(config: ModelConfig, layer: int) -> list[Part]:
     attention = _latent(config) if isinstance(config, LatentConfig) else _grouped(config)
-    if isinstance(config, LatentConfig) and layer >= config.first_k_dense_replace:
+    if isinstance(config, GroupedMixtureConfig) or (
+        isinstance(config, LatentConfig) and layer >= config.first_k_dense_replace
+    ):
         feed_forward = _experts(config)
     else:
         feed_forward = [_weight(f"ffn_{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")]
@@ -88,7 +90,7 @@ def _layer(config: ModelConfig, layer: int) -> list[Part]:
     ]
 
 
-def _grouped(config: GroupedConfig) -> list[Part]:
+def _grouped(config: GroupedShape) -> list[Part]:
     kinds = ("weight", "bias") if config.has_biases else ("weight",)
     found = [_NORM]
     for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads), ("v", 0)):
@@ -166,7 +168,7 @@ def _disguised_queries() -> Part:
     )
 
 
-def _experts(config: LatentConfig) -> list[Part]:
+def _experts(config: MixtureConfig) -> list[Part]:
     routed = [
         Part(
             (f"ffn_{name}_exps.weight",),
@@ -176,12 +178,13 @@ def _experts(config: LatentConfig) -> list[Part]:
         )
         for name in ("gate", "up", "down")
     ]
-    return [
-        Part(("ffn_gate_inp.weight",), ("mlp.gate.weight",), in_float=("ffn_gate_inp.weight",)),
-        Part(("exp_probs_b.bias",), ("mlp.gate.e_score_correction_bias",)),
-        *routed,
-        *(_weight(f"ffn_{name}_shexp", f"mlp.shared_experts.{name}_proj") for name in ("gate", "up", "down")),
-    ]
+    found = [Part(("ffn_gate_inp.weight",), ("mlp.gate.weight",), in_float=("ffn_gate_inp.weight",))]
+    if config.has_bias:
+        found.append(Part(("exp_probs_b.bias",), ("mlp.gate.e_score_correction_bias",)))
+    found += routed
+    if config.n_shared_experts:
+        found += [_weight(f"ffn_{name}_shexp", f"mlp.shared_experts.{name}_proj") for name in ("gate", "up", "down")]
+    return found
 
 
 def _weight(name: str, source: str) -> Part:

@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2 and Qwen3 have it.
+"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2, Qwen3 and Qwen3-MoE have it.
 
 Shape suffixes: B batch, T tokens, D hidden size, H heads, G key-value heads, W head size.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lm.causal import attend
-from lm.config import GroupedConfig
+from lm.config import GroupedShape
 from lm.linear import Linear, together
 from lm.norm import RMSNorm
 from lm.rope import rotate_halves
@@ -16,7 +16,7 @@ from lm.rope import rotate_halves
 class GroupedAttention(nn.Module):
     """Causal attention in which several heads share one head of keys and values."""
 
-    def __init__(self, config: GroupedConfig) -> None:
+    def __init__(self, config: GroupedShape) -> None:
         super().__init__()
         self.config = config
         hidden, width, biases = config.hidden_size, config.head_dim, config.has_biases

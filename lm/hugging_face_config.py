@@ -9,8 +9,10 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from lm.config import (
-    GroupedArchitecture,
+    Architecture,
     GroupedConfig,
+    GroupedMixtureArchitecture,
+    GroupedMixtureConfig,
     LatentArchitecture,
     LatentConfig,
     Llama3Scaling,
@@ -24,13 +26,16 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 _LATENT = get_args(LatentArchitecture.model_fields["model_type"].annotation)
+_GROUPED_MIXTURES = get_args(GroupedMixtureArchitecture.model_fields["model_type"].annotation)
 _SCALINGS: dict[str, type[Llama3Scaling] | type[YarnScaling]] = {"llama3": Llama3Scaling, "yarn": YarnScaling}
 # What transformers takes where a configuration does not say.
 _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
 _ROPE_THETA = 10000.0
 _QWEN3_HEAD_DIM = 128
+_QWEN3_MOE_KEY_VALUE_HEADS = 4
 # Values that are built here; a key that is missing or null is one of them.
 _BUILT: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -47,6 +52,8 @@ _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     # It has biases whatever this says.
     "qwen2": {"attention_bias": (False, True)},
+    # Each layer has experts.
+    "qwen3_moe": {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
 }
 # Of DeepSeek's architecture, written at another place of the file or only where it is set.
 _APART = {"rope_scaling", "tie_word_embeddings"}
@@ -73,6 +80,10 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
             own |= {"topk_method": method, "scoring_func": "softmax", "moe_layer_freq": 1}
     else:
         own["attention_bias"] = config.has_biases
+        # The feed-forward's sizes stand before these: so they did in older versions, and equal models keep their bytes.
+        dumped |= {name: dumped.pop(name) for name in ("tie_word_embeddings", "initializer_range", "rms_norm_eps")}
+        if isinstance(config, GroupedMixtureConfig):
+            own |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     scaling = config.rope_scaling
     stretched = None if scaling is None else scaling.model_dump(exclude_none=True)
     return {
@@ -95,7 +106,9 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
         built = ", ".join(sorted(_ARCHITECTURES))
         raise Unusable(f"config.json: model_type is {family!r}; the families that are built here are {built}")
     _refuse_what_is_not_built(content, family)
-    kind = LatentConfig if family in _LATENT else GroupedConfig
+    kind: type[ModelConfig] = GroupedMixtureConfig if family in _GROUPED_MIXTURES else GroupedConfig
+    if family in _LATENT:
+        kind = LatentConfig
     known: dict[str, Any] = {name: content[name] for name in kind.model_fields if name in content}
     missing = _DEFAULTS | _ids(content) | (_latent(content) if kind is LatentConfig else _grouped(content))
     known |= {name: value for name, value in missing.items() if known.get(name) is None}
@@ -111,9 +124,9 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
         raise Unusable("config.json: " + "; ".join(_told(fault) for fault in error.errors())) from None
 
 
-def architecture_of(config: ModelConfig) -> LatentArchitecture | GroupedArchitecture:
+def architecture_of(config: ModelConfig) -> Architecture:
     """Returns what a user could have chosen, without what the tokenizer and the training added."""
-    kind = LatentArchitecture if isinstance(config, LatentConfig) else GroupedArchitecture
+    kind: type[Architecture] = next(kind for kind in get_args(Architecture) if isinstance(config, kind))
     return kind.model_validate(config.model_dump(include=set(kind.model_fields)))
 
 
@@ -148,6 +161,11 @@ def _latent(content: Mapping[str, Any]) -> dict[str, Any]:
 def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     found: dict[str, Any] = {"num_key_value_heads": heads}
+    if content["model_type"] in _GROUPED_MIXTURES:
+        found |= {"norm_topk_prob": False, "num_key_value_heads": _QWEN3_MOE_KEY_VALUE_HEADS}
+        # Releases of transformers from 5 on write this name.
+        if "num_local_experts" in content:
+            found["num_experts"] = content["num_local_experts"]
     if content["model_type"] == "qwen3":
         found["head_dim"] = _QWEN3_HEAD_DIM
     elif isinstance(heads, int) and isinstance(width, int) and heads > 0:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from lm.config import LatentConfig, ModelConfig
+from lm.config import GroupedConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.linear import Linear, to_product_type
 from lm.model import LanguageModel
@@ -118,7 +118,7 @@ def save(model: LanguageModel, folder: Path) -> None:
     one = next(iter(adapted.values()))
     # peft#3711: of a model with experts, it takes any feed-forward layer's name for the experts' stacks. The name
     # of its weight says which one is meant.
-    by_weight = [name for name in adapted if ".mlp." in name and isinstance(model.config, LatentConfig)]
+    by_weight = [name for name in adapted if ".mlp." in name and not isinstance(model.config, GroupedConfig)]
     config = {
         # Whole names: transformers' model may have layers of the same last name that are not adapted here.
         "target_modules": [name for name in adapted if name not in by_weight],

@@ -6,7 +6,7 @@ Its state has the names of Hugging Face's layout, but for the stacked experts an
 import torch
 from torch import nn
 
-from lm.config import GroupedConfig, LatentConfig, ModelConfig
+from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
@@ -24,10 +24,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config) if isinstance(config, LatentConfig) else GroupedAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if isinstance(config, GroupedConfig) or layer < config.first_k_dense_replace:
-            self.mlp: SwiGLU | MixtureOfExperts = SwiGLU(config.hidden_size, config.intermediate_size)
-        else:
+        self.mlp: SwiGLU | MixtureOfExperts
+        if isinstance(config, GroupedMixtureConfig) or (
+            isinstance(config, LatentConfig) and layer >= config.first_k_dense_replace
+        ):
             self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.config import LatentConfig
+from lm.config import LatentConfig, MixtureConfig
 from lm.feed_forward import Experts, MixtureOfExperts, Router, SwiGLU
 from lm.graph import FLOAT, INT64
 from lm.grouped import GroupedAttention
@@ -131,13 +131,15 @@ def _hidden(graph: PlannedGraph, gate: str, up: str, reader: Linear | Experts) -
 
 def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
     gates = _gates(graph, f"{name}.gate", layer.gate, x)
-    rows = Rows(graph, x)
-    y = _swiglu(graph, f"{name}.shared_experts", layer.shared_experts, rows)
-    experts = layer.experts
+    rows, experts, shared = Rows(graph, x), layer.experts, layer.shared_experts
+    y = None if shared is None else _swiglu(graph, f"{name}.shared_experts", shared, rows)
     if (scheme := mixture_scheme(graph.plan, f"{name}.experts", experts)) is not None:
         parts = experts.gate_up_proj, experts.down_proj
         chosen = layer.gate.config.num_experts_per_tok
-        return graph.op("Add", y, scheme.mixture(graph, f"{name}.experts", *parts, x, gates, chosen))
+        routed = scheme.mixture(graph, f"{name}.experts", *parts, x, gates, chosen)
+        return routed if y is None else graph.op("Add", y, routed)
+    if y is None:
+        y = graph.op("Expand", graph.number(0.0), graph.op("Shape", x))
     for index in range(len(experts.gate_up_proj)):
         with graph.scope(f"expert_{index}"):
             y = _add_expert(graph, f"{name}.experts", experts, index, rows, gates, y)
@@ -178,7 +180,7 @@ def _gates(graph: PlannedGraph, name: str, router: Router, x: str) -> str:
     return graph.op("ScatterElements", nothing, chosen, weights, axis=1)
 
 
-def _mask_groups(graph: PlannedGraph, biased: str, config: LatentConfig, counted: int) -> str:
+def _mask_groups(graph: PlannedGraph, biased: str, config: MixtureConfig, counted: int) -> str:
     # A group counts by the sum of its best ``counted`` experts.
     grouped = graph.op("Reshape", biased, graph.ints(0, config.n_group, -1))
     counts, _ = graph.ops("TopK", grouped, graph.ints(counted), outputs=2, axis=-1)

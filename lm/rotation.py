@@ -109,13 +109,15 @@ def _first_of(attention: LatentAttention | GroupedAttention) -> Matrices:
 def _inputs_of(mlp: SwiGLU | MixtureOfExperts) -> Matrices:
     if isinstance(mlp, SwiGLU):
         return [mlp.gate_proj.weight, mlp.up_proj.weight]
-    return [mlp.gate.weight, mlp.experts.gate_up_proj, *_inputs_of(mlp.shared_experts)]
+    shared = [] if mlp.shared_experts is None else _inputs_of(mlp.shared_experts)
+    return [mlp.gate.weight, mlp.experts.gate_up_proj, *shared]
 
 
 def _outputs_of(mlp: SwiGLU | MixtureOfExperts) -> Matrices:
     if isinstance(mlp, SwiGLU):
         return [mlp.down_proj.weight]
-    return [mlp.experts.down_proj, *_outputs_of(mlp.shared_experts)]
+    shared = [] if mlp.shared_experts is None else _outputs_of(mlp.shared_experts)
+    return [mlp.experts.down_proj, *shared]
 
 
 def _turn_latents(attention: LatentAttention) -> None:

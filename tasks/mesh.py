@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lm.config import GroupedArchitecture, LatentArchitecture
+from lm.config import Architecture, GroupedArchitecture, GroupedShape, LatentArchitecture
 from tasks.section import Section
 
 AXES = ("pipeline", "replicate", "shard", "expert", "tensor")
@@ -88,7 +88,7 @@ class MeshParams(Section):
         return Mesh(self.pipeline, replicate, self.shard, self.expert, self.tensor, self.pipeline_schedule)
 
 
-def check_fits(mesh: Mesh, model: LatentArchitecture | GroupedArchitecture) -> None:
+def check_fits(mesh: Mesh, model: Architecture) -> None:
     """Raises ValueError when ``model`` does not divide over ``mesh``."""
     if mesh.stages > model.num_hidden_layers:
         two = ", two a process with pipeline_schedule " + mesh.schedule if mesh.stages > mesh.pipeline else ""
@@ -131,16 +131,19 @@ def check_micro_batches(mesh: Mesh, passes: int) -> None:
         )
 
 
-def _check_experts(mesh: Mesh, model: LatentArchitecture | GroupedArchitecture) -> None:
+def _check_experts(mesh: Mesh, model: Architecture) -> None:
     if mesh.expert == 1:
         return
-    if isinstance(model, GroupedArchitecture) or model.first_k_dense_replace == model.num_hidden_layers:
+    if isinstance(model, GroupedArchitecture) or (
+        isinstance(model, LatentArchitecture) and model.first_k_dense_replace == model.num_hidden_layers
+    ):
         raise ValueError(
             f"mesh.expert is {mesh.expert}, and this model has no layer with experts; set mesh.expert to 1"
         )
     if model.n_routed_experts % mesh.expert:
+        experts = "n_routed_experts" if isinstance(model, LatentArchitecture) else "num_experts"
         raise ValueError(
-            f"n_routed_experts {model.n_routed_experts} does not divide over mesh.expert {mesh.expert}; "
+            f"{experts} {model.n_routed_experts} does not divide over mesh.expert {mesh.expert}; "
             "make one a multiple of the other"
         )
     # With the experts over one axis, what is left of each is cut along its next dimension, in equal parts.
@@ -155,11 +158,13 @@ def _check_experts(mesh: Mesh, model: LatentArchitecture | GroupedArchitecture) 
             )
 
 
-def _check_tensor(tensor: int, model: LatentArchitecture | GroupedArchitecture) -> None:
-    cut = {"num_attention_heads": model.num_attention_heads, "intermediate_size": model.intermediate_size}
-    if isinstance(model, GroupedArchitecture):
+def _check_tensor(tensor: int, model: Architecture) -> None:
+    cut = {"num_attention_heads": model.num_attention_heads}
+    if isinstance(model, GroupedShape):
         cut["num_key_value_heads"] = model.num_key_value_heads
-    else:
+    if isinstance(model, LatentArchitecture | GroupedArchitecture):
+        cut["intermediate_size"] = model.intermediate_size
+    if isinstance(model, LatentArchitecture):
         cut["moe_intermediate_size x n_shared_experts"] = model.moe_intermediate_size * model.n_shared_experts
     for name, size in cut.items():
         if size % tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lm.config import LatentConfig
+from lm.config import GroupedConfig, GroupedMixtureConfig
 from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.loss import logits_held
@@ -83,7 +83,8 @@ def largest(model: LanguageModel, params: TrainingParams, length: int, precision
 
 
 def _where_the_model_is(model: LanguageModel) -> str:
-    names = ["hidden_size", "num_hidden_layers", *(["n_routed_experts"] if _routed(model) else [])]
+    experts = "num_experts" if isinstance(model.config, GroupedMixtureConfig) else "n_routed_experts"
+    names = ["hidden_size", "num_hidden_layers", *([experts] if _routed(model) else [])]
     return "train.model's " + ", ".join(names[:-1]) + f" or {names[-1]}"
 
 
@@ -156,7 +157,7 @@ def _routed(model: LanguageModel) -> int:
 
 
 def _experts_a_token(model: LanguageModel) -> int:
-    return model.config.num_experts_per_tok if isinstance(model.config, LatentConfig) else 0
+    return 0 if isinstance(model.config, GroupedConfig) else model.config.num_experts_per_tok
 
 
 def _write_account(stage: str) -> str:

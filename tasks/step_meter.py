@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import nn
 
-from lm.config import LatentConfig
+from lm.config import GroupedConfig
 from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks import paths
@@ -191,7 +191,7 @@ def _trained_in_products(model: LanguageModel) -> int:
         return active_in_products(model)
     # Where some are frozen, what is not is a layer's own factors, or an expert's.
     trained = _trained([model])
-    if isinstance(model.config, LatentConfig):
+    if not isinstance(model.config, GroupedConfig):
         routed = _trained(module for module in model.modules() if isinstance(module, Experts))
         trained -= routed - round(routed * model.config.num_experts_per_tok / model.config.n_routed_experts)
     return trained

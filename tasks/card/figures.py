@@ -35,7 +35,7 @@ def draw_curve(curve: list[dict[str, float]], path: Path) -> None:
 
 def draw_architecture(config: dict[str, Any], path: Path) -> None:
     """Draws the decoder that ``config`` (the model's config.json) describes, from the tokens at the bottom upwards."""
-    dense = config.get("first_k_dense_replace", config["num_hidden_layers"])
+    dense = 0 if "num_experts" in config else config.get("first_k_dense_replace", config["num_hidden_layers"])
     sparse = config["num_hidden_layers"] - dense
     attention = _attention_text(config)
     boxes = [("ends", f"embedding  {config['vocab_size']:,} x {config['hidden_size']}")]
@@ -75,11 +75,12 @@ def _attention_text(config: dict[str, Any]) -> str:
 
 
 def _experts_text(config: dict[str, Any]) -> str:
-    router = "softmax router" if config["model_type"] == "deepseek_v2" else "sigmoid router with balancing bias"
-    return (
-        f"{config['n_routed_experts']} experts of {config['moe_intermediate_size']}, {config['num_experts_per_tok']} a "
-        f"token\n+ {config['n_shared_experts']} shared; {router}"
-    )
+    count = config["num_experts"] if "num_experts" in config else config["n_routed_experts"]
+    shared = "" if "num_experts" in config else f"+ {config['n_shared_experts']} shared; "
+    has_bias = config["model_type"] == "deepseek_v3"
+    router = "sigmoid router with balancing bias" if has_bias else "softmax router"
+    experts = f"{count} experts of {config['moe_intermediate_size']}, {config['num_experts_per_tok']} a token"
+    return f"{experts}\n{shared}{router}"
 
 
 def _box(axes: Axes, row: int, colour: str, text: str) -> None:

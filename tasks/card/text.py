@@ -113,6 +113,7 @@ _FAMILIES = {
     "llama": "Llama",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3-MoE",
 }
 
 

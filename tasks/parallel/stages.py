@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lm.config import LatentConfig
+from lm.config import GroupedConfig
 from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks.world import World
@@ -93,7 +93,7 @@ def balanced(sizes: Sequence[float], parts: int) -> list[range]:
 
 def _size(layer: nn.Module, model: LanguageModel) -> float:
     held = sum(parameter.numel() for parameter in layer.parameters())
-    if not isinstance(model.config, LatentConfig):
+    if isinstance(model.config, GroupedConfig):
         return 2.0 * held
     experts = [module for module in layer.modules() if isinstance(module, Experts)]
     routed = sum(parameter.numel() for module in experts for parameter in module.parameters())

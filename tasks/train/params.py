@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from lm.config import GroupedArchitecture, LatentArchitecture
+from lm.config import Architecture, LatentArchitecture
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
@@ -52,7 +52,7 @@ class TrainParams(TrainingParams):
     init: str = Field(default=init.SCRATCH, min_length=1)
     seq_len: int = Field(ge=2)
     # None: that of the model that training starts from.
-    model: Annotated[LatentArchitecture | GroupedArchitecture, Field(discriminator="model_type")] | None
+    model: Annotated[Architecture, Field(discriminator="model_type")] | None
     mesh: MeshParams
     compression: Compression = "none"
     compression_rank: int = Field(default=4, ge=1)
@@ -82,7 +82,7 @@ class TrainParams(TrainingParams):
         return self.mtp_loss_weight > 0 and self.lora is None
 
     @property
-    def architecture(self) -> LatentArchitecture | GroupedArchitecture | None:
+    def architecture(self) -> Architecture | None:
         """What ``model`` describes, without what is not trained."""
         if isinstance(self.model, LatentArchitecture) and not self.trains_mtp:
             return self.model.model_copy(update={"num_nextn_predict_layers": 0})

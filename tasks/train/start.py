@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lm import hugging_face, low_rank
-from lm.config import GroupedConfig, LatentArchitecture, LatentConfig, ModelConfig
+from lm.config import LatentConfig, ModelConfig, completed
 from lm.hugging_face_config import architecture_of
 from lm.hugging_face_files import TOKENIZER
 from lm.model import LanguageModel
@@ -77,9 +77,8 @@ def load(folder: Path | None, params: TrainParams, manifest: Manifest) -> Langua
 def new_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
     """Returns the chosen architecture with the tokenizer's ids and the longest position that training sees."""
     assert params.architecture is not None
-    kind = LatentConfig if isinstance(params.architecture, LatentArchitecture) else GroupedConfig
-    return kind(
-        **params.architecture.model_dump(),
+    return completed(
+        params.architecture,
         vocab_size=manifest.vocab_size,
         max_position_embeddings=params.seq_len,
         bos_token_id=manifest.bos_token_id,

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from odd import make_grouped, make_model
+from odd import make_grouped, make_grouped_mixture, make_model
 
 from lm.model import LanguageModel
 
@@ -42,9 +42,17 @@ GROUPED_VARIANTS = {
     "qwen2, stretched": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 4.0}},
     "qwen3, one head of keys": {"model_type": "qwen3", "num_key_value_heads": 1},
 }
+GROUPED_MIXTURES = {
+    "qwen3_moe": {},
+    # Whose experts are one node in a graph.
+    "qwen3_moe, whole blocks, stretched and tied, weights not normalized": {
+        **WHOLE_BLOCKS, "norm_topk_prob": False, "rope_scaling": YARN, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 MODELS = {
     **{name: (make_model, changes) for name, changes in VARIANTS.items()},
     **{name: (make_grouped, changes) for name, changes in GROUPED_VARIANTS.items()},
+    **{name: (make_grouped_mixture, changes) for name, changes in GROUPED_MIXTURES.items()},
 }
 
 

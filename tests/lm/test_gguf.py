@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -10,7 +11,7 @@ import numpy as np
 import odd
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from texts import HARD, write_trained_tokenizer
 from tokenizers import Tokenizer
 
@@ -34,6 +35,7 @@ MODELS = {
     "llama, stretched and tied": (odd.make_grouped, {"rope_scaling": LLAMA_3, "tie_word_embeddings": True}),
     "qwen2": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96}),
     "qwen3, one head of keys": (odd.make_grouped, {"model_type": "qwen3", "num_key_value_heads": 1}),
+    "qwen3moe": (odd.make_grouped_mixture, {}),
     "latent": (odd.make_model, {}),
     "latent, query latent and groups": (odd.make_model, {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
     "latent, dense only": (odd.make_model, {"first_k_dense_replace": 3}),
@@ -82,6 +84,29 @@ def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]
     assert answers == greedy(model, PROMPTS, answers)
 
 
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (odd.make_grouped_mixture, {"norm_topk_prob": False}, "normalizes the weights of a qwen3moe's experts"),
+        (odd.make_grouped_mixture, {"rope_scaling": LLAMA_3}, "reads Llama 3's rope_scaling of no qwen3_moe"),
+        (odd.make_grouped, {"model_type": "qwen3", "rope_scaling": LLAMA_3}, "reads Llama 3's .* of no qwen3"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_stays_here(make, changes, said: str, tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, make, **changes)
+    with pytest.raises(Unfit, match=rf"llama\.cpp {said}"):
+        written(folder)
+
+
+def test_experts_are_read_as_llama_cpp_s_converter_writes_them(tmp_path: Path) -> None:
+    model, folder = make_checkpoint(tmp_path, odd.make_grouped_mixture, initializer_range=0.02)
+    own = ("overnight.initializer_range", "qwen3moe.vocab_size", "qwen3moe.rope.dimension_count")
+    # Of no use here.
+    more: dict[str, object] = {"feed_forward_length": 6144, "expert_shared_feed_forward_length": 0}
+    values = {f"qwen3moe.{key}": value for key, value in more.items()}
+    assert gguf_file.load(edited(written(folder), tmp_path / "foreign.gguf", values, own)).config == model.config
+
+
 def test_layers_of_multi_token_prediction_stay_behind(tmp_path: Path) -> None:
     model, folder = make_checkpoint(tmp_path, odd.make_model, num_nextn_predict_layers=1)
     answers = llama_cpp.continued(written(folder), PROMPTS, NEW)
@@ -99,15 +124,18 @@ def test_a_model_that_comes_back_is_the_one_that_went(checkpoint: tuple[Language
     LanguageModel(loaded.config).load_state_dict(loaded.state)
 
 
+@pytest.mark.parametrize(("make", "sizes"), [(odd.make_model, {"q_lora_rank": 32}), (odd.make_grouped_mixture, {})])
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
-def test_smaller_types_are_near_and_llama_cpp_runs_them(kind: gguf_write.Kind, tmp_path: Path) -> None:
+def test_smaller_types_are_near_and_llama_cpp_runs_them(
+    kind: gguf_write.Kind, make: Callable[..., LanguageModel], sizes: dict[str, int], tmp_path: Path
+) -> None:
     # Widths of 64 fill Q8_0's blocks of 32; those of 48 and 22 do not.
-    model, folder = make_checkpoint(tmp_path, odd.make_model, hidden_size=64, q_lora_rank=32)
+    model, folder = make_checkpoint(tmp_path, make, hidden_size=64, **sizes)
     path = written(folder, kind)
     types = {tensor.name: GGMLQuantizationType(tensor.tensor_type).name for tensor in gguf.GGUFReader(path).tensors}
     assert types["token_embd.weight"] == kind.upper()
     assert types["blk.1.ffn_down_exps.weight"] == ("F16" if kind == "q8_0" else kind.upper())
-    assert types["blk.1.ffn_gate_inp.weight"] == types["blk.1.exp_probs_b.bias"] == types["output_norm.weight"] == "F32"
+    assert {types[name] for name in types if name.endswith(("ffn_gate_inp.weight", ".bias", "norm.weight"))} == {"F32"}
     state = gguf_file.load(path).state
     for name, tensor in model.state_dict().items():
         step = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254}[kind] * tensor.abs().max()
@@ -187,19 +215,22 @@ def test_ids_beyond_the_tokenizer_are_unused_ones(tmp_path: Path) -> None:
     assert Tokenizer.from_str(loaded.tokenizer).get_vocab_size() == SIZE
 
 
-def edited(source: Path, path: Path, values: dict[str, object], drop: str = "", add: str = "") -> Path:
-    """Copies a GGUF file with other metadata, without the tensor ``drop`` and with one called ``add``."""
+def edited(
+    source: Path, path: Path, values: dict[str, object], without: tuple[str, ...] = (), drop: str = "", add: str = ""
+) -> Path:
+    """Copies a GGUF file with other metadata and ``without`` some, without the tensor ``drop`` and with one more."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(
         path, str(values.pop("general.architecture", reader.fields["general.architecture"].contents()))
     )
     for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
+        if not key.startswith("GGUF.") and key not in ("general.architecture", *without):
             kind, sub = field.types[0], field.types[-1]
             value = values.get(key, field.contents())
             writer.add_key_value(key, value, kind, sub if len(field.types) > 1 else None)
     for key in values.keys() - reader.fields.keys():
-        writer.add_string(key, str(values[key]))
+        value = values[key]
+        writer.add_key_value(key, value, GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.STRING)
     for tensor in reader.tensors:
         if tensor.name != drop:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -215,7 +246,10 @@ def edited(source: Path, path: Path, values: dict[str, object], drop: str = "", 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "falcon"}, "its architecture is 'falcon'; known are deepseek2, llama, qwen2, qwen3"),
+        (
+            {"general.architecture": "falcon"},
+            "its architecture is 'falcon'; known are deepseek2, llama, qwen2, qwen3, qwen3moe",
+        ),
         ({"drop": "blk.1.ffn_up.weight"}, "it lacks blk.1.ffn_up.weight"),
         ({"add": "blk.9.what"}, "it has, beyond what its configuration says, blk.9.what"),
         ({"llama.block_count": 2}, "it has, beyond what its configuration says, blk.2.attn_k.weight, "),

@@ -28,6 +28,18 @@ DEEPSEEK = {
     },
 }  # fmt: skip
 
+# As Qwen published it, but for its sizes.
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 99,
+    "decoder_sparse_step": 1, "eos_token_id": 98, "head_dim": 16, "hidden_act": "silu", "hidden_size": 48,
+    "initializer_range": 0.02, "intermediate_size": 144, "max_position_embeddings": 128, "max_window_layers": 2,
+    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 24, "norm_topk_prob": True,
+    "num_attention_heads": 4, "num_experts": 8, "num_experts_per_tok": 3, "num_hidden_layers": 2,
+    "num_key_value_heads": 2, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 100,
+}  # fmt: skip
+
 
 def test_what_an_older_file_leaves_out_has_its_default() -> None:
     config = config_from_json(LLAMA)
@@ -36,6 +48,9 @@ def test_what_an_older_file_leaves_out_has_its_default() -> None:
     assert (config.rms_norm_eps, config.initializer_range, config.tie_word_embeddings) == (1e-6, 0.02, True)
     assert (config.bos_token_id, config.eos_token_id) == (1, 2)
     assert config_from_json({**LLAMA, "model_type": "qwen3"}).head_dim == 128
+    without = {name: value for name, value in QWEN3_MOE.items() if name not in ("head_dim", "norm_topk_prob")}
+    config = config_from_json({**without, "hidden_size": 64})
+    assert (config.head_dim, config.norm_topk_prob) == (16, False)
 
 
 def test_a_flat_stretching_of_any_age_is_read() -> None:
@@ -53,7 +68,7 @@ def test_a_flat_stretching_of_any_age_is_read() -> None:
     assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
 
 
-@pytest.mark.parametrize("content", [LLAMA, DEEPSEEK, {**DEEPSEEK, "n_group": 4, "topk_group": 2}])
+@pytest.mark.parametrize("content", [LLAMA, DEEPSEEK, {**DEEPSEEK, "n_group": 4, "topk_group": 2}, QWEN3_MOE])
 def test_what_is_written_is_what_was_read(content: dict[str, Any], tmp_path: Any) -> None:
     config = config_from_json(content)
     written = config_to_json(config)
@@ -90,6 +105,33 @@ def test_what_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str
         config_from_json({**LLAMA, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; of a qwen3_moe, 1 is built here"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; of a qwen3_moe, \[\] is built here"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than num_experts 8"),
+        ({"num_experts": None}, "num_experts: Input should be a valid integer, found None"),
+        ({"num_experts": None, "num_local_experts": 8.5}, "num_experts: Input should be a valid integer, found 8.5"),
+    ],
+)
+def test_experts_that_are_not_built_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unusable, match=f"^config.json: .*{said}"):
+        config_from_json({**QWEN3_MOE, **changes})
+
+
+def test_the_order_of_keys_stays_that_of_older_versions() -> None:
+    # Equal models have equal bytes, so a version can be told to be the same.
+    assert list(config_to_json(config_from_json(LLAMA))) == [
+        "dtype", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "model_type", "hidden_size",
+        "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling",
+        "intermediate_size", "tie_word_embeddings", "initializer_range", "rms_norm_eps", "architectures",
+        "attention_bias", "rope_parameters", "hidden_act", "pad_token_id",
+    ]  # fmt: skip
+
+
 def test_a_missing_size_is_named() -> None:
     with pytest.raises(Unusable, match="vocab_size is missing; kv_lora_rank is missing"):
         config_from_json({key: value for key, value in DEEPSEEK.items() if key not in ("kv_lora_rank", "vocab_size")})
+    with pytest.raises(Unusable, match="num_experts is missing"):
+        config_from_json({key: value for key, value in QWEN3_MOE.items() if key != "num_experts"})

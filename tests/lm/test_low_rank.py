@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from odd import make_grouped, make_model, write_checkpoint
+from odd import make_grouped, make_grouped_mixture, make_model, write_checkpoint
 from safetensors.torch import load_file
 
 from lm import feed_forward, hugging_face, low_rank
@@ -136,14 +136,14 @@ def test_peft_computes_with_the_written_factors_what_the_model_does(tmp_path: Pa
     from transformers import AutoModelForCausalLM
 
     ids = IDS % tiny.VOCAB
-    for name, make in (("grouped", make_grouped), ("latent", make_model)):
+    some = ["[qko]*_proj*", "down_proj", "*.2.*.gate*_proj"]
+    for name, make, targets in (
+        ("grouped", make_grouped, ["*_proj"]),
+        ("latent", make_model, some),
+        ("grouped-mixture", make_grouped_mixture, some),
+    ):
         base = tmp_path / name
-        model = adapted(
-            write_checkpoint(base, make),
-            "*_proj" if name == "grouped" else "[qko]*_proj*",
-            "down_proj",
-            "*.2.*.gate*_proj",
-        )
+        model = adapted(write_checkpoint(base, make), *targets)
         low_rank.save(model, base / "adapter")
         again = tmp_path / f"{name}-again"
         low_rank.save(model, again)

@@ -12,7 +12,7 @@ from odd import make_grouped, make_model
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
 from lm.calibration import calibrate
-from lm.config import GroupedConfig
+from lm.config import GroupedShape
 from lm.feed_forward import gated
 from lm.graph import FLOAT, Graph
 from lm.model import LanguageModel
@@ -206,7 +206,7 @@ def test_what_computes_a_cache_writes_it_where_the_caller_wants_it(
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     caches = [value.name for value in graph.output if value.name.startswith("present_")]
-    assert len(caches) == len(model.model.layers) * (2 if isinstance(model.config, GroupedConfig) else 1)
+    assert len(caches) == len(model.model.layers) * (2 if isinstance(model.config, GroupedShape) else 1)
     for cache in caches:
         # One that a further node hands on would be copied whole for each token.
         assert makers[cache].op_type in ("ScatterND", "GroupQueryAttention")

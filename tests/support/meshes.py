@@ -21,7 +21,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lm import loss, low_rank
-from lm.config import GroupedConfig, LatentConfig, ModelConfig
+from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
@@ -51,6 +51,11 @@ _LATENT = {
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
 }  # fmt: skip
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": None}
+_GROUPED_MIXTURE = {
+    **{name: size for name, size in {**_ANY, **_GROUPED}.items() if name != "intermediate_size"},
+    "model_type": "qwen3_moe", "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2,
+    "norm_topk_prob": True, "tie_word_embeddings": False,
+}  # fmt: skip
 MODELS: dict[str, ModelConfig] = {
     "latent": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-compressed": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": 8}),
@@ -83,6 +88,7 @@ MODELS: dict[str, ModelConfig] = {
     "latent-further-tied": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}
     ),
+    "qwen3-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GROUPED_MIXTURE}),
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-deep-lora": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
@@ -200,6 +206,8 @@ def model_of(case: Case) -> LanguageModel:
             if value.dim() == 1:
                 value += 0.2 * torch.randn(value.shape, generator=generator)
         for router in model.routers():
+            if router.e_score_correction_bias is None:
+                continue
             router.e_score_correction_bias += 0.1 * torch.randn(4, generator=generator)
             if case.model == "latent-uneven":
                 router.e_score_correction_bias[:2] += 10

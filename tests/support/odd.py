@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from lm import hugging_face, hugging_face_config, onnx_model
-from lm.config import GroupedConfig, LatentConfig
+from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig
 from lm.model import LanguageModel
 from lm.quantization import PLANS
 
@@ -64,9 +64,28 @@ ODD_GROUPED = {
 }
 
 
+# A third of its experts a token.
+ODD_GROUPED_MIXTURE = {
+    **{name: value for name, value in ODD_GROUPED.items() if name != "intermediate_size"},
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 22,
+    "num_experts": 9,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
+
+
 def make_grouped(**changes: Any) -> LanguageModel:
     """A Llama- or Qwen-type model with random weights, its biases and norms random too."""
-    model = LanguageModel(GroupedConfig.model_validate({**ODD_GROUPED, **changes}))
+    return _with_odd_vectors(LanguageModel(GroupedConfig.model_validate({**ODD_GROUPED, **changes})))
+
+
+def make_grouped_mixture(**changes: Any) -> LanguageModel:
+    """A Qwen3-MoE-type model, as :func:`make_grouped` makes one without experts."""
+    return _with_odd_vectors(LanguageModel(GroupedMixtureConfig.model_validate({**ODD_GROUPED_MIXTURE, **changes})))
+
+
+def _with_odd_vectors(model: LanguageModel) -> LanguageModel:
     model.initialize(3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -48,6 +48,14 @@ LLAMA = {
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
 }
+QWEN3_MOE = {
+    **{name: value for name, value in LLAMA.items() if name != "intermediate_size"},
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
 # For tests to which it does not matter how many processes train: one is half the time.
 ALONE = {"train__world_size": 1, "quantize__world_size": 1}
 # In the order of their ids, which follow those of the bytes and <|endoftext|>; whether each is special.

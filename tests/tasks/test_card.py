@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import odd
 import pytest
 import tiny
 from huggingface_hub import ModelCard
 
-from tasks.card import text
+from lm.hugging_face_config import config_to_json
+from tasks.card import figures, text
 from tasks.card.evidence import Evidence, Report
 from tasks.card.params import CardParams
 
@@ -152,6 +154,14 @@ def test_the_figures_are_there(project: Path) -> None:
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", _card(project)):
         assert (project / "models/card" / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (project / "models/card").iterdir()} == {"README.md", "architecture.png", "curve.png"}
+
+
+def test_the_architecture_says_how_many_experts_of_what_size_there_are() -> None:
+    latent, grouped = (
+        figures._experts_text(config_to_json(make().config)) for make in (odd.make_model, odd.make_grouped_mixture)
+    )
+    assert latent == "8 experts of 22, 3 a token\n+ 2 shared; sigmoid router with balancing bias"
+    assert grouped == "9 experts of 22, 3 a token\nsoftmax router"
 
 
 def test_a_second_card_has_the_same_bytes(project: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from odd import make_grouped, make_model
+from odd import make_grouped, make_grouped_mixture, make_model
 
 from lm import hugging_face, onnx_model
 from lm.model import LanguageModel
@@ -28,7 +28,7 @@ DOCUMENTS = [(DRAW.integers(0, 256, length).astype(np.uint16), length) for lengt
 LEARNED = [DRAW.integers(0, 2, len(tokens)).astype(bool) for tokens, _ in DOCUMENTS]
 
 
-@pytest.fixture(params=[make_model, make_grouped])
+@pytest.fixture(params=[make_model, make_grouped, make_grouped_mixture])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     words = {"vocab_size": tiny.VOCAB, "bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1}
     made: LanguageModel = request.param(**words, max_position_embeddings=CONTEXT)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import tiny
 import torch
-from odd import export_over_bytes, make_grouped, make_model
+from odd import export_over_bytes, make_grouped, make_grouped_mixture, make_model
 
 from lm import hugging_face, onnx_model
 from lm.model import LanguageModel
@@ -23,9 +23,9 @@ IDS = np.random.default_rng(0).integers(0, 256, (3, 40))
 OVER_BYTES = {"vocab_size": tiny.VOCAB, "bos_token_id": tiny.VOCAB - 1, "eos_token_id": tiny.VOCAB - 1}
 
 
-@pytest.fixture
-def model() -> LanguageModel:
-    return make_model(**OVER_BYTES, n_group=4, topk_group=2)
+@pytest.fixture(params=[True, False], ids=["latent", "grouped"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return make_model(**OVER_BYTES, n_group=4, topk_group=2) if request.param else make_grouped_mixture(**OVER_BYTES)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_graph_in_float_chooses_what_the_float_model_chooses(model: LanguageMo
     _, expected = FloatRouting(model).run(IDS)
     _, chosen = read(Int8Routing(tmp_path, model))
     # Layers with experts, batch, length, experts a token; sorted, because their order says nothing.
-    assert chosen.shape == (2, 3, 40, 3)
+    assert chosen.shape == (len(model.routers()), 3, 40, 3)
     # The embedding is INT8 even here, which moves few tokens from one expert to another.
     assert (chosen == expected).all(axis=-1).mean() > 0.97
     assert (np.diff(chosen, axis=-1) > 0).all()

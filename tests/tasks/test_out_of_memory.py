@@ -67,15 +67,18 @@ def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None
     assert "lower train.seq_len" in told_line
 
 
-def test_a_large_model_for_few_tokens_is_told_to_shrink_itself(project: Path) -> None:
-    told_line = message(params_with(project, train__micro_batch=1), odd.make_model(), length=2)
+@pytest.mark.parametrize(
+    ("make", "experts"), [(odd.make_model, "n_routed_experts"), (odd.make_grouped_mixture, "num_experts")]
+)
+def test_a_large_model_for_few_tokens_is_told_to_shrink_itself(make: Any, experts: str, project: Path) -> None:
+    told_line = message(params_with(project, train__micro_batch=1), make(), length=2)
     assert re.search(
-        r"weights and their gradients .* of it routed experts; lower train.model's .* n_routed_experts", told_line
+        rf"weights and their gradients .* of it routed experts; lower train.model's .* or {experts}\b", told_line
     )
     assert re.search(r"optimizer: muon makes it [\d.]+ MiB", told_line)
 
 
-@pytest.mark.parametrize("make", [odd.make_model, odd.make_grouped])
+@pytest.mark.parametrize("make", [odd.make_model, odd.make_grouped, odd.make_grouped_mixture])
 @pytest.mark.parametrize("which", ["none", "full"])
 def test_the_estimate_of_activations_is_near_what_is_kept(which: Recomputation, make: Any) -> None:
     model = make().train()

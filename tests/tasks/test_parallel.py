@@ -24,13 +24,17 @@ from tasks.train.params import TrainParams
 ROOT = Path(__file__).parents[2]
 Trained = Callable[[Case], Result]
 
+# Each axis and most of their combinations take all steps; what a model has besides shows in a few.
+FEW = 4
 TWO = [
     Case({}),
     Case({}, micro_batch=4),
     Case({"shard": 2}, micro_batch=4),
     Case({"shard": 2}, "qwen3"),
     Case({"expert": 2}, micro_batch=1),
-    Case({"expert": 2}, "latent-uneven"),
+    Case({"expert": 2}, "latent-uneven", steps=FEW),
+    Case({"expert": 2}, "qwen3-moe", micro_batch=1, steps=FEW),
+    Case({"tensor": 2}, "qwen3-moe", micro_batch=4, steps=FEW),
     Case({"tensor": 2}, "qwen2"),
     Case({"tensor": 2}, "qwen3-even", logits_held=64),
     Case({"tensor": 2}, "qwen3", micro_batch=4),
@@ -40,25 +44,25 @@ TWO = [
     Case({"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"}, "qwen3-deep"),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep", micro_batch=1),
-    Case({}, "latent-lora"),
-    Case({"shard": 2}, "latent-lora", micro_batch=1),
-    Case({"expert": 2}, "latent-lora"),
-    Case({"tensor": 2}, "latent-lora"),
-    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep-lora"),
-    Case({"pipeline": 2}, "qwen3-deep-lora"),
-    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep-lora"),
-    Case({}, "latent-further"),
-    Case({"expert": 2}, "latent-further"),
-    Case({"tensor": 2}, "latent-further-even", logits_held=64),
-    Case({"shard": 2}, "latent-further", recomputed="full"),
+    Case({}, "latent-lora", steps=FEW),
+    Case({"shard": 2}, "latent-lora", micro_batch=1, steps=FEW),
+    Case({"expert": 2}, "latent-lora", steps=FEW),
+    Case({"tensor": 2}, "latent-lora", steps=FEW),
+    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "latent-deep-lora", steps=FEW),
+    Case({"pipeline": 2}, "qwen3-deep-lora", steps=FEW),
+    Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep-lora", steps=FEW),
+    Case({}, "latent-further", steps=FEW),
+    Case({"expert": 2}, "latent-further", steps=FEW),
+    Case({"tensor": 2}, "latent-further-even", logits_held=64, steps=FEW),
+    Case({"shard": 2}, "latent-further", recomputed="full", steps=FEW),
     # Muon computes in bf16: what is another sum in fp32 is soon another model.
     Case({"shard": 2}, "qwen3", steps=3, optimizer="muon"),
     Case({"expert": 2}, steps=3, optimizer="muon"),
     # The first stage has no experts.
     Case({"pipeline": 2}, steps=3, optimizer="muon"),
-    Case({"pipeline": 2}, answers=True),
-    Case({"shard": 2}, answers=True),
-    Case({"pipeline": 2}, "latent-further"),
+    Case({"pipeline": 2}, answers=True, steps=FEW),
+    Case({"shard": 2}, answers=True, steps=FEW),
+    Case({"pipeline": 2}, "latent-further", steps=FEW),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
@@ -70,8 +74,8 @@ FOUR = [
     Case({"tensor": 2}),
     Case({"expert": 2, "tensor": 2}, micro_batch=4),
     Case({"shard": 2, "tensor": 2}, "qwen3-even"),
-    Case({"shard": 2, "tensor": 2}, "latent-further-even"),
-    Case({"shard": 2, "expert": 2}, "latent-lora", micro_batch=1),
+    Case({"shard": 2, "tensor": 2}, "latent-further-even", steps=FEW),
+    Case({"shard": 2, "expert": 2}, "latent-lora", micro_batch=1, steps=FEW),
     Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=3, optimizer="muon"),
     Case({"shard": 2, "expert": 2}, micro_batch=1, steps=3, optimizer="muon"),
     Case({"pipeline": 2}),
@@ -80,10 +84,11 @@ FOUR = [
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
     Case({"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep", recomputed="full"),
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=3, optimizer="muon"),
-    Case({"pipeline": 2, "tensor": 2}, "qwen3-even", answers=True),
-    Case({"pipeline": 2, "shard": 2}, "latent-further-tied"),
-    Case({"pipeline": 2, "tensor": 2}, "latent-deep-lora"),
-    Case({"pipeline": 2, "tensor": 2}, "latent-further-even", answers=True),
+    Case({"pipeline": 2, "tensor": 2}, "qwen3-even", answers=True, steps=FEW),
+    Case({"pipeline": 2, "expert": 2}, "qwen3-moe", steps=FEW),
+    Case({"pipeline": 2, "shard": 2}, "latent-further-tied", steps=FEW),
+    Case({"pipeline": 2, "tensor": 2}, "latent-deep-lora", steps=FEW),
+    Case({"pipeline": 2, "tensor": 2}, "latent-further-even", answers=True, steps=FEW),
 ]
 # Each takes over what the case of that number left after five steps.
 # Of the last, both copies of the tied weights lie in one process.
@@ -283,7 +288,8 @@ def test_a_step_that_one_stage_spoils_is_skipped_by_all(two: list[Result]) -> No
 
 def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None:
     share = {
-        name_of(case): result.elements / alone(case.model).elements for case, result in zip(FOUR, four, strict=False)
+        name_of(case): result.elements / alone(case.model, case.steps, case.optimizer, case.answers).elements
+        for case, result in zip(FOUR, four, strict=False)
     }
     assert share["latent-shard4-1"] == pytest.approx(1 / 4, abs=0.02)
     assert share["latent-shard2-2"] == pytest.approx(1 / 2, abs=0.02)
@@ -295,7 +301,7 @@ def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None
 
 def test_nobody_chooses_the_experts_that_the_uneven_model_leaves_idle() -> None:
     # Else the case above would not show what a process does that no token comes to.
-    gradients = alone("latent-uneven").gradients["model.layers.1.mlp.experts.down_proj"]
+    gradients = alone("latent-uneven", FEW).gradients["model.layers.1.mlp.experts.down_proj"]
     assert gradients[:2].abs().amax() > 0
     assert not gradients[2:].any()
 
@@ -323,6 +329,11 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         ({"pipe": 2}, {}, "train.mesh.pipe: unknown key"),
         ({"expert": 2}, {"train__model": tiny.LLAMA}, "this model has no layer with experts; set mesh.expert to 1"),
         ({"expert": 2}, {"train__model__n_routed_experts": 5}, "n_routed_experts 5 does not divide over mesh.expert 2"),
+        (
+            {"expert": 2},
+            {"train__model": {**tiny.QWEN3_MOE, "num_experts": 5}},
+            "num_experts 5 does not divide over mesh.expert 2",
+        ),
         ({"tensor": 2}, {"train__model__num_attention_heads": 3}, "num_attention_heads 3 does not divide over mesh.t"),
         ({"tensor": 2}, {"train__model__intermediate_size": 49}, "intermediate_size 49 does not divide over mesh.t"),
         (

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -498,8 +499,18 @@ def test_layers_that_cannot_stay_float_are_told_before_anything_is_trained(
     assert "Traceback" not in output
 
 
-def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> None:
-    tiny.write_params(tmp_path, **tiny.ALONE, train__model=tiny.LLAMA, quantize__scheme="weight-only-8")
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (tiny.LLAMA, ["A Qwen3-style language model of"]),
+        (tiny.QWEN3_MOE, ["A Qwen3-MoE-style language model of", "| busiest expert's tokens over the mean's | "]),
+    ],
+    ids=["dense", "experts"],
+)
+def test_families_with_grouped_queries_go_through_all_stages_of_the_model(
+    model: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    tiny.write_params(tmp_path, **tiny.ALONE, train__model=model, quantize__scheme="weight-only-8")
     tiny.write_shards(tmp_path)
     tiny.write_champion(tmp_path)
     for stage in ("train", "quantize", "evaluate", "card"):
@@ -508,7 +519,7 @@ def test_a_dense_family_goes_through_all_stages_of_the_model(tmp_path: Path) -> 
     evaluation = json.loads((tmp_path / "models/evaluation.json").read_text())
     assert abs(evaluation["gate"]["relative_loss"]["value"]) < 0.01
     card = (tmp_path / "models/card/README.md").read_text()
-    assert "A Qwen3-style language model of" in card
+    assert all(words in card for words in told)
     assert "| cache a token and layer (numbers) | 64 |" in card
     assert "| scheme (`quantize.scheme`) | `weight-only-8` (asked: `weight-only-8`) |" in card
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import BadParameter
-from tasks.params import read
+from tasks.params import Params, read
+from tasks.section import parse_yaml, validate
 
 ROOT = Path(__file__).parent.parent.parent
 DEFAULT = (ROOT / "params.yaml").read_bytes()
@@ -38,6 +39,19 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
         (
             DEFAULT.replace(b"    hidden_size", b"    hiden_size"),
             "train.model.hiden_size: .* did you mean `hidden_size`[?]$",
+        ),
+        # Keys of other families.
+        (
+            DEFAULT.replace(b"    n_routed_experts", b"    num_experts: 8\n    n_routed_experts"),
+            "train.model.num_experts: unknown key; ",
+        ),
+        (
+            DEFAULT.replace(b"    n_routed_experts: 8", b"    num_experts: 8"),
+            "train.model.num_experts: unknown key; did you mean `n_routed_experts`[?]$",
+        ),
+        (
+            DEFAULT.replace(b"    kv_lora_rank", b"    head_dim: 16\n    kv_lora_rank"),
+            "train.model.head_dim: unknown key; ",
         ),
         (
             DEFAULT.replace(b"_layers: 4 ", b"_layers: 0 "),
@@ -106,3 +120,26 @@ def test_the_default_file_is_valid_and_every_knob_has_a_comment() -> None:
         if line.strip() and "#" not in line and not line.rstrip().endswith(":") and 'licence: "text' not in line
     ]
     assert not bare, bare
+
+
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": None, "tie_word_embeddings": True}
+EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2"])
+def test_the_default_model_becomes_each_family_as_its_comment_says(family: str) -> None:
+    content = parse_yaml(DEFAULT, Path("params.yaml"))
+    model = content["train"]["model"]
+    model["model_type"] = family
+    if family == "deepseek_v2":
+        model["norm_topk_prob"] = False
+    else:
+        names = list(model)
+        for first, last in (("q_lora_rank", "v_head_dim"), ("first_k_dense_replace", "num_nextn_predict_layers")):
+            for name in names[names.index(first) : names.index(last) + 1]:
+                del model[name]
+        model |= GROUPED
+    if family == "qwen3_moe":
+        del model["intermediate_size"]
+        model |= EXPERTS
+    assert validate(Params, content, Path("params.yaml")).train.model is not None

@@ -82,7 +82,12 @@ def test_utilization_is_six_operations_a_parameter_and_token_over_the_peak(
 
 
 @pytest.mark.parametrize(
-    ("make", "targets", "share"), [(odd.make_grouped, "*_proj", 1), (odd.make_model, "*.mlp.experts.*", 3 / 8)]
+    ("make", "targets", "share"),
+    [
+        (odd.make_grouped, "*_proj", 1),
+        (odd.make_model, "*.mlp.experts.*", 3 / 8),
+        (odd.make_grouped_mixture, "*.mlp.experts.*", 3 / 9),
+    ],
 )
 def test_frozen_weights_count_for_two_thirds(
     make: Callable[[], LanguageModel], targets: str, share: float, alone: World, monkeypatch: pytest.MonkeyPatch
