@@ -25,5 +25,10 @@ def lines(name: str) -> list[str]:
     return [line for block in _blocks(name) for line in block.splitlines()]
 
 
-def _blocks(name: str) -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
+def settings(name: str) -> list[str]:
+    """Returns the ``yaml`` blocks of docs/NAME.md."""
+    return _blocks(name, "yaml")
+
+
+def _blocks(name: str, language: str = "sh") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
