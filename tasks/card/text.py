@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from tasks.card import verdict
-from tasks.card.evidence import NOT_ASSESSED, Evidence
+from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
 from tasks.card.markdown import table
 from tasks.card.params import CardParams
 
@@ -217,8 +217,8 @@ def _evaluation(evidence: Evidence) -> str:
         others.append([champion, report.interval("champion.bits_per_byte")])
     return "\n\n".join(
         [
-            f"On {report.show('documents', '{:,}')} documents ({report.show('bytes', '{:,}')} bytes) of the test "
-            f"split, {_unseen(evidence)}. In brackets: 95% intervals from a bootstrap over documents."
+            f"On {_documents(report)} ({report.show('bytes', '{:,}')} bytes) of the test split, {_unseen(evidence)}. "
+            "In brackets: 95% intervals from a bootstrap over documents."
             + (
                 " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
                 if "post_training" in sides
@@ -234,6 +234,12 @@ def _evaluation(evidence: Evidence) -> str:
             table(["", "bits per byte"], others),
         ]
     )
+
+
+def _documents(report: Report) -> str:
+    there = report.get("documents_in_split")
+    drawn = f" of {there:,}" if there and there != report.get("documents") else ""
+    return f"{report.show('documents', '{:,}')}{drawn} documents"
 
 
 def _unseen(evidence: Evidence) -> str:

@@ -13,14 +13,13 @@ MOST_BYTES = 64 * 2**20
 
 
 def measure(train: list[str], test: list[str], order: int, bootstrap: Bootstrap) -> Baselines:
-    """Returns the bits per byte of ``test`` under both baselines, which know the end of ``train``."""
-    known = _last_bytes(train, MOST_BYTES)
+    """Returns the bits per byte of ``test`` under both baselines, which know ``train``, of MOST_BYTES at most."""
     sizes = np.array([len(text.encode()) for text in test], dtype=np.float64)
-    bits = NGram(known, order).bits(test)
+    bits = NGram(train, order).bits(test)
     return Baselines(
-        trained_on_bytes=sum(len(text.encode()) for text in known),
+        trained_on_bytes=sum(len(text.encode()) for text in train),
         ngram=NGramResult(order=order, bits_per_byte=bootstrap.ratio(bits, sizes)),
-        xz=XzResult(bits_per_byte=Point(value=round(_primed_xz_bits("".join(known), "".join(test)) / sizes.sum(), 6))),
+        xz=XzResult(bits_per_byte=Point(value=round(_primed_xz_bits("".join(train), "".join(test)) / sizes.sum(), 6))),
     )
 
 
@@ -28,13 +27,3 @@ def _primed_xz_bits(train: str, test: str) -> int:
     alone = len(lzma.compress(train.encode(), preset=9))
     both = len(lzma.compress((train + test).encode(), preset=9))
     return (both - alone) * 8
-
-
-def _last_bytes(texts: list[str], most: int) -> list[str]:
-    kept: list[str] = []
-    for text in reversed(texts):
-        most -= len(text.encode())
-        if most < 0 and kept:
-            break
-        kept.append(text)
-    return kept[::-1]

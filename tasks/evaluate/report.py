@@ -114,6 +114,7 @@ class Gate(_Report):
 
 class Evaluation(_Report):
     documents: int
+    documents_in_split: int
     tokens: int
     bytes: int
     context: int

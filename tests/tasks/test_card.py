@@ -113,6 +113,13 @@ def test_a_refused_models_card_says_so_at_the_top_and_shows_the_champion() -> No
     assert "| the champion, lm@v1.2.0 (INT8) | 1.500 [1.400, 1.600] |" in card
 
 
+def test_of_a_large_test_split_the_card_says_how_many_documents_were_measured() -> None:
+    drawn = evidence_of(evaluation={"documents": 1200, "documents_in_split": 98765, "bytes": 4321987})
+    assert "On 1,200 of 98,765 documents (4,321,987 bytes) of the test split" in text.body(drawn, PARAMS)
+    whole = evidence_of(evaluation={"documents": 1200, "documents_in_split": 1200, "bytes": 4321987})
+    assert "On 1,200 documents (4,321,987 bytes) of the test split" in text.body(whole, PARAMS)
+
+
 def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_fine_tuning_or_what_was_read() -> None:
     evidence = evidence_of(
         config={"model_type": "llama", "num_key_value_heads": 3, "head_dim": 64},

@@ -16,6 +16,7 @@ from tasks.bootstrap import Bootstrap
 from tasks.evaluate import baselines, report
 from tasks.evaluate.ngram import UNICODE, NGram
 from tasks.evaluate.score import Marks, Quantized, Scores, windows_of
+from tasks.evaluate.texts import Documents, drawn, last
 
 
 @settings(deadline=None)
@@ -116,6 +117,40 @@ def test_a_quantiles_interval_is_wide_where_whole_documents_are_alike() -> None:
     assert Bootstrap(1, 1000, 0).quantile(alike[:1], 0.9).low is None
 
 
+def made_of(*lengths: int) -> Documents:
+    draw = np.random.default_rng(5)
+    tokens = [(draw.integers(0, 999, length).astype(np.uint16), 4 * length) for length in lengths]
+    return Documents(tokens, [np.arange(length) % 2 == number % 2 for number, length in enumerate(lengths)])
+
+
+def test_documents_are_drawn_whole_in_their_order_until_there_is_enough() -> None:
+    found = made_of(*range(1, 200))
+    chosen = drawn(found, 3000, 1)
+    assert chosen.learned is not None
+    sizes = [len(tokens) for tokens, _ in chosen.tokens]
+    # All have another length.
+    assert sizes == sorted(sizes) == [len(mask) for mask in chosen.learned]
+    assert 3000 <= sum(sizes) < 3000 + max(sizes)
+    assert drawn(found, sum(range(1, 200)), 1) is found
+    assert len(drawn(found, 1, 1).tokens) == 1
+    others = [len(tokens) for tokens, _ in drawn(found, 3000, 2).tokens]
+    assert len(set(sizes) & set(others)) < len(sizes) // 2
+
+
+def test_a_document_that_comes_moves_few_of_those_that_are_drawn() -> None:
+    found = made_of(*range(1, 200))
+    more = Documents([(np.arange(50, dtype=np.uint16), 200), *found.tokens], None)
+    before, after = ({len(tokens) for tokens, _ in drawn(one, 3000, 1).tokens} for one in (found, more))
+    assert len(before - after) <= 2
+
+
+def test_a_baseline_knows_the_last_documents_that_fit() -> None:
+    found = made_of(10, 20, 30, 40)
+    for most, lengths in ((400, [10, 20, 30, 40]), (399, [20, 30, 40]), (160, [40]), (1, [40])):
+        assert [len(tokens) for tokens, _ in last(found, most).tokens] == lengths
+    assert last(Documents([], None), 9).tokens == []
+
+
 @pytest.fixture(scope="module")
 def project(candidate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "project"
@@ -152,6 +187,24 @@ def test_float_scores_equal_a_plain_loop_over_documents(project: Path) -> None:
     assert measured["tokens"] == tokens
     assert measured["models"]["float"]["nats_per_token"]["value"] == pytest.approx(nats / tokens, abs=1e-4)
     assert measured["models"]["float"]["accuracy"]["value"] == pytest.approx(right / tokens, abs=1e-3)
+
+
+def test_of_much_test_text_some_documents_are_measured(project: Path, tmp_path: Path) -> None:
+    from tasks.shards import Shards, read_manifest
+
+    shutil.copytree(project, tmp_path / "project")
+    tiny.write_params(tmp_path / "project", evaluate__test_tokens=150)
+    code, output = tiny.run("evaluate", tmp_path / "project")
+    assert code == 0, output
+    measured, whole = (
+        json.loads((folder / "models/evaluation.json").read_text()) for folder in (tmp_path / "project", project)
+    )
+    documents = Shards(project / "data/shards", read_manifest(project / "data/shards"), "test").documents()
+    assert whole["documents"] == whole["documents_in_split"] == measured["documents_in_split"] == len(documents)
+    assert 0 < measured["documents"] < len(documents)
+    # Each document's first token is not predicted.
+    assert measured["tokens"] + measured["documents"] >= 150
+    assert measured["bytes"] < whole["bytes"]
 
 
 def test_int8_is_close_to_float_but_not_the_same_numbers(project: Path) -> None:
