@@ -34,14 +34,15 @@ def main() -> None:
     model = hugging_face.load(paths.FLOAT)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     known = texts.last(texts.documents(Shards(paths.SHARDS, manifest, "train")), baselines.MOST_BYTES)
-    train, test = known.texts(tokenizer), measured.texts(tokenizer)
+    test = measured.texts(tokenizer)
     with progress("evaluate") as shown, post_training(model) as rounded:
         quantized = {report.INT8: Int8Routing(paths.INT8, model)}
         if rounded is not None:
             quantized[report.POST_TRAINING] = Int8Routing(rounded, model)
         scores = score(model, quantized, documents, params.threads, shown, learned)
         nats = None if opponent is None else opponent.nats(test, documents, learned, params.threads, shown)
-    bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)
+        bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)
+        others = baselines.measure(known.texts(tokenizer), test, params.ngram_order, bootstrap, shown)
     models = report.models(scores, bootstrap, model.layers_with_experts())
     unmeasured = opponent.version if opponent is not None and nats is None else None
     beside = None if opponent is None or nats is None else opponent.result(nats, scores, bootstrap)
@@ -52,7 +53,7 @@ def main() -> None:
         bytes=int(scores.bytes.sum()),
         context=model.config.window,
         models=models,
-        baselines=baselines.measure(train, test, params.ngram_order, bootstrap),
+        baselines=others,
         champion=beside,
         gate=gate.decide(models.int8.relative_loss, beside, models.int8.bits_per_byte, params, unmeasured),
     )

@@ -17,6 +17,7 @@ from tasks.evaluate import baselines, report
 from tasks.evaluate.ngram import UNICODE, NGram
 from tasks.evaluate.score import Marks, Quantized, Scores, windows_of
 from tasks.evaluate.texts import Documents, drawn, last
+from tasks.progress import Lines, Progress
 
 
 @settings(deadline=None)
@@ -65,8 +66,9 @@ def test_xz_is_primed_with_the_training_text() -> None:
     generator = np.random.default_rng(0)
     noise = "".join(chr(97 + value) for value in generator.integers(0, 26, 4000))
     bootstrap = Bootstrap(1, 100, 0)
-    primed = baselines.measure([noise], [noise], 3, bootstrap).xz.bits_per_byte.value
-    alone = baselines.measure(["x"], [noise], 3, bootstrap).xz.bits_per_byte.value
+    silent = Progress("evaluate", Lines(lambda _: None))
+    primed = baselines.measure([noise], [noise], 3, bootstrap, silent).xz.bits_per_byte.value
+    alone = baselines.measure(["x"], [noise], 3, bootstrap, silent).xz.bits_per_byte.value
     assert primed < 0.2
     assert alone > math.log2(26) * 0.95
 
