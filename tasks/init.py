@@ -8,7 +8,7 @@ there and ``train`` the weights, so that they cannot part.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,6 +37,11 @@ class Init(BaseModel):
     commit: str | None = None
     unpacked: str | None = None
     files: Mapping[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """The version, or the last part of the path: a report may be published, and where it lay is nobody's affair."""
+        return self.version or PurePath(self.init).name or self.init
 
 
 def kind(init: str) -> Kind:

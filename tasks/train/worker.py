@@ -70,8 +70,7 @@ def write(
         # What a rebuild would have to repeat (`elastic`).
         report["processes_in_turn"] = curve.processes
     if origin is not None:
-        record = init.read(origin)
-        report["started_from"] = record.version or record.init
+        report["started_from"] = init.read(origin).name
     atomic.write_json(paths.TRAIN_REPORT, report)
 
 

@@ -238,3 +238,16 @@ def test_without_a_version_in_production_previous_is_from_scratch(project: Path)
     tiny.write_params(project, train__model=None)
     with pytest.raises(BadParameter, match="train: model is null, but init: scratch needs one"):
         check()
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (init.Init(init="/srv/models/Qwen3-0.6B/"), "Qwen3-0.6B"),
+        (init.Init(init="given.gguf"), "given.gguf"),
+        (init.Init(init="previous", version="lm@v1.3.0"), "lm@v1.3.0"),
+        (init.Init(init=".."), ".."),
+    ],
+)
+def test_a_report_names_a_checkpoint_and_not_where_it_lay(record: init.Init, name: str) -> None:
+    assert record.name == name
