@@ -167,7 +167,7 @@ def generate(
 ) -> None:
     """Continue TEXT with the project's INT8 model.
 
-    The text ends where the model ends it, after --max-new-tokens, or when the model's context (train.seq_len) is full.
+    The text ends where the model ends it, after --max-new-tokens, or when the model's context is full.
     """
     with _told():
         from flows import generate as generation

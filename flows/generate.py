@@ -115,7 +115,7 @@ def continue_text(
     if done.ending != "context":
         return ""
     return (
-        f"The model's context of {model.context:,} tokens (train.seq_len) is full: the text ends before "
+        f"The model's context of {model.context:,} tokens is full: the text ends before "
         f"--max-new-tokens {max_new_tokens:,}."
     )
 

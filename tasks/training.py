@@ -52,6 +52,8 @@ class Curve:
     rows: list[tuple[float, ...]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     overflows: int = 0
+    # The validation loss before the first step, where that was asked for.
+    before: float | None = None
     # How many processes there were, one number for each stretch of steps with another number than before.
     processes: list[int] = field(default_factory=list)
 
@@ -79,8 +81,11 @@ def train(
     world: World,
     progress: Progress,
     stage: str,
+    measure_first: bool = False,
 ) -> Curve:
     """Runs ``params.steps`` optimizer steps on ``model`` (in place, on every process) and returns the curve.
+
+    ``measure_first`` has the weights validated that it begins with.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
     :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row.
@@ -96,6 +101,10 @@ def train(
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
     with stopping.noted() as stop, heartbeat.beating(world.rank, world.size, params.hang_timeout_seconds) as run.here:
+        if measure_first and not done:
+            run.here.at(done, "the validation")
+            run.curve.before = run.validate()
+            progress.notice(f"validation loss before the first step: {run.curve.before:.4f} nats a token")
         while done < params.steps:
             with out_of_memory.told(stage, run.model, params, train_windows.length, world.precision):
                 report = run.step(done, stop)
@@ -387,6 +396,7 @@ class _Run:
             "curve": self.curve.rows,
             "skipped": self.curve.skipped,
             "processes": self.curve.processes,
+            "before": self.curve.before,
             "losses": self.losses,
             "load": self.load,
             "steps_since_row": self.steps_since_row,
@@ -408,6 +418,7 @@ class _Run:
         self.met = state["step"]
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
+        self.curve.before = state.get("before")
         self.losses.copy_(state["losses"])
         self.load.copy_(state["load"])
         self.steps_since_row = state["steps_since_row"]

@@ -166,6 +166,11 @@ def _training(evidence: Evidence) -> str:
         ["passes over the training split", train.show("epochs", "{:.2f}")],
         ["processes", train.show("processes")],
         ["precision", train.show("precision")],
+        *(
+            [["validation loss before the first step (nats a token)", train.show("valid_loss_before", "{:.4f}")]]
+            if train.get("valid_loss_before")
+            else []
+        ),
         ["last training loss (nats a token)", train.show("train_loss", "{:.4f}")],
         ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
         *([["started from", train.show("started_from")]] if train.get("started_from") else []),

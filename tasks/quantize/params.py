@@ -29,7 +29,7 @@ Objective = Literal["text", "float"]
 class QuantizeParams(TrainingParams):
     """The scheme, and the fine-tuning that some schemes need."""
 
-    scheme: SchemeName | Literal["auto"]
+    scheme: Literal["dynamic", "static", "weight-only-8", "qat", "weight-only-4", "auto"]
     in_float: tuple[str, ...] = Field(strict=False)
     max_relative_loss: float
     rotate: bool

@@ -74,8 +74,9 @@ def _tokenizer(params: ShardParams, origin: Path | None, shown: Progress, total:
     if origin is None:
         if params.vocab_size is None:
             raise BadParameter(
-                f"{paths.PARAMS}: shard.vocab_size is null, and train.init brings no tokenizer. Set the size of the "
-                "one to train."
+                f"{paths.PARAMS}: shard.vocab_size is null, and train.init brings no tokenizer: it is scratch, or "
+                "previous, and no version is in production yet. Name a checkpoint in train.init, or set the size of "
+                "the tokenizer to train."
             )
         return train(_training_texts(shown, total), params.vocab_size)
     tokenizer = CheckpointTokenizer(origin)

@@ -13,6 +13,7 @@ from tasks.mesh import check_fits
 from tasks.shards import Manifest, digest
 from tasks.train.params import LoraParams, TrainParams, check_depths
 
+_MOST_NAMED = 4
 _DO = "Name another checkpoint in train.init, or mend that one."
 
 
@@ -100,10 +101,16 @@ def _check_lora(lora: LoraParams, bias_update_rate: float, config: ModelConfig) 
 
 def _check_model(params: TrainParams, config: ModelConfig) -> None:
     asked, there = params.architecture.model_dump() if params.architecture else {}, architecture_of(config).model_dump()
-    other = [name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name)]
+    other = sorted(name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name))
     if other:
-        told = ", ".join(f"{name} {asked.get(name)} (there {there.get(name)})" for name in sorted(other)[:4])
+        # Of another family all else is other too.
+        named = ["model_type"] if "model_type" in other else other[:_MOST_NAMED]
+        told = ", ".join(f"{name} {_told(asked.get(name))} (there {_told(there.get(name))})" for name in named)
         raise BadParameter(
             f"{paths.PARAMS}: train.model is not the model that train.init names: {told}. Set model: null to take that "
             "one, or init: scratch to train this one."
         )
+
+
+def _told(value: object) -> object:
+    return "null" if value is None else value

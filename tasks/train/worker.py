@@ -28,7 +28,7 @@ def main() -> None:
             checkpoints.forget_others()
         model = start.load(origin, params, manifest)
         readers = [Shards(paths.SHARDS, manifest, split).reader(params.seq_len) for split in ("train", "valid")]
-        curve = train(model, params, readers[0], readers[1], checkpoints, here, shown, "train")
+        curve = train(model, params, readers[0], readers[1], checkpoints, here, shown, "train", origin is not None)
         if here.is_first:
             write(model, curve, params, len(readers[0]), here.precision, origin)
         # On another machine, the stage has not ended before its files are there.
@@ -70,6 +70,8 @@ def write(
         # What a rebuild would have to repeat (`elastic`).
         report["processes_in_turn"] = curve.processes
     if origin is not None:
+        if curve.before is not None:
+            report["valid_loss_before"] = round(curve.before, 6)
         report["started_from"] = init.read(origin).name
     atomic.write_json(paths.TRAIN_REPORT, report)
 

@@ -30,7 +30,7 @@ def test_a_text_that_fills_the_context_says_so_beside_it(root: Path) -> None:
     assert out.startswith("a" * 60)
     assert out.endswith("\n")
     assert err == (
-        "The model's context of 64 tokens (train.seq_len) is full: the text ends before --max-new-tokens 200.\n"
+        "The model's context of 64 tokens is full: the text ends before --max-new-tokens 200.\n"
     )
 
 

@@ -123,12 +123,13 @@ def test_of_a_large_test_split_the_card_says_how_many_documents_were_measured() 
 def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_fine_tuning_or_what_was_read() -> None:
     evidence = evidence_of(
         config={"model_type": "llama", "num_key_value_heads": 3, "head_dim": 64},
-        train={"started_from": "v1.3.0", "expert_imbalance": 1.0},
+        train={"started_from": "v1.3.0", "expert_imbalance": 1.0, "valid_loss_before": 3.25},
         quantization={"scheme": "weight-only-8", "asked": "auto", "fine_tuned": False},
         audit={"float_products": []},
     )
     card = text.body(evidence, PARAMS)
     assert "expert" not in card
+    assert "| validation loss before the first step (nats a token) | 3.2500 |" in card
     assert "none of whose groups this training has read (what v1.3.0 had read before" in card
     assert "What it knows comes from v1.3.0 and from its corpus" in card
     assert "knows nothing else" not in card

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +27,7 @@ from tasks.errors import BadInput, BadParameter, UserMistake
 from tasks.section import read_section
 from tasks.shard.params import ShardParams
 from tasks.shard.shard import shard
-from tasks.shards import read_manifest
+from tasks.shards import Shards, read_manifest
 from tasks.train import start
 from tasks.train.params import TrainParams
 
@@ -70,7 +71,14 @@ def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(corpu
     for folder in (paths.FLOAT, paths.INT8):
         for name in ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
             assert (folder / name).read_bytes() == (corpus / "given" / name).read_bytes()
-    assert json.loads(paths.TRAIN_REPORT.read_text())["started_from"] == "given"
+    report = json.loads(paths.TRAIN_REPORT.read_text())
+    assert report["started_from"] == "given"
+    windows = Shards(paths.SHARDS, read_manifest(), "valid").reader(16)
+    count = min(len(windows), read_section("train", TrainParams).validation_windows)
+    read = windows.batch(np.arange(count) * len(windows) // count).astype(np.int64)
+    with torch.no_grad():
+        assert report["valid_loss_before"] == pytest.approx(float(model.loss(torch.from_numpy(read))), abs=1e-4)
+    assert report["valid_loss_before"] != report["valid_loss"]
     generator = Generator(paths.INT8, threads=1)
     assert (generator.context, generator.window) == (64, 16)
 
@@ -173,6 +181,7 @@ def test_what_contradicts_the_checkpoint_is_named(brought: Path) -> None:
     cases = [
         ({"train__seq_len": 65}, "train.seq_len 65 is more than the 64 positions"),
         ({"train__model": other}, r"head_dim|hidden_size 32 \(there 42\)"),
+        ({"train__model": tiny.QWEN3_MOE}, r"names: model_type qwen3_moe \(there llama\)\. Set model: null"),
         ({"train__init": "other"}, "it holds what train.init called 'given', and params.yaml says 'other'"),
     ]
     for changes, said in cases:
