@@ -29,9 +29,7 @@ def test_a_text_that_fills_the_context_says_so_beside_it(root: Path) -> None:
     out, err = said(root, "a" * 60, 200, temperature=0)
     assert out.startswith("a" * 60)
     assert out.endswith("\n")
-    assert err == (
-        "The model's context of 64 tokens is full: the text ends before --max-new-tokens 200.\n"
-    )
+    assert err == ("The model's context of 64 tokens is full: the text ends before --max-new-tokens 200.\n")
 
 
 def test_a_text_of_the_length_that_was_asked_for_says_nothing_more(root: Path) -> None:
