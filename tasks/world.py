@@ -140,9 +140,10 @@ def joined(
     # The heartbeat of a training knows more than the group, so it has to be the first to lose patience.
     usual = max(_SECONDS_OF_PATIENCE, 2 * params.hang_timeout_seconds)
     patience = timedelta(seconds=usual if timeout_seconds is None else timeout_seconds)
-    dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
     size = int(os.environ["WORLD_SIZE"])
     try:
+        # Another one that has joined may have found a mistake, and be gone, before all have.
+        dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
         meshes = device_mesh(mesh.over(size), device, patience)
         yield World(rank, size, device, resolve_precision(params), meshes)
     except RuntimeError as error:

@@ -116,6 +116,18 @@ def overflow() -> None:
     WindowReader.batch, LanguageModel.loss = remembered, overflowing  # type: ignore[method-assign]
 
 
+def lose_a_peer_while_joining() -> None:
+    """Makes joining the others end as gloo does where one of them is gone before all have joined."""
+    import torch.distributed as dist
+
+    def join(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+        )
+
+    dist.init_process_group = join
+
+
 def linger() -> None:
     """Makes rank 1 read for ever when it comes to the windows in the variable ``LINGERS``."""
     import threading

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import tiny
 
-from tasks.errors import EXIT_TRY_AGAIN
+from tasks.errors import EXIT_PEER_LOST, EXIT_TRY_AGAIN
 from tasks.heartbeat import Beat, verdict
 from tasks.order import batch_of_rank
 from tasks.section import read_section
@@ -114,6 +114,16 @@ def test_a_lost_process_is_one_line_for_those_that_remain(tmp_path: Path) -> Non
         time.sleep(0.02)
     assert ranks[1].pid is not None
     os.kill(ranks[1].pid, signal.SIGKILL)
-    assert forked.end(ranks) == [74, -9]
+    assert forked.end(ranks) == [EXIT_PEER_LOST, -9]
     assert "warning: rank 0: another process is gone: " in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_process_that_goes_before_all_have_joined_is_one_line_too(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    ranks = forked.start([tmp_path, tmp_path], log, forked.lose_a_peer_while_joining)
+    assert forked.end(ranks) == [EXIT_PEER_LOST, EXIT_PEER_LOST]
+    assert "warning: rank 0: another process is gone: Gloo connectFullMesh failed" in log.read_text()
     assert "Traceback" not in log.read_text()
