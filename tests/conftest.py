@@ -52,13 +52,19 @@ def prefect_database(once: Callable[[str], contextlib.AbstractContextManager[Pat
 
 
 @pytest.fixture(scope="session")
-def prefect(home: Path, prefect_database: Path) -> Iterator[PrefectServer]:
-    """A Prefect server that runs can share."""
+def _prefect(home: Path, prefect_database: Path) -> Iterator[PrefectServer]:
     with PrefectServer(home, prefect_database) as started:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def prefect(_prefect: PrefectServer) -> Iterator[PrefectServer]:
+    """A Prefect server that runs can share. Between tests its processes are stopped: idle, it works all the time."""
+    with _prefect.awake():
+        yield _prefect
+
+
+@pytest.fixture
 def server(prefect: PrefectServer) -> str:
     """Its URL."""
     return prefect.api

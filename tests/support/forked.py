@@ -13,7 +13,13 @@ from typing import Any
 from ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tasks.train.worker", "tasks.quantize.worker", "tasks.evaluate.__main__"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("tasks.train.worker", "tasks.quantize.worker", "tasks.evaluate.__main__"),
+        # What those import where they need it.
+        *("torch.utils.tensorboard", "numpy.ma"),
+    ]
+)
 
 
 def nothing() -> None:

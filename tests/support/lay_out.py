@@ -1,5 +1,6 @@
 """Lays out a whole project in which nothing has run: the repository's files, tiny parameters, and a little text."""
 
+import compileall
 import json
 import random
 import shutil
@@ -11,6 +12,7 @@ from chain import Chain
 
 # Lines that are no records: cut short, of the wrong type, without the field.
 MALFORMED = ['{"text": "in the begin', '{"text": 7, "group": "book 1"}', '{"words": "night", "group": "book 2"}']
+PACKAGES = ("flows", "lm", "tasks")
 _WORDS = [
     *("beginning", "light", "darkness", "face", "deep", "waters", "day", "night", "morning", "evening", "river"),
     *("mountain", "king", "servant", "bread", "house", "field", "seed", "stone", "fire", "wind", "sea", "fish", "bird"),
@@ -32,9 +34,12 @@ def lay_out(root: Path, home: Path) -> Chain:
                 "group_field": "group",
             }
         ],
+        "evaluate__test_tokens": 3000,
         "ingest__max_reject_rate": 0.05,
         "ingest__split": {"seed": 1, "valid": 0.2, "test": 0.2},
         "train__steps": 40,
+        "train__micro_batch": 4,
+        "quantize__micro_batch": 4,
         "train__checkpoint_every": 4,
         "train__validate_every": 10,
         "quantize__steps": 12,
@@ -56,6 +61,9 @@ def lay_out(root: Path, home: Path) -> Chain:
         if not written and (tiny.ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tiny.ROOT / name, root / name)
+    # In each copy else, by the first process that imports it.
+    for package in PACKAGES:
+        compileall.compile_dir(root / package, quiet=1)
     write_texts(root / "texts")
     chain = Chain(root, home)
     for command in (

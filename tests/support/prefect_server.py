@@ -1,5 +1,6 @@
 """A Prefect server as users start one, which a scenario can kill and start again on the same port and database."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,8 @@ class PrefectServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.stop()
+        with self.awake():
+            self._child.stop()
 
     def start(self) -> None:
         """Returns when the server answers."""
@@ -71,11 +74,26 @@ class PrefectServer:
 
     def kill(self) -> None:
         """SIGKILLs it, as a machine that goes down would."""
+        for process in self._processes():
+            process.kill()
+        self._child.stop()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Wakes it for the ``with`` block, and stops its processes where they are behind that."""
+        for process in self._processes():
+            process.resume()
+        yield
+        for process in self._processes():
+            process.suspend()
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
             if words[-2:] == ["--port", str(self._port)] and "prefect" in words:
-                process.kill()
-        self._child.stop()
+                found.append(process)
+        return found
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Returns what :func:`ask` does of this server."""

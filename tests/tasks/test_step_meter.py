@@ -116,22 +116,25 @@ def test_what_counts_as_active_is_what_is_multiplied(tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "size"),
+    ("seconds", "fastest", "size"),
     [
         # A product that takes long is followed by no larger one.
-        ([0.5, 0.2, 0.1, 0.4], 256),
-        ([0.5, 0.01, 0.1, 0.4, 0.5, 0.2, 0.1, 0.4], 512),
-        ([*[0.01] * 8, 0.5, 0.2, 0.1, 0.4], 1024),
+        ([0.5, 0.2, 0.1, 0.4], 0.1, 128),
+        ([*[0.001] * 4, 0.005, 0.004, 0.02, 0.04], 0.004, 256),
+        # The larger one may be the slower.
+        ([*[0.001] * 4, 0.5, 0.2, 0.1, 0.4], 0.001, 128),
+        ([*[0.001] * 12, 0.005, 0.002, 0.003, 0.004], 0.002, 1024),
     ],
 )
 def test_the_peak_is_the_fastest_of_some_products(
-    seconds: list[float], size: int, alone: World, monkeypatch: pytest.MonkeyPatch
+    seconds: list[float], fastest: float, size: int, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     took = iter(seconds)
     now = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in took))
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     found, source = step_meter.peak(alone)
-    assert found == pytest.approx(2 * size**3 / 0.1)
+    assert found == pytest.approx(2 * size**3 / fastest)
+    assert next(took, None) is None
     assert source == "fp32 product measured here"
 
 
