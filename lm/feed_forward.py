@@ -2,9 +2,10 @@
 V2: arXiv 2405.04434, section 2.2) and Qwen3's (arXiv 2505.09388, section 2).
 
 Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts,
-P rows of all experts.
+P rows of all experts, S sequences.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -66,13 +67,31 @@ class SwiGLU(nn.Module):
         return self.down_proj(gated(stacked(x, self.gate_proj, self.up_proj)))
 
 
+class _Pressed(torch.autograd.Function):
+    # The gradient of a loss of its own, whichever way that of the model's loss comes: through a block that is gathered,
+    # computed a second time, or a stage of a pipeline.
+    @staticmethod
+    def forward(ctx: Any, weights_NK: torch.Tensor, scores_NE: torch.Tensor, pressure_SE: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(pressure_SE)
+        ctx.tokens = len(scores_NE) // len(pressure_SE)
+        return weights_NK.view_as(weights_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (pressure_SE,) = ctx.saved_tensors
+        return grad_NK, pressure_SE.repeat_interleave(ctx.tokens, dim=0), None
+
+
 class Router(nn.Module):
     """Chooses each token's experts by sigmoid scores, evened out by a bias that no gradient touches.
 
-    Of DeepSeek-V2 and Qwen3: by their softmax, without a bias.
+    Of DeepSeek-V2 and Qwen3: by their softmax, without a bias. A loss evens those out where a training has set
+    ``pressure``, what a token weighs in it: for each sequence the sum over experts of their share of its tokens, times
+    their mean score, 1 where all are alike (DeepSeek-V2, arXiv 2405.04434, section 2.2.3).
     """
 
     e_score_correction_bias: torch.Tensor | None
+    pressure: torch.Tensor | None
     tokens_per_expert: torch.Tensor
 
     def __init__(self, config: MixtureConfig) -> None:
@@ -81,13 +100,19 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts) if config.has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("pressure", None, persistent=False)
+        # Adds what other processes have counted of the same sequences.
+        self.sum_counts: Callable[[torch.Tensor], torch.Tensor] = lambda counts_SE: counts_SE
         # Whether tokens are counted in training; off while a layer is computed a second time.
         self.counts = True
         # Counted until `rebalance` uses them up.
         self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
 
-    def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the chosen experts [N, K] and the weights [N, K] of their outputs. Always in fp32."""
+    def forward(self, x_ND: torch.Tensor, sequences: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the chosen experts [N, K] and the weights [N, K] of their outputs. Always in fp32.
+
+        The tokens are those of so many ``sequences`` of one length, one after the other.
+        """
         with torch.autocast(x_ND.device.type, enabled=False):
             products_NE = F.linear(x_ND.float(), self.weight.float())
         bias = self.e_score_correction_bias
@@ -100,6 +125,8 @@ class Router(nn.Module):
         if self.training and self.counts:
             with torch.no_grad():
                 self.tokens_per_expert += counted(experts_NK, scores_NE.shape[1])
+        if self.training and self.pressure is not None:
+            weights_NK = _Pressed.apply(weights_NK, scores_NE, self._pressed(experts_NK, sequences, self.pressure))
         return experts_NK, weights_NK * self.config.routed_scaling_factor
 
     def choose(self, biased_NE: torch.Tensor) -> torch.Tensor:
@@ -113,6 +140,13 @@ class Router(nn.Module):
             # -inf, not 0: a bias may be negative, and a masked expert must lose against every other.
             biased_NE = biased_NGe.masked_fill(masked.unsqueeze(-1), float("-inf")).flatten(1)
         return biased_NE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    @torch.no_grad()
+    def _pressed(self, experts_NK: torch.Tensor, sequences: int, pressure: torch.Tensor) -> torch.Tensor:
+        """Returns the balancing loss's gradient at each sequence's scores [S, E]."""
+        experts = len(self.tokens_per_expert)
+        counts_SE = self.sum_counts(torch.stack([counted(own, experts) for own in experts_NK.chunk(sequences)]).float())
+        return counts_SE / counts_SE.mean(dim=1, keepdim=True) * pressure
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
@@ -222,6 +256,6 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_ND = x.flatten(0, -2)
-        experts_NK, weights_NK = self.gate(x_ND)
+        experts_NK, weights_NK = self.gate(x_ND, x.shape[:-2].numel())
         y = self.experts(x_ND, experts_NK, weights_NK).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)

@@ -104,7 +104,8 @@ def sync(path: Path) -> None:
 
 
 def _free(where: Path) -> str:
-    place = where
-    while not place.exists():
-        place = place.parent
-    return f"{shutil.disk_usage(place).free / 2**20:,.1f} MiB"
+    for place in (where, *where.parents):
+        # Another process, whose disk is as full, may just be taking it away.
+        with contextlib.suppress(FileNotFoundError):
+            return f"{shutil.disk_usage(place).free / 2**20:,.1f} MiB"
+    return "nothing"

@@ -17,6 +17,7 @@ import torch
 
 from lm.model import LanguageModel
 from tasks import atomic, heartbeat, out_of_memory, paths, stopping
+from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints
 from tasks.compiled import compile_layers
 from tasks.errors import EXIT_STOPPED, BadParameter
@@ -205,10 +206,9 @@ class _Run:
         recompute(self.model, params.activation_checkpointing)
         self.optimizer = make_optimizer(self.model, params)
         self.scale = LossScale(world.precision)
-        # Since the last row of the curve: the sums of losses and of gradient norms, and the experts' tokens.
+        # Since the last row of the curve: the sums of losses and of gradient norms.
         self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-        experts = model.routers()[0].config.n_routed_experts if model.routers() else 0
-        self.load = torch.zeros(len(model.routers()), experts, device=world.device)
+        self.balance = Balance(self.model.routers(), params, world.device)
         self.steps_since_row: float = 0
         self.told_to_stop = False
         # After how many steps the replicas were last equal, where they train apart.
@@ -234,6 +234,7 @@ class _Run:
             )  # fmt: skip
         samples = self.parallel.grouped(samples)
         self.parallel.scale = self.scale.value
+        self.balance.press(self.scale.value * self.parallel.weight * self.world.data_size / self.tokens_per_step)
         total = torch.zeros((), device=self.world.device)
         passes = len(samples) * self._share_learned(step)
         for index, micro in enumerate(samples):
@@ -267,7 +268,13 @@ class _Run:
         else:
             self.scale.keep()
             self.optimizer.step()
-            load = self._balance()
+            # Those along `tensor` have counted shares of the tokens. Where all counted the same ones (multi-token
+            # prediction), the sum is a multiple, and only proportions matter.
+            counts = self.balance.counted()
+            if len(counts):
+                with self.meter.communicating():
+                    counts = near.sum_all(counts)
+            load = self.balance.after_step(counts)
             self.losses += torch.stack([mean, norm]).double()
             self.steps_since_row += 1
         self.optimizer.zero_grad()
@@ -282,12 +289,13 @@ class _Run:
         """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps."""
         skipped = [float(step in self.curve.skipped) for step in range(self.met + 1, done + 1)]
         known = [self.losses, self.losses.new_tensor([self.steps_since_row, float(stop.told), *skipped])]
-        means = self.exchange.meet(torch.cat([*known, self.load.double().flatten()])).split(
-            [2, 1, 1, len(skipped), self.load.numel()]
+        load = self.balance.load
+        means = self.exchange.meet(torch.cat([*known, load.double().flatten()])).split(
+            [2, 1, 1, len(skipped), load.numel()]
         )
         self.losses.copy_(means[0])
         self.steps_since_row, self.told_to_stop = means[1].item(), means[2].item() > 0
-        self.load.copy_(means[4].view_as(self.load))
+        load.copy_(means[4].view_as(load))
         self.curve.skipped = [step for step in self.curve.skipped if step <= self.met]
         self.curve.skipped += [self.met + 1 + number for number, share in enumerate(means[3].tolist()) if share]
         self.met = done
@@ -296,8 +304,7 @@ class _Run:
 
     def _skip(self, step: int, loss: float) -> None:
         """Leaves all as it was before ``step``; in fp16 the factor of its ``loss`` may have been too large."""
-        for router in self.model.routers():
-            router.tokens_per_expert.zero_()
+        self.balance.skip_step()
         if math.isfinite(loss) and self.scale.halve():
             self.curve.overflows = self.scale.overflows
             return
@@ -323,30 +330,13 @@ class _Run:
                 )
             )
 
-    def _balance(self) -> list[float]:
-        """Moves the routers' biases; returns the busiest expert's tokens over the mean's of each layer that routes."""
-        routers = self.model.routers()
-        if not routers:
-            return []
-        with self.meter.communicating():
-            # Those along `tensor` have counted shares of the tokens. Where all counted the same ones (multi-token
-            # prediction), the sum is a multiple, and only proportions matter.
-            counts = self.exchange.near.sum_all(torch.stack([router.tokens_per_expert for router in routers]))
-        self.load += counts
-        load: list[float] = (counts.amax(dim=1) / counts.mean(dim=1)).tolist()
-        for router, summed in zip(routers, counts, strict=True):
-            router.tokens_per_expert.copy_(summed)
-            router.rebalance(self.params.bias_update_rate)
-        return load
-
     def record(self, step: int) -> None:
         """Validates and adds a row to the curve."""
         self.here.at(step, "the validation")
         rate = learning_rate_at(step - 1, self.params, self.params.learning_rate)
         if self.steps_since_row:
             train_loss, norm = (self.losses / self.steps_since_row).tolist()
-            busiest = self.load.amax(dim=1) / self.load.mean(dim=1) if len(self.load) else torch.ones(1)
-            imbalance = busiest.mean().item()
+            imbalance = self.balance.imbalance()
         else:
             # All were skipped.
             known = bool(self.curve.rows)
@@ -356,7 +346,7 @@ class _Run:
             )
         self.curve.rows.append((step, rate, train_loss, self.validate(), norm, imbalance))
         self.losses.zero_()
-        self.load.zero_()
+        self.balance.load.zero_()
         self.steps_since_row = 0
 
     @torch.no_grad()
@@ -398,7 +388,7 @@ class _Run:
             "processes": self.curve.processes,
             "before": self.curve.before,
             "losses": self.losses,
-            "load": self.load,
+            "load": self.balance.load,
             "steps_since_row": self.steps_since_row,
         }
         return state, kept.tensors
@@ -420,7 +410,7 @@ class _Run:
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.curve.before = state.get("before")
         self.losses.copy_(state["losses"])
-        self.load.copy_(state["load"])
+        self.balance.load.copy_(state["load"])
         self.steps_since_row = state["steps_since_row"]
         return int(state["step"])
 

@@ -27,6 +27,7 @@ class TrainingParams(Section):
     weight_decay: float = Field(ge=0)
     clip_grad_norm: float = Field(gt=0)
     bias_update_rate: float = Field(ge=0)
+    balance_loss_weight: float = Field(default=0.0, ge=0)
     validate_every: int = Field(ge=1)
     validation_windows: int = Field(ge=1)
     device: Literal["cpu", "cuda"]

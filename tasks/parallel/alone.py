@@ -18,7 +18,7 @@ class Alone:
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         self.model: LanguageModel = model.to(world.device)
-        self.scale = 1.0
+        self.scale = self.weight = 1.0
 
     def grouped(self, samples: Indices) -> Indices:
         return samples

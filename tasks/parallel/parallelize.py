@@ -33,6 +33,8 @@ class Parallel(Protocol):
     """What this process computes with; its parameters are what an optimizer takes."""
     scale: float
     """By what the gradients of the next backward passes are multiplied: fp16's loss scale, else 1."""
+    weight: float
+    """What this process's gradients count where they are reduced: 1 where a mean is taken, else 1 over their number."""
 
     def grouped(self, samples: Indices) -> Indices:
         """Returns a step's ``samples`` [passes, micro-batch] of this process, a row for each call of :meth:`loss`."""

@@ -78,6 +78,7 @@ class Pipelined:
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
         self.scale = self._over = 1.0
+        self.weight = 1 / self._layout.data
         self._passes = 0
         self._running: dict[tuple[int, ...], Running] = {}
 

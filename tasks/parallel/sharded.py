@@ -34,19 +34,19 @@ class Sharded:
         """``gathers``: the first process has the whole state for a checkpoint, instead of each a part."""
         assert world.mesh is not None
         self._gathers = gathers
-        self._whole, self._data_size, self._is_first = model, world.data_size, world.is_first
+        self._whole, self._is_first = model, world.is_first
         self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
         # The modules twice, the weights once: laying out replaces those of the copy.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         self._in_parts = _shard(self.model, model, world.mesh)
         self._reduces = True
-        self.scale = 1.0
+        self.scale, self.weight = 1.0, 1 / world.data_size
 
     def loss(self, windows: torch.Tensor, over: float) -> torch.Tensor:
         loss = self.model.loss(windows)
         if loss.requires_grad:
             # The mean over the processes: their gradients are summed.
-            loss.register_hook(lambda gradient: gradient / self._data_size)
+            loss.register_hook(lambda gradient: gradient * self.weight)
         return loss / over
 
     def reduce_in_backward(self, reduce: bool) -> None:

@@ -84,6 +84,8 @@ def cut_regions(model: LanguageModel, mesh: DeviceMesh) -> InParts:
         in_parts.add([layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")])
         if isinstance(layer.mlp, MixtureOfExperts):
             in_parts.add([layer.mlp.gate, layer.mlp.experts])
+            # Of each sequence a process has a share.
+            layer.mlp.gate.sum_counts = functools.partial(_summed, group)
     first, last = model.model.layers[0], model.model.norm
     first.forward = functools.partial(_enter, first.forward, group)
     in_parts.add([last])
@@ -118,6 +120,11 @@ def _cut_regions(block: nn.Module, mesh: DeviceMesh, in_parts: InParts, enter: t
         region.forward = functools.partial(  # type: ignore[method-assign]
             _forward, region, region.forward, mesh.get_group(), enter, leave
         )
+
+
+def _summed(group: dist.ProcessGroup, counts: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(counts, group=group)
+    return counts
 
 
 def _forward(

@@ -88,7 +88,7 @@ MODELS: dict[str, ModelConfig] = {
     "latent-further-tied": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}
     ),
-    "qwen3-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GROUPED_MIXTURE}),
+    "qwen3-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GROUPED_MIXTURE, "num_hidden_layers": 4}),
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-deep-lora": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
@@ -189,6 +189,8 @@ def params_of(case: Case, world_size: int) -> Params:
     return Params(
         seed=3, steps=STEPS, global_batch=BATCH, micro_batch=case.micro_batch, learning_rate=0.01,
         min_learning_rate_ratio=0.1, warmup_fraction=0.2, weight_decay=0.1, clip_grad_norm=0.5, bias_update_rate=0.02,
+        # So large that a step without it would be another one.
+        balance_loss_weight=0.5,
         validate_every=5, validation_windows=5, device="cpu", precision="fp32", world_size=world_size,
         threads_per_process=1, checkpoint_every=5, optimizer=case.optimizer, muon_learning_rate=0.02, schedule="cosine",
         decay_fraction=0.2, activation_checkpointing=case.recomputed, inner_steps=case.inner_steps,
@@ -236,13 +238,14 @@ def alone(model_name: str, steps: int, optimizer_name: str = "adamw", answers: b
         learned = torch.from_numpy(windows.learned.batch(indices))
         return model.loss(torch.stack([tokens, learned], dim=1)) / learned[:, 1:].double().mean().float()
 
+    balancing = BalancingLoss(model, params.balance_loss_weight)
     for step in range(case.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         samples = batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH, 0, 1)[0]
         result.samples.append(sorted(samples.tolist()))
         mean = mean_loss(reader, samples)
-        mean.backward()
+        (mean + balancing.of_step()).backward()
         result.losses.append(mean.item())
         if not step:
             result.gradients = {
@@ -259,6 +262,30 @@ def alone(model_name: str, steps: int, optimizer_name: str = "adamw", answers: b
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     result.elements = sum(value.numel() for value in model.parameters())
     return result
+
+
+class BalancingLoss:
+    """The loss of routers without a bias, written out: what share of a sequence each expert has, by its mean score."""
+
+    def __init__(self, model: LanguageModel, weight: float) -> None:
+        self._weight = weight
+        self._found: list[torch.Tensor] = []
+        for router in model.routers():
+            if router.e_score_correction_bias is None:
+                router.register_forward_hook(self._routed)
+
+    def _routed(self, router: nn.Module, inputs: tuple[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> None:
+        scores = torch.softmax(inputs[0].float() @ router.get_parameter("weight").T, dim=-1)
+        chosen = torch.zeros_like(scores).scatter(1, outputs[0], 1.0)
+        # Equal shares give 1.
+        shares = chosen.unflatten(0, (-1, LENGTH)).mean(dim=1) * scores.shape[1] / outputs[0].shape[1]
+        self._found.append((shares * scores.unflatten(0, (-1, LENGTH)).mean(dim=1)).sum(dim=1).mean())
+
+    def of_step(self) -> torch.Tensor:
+        """Returns the loss of the forward pass that has just been."""
+        total = self._weight * sum(self._found, torch.zeros(()))
+        self._found.clear()
+        return total
 
 
 def apart(case: Case, processes: list[list[int]]) -> Result:
@@ -414,7 +441,7 @@ def _no_sum_over_replicas(run: _Run) -> Callable[[], None]:
 
 
 def _no_mean(run: _Run) -> None:
-    run.parallel._data_size = 1  # type: ignore[attr-defined]
+    run.parallel.weight = 1.0
 
 
 def _norm_of_a_part(run: _Run) -> Callable[[], None]:
@@ -475,6 +502,11 @@ def _own_statistics(run: _Run) -> None:
     object.__setattr__(run.world, "sum_all", lambda values: values if values.dim() == 2 else summed(values))
 
 
+def _own_tokens_of_a_sequence(run: _Run) -> None:
+    for router in run.model.routers():
+        router.sum_counts = lambda counts: counts
+
+
 def _each_part_by_itself(run: _Run) -> Callable[[], None]:
     right = optimizers._of_whole_matrices
     optimizers._of_whole_matrices = lambda change, part, like: change(part)
@@ -495,6 +527,7 @@ MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "parts of the logits' gradient are not summed over tensor": _no_sum_over_words,
     "the experts' gradients are divided again": _experts_divided_alone,
     "each process counts its own tokens alone": _own_statistics,
+    "a sequence's tokens are not summed over tensor": _own_tokens_of_a_sequence,
     "the gradient of one micro-batch is missing": _no_gradient_of_one,
     "the pipeline's answers are not counted over the batch": _answers_by_themselves,
     "the copies of tied weights have gradients of their own": _copies_apart,

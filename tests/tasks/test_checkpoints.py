@@ -102,6 +102,24 @@ def test_a_full_disk_is_told_by_the_next_checkpoint_or_the_end(
         checkpoints.finish()
 
 
+def test_a_full_disk_is_told_where_another_process_takes_the_folder_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "parts"
+    place.mkdir()
+    usage = shutil.disk_usage
+
+    def of_what_is_left(folder: Path) -> object:
+        if place.exists():
+            place.rmdir()
+        return usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", of_what_is_left)
+    told = r"parts: the disk is full \([\d.,]+ MiB free\)"
+    with pytest.raises(DiskFull, match=told), atomic.disk_full_is_told(place):
+        raise OSError(errno.ENOSPC, "no space")
+
+
 def test_processes_whose_disks_differ_go_on_from_the_newest_state_that_all_have(tmp_path: Path) -> None:
     first, second, log = tmp_path / "first", tmp_path / "second", tmp_path / "log"
     first.mkdir()
