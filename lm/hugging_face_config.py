@@ -10,10 +10,7 @@ from pydantic import ValidationError
 
 from lm.config import (
     Architecture,
-    GroupedConfig,
-    GroupedMixtureArchitecture,
     GroupedMixtureConfig,
-    LatentArchitecture,
     LatentConfig,
     Llama3Scaling,
     ModelConfig,
@@ -28,8 +25,9 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-_LATENT = get_args(LatentArchitecture.model_fields["model_type"].annotation)
-_GROUPED_MIXTURES = get_args(GroupedMixtureArchitecture.model_fields["model_type"].annotation)
+_CONFIGS: dict[str, type[ModelConfig]] = {
+    family: kind for kind in get_args(ModelConfig) for family in get_args(kind.model_fields["model_type"].annotation)
+}
 _SCALINGS: dict[str, type[Llama3Scaling] | type[YarnScaling]] = {"llama3": Llama3Scaling, "yarn": YarnScaling}
 # What transformers takes where a configuration does not say.
 _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
@@ -106,9 +104,7 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
         built = ", ".join(sorted(_ARCHITECTURES))
         raise Unusable(f"config.json: model_type is {family!r}; the families that are built here are {built}")
     _refuse_what_is_not_built(content, family)
-    kind: type[ModelConfig] = GroupedMixtureConfig if family in _GROUPED_MIXTURES else GroupedConfig
-    if family in _LATENT:
-        kind = LatentConfig
+    kind = _CONFIGS[family]
     known: dict[str, Any] = {name: content[name] for name in kind.model_fields if name in content}
     missing = _DEFAULTS | _ids(content) | (_latent(content) if kind is LatentConfig else _grouped(content))
     known |= {name: value for name, value in missing.items() if known.get(name) is None}
@@ -161,7 +157,7 @@ def _latent(content: Mapping[str, Any]) -> dict[str, Any]:
 def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     found: dict[str, Any] = {"num_key_value_heads": heads}
-    if content["model_type"] in _GROUPED_MIXTURES:
+    if _CONFIGS[content["model_type"]] is GroupedMixtureConfig:
         found |= {"norm_topk_prob": False, "num_key_value_heads": _QWEN3_MOE_KEY_VALUE_HEADS}
         # Releases of transformers from 5 on write this name.
         if "num_local_experts" in content:
@@ -181,7 +177,7 @@ def _rope(content: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind not in _SCALINGS or (kind != "yarn" and content["model_type"] in _LATENT):
+    if kind not in _SCALINGS or (kind != "yarn" and _CONFIGS[content["model_type"]] is LatentConfig):
         raise Unusable(
             f"config.json: rope_scaling is of the type {kind!r}; of a {content['model_type']} not built here"
         )

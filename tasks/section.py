@@ -98,16 +98,42 @@ def validate(section: type[SectionType], content: object, path: Path, prefix: st
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        faults: list[dict[str, Any]] = [{**fault, "loc": _keys(fault["loc"], content)} for fault in error.errors()]
-        meant = {
-            fault["loc"]: name
-            for fault in faults
-            if fault["type"] == "extra_forbidden" and (name := _meant(section, fault["loc"], content))
-        }
-        # A key that is only spelt wrongly is one fault, not also one that is missing.
-        right = {(*place[:-1], name) for place, name in meant.items()}
-        told = [_describe(fault, prefix, meant.get(fault["loc"])) for fault in faults if fault["loc"] not in right]
-        raise BadParameter(f"{path}: " + "; ".join(told)) from None
+        faults = [{**fault, "loc": _place(fault, content)} for fault in error.errors()]
+        raise BadParameter(f"{path}: " + "; ".join(_told(faults, section, content, prefix))) from None
+
+
+def _told(faults: Sequence[dict[str, Any]], section: type[Section], content: object, prefix: str) -> Iterator[str]:
+    meant = {
+        fault["loc"]: name
+        for fault in faults
+        if fault["type"] == "extra_forbidden" and (name := _meant(section, fault["loc"], content))
+    }
+    # A key that is only spelt wrongly is one fault, not also one that is missing.
+    right = {(*place[:-1], name) for place, name in meant.items()}
+    # What is wrong with several keys of one place is told once.
+    alike: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for fault in faults:
+        place = fault["loc"]
+        if place in right:
+            continue
+        one, several = _described(fault, meant.get(place), _kinds_with(section, place))
+        together = (place[:-1], several) if several else (place, one)
+        alike.setdefault(together, []).append((_path(prefix, *place), one))
+    for (place, several), found in alike.items():
+        if len(found) == 1:
+            where, one = found[0]
+            yield f"{where}: {one}" if where else one
+        else:
+            keys = _and([where.rpartition(".")[2] for where, _ in found])
+            yield f"{where}: {keys} {several}" if (where := _path(prefix, *place)) else f"{keys} {several}"
+
+
+def _place(fault: Any, content: object) -> tuple[int | str, ...]:
+    """Returns the keys that lead to what ``fault`` is about."""
+    place = _keys(fault["loc"], content)
+    # Where a key says which kind a mapping is, that key is wrong, and not the mapping.
+    tag = fault.get("ctx", {}).get("discriminator")
+    return place if tag is None else (*place, tag.strip("'"))
 
 
 def _keys(place: Sequence[int | str], content: Any) -> tuple[int | str, ...]:
@@ -124,10 +150,19 @@ def _keys(place: Sequence[int | str], content: Any) -> tuple[int | str, ...]:
 
 
 def _meant(section: type[Section], place: Sequence[int | str], content: object) -> str | None:
-    """Returns the key that the unknown one at ``place`` of ``content`` resembles, or None."""
+    """Returns the key that the unknown one at ``place`` of ``content`` resembles, or None.
+
+    Another kind's key beside the one it resembles is not spelt wrongly.
+    """
     known = {name for found in _sections_at(section, place[:-1], content) for name in found.model_fields}
     close = difflib.get_close_matches(str(place[-1]), sorted(known), n=1)
-    return close[0] if close else None
+    if not close or (_kinds_with(section, place) and close[0] in _at(content, place[:-1])):
+        return None
+    return close[0]
+
+
+def _at(content: Any, place: Sequence[int | str]) -> Any:
+    return functools.reduce(lambda inner, key: inner[key], place, content)
 
 
 def _sections_at(section: type[BaseModel], place: Sequence[int | str], content: Any) -> Iterator[type[BaseModel]]:
@@ -147,12 +182,20 @@ def _sections_at(section: type[BaseModel], place: Sequence[int | str], content: 
 
 
 def _says_that_it_is(kind: type[BaseModel], content: object) -> bool:
-    fixed = {
-        name: get_args(field.annotation)
-        for name, field in kind.model_fields.items()
-        if get_origin(field.annotation) is Literal
-    }
-    return isinstance(content, dict) and all(content.get(name) in values for name, values in fixed.items())
+    fixed = _fixed(kind).items()
+    return isinstance(content, dict) and all(content.get(name) in values for name, values in fixed)
+
+
+def _fixed(kind: type[BaseModel]) -> dict[str, tuple[str, ...]]:
+    """Returns the fields of ``kind`` that say what it is, and what they may be."""
+    fields = kind.model_fields.items()
+    return {name: get_args(field.annotation) for name, field in fields if get_origin(field.annotation) is Literal}
+
+
+def _kinds_with(section: type[Section], place: Sequence[int | str]) -> list[str]:
+    """Returns the values by which those kinds of the section at ``place`` are told apart that have its last key."""
+    kinds = [kind for kind in _sections_at(section, place[:-1], None) if place[-1] in kind.model_fields]
+    return [value for kind in kinds for values in _fixed(kind).values() for value in values]
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -162,28 +205,37 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections_in(argument)
 
 
-def _describe(fault: Any, prefix: str, meant: str | None) -> str:
-    where = ".".join(str(part) for part in (prefix, *fault["loc"]) if part != "")
+def _path(*parts: int | str) -> str:
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def _described(fault: Any, meant: str | None, kinds_with: Sequence[str]) -> tuple[str, str]:
+    """Returns what is wrong with the key of ``fault``, and what is said of several such keys; '' where nothing is."""
     found = fault.get("input")
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; " + (f"did you mean `{meant}`?" if meant else "remove it or mend its spelling")
     if fault["type"] == "missing":
-        return f"{where}: missing; add it"
+        return "missing; add it", "are missing; add them"
+    if fault["type"] == "extra_forbidden":
+        if meant:
+            return f"unknown key; did you mean `{meant}`?", ""
+        if kinds_with:
+            owners = _and(kinds_with)
+            return f"unknown key; it is one of {owners}, remove it", f"are keys of {owners}; remove them"
+        return "unknown key; remove it or mend its spelling", "are unknown keys; remove them or mend their spelling"
     if fault["type"] in ("model_type", "model_attributes_type"):
-        return f"{where}: keys with values are needed here, found {_short(found)}"
+        return f"keys with values are needed here, found {_short(found)}", ""
     if fault["type"] == "union_tag_not_found":
-        return f"{where}.{_unquoted(fault['ctx']['discriminator'])}: missing; add it"
+        return "missing; add it", ""
     if fault["type"] == "union_tag_invalid":
-        name, tag, known = (fault["ctx"][key] for key in ("discriminator", "tag", "expected_tags"))
-        return f"{where}.{_unquoted(name)}: input should be one of {known}, found '{tag}'"
+        return f"input should be one of {fault['ctx']['expected_tags']}, found '{fault['ctx']['tag']}'", ""
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]}, found {_short(found)}"
+        return message, ""
+    return f"{message[0].lower()}{message[1:]}, found {_short(found)}", ""
 
 
-def _unquoted(text: str) -> str:
-    return text.strip("'")
+def _and(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _short(found: object) -> str:

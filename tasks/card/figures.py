@@ -75,8 +75,10 @@ def _attention_text(config: dict[str, Any]) -> str:
 
 
 def _experts_text(config: dict[str, Any]) -> str:
-    count = config["num_experts"] if "num_experts" in config else config["n_routed_experts"]
-    shared = "" if "num_experts" in config else f"+ {config['n_shared_experts']} shared; "
+    if "num_experts" in config:
+        count, shared = config["num_experts"], ""
+    else:
+        count, shared = config["n_routed_experts"], f"+ {config['n_shared_experts']} shared; "
     has_bias = config["model_type"] == "deepseek_v3"
     router = "sigmoid router with balancing bias" if has_bias else "softmax router"
     experts = f"{count} experts of {config['moe_intermediate_size']}, {config['num_experts_per_tok']} a token"

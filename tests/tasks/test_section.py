@@ -29,7 +29,10 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
         (b"caf\xe9: 1\n", "not YAML in UTF-8"),
         (b"train: \x00\n", "this is not YAML"),
         (b"- a\n", "expected sections"),
-        (b"train: {}\n", "collect: missing; add it"),
+        (
+            b"train: {}\n",
+            "yaml: collect, ingest, .* and flow are missing; add them; train: seed, .* are missing; add them$",
+        ),
         (DEFAULT.replace(b"retries: {train: 2", b"retries: {train: -2"), "flow.retries.train: .*greater than or equal"),
         (DEFAULT.replace(b"\nevaluate:", b"\nevalute:"), "evalute: unknown key"),
         (
@@ -43,7 +46,11 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
         # Keys of other families.
         (
             DEFAULT.replace(b"    n_routed_experts", b"    num_experts: 8\n    n_routed_experts"),
-            "train.model.num_experts: unknown key; ",
+            "train.model.num_experts: unknown key; it is one of qwen3_moe, remove it$",
+        ),
+        (
+            DEFAULT.replace(b"    kv_lora_rank", b"    head_dim: 16\n    num_key_value_heads: 2\n    kv_lora_rank"),
+            "train.model: head_dim and num_key_value_heads are keys of llama, qwen2, qwen3 and qwen3_moe; remove them$",
         ),
         (
             DEFAULT.replace(b"    n_routed_experts: 8", b"    num_experts: 8"),
