@@ -116,7 +116,8 @@ def _told(faults: Sequence[dict[str, Any]], section: type[Section], content: obj
         place = fault["loc"]
         if place in right:
             continue
-        one, several = _described(fault, meant.get(place), _kinds_with(section, place))
+        kinds_with = _kinds_with(section, place) if fault["type"] == "extra_forbidden" else []
+        one, several = _described(fault, meant.get(place), kinds_with)
         together = (place[:-1], several) if several else (place, one)
         alike.setdefault(together, []).append((_path(prefix, *place), one))
     for (place, several), found in alike.items():
