@@ -1,5 +1,6 @@
 """Experts without a bias are evened out by a loss. That its gradient is right on every mesh: see test_parallel.py."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ def test_it_evens_them_out_and_a_resumed_training_has_the_same_bytes(project: Pa
         assert code == 0, output
         models[weight] = tiny.files_of(project / "models")
     assert imbalance(models[0.1]) < imbalance(models[0.0]) - 0.3
-    max(project.glob(".overnight/checkpoints/train/*/step-000000048-*.pt")).unlink()
-    assert tiny.run("train", project)[0] == 0
+    for newest in project.glob(".overnight/checkpoints/train/*/step-000000048-*.pt"):
+        newest.unlink()
+    events = project / "events"
+    assert tiny.run("train", project, OVERNIGHT_EVENTS=str(events))[0] == 0
+    assert json.loads(events.read_text().splitlines()[0])["done"] == 25
     assert tiny.files_of(project / "models") == models[0.1]
 
 
