@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnxruntime
 from tokenizers import Tokenizer
 
+from lm.drafting import MOST, Drafter
 from lm.sampling import Logits, Sampling, held_back
 
 DEFAULT = Sampling()
@@ -51,22 +52,29 @@ class OtherInterface(ValueError):
 class Request:
     """A text to continue: at most ``max_new_tokens``, ending before the first of the strings ``stop``.
 
-    ``prompt`` is the text, or its tokens where these do not follow from one, as in a conversation.
+    ``prompt`` is the text, or its tokens where these do not follow from one, as in a conversation. ``most_drafted``:
+    so many tokens are guessed from the text and read at once with the one before them (see :mod:`lm.drafting`).
     """
 
     prompt: str | tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling = DEFAULT
     stop: tuple[str, ...] = ()
+    most_drafted: int = MOST
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a text ended, and how many tokens were its prompt's and its own."""
+    """How a text ended, and how many tokens were its prompt's and its own.
+
+    ``drafted`` tokens were guessed and ``accepted`` of these came true; none where texts are written side by side.
+    """
 
     ending: Ending
     prompt_tokens: int
     new_tokens: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Cache:
@@ -194,7 +202,8 @@ class Generator:
     def generate(self, request: Request, held: Held | None = None) -> Pieces[str, None, Done]:
         """Yields the continuation of one prompt piece by piece and returns how it ended; see :meth:`generate_batch`.
 
-        What ``held`` has of an earlier call is not computed again, and it is left with the text of this one.
+        What ``held`` has of an earlier call is not computed again, and it is left with the text of this one. Guesses at
+        the next tokens are read at once, and each token is drawn as it would be without them.
         """
         row = self._row(request)
         held = held or Held()
@@ -203,15 +212,27 @@ class Generator:
         # At least the last token is read: its logits are needed.
         common = _common(held.ids, row.ids[:-1])
         held.cache.lengths[:] = common
-        new, held.ids = row.ids[common:], row.ids[:common]
+        held.ids, new = row.ids[:common], row.ids[common:]
+        drafter, guesses = Drafter(request.most_drafted), list[int]()
         while row.done is None:
-            logits = self.run(np.array([new]), held.cache, last=True)
+            logits = self.run(np.array([new + guesses]), held.cache, last=not guesses)[0]
             held.ids += new
-            token, piece = row.advance(logits[0, 0])
-            if piece:
-                yield piece
-            new = [token]
-        return row.done
+            accepted = 0
+            for guess, line in zip([*guesses, None], logits, strict=True):
+                token, piece = row.advance(line)
+                if piece:
+                    yield piece
+                if token != guess:
+                    break
+                accepted += 1
+                if row.done:
+                    break
+            held.ids += guesses[:accepted]
+            held.cache.lengths[:] = len(held.ids)
+            drafter.learn(len(guesses), accepted)
+            # After the last guess comes one more token.
+            new, guesses = [token], drafter.draft(row.tokens, row.room - 1)
+        return replace(row.done, drafted=drafter.drafted, accepted=drafter.accepted)
 
     def generate_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str, Done | None]]:
         """Yields (number of the request, next piece of its text, how that ended or None), all rows side by side.
@@ -262,19 +283,22 @@ class _Row:
         self.done: Done | None = None
         self._tokenizer, self._request, self._ends = tokenizer, request, ends
         self._random = np.random.default_rng(request.sampling.seed)
-        self._written: list[int] = []
-        self._room = min(request.max_new_tokens, context - len(ids))
-        self._full: Ending = "length" if self._room == request.max_new_tokens else "context"
+        room = min(request.max_new_tokens, context - len(ids))
+        self._full: Ending = "length" if room == request.max_new_tokens else "context"
+        # The prompt, and room for what is written after it.
+        self._tokens: Ids = np.concatenate((np.array(ids, np.int64), np.zeros(room, np.int64)))
+        self._written = 0
         # The text so far, how much of it is told, and the tokens at its end that are half a character.
         self._text, self._told = "", 0
         self._half: list[int] = []
 
     def advance(self, logits: Logits) -> tuple[int, str]:
         """Returns the next token for ``logits`` [vocabulary], and what can be told now."""
-        token = self._request.sampling.draw(logits, np.array(self.ids + self._written, np.int64), self._random)
+        token = self._request.sampling.draw(logits, self.tokens, self._random)
         if token in self._ends:
             return token, self._end("end of text", len(self._text))
-        self._written.append(token)
+        self._tokens[len(self.tokens)] = token
+        self._written += 1
         self._half.append(token)
         # A character of several tokens decodes to U+FFFD until its last one is there.
         if not (piece := self._tokenizer.decode(self._half)).endswith("�"):
@@ -283,12 +307,22 @@ class _Row:
         stop = self._request.stop
         if found := [place for one in stop if (place := self._text.find(one, self._told)) >= 0]:
             return token, self._end("stop", min(found))
-        if len(self._written) == self._room:
+        if self.room == 0:
             if self._half:
                 # Whole characters before half a one.
                 self._text += piece.rstrip("�")
             return token, self._end(self._full, len(self._text))
         return token, self._tell(len(self._text) - held_back(self._text, stop))
+
+    @property
+    def tokens(self) -> Ids:
+        """The prompt and what is written so far."""
+        return self._tokens[: len(self.ids) + self._written]
+
+    @property
+    def room(self) -> int:
+        """So many more tokens can be written."""
+        return len(self._tokens) - len(self.tokens)
 
     def _tell(self, end: int) -> str:
         piece = self._text[self._told : end]
@@ -296,7 +330,7 @@ class _Row:
         return piece
 
     def _end(self, why: Ending, end: int) -> str:
-        self.done = Done(why, len(self.ids), len(self._written))
+        self.done = Done(why, len(self.ids), self._written)
         return self._tell(end)
 
 

@@ -51,6 +51,8 @@ class Writer:
                     if done is not None:
                         self._metrics.tokens.labels("prompt").inc(done.prompt_tokens)
                         self._metrics.tokens.labels("completion").inc(done.new_tokens)
+                        self._metrics.drafted.labels("true").inc(done.accepted)
+                        self._metrics.drafted.labels("false").inc(done.drafted - done.accepted)
                     yield number, piece, done
             except PromptTooLong as error:
                 raise bad_request(f"{error}.", asked.parameter) from None

@@ -229,6 +229,8 @@ def test_the_metrics_count_both_kinds(root: Path, model: Generator) -> None:
     for path, status in (("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/chat/completions", 400)):
         assert f'overnight_requests_total{{path="{path}",status="{status}"}} 1.0' in counted
     assert 'overnight_tokens_total{kind="completion"} 11.0' in counted
+    drafted = [line for line in counted.splitlines() if line.startswith("overnight_drafted_tokens_total")]
+    assert [line.split("{")[1].split("}")[0] for line in drafted] == ['accepted="true"', 'accepted="false"']
     assert "overnight_completion_seconds_count 2.0" in counted
     full = TestClient(make_app(model, template, "m", None, most_waiting=-1))
     assert full.post("/v1/chat/completions", json=GREEDY).status_code == 429
