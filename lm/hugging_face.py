@@ -3,23 +3,24 @@
 On disk each expert has its own three matrices; in memory they are stacked. A head that is tied to the embedding is not
 on disk. Layers of multi-token prediction follow the last one, each with a copy of embedding and head. All other tensors
 have one name in both. Weights lie in ``model.safetensors``, or in several files that
-``model.safetensors.index.json`` names. Nothing is unpickled.
+``model.safetensors.index.json`` names; those in FP8 are widened (:mod:`lm.fp8`). Nothing is unpickled.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lm import fp8
 from lm.config import LatentConfig, ModelConfig
-from lm.hugging_face_config import Unusable, config_from_json, config_to_json
-from lm.hugging_face_files import COMPANIONS, WEIGHTS, is_of_mtp, read_config, read_json, weight_files
+from lm.hugging_face_config import Block, Unusable, block_of, config_from_json, config_to_json
+from lm.hugging_face_files import COMPANIONS, CONFIG, WEIGHTS, is_of_mtp, read_config, read_json, weight_files
 from lm.model import LanguageModel
 
 # Larger weights are written as several files, with an index.
@@ -28,6 +29,7 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _MTP = re.compile(r"mtp\.(\d+)\.(.*)")
 _TYPES = {"F64", "F32", "F16", "BF16"}
 _NAMES_TOLD = 3
+
 
 __all__ = [
     "BYTES_A_FILE",
@@ -40,6 +42,14 @@ __all__ = [
     "save",
     "state_to_layout",
 ]
+
+
+class _Tensor(NamedTuple):
+    """A tensor on disk, its type as safetensors calls it."""
+
+    file: str
+    shape: list[int]
+    type: str
 
 
 def state_to_layout(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -125,11 +135,25 @@ def load(folder: Path, mtp: bool = False) -> LanguageModel:
     """
     model = LanguageModel(_config_of(folder, mtp))
     _check_weights(model, folder)
-    places = _on_disk(model)
+    places, block = _on_disk(model), block_of(read_json(folder / CONFIG))
+    scales = _scales(folder) if block else {}
     for file, _ in _opened(weight_files(folder)):
         for name in sorted(places.keys() & set(file.keys())):
-            places[name].copy_(file.get_tensor(name))
+            tensor = file.get_tensor(name)
+            if block and tensor.dtype == torch.float8_e4m3fn:
+                tensor = fp8.widened(tensor, scales[fp8.scale_name(name)], block)
+            places[name].copy_(tensor)
     return model
+
+
+def _scales(folder: Path) -> dict[str, torch.Tensor]:
+    # Not always in the file of their weights.
+    return {
+        name: file.get_tensor(name)
+        for file, _ in _opened(weight_files(folder))
+        for name in file.keys()  # noqa: SIM118
+        if fp8.is_scale(name)
+    }
 
 
 def _on_disk(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -192,21 +216,44 @@ def _opened(files: Iterable[Path]) -> Iterator[tuple[Any, Path]]:
 def _check_weights(model: LanguageModel, folder: Path) -> None:
     files = weight_files(folder)
     wanted = {name: list(tensor.shape) for name, tensor in _on_disk(model).items()}
-    found: set[str] = set()
+    content = read_json(folder / CONFIG)
+    block = block_of(content)
+    found: dict[str, _Tensor] = {}
     for file, path in _opened(files):
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
-            if name in wanted and part.get_shape() != wanted[name]:
-                raise Unusable(f"{path.name}: {name} is {part.get_shape()}; config.json makes it {wanted[name]}")
-            if name in wanted and part.get_dtype() not in _TYPES:
-                raise Unusable(f"{path.name}: {name} is {part.get_dtype()}; weights of floating point are needed")
-            found.add(name)
+            found[name] = _Tensor(path.name, part.get_shape(), part.get_dtype())
+    scales: set[str] = set()
+    for name, tensor in found.items():
+        if name not in wanted:
+            continue
+        if tensor.shape != wanted[name]:
+            raise Unusable(f"{tensor.file}: {name} is {tensor.shape}; config.json makes it {wanted[name]}")
+        if tensor.type == fp8.TYPE and block is not None:
+            scales.add(_check_scale(name, found, block))
+        elif tensor.type not in _TYPES:
+            raise Unusable(f"{tensor.file}: {name} is {tensor.type}; weights of floating point are needed")
     what = files[0].name if len(files) == 1 else f"{len(files)} files of weights"
-    if missing := sorted(wanted.keys() - found):
+    if missing := sorted(wanted.keys() - found.keys()):
         raise Unusable(f"{what}: without {_names(missing)}, which a {model.config.model_type} of this config.json has")
-    more = int(read_json(folder / "config.json").get("num_nextn_predict_layers") or 0)
-    if surplus := sorted(name for name in found - wanted.keys() if not _is_passed_over(name, model.config, more)):
+    more = int(content.get("num_nextn_predict_layers") or 0)
+    others = found.keys() - wanted.keys() - scales
+    if surplus := sorted(name for name in others if not _is_passed_over(name, model.config, more)):
         raise Unusable(f"{what}: a {model.config.model_type} of this config.json has no {_names(surplus)}")
+
+
+def _check_scale(weight: str, found: Mapping[str, _Tensor], block: Block) -> str:
+    """Returns the name of the scales of ``weight``, which is of FP8."""
+    name, of_weight = fp8.scale_name(weight), found[weight]
+    shape = fp8.scale_shape(of_weight.shape, block)
+    if (scales := found.get(name)) is None:
+        raise Unusable(f"{of_weight.file}: {weight} is {of_weight.type}, and there is no {name}")
+    if scales.shape != shape or scales.type not in _TYPES:
+        raise Unusable(
+            f"{scales.file}: {name} is {scales.shape} of {scales.type}; blocks of {block[0]} x {block[1]} make it "
+            f"{shape} of floating point"
+        )
+    return name
 
 
 def _is_passed_over(name: str, config: ModelConfig, more: int) -> bool:

@@ -43,7 +43,6 @@ _BUILT: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
-    "quantization_config": (),
 }
 _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
     "deepseek_v2": {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
@@ -55,6 +54,8 @@ _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
 }
 # Of DeepSeek's architecture, written at another place of the file or only where it is set.
 _APART = {"rope_scaling", "tie_word_embeddings"}
+# Rows and columns that have one scale.
+Block = tuple[int, int]
 
 
 class Unusable(ValueError):
@@ -104,6 +105,7 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
         built = ", ".join(sorted(_ARCHITECTURES))
         raise Unusable(f"config.json: model_type is {family!r}; the families that are built here are {built}")
     _refuse_what_is_not_built(content, family)
+    block_of(content)
     kind = _CONFIGS[family]
     known: dict[str, Any] = {name: content[name] for name in kind.model_fields if name in content}
     missing = _DEFAULTS | _ids(content) | (_latent(content) if kind is LatentConfig else _grouped(content))
@@ -126,13 +128,35 @@ def architecture_of(config: ModelConfig) -> Architecture:
     return kind.model_validate(config.model_dump(include=set(kind.model_fields)))
 
 
+def block_of(config: Mapping[str, Any]) -> Block | None:
+    """Returns the blocks of a ``config.json`` whose weights are in FP8 (:mod:`lm.fp8`), None for unquantized ones.
+
+    Raises :class:`Unusable` for what is quantized in another way.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method != "fp8":
+        raise Unusable(
+            f"config.json: quantization_config: quant_method is {method!r}; of quantized weights, fp8 with a scale for "
+            "each block is read here; take that or the unquantized ones"
+        )
+    match found.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            raise Unusable(
+                f"config.json: quantization_config: weight_block_size is {other!r}; the rows and columns that have one "
+                "scale are needed, such as [128, 128]"
+            )
+
+
 def _refuse_what_is_not_built(content: Mapping[str, Any], family: str) -> None:
     for key, values in {**_BUILT, **_BUILT_OF.get(family, {})}.items():
         found = content.get(key)
         if found is None or found in values:
             continue
-        if key == "quantization_config":
-            raise Unusable("config.json: quantization_config: the weights are quantized; take the unquantized ones")
         told = " or ".join(repr(value) for value in values)
         raise Unusable(f"config.json: {key} is {found!r}; of a {family}, {told} is built here")
     if others := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
