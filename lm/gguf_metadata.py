@@ -1,5 +1,6 @@
 """A model's shape in the metadata of GGUF, under the keys of llama.cpp's architectures. Imports no torch."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -23,7 +24,8 @@ Value = int | float | bool | str
 _LATENT = "deepseek2"
 _GROUPED_MIXTURE = "qwen3moe"
 ARCHITECTURES = (_LATENT, *get_args(GroupedConfig.model_fields["model_type"].annotation), _GROUPED_MIXTURE)
-_SIGMOID = 2
+# How V2's and V3's routers score experts.
+_SOFTMAX, _SIGMOID = 1, 2
 _DENSE_KEY = "feed_forward_length"
 _ALL = {
     "context_length": "max_position_embeddings",
@@ -71,6 +73,9 @@ _UNSAID: dict[str, Value | None] = {
 }
 # What llama.cpp has no key for: ours, so that a model that comes back is the one that went.
 _OWN = "overnight."
+_YARN, _MULTIPLIER = "rope.scaling.", "yarn_log_multiplier"
+# It knows keys for them, and computes the same whatever they say (measured with a llama).
+_BETAS = (32.0, 1.0)
 _LLAMA_3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -88,9 +93,8 @@ def architecture(config: ModelConfig) -> str:
 
 def metadata(config: ModelConfig) -> dict[str, Value]:
     """Returns keys and values that describe ``config``."""
-    if config.model_type == "deepseek_v2" or isinstance(config.rope_scaling, YarnScaling):
-        told = "DeepSeek-V2" if config.model_type == "deepseek_v2" else "YaRN"
-        raise Unfit(f"{told} is not written as GGUF here; --to hf writes what llama.cpp's own converter reads")
+    if config.model_type == "deepseek_v2" and isinstance(config, LatentConfig) and config.topk_group < config.n_group:
+        raise Unfit("llama.cpp limits a DeepSeek-V2's experts to no groups, and n_group is more than topk_group here")
     if isinstance(config.rope_scaling, Llama3Scaling) and config.model_type != "llama":
         raise Unfit(f"llama.cpp reads Llama 3's rope_scaling of no {config.model_type}; --to hf writes it")
     if isinstance(config, GroupedMixtureConfig) and not config.norm_topk_prob:
@@ -106,7 +110,7 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
             "attention.key_length": config.cache_width,
             "attention.value_length": config.kv_lora_rank,
             "attention.key_length_mla": config.qk_head_dim,
-            "expert_gating_func": _SIGMOID,
+            "expert_gating_func": _SIGMOID if config.has_bias else _SOFTMAX,
         }
         own: dict[str, Value] = {}
         if config.q_lora_rank is None and not takes_plain_queries(config.num_hidden_layers):
@@ -118,7 +122,11 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
         if config.model_type == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
             raise Unfit("llama.cpp reads a qwen2 alone whose hidden_size is num_attention_heads x head_dim")
         named |= {"attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim}
-        own = {} if config.rope_scaling is None else config.rope_scaling.model_dump()
+        own = {}
+    if config.rope_scaling is not None:
+        own |= config.rope_scaling.model_dump(exclude_none=True)
+    if isinstance(config.rope_scaling, YarnScaling):
+        named |= _stretched(config, config.rope_scaling)
     own["initializer_range"] = config.initializer_range
     prefix = architecture(config)
     return {f"{prefix}.{key}": value for key, value in named.items()} | {f"{_OWN}{key}": own[key] for key in own}
@@ -138,14 +146,15 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
     kind = kinds.get(family, GroupedConfig)
     values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in _KEYS[kind].items()}
     values |= {
-        "model_type": {_LATENT: "deepseek_v3", _GROUPED_MIXTURE: "qwen3_moe"}.get(family, family),
+        "model_type": {_LATENT: _latent_family(said), _GROUPED_MIXTURE: "qwen3_moe"}.get(family, family),
         "vocab_size": embedding[0],
         "initializer_range": found.get(f"{_OWN}initializer_range", 0.02),
         "eos_token_id": (end := found.get("tokenizer.ggml.eos_token_id", ...)),
         "bos_token_id": found.get("tokenizer.ggml.bos_token_id", end),
     }
     if kind is LatentConfig:
-        _same(said, "expert_gating_func", _SIGMOID)
+        if values["model_type"] == "deepseek_v2":
+            _same(said, "expert_group_count", 1)
         if found.get(f"{_OWN}plain_queries"):
             values["q_lora_rank"] = None
         values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)
@@ -158,10 +167,12 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
             values["num_key_value_heads"] = said.get("attention.head_count", ...)
         _same(said, "attention.value_length", values["head_dim"])
         _same(said, "rope.dimension_count", values["head_dim"])
-        values |= {"tie_word_embeddings": tied, "rope_scaling": None}
+        values["tie_word_embeddings"] = tied
         if kind is GroupedMixtureConfig:
             values["norm_topk_prob"] = True
-    _same(said, "rope.scaling.type", "none")
+    values["rope_scaling"] = _yarn(found, said, family) if said.get("rope.scaling.type") == "yarn" else None
+    if values["rope_scaling"] is None:
+        _same(said, "rope.scaling.type", "none")
     if missing := [key for key, name in _KEYS[kind].items() if values[name] is ...]:
         raise Unfit(f"its metadata lack {family}.{missing[0]}")
     try:
@@ -174,6 +185,56 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         told = first["msg"].removeprefix("Value error, ")
         where = ".".join(str(step) for step in first["loc"])
         raise Unfit(f"its metadata make no model: {where + ': ' if where else ''}{told}") from None
+
+
+def _latent_family(said: Mapping[str, Any]) -> str:
+    # Files of V2 that are older than V3 do not say how experts are scored.
+    scored = said.get("expert_gating_func", _SOFTMAX)
+    if scored not in (_SOFTMAX, _SIGMOID):
+        raise Unfit(f"its expert_gating_func is {scored}; a model with {_SOFTMAX} or {_SIGMOID} alone can be read")
+    return "deepseek_v3" if scored == _SIGMOID else "deepseek_v2"
+
+
+def _stretched(config: ModelConfig, scaling: YarnScaling) -> dict[str, Value]:
+    """Returns the keys for YaRN.
+
+    llama.cpp multiplies rotations by 1 + 0.1 ln(factor), and a latent model's by nothing: there it multiplies scores.
+    """
+    latent = isinstance(config, LatentConfig)
+    expected = 1.0 if latent else 1.0 + 0.1 * math.log(scaling.factor)
+    if not math.isclose(scaling.rotation_scale, expected) or (latent and not scaling.mscale_all_dim):
+        told = "mscale and mscale_all_dim are not one number" if latent else "attention_factor is another"
+        raise Unfit(f"llama.cpp scales YaRN's rotations by what the factor makes of it, and {told}")
+    if (scaling.beta_fast, scaling.beta_slow) != _BETAS:
+        raise Unfit("llama.cpp takes YaRN's beta_fast as {:g} and beta_slow as {:g}".format(*_BETAS))
+    found: dict[str, Value] = {
+        f"{_YARN}type": "yarn",
+        f"{_YARN}factor": scaling.factor,
+        f"{_YARN}original_context_length": scaling.original_max_position_embeddings,
+    }
+    return found | ({f"{_YARN}{_MULTIPLIER}": 0.1 * (scaling.mscale_all_dim or 0.0)} if latent else {})
+
+
+def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Returns what :func:`_stretched` wrote, or another program."""
+    own = {name: found[f"{_OWN}{name}"] for name in YarnScaling.model_fields if f"{_OWN}{name}" in found}
+    if own:
+        return own
+    others = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": _BETAS[0], "yarn_beta_slow": _BETAS[1]}
+    for key, expected in others.items():
+        _same(said, f"{_YARN}{key}", expected)
+    wanted = ("factor", *((_MULTIPLIER,) if family == _LATENT else ()))
+    if missing := [key for key in wanted if f"{_YARN}{key}" not in said]:
+        raise Unfit(f"its metadata lack {family}.{_YARN}{missing[0]}")
+    values = {
+        "rope_type": "yarn",
+        "factor": said[f"{_YARN}factor"],
+        "original_max_position_embeddings": said.get(f"{_YARN}original_context_length", said.get("context_length")),
+    }
+    if family == _LATENT:
+        # In fp32 it is no longer the number that it was.
+        values["mscale"] = values["mscale_all_dim"] = round(10 * said[f"{_YARN}{_MULTIPLIER}"], 5)
+    return values
 
 
 def _scaling(found: Mapping[str, Any], config: GroupedShape, factors: Array) -> Llama3Scaling:

@@ -30,6 +30,10 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# 16 positions at first; DeepSeek scales scores by it, V2 with 0.707.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
+V2 = {"model_type": "deepseek_v2", "norm_topk_prob": False}
 MODELS = {
     "llama": (odd.make_grouped, {}),
     "llama, stretched and tied": (odd.make_grouped, {"rope_scaling": LLAMA_3, "tie_word_embeddings": True}),
@@ -40,6 +44,16 @@ MODELS = {
     "latent, query latent and groups": (odd.make_model, {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
     "latent, dense only": (odd.make_model, {"first_k_dense_replace": 3}),
     "latent, not normalized": (odd.make_model, {"first_k_dense_replace": 0, "norm_topk_prob": False}),
+    "qwen2, stretched by YaRN": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),
+    "llama, stretched by YaRN": (odd.make_grouped, {"rope_scaling": YARN}),
+    "qwen3moe, stretched by YaRN": (odd.make_grouped_mixture, {"rope_scaling": YARN}),
+    "latent, stretched by YaRN": (odd.make_model, {"rope_scaling": DEEPSEEK_YARN}),
+    "v2": (odd.make_model, V2),
+    "v2, query latent, stretched by YaRN": (odd.make_model, {**V2, "q_lora_rank": 24, "rope_scaling": DEEPSEEK_YARN}),
+    "v2, 27 layers, stretched by YaRN": (
+        odd.make_model,
+        {**V2, "num_hidden_layers": 27, "rope_scaling": DEEPSEEK_YARN},
+    ),
     "latent, 26 layers": (odd.make_model, {"num_hidden_layers": 26, "n_shared_experts": 1}),
 }
 PROMPTS = torch.randint(0, SIZE - 1, (2, 20), generator=torch.Generator().manual_seed(1)).tolist()
@@ -90,6 +104,19 @@ def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]
         (odd.make_grouped_mixture, {"norm_topk_prob": False}, "normalizes the weights of a qwen3moe's experts"),
         (odd.make_grouped_mixture, {"rope_scaling": LLAMA_3}, "reads Llama 3's rope_scaling of no qwen3_moe"),
         (odd.make_grouped, {"model_type": "qwen3", "rope_scaling": LLAMA_3}, "reads Llama 3's .* of no qwen3"),
+        (
+            odd.make_grouped,
+            {"rope_scaling": {**YARN, "beta_slow": 0.5}},
+            "takes YaRN's beta_fast as 32 and beta_slow as 1",
+        ),
+        (
+            odd.make_grouped,
+            {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+            "scales YaRN's .* attention_factor is an",
+        ),
+        (odd.make_model, {"rope_scaling": YARN}, "scales YaRN's .* mscale and mscale_all_dim are not one number"),
+        (odd.make_model, {"rope_scaling": {**DEEPSEEK_YARN, "mscale": 1.0}}, "scales YaRN's .* are not one number"),
+        (odd.make_model, {**V2, "n_group": 4, "topk_group": 2}, "limits a DeepSeek-V2's experts to no groups"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_stays_here(make, changes, said: str, tmp_path: Path) -> None:
@@ -254,7 +281,16 @@ def edited(
         ({"add": "blk.9.what"}, "it has, beyond what its configuration says, blk.9.what"),
         ({"llama.block_count": 2}, "it has, beyond what its configuration says, blk.2.attn_k.weight, "),
         ({"llama.feed_forward_length": 71}, r"model.layers.0.mlp.gate_proj.weight would have the shape \(70, 42\)"),
-        ({"llama.rope.scaling.type": "yarn"}, "its rope.scaling.type is yarn; a model with none alone can be read"),
+        ({"llama.rope.scaling.type": "linear"}, "its rope.scaling.type is linear; a model with none alone can be read"),
+        ({"llama.rope.scaling.type": "yarn"}, "its metadata lack llama.rope.scaling.factor"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4,
+                "llama.rope.scaling.yarn_attn_factor": 2,
+            },
+            "its rope.scaling.yarn_attn_factor is 2; a model with 1.0 alone can be read",
+        ),
         ({"llama.attention.head_count": 5}, "its metadata make no model: num_attention_heads 5 does not divide"),
     ],
 )
@@ -291,3 +327,35 @@ def test_rope_factors_of_llama_3_are_read_without_our_keys(tmp_path: Path) -> No
 def edited_without_own(source: Path, path: Path) -> Path:
     path.write_bytes(source.read_bytes().replace(b"overnight.", b"elsewhere."))
     return path
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),
+        (odd.make_model, {"rope_scaling": DEEPSEEK_YARN}),
+        (odd.make_model, {**V2, "rope_scaling": DEEPSEEK_YARN}),
+        (odd.make_model, V2),
+    ],
+    ids=["qwen2", "v3", "v2", "v2, not stretched"],
+)
+def test_yarn_and_v2_are_read_without_our_keys(
+    make: Callable[..., LanguageModel], changes: dict[str, object], tmp_path: Path
+) -> None:
+    # One of the depths at which llama.cpp takes queries as they are.
+    model, folder = make_checkpoint(tmp_path, make, **{"num_hidden_layers": 26, "initializer_range": 0.02, **changes})
+    foreign = edited_without_own(written(folder), tmp_path / "foreign.gguf")
+    assert gguf_file.load(foreign).config == model.config
+
+
+def test_an_older_file_of_v2_says_nothing_of_scores(tmp_path: Path) -> None:
+    model, folder = make_checkpoint(tmp_path, odd.make_model, **V2)
+    older = edited(written(folder), tmp_path / "older.gguf", {}, ("deepseek2.expert_gating_func",))
+    assert gguf_file.load(older).config == model.config
+    for changes, said in (
+        ({"deepseek2.expert_gating_func": 3}, "its expert_gating_func is 3; a model with 1 or 2 alone can be read"),
+        ({"deepseek2.expert_group_count": 2}, "its expert_group_count is 2; a model with 1 alone can be read"),
+        ({"deepseek2.rope.scaling.type": "yarn", "deepseek2.rope.scaling.factor": 4}, "lack deepseek2.*yarn_log_mult"),
+    ):
+        with pytest.raises(Unfit, match=said):
+            gguf_file.load(edited(written(folder), tmp_path / "other.gguf", dict(changes)))
