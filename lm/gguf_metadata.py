@@ -94,7 +94,7 @@ def architecture(config: ModelConfig) -> str:
 def metadata(config: ModelConfig) -> dict[str, Value]:
     """Returns keys and values that describe ``config``."""
     if config.model_type == "deepseek_v2" and isinstance(config, LatentConfig) and config.topk_group < config.n_group:
-        raise Unfit("llama.cpp limits a DeepSeek-V2's experts to no groups, and n_group is more than topk_group here")
+        raise Unfit("llama.cpp chooses a DeepSeek-V2's groups of experts otherwise, and there are some here")
     if isinstance(config.rope_scaling, Llama3Scaling) and config.model_type != "llama":
         raise Unfit(f"llama.cpp reads Llama 3's rope_scaling of no {config.model_type}; --to hf writes it")
     if isinstance(config, GroupedMixtureConfig) and not config.norm_topk_prob:
@@ -153,8 +153,6 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         "bos_token_id": found.get("tokenizer.ggml.bos_token_id", end),
     }
     if kind is LatentConfig:
-        if values["model_type"] == "deepseek_v2":
-            _same(said, "expert_group_count", 1)
         if found.get(f"{_OWN}plain_queries"):
             values["q_lora_rank"] = None
         values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)
