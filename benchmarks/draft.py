@@ -6,7 +6,8 @@ and from functions of its standard library; one text at a time, two threads. Our
 (see ``lm/drafting.py``) and without. Where llama.cpp is installed (see ``benchmarks/peers.py``): its Q8_0, token by
 token through its C functions, and with ``llama-cpp-python``'s own prompt lookup, two tokens at a time as it advises for
 CPUs. Tokens a second after the prompt is read, all of a kind together. Each measurement is a process of its own, in
-turns; ratios are taken round by round. The last line is one JSON object.
+turns; ratios are taken round by round. Sides write different texts, so ratios are of what each of them wrote. The last
+line is one JSON object.
 """
 
 import argparse
@@ -174,14 +175,15 @@ def by_graph_of(side: str, folder: Path, temperature: float) -> Write:
 
     def write_text(ids: list[int]) -> tuple[int, float]:
         pieces = generator.generate(Request(tuple(ids), WRITTEN, Sampling(temperature), most_drafted=most))
-        next(pieces)
-        started = time.perf_counter()
+        started = 0.0
         while True:
             try:
                 next(pieces)
+                # With the first piece, which is the first token or a few.
+                started = started or time.perf_counter()
             except StopIteration as end:
                 done: Done = end.value
-                return done.new_tokens - 1, time.perf_counter() - started
+                return max(done.new_tokens - 1, 0), time.perf_counter() - started if started else 0.0
 
     return write_text
 
@@ -221,7 +223,7 @@ def by_lookup(folder: Path, ends: int | list[int]) -> Write:
             count += 1
             if count == 1:
                 started = time.perf_counter()
-        return count - 1, time.perf_counter() - started
+        return max(count - 1, 0), time.perf_counter() - started if started else 0.0
 
     return write_text
 

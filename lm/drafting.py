@@ -1,8 +1,9 @@
 """Guesses at the next tokens from the text itself, with numpy alone.
 
-The model then reads the guesses at once and keeps those that it would have written: the text is the same, and a graph
-run over a few tokens costs little more than one over a single one. Speculative decoding (arXiv 2211.17192) with a
-lookup in the text in place of a second model (arXiv 2304.04487).
+The model then reads the guesses at once and keeps those that it writes itself: a graph run over a few tokens costs
+little more than one over a single one. Speculative decoding (arXiv 2211.17192) with a lookup in the text in place of a
+second model (arXiv 2304.04487). Sums over several tokens are taken in another order than over one, so a text may turn
+where two tokens are nearly alike.
 """
 
 import numpy as np
@@ -36,14 +37,15 @@ class Drafter:
         self.accepted += accepted
         if accepted < drafted:
             self._count = max(1, self._count // 2)
-        elif drafted:
+        elif drafted == self._count:
             self._count = min(self._most, 2 * self._count)
 
 
 def what_followed(text: Ids, most: int) -> Ids:
     """Returns up to ``most`` tokens that followed where the end of ``text`` [length] stood before, [] if nowhere.
 
-    Of several such places it is the last of those that agree with most of the end's tokens, up to six.
+    Of several such places it is the last of those that agree with most of the end's tokens, up to six. What lies
+    between it and the end is repeated where it is shorter.
     """
     if most <= 0 or len(text) <= _SHORTEST:
         return text[:0]
@@ -57,5 +59,4 @@ def what_followed(text: Ids, most: int) -> Ids:
                 return text[:0]
             break
         places = longer
-    after = places[-1] + 1
-    return text[after : after + most]
+    return np.resize(text[places[-1] + 1 :], most)

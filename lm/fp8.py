@@ -13,7 +13,8 @@ from lm.hugging_face_config import Block
 # How safetensors calls the type.
 TYPE = "F8_E4M3"
 _SUFFIX = "_scale_inv"
-_DIMENSIONS = 2
+# Matrices alone have blocks.
+DIMENSIONS = 2
 
 
 def scale_name(weight: str) -> str:
@@ -27,9 +28,7 @@ def is_scale(name: str) -> bool:
 
 
 def scale_shape(weight: Sequence[int], block: Block) -> list[int]:
-    """Returns the shape of the scales of a weight of the shape ``weight``, [] where that is no matrix."""
-    if len(weight) != _DIMENSIONS:
-        return []
+    """Returns the shape of the scales of a matrix of the shape ``weight``."""
     return [-(-size // of_block) for size, of_block in zip(weight, block, strict=True)]
 
 

@@ -74,7 +74,7 @@ _UNSAID: dict[str, Value | None] = {
 # What llama.cpp has no key for: ours, so that a model that comes back is the one that went.
 _OWN = "overnight."
 _YARN, _MULTIPLIER = "rope.scaling.", "yarn_log_multiplier"
-# It knows keys for them, and computes the same whatever they say (measured with a llama).
+# It knows keys for them, and writes the same text whatever they say (a llama in xllamacpp 2026.10.11549).
 _BETAS = (32.0, 1.0)
 _LLAMA_3 = {
     "rope_type": "llama3",
@@ -126,7 +126,7 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     if config.rope_scaling is not None:
         own |= config.rope_scaling.model_dump(exclude_none=True)
     if isinstance(config.rope_scaling, YarnScaling):
-        named |= _stretched(config, config.rope_scaling)
+        named |= _stretched(config.rope_scaling, isinstance(config, LatentConfig))
     own["initializer_range"] = config.initializer_range
     prefix = architecture(config)
     return {f"{prefix}.{key}": value for key, value in named.items()} | {f"{_OWN}{key}": own[key] for key in own}
@@ -146,13 +146,16 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
     kind = kinds.get(family, GroupedConfig)
     values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in _KEYS[kind].items()}
     values |= {
-        "model_type": {_LATENT: _latent_family(said), _GROUPED_MIXTURE: "qwen3_moe"}.get(family, family),
+        "model_type": _latent_family(said)
+        if family == _LATENT
+        else {_GROUPED_MIXTURE: "qwen3_moe"}.get(family, family),
         "vocab_size": embedding[0],
         "initializer_range": found.get(f"{_OWN}initializer_range", 0.02),
         "eos_token_id": (end := found.get("tokenizer.ggml.eos_token_id", ...)),
         "bos_token_id": found.get("tokenizer.ggml.bos_token_id", end),
     }
     if kind is LatentConfig:
+        values["model_type"] = _latent_family(said)
         if found.get(f"{_OWN}plain_queries"):
             values["q_lora_rank"] = None
         values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)
@@ -193,16 +196,18 @@ def _latent_family(said: Mapping[str, Any]) -> str:
     return "deepseek_v3" if scored == _SIGMOID else "deepseek_v2"
 
 
-def _stretched(config: ModelConfig, scaling: YarnScaling) -> dict[str, Value]:
+def _stretched(scaling: YarnScaling, latent: bool) -> dict[str, Value]:
     """Returns the keys for YaRN.
 
     llama.cpp multiplies rotations by 1 + 0.1 ln(factor), and a latent model's by nothing: there it multiplies scores.
     """
-    latent = isinstance(config, LatentConfig)
-    expected = 1.0 if latent else 1.0 + 0.1 * math.log(scaling.factor)
-    if not math.isclose(scaling.rotation_scale, expected) or (latent and not scaling.mscale_all_dim):
-        told = "mscale and mscale_all_dim are not one number" if latent else "attention_factor is another"
-        raise Unfit(f"llama.cpp scales YaRN's rotations by what the factor makes of it, and {told}")
+    if latent and not (scaling.mscale_all_dim and math.isclose(scaling.rotation_scale, 1.0)):
+        raise Unfit(
+            "llama.cpp reads YaRN of a latent model alone whose mscale and mscale_all_dim are one number above 0, "
+            "without an attention_factor"
+        )
+    if not latent and not math.isclose(scaling.rotation_scale, 1.0 + 0.1 * math.log(scaling.factor)):
+        raise Unfit("llama.cpp scales YaRN's rotations by 1 + 0.1 ln(factor), and rope_scaling says something else")
     if (scaling.beta_fast, scaling.beta_slow) != _BETAS:
         raise Unfit("llama.cpp takes YaRN's beta_fast as {:g} and beta_slow as {:g}".format(*_BETAS))
     found: dict[str, Value] = {
@@ -215,23 +220,29 @@ def _stretched(config: ModelConfig, scaling: YarnScaling) -> dict[str, Value]:
 
 def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Returns what :func:`_stretched` wrote, or another program."""
-    own = {name: found[f"{_OWN}{name}"] for name in YarnScaling.model_fields if f"{_OWN}{name}" in found}
-    if own:
-        return own
     others = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": _BETAS[0], "yarn_beta_slow": _BETAS[1]}
     for key, expected in others.items():
         _same(said, f"{_YARN}{key}", expected)
-    wanted = ("factor", *((_MULTIPLIER,) if family == _LATENT else ()))
-    if missing := [key for key in wanted if f"{_YARN}{key}" not in said]:
-        raise Unfit(f"its metadata lack {family}.{_YARN}{missing[0]}")
+    latent = family == _LATENT
+    for key in ("factor", _MULTIPLIER) if latent else ("factor",):
+        value = said.get(f"{_YARN}{key}")
+        if not isinstance(value, int | float) or value <= 0:
+            told = "lack" if value is None else f"say {value!r} for"
+            raise Unfit(f"its metadata {told} {family}.{_YARN}{key}; with YaRN a number above 0 is needed")
+    own = {name: found[f"{_OWN}{name}"] for name in YarnScaling.model_fields if f"{_OWN}{name}" in found}
+    if own:
+        for key, value in _stretched(YarnScaling.model_validate(own), latent).items():
+            if said.get(key) != (value if isinstance(value, str) else np.float32(value)):
+                raise Unfit(f"its {key} is {said.get(key)}, and Overnight's own keys beside it make it {value}")
+        return own
     values = {
         "rope_type": "yarn",
         "factor": said[f"{_YARN}factor"],
         "original_max_position_embeddings": said.get(f"{_YARN}original_context_length", said.get("context_length")),
     }
-    if family == _LATENT:
-        # In fp32 it is no longer the number that it was.
-        values["mscale"] = values["mscale_all_dim"] = round(10 * said[f"{_YARN}{_MULTIPLIER}"], 5)
+    if latent:
+        # The shortest number that is the same in fp32.
+        values["mscale"] = values["mscale_all_dim"] = float(str(np.float32(10 * said[f"{_YARN}{_MULTIPLIER}"])))
     return values
 
 

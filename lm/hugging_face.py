@@ -30,7 +30,6 @@ _MTP = re.compile(r"mtp\.(\d+)\.(.*)")
 _TYPES = {"F64", "F32", "F16", "BF16"}
 _NAMES_TOLD = 3
 
-
 __all__ = [
     "BYTES_A_FILE",
     "Unusable",
@@ -245,14 +244,14 @@ def _check_weights(model: LanguageModel, folder: Path) -> None:
 def _check_scale(weight: str, found: Mapping[str, _Tensor], block: Block) -> str:
     """Returns the name of the scales of ``weight``, which is of FP8."""
     name, of_weight = fp8.scale_name(weight), found[weight]
-    shape = fp8.scale_shape(of_weight.shape, block)
+    if len(of_weight.shape) != fp8.DIMENSIONS:
+        raise Unusable(f"{of_weight.file}: {weight} is {of_weight.type} and no matrix; matrices alone have blocks")
     if (scales := found.get(name)) is None:
         raise Unusable(f"{of_weight.file}: {weight} is {of_weight.type}, and there is no {name}")
-    if scales.shape != shape or scales.type not in _TYPES:
-        raise Unusable(
-            f"{scales.file}: {name} is {scales.shape} of {scales.type}; blocks of {block[0]} x {block[1]} make it "
-            f"{shape} of floating point"
-        )
+    if scales.type not in _TYPES:
+        raise Unusable(f"{scales.file}: {name} is {scales.type}; scales of {', '.join(sorted(_TYPES))} are read")
+    if scales.shape != (shape := fp8.scale_shape(of_weight.shape, block)):
+        raise Unusable(f"{scales.file}: {name} is {scales.shape}; blocks of {block[0]} x {block[1]} make it {shape}")
     return name
 
 
@@ -260,7 +259,7 @@ def _is_passed_over(name: str, config: ModelConfig, more: int) -> bool:
     """Whether the tensor ``name`` is one that the model has no use for, though it belongs to the checkpoint."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
-    if name == "lm_head.weight":
+    if name in ("lm_head.weight", fp8.scale_name("lm_head.weight")):
         return config.tie_word_embeddings
     # DeepSeek-V3's layers of multi-token prediction, where they are not trained.
     return is_of_mtp(name, config.num_hidden_layers, more)

@@ -119,7 +119,7 @@ class Held:
 
 
 class Generator:
-    """Continues texts: one graph run over the prompts, then one a token, all rows of a batch in each."""
+    """Continues texts: one graph run over the prompts, then one for each token of all rows, or for several of a row."""
 
     def __init__(self, folder: Path, threads: int | None = None, graph: bytes | None = None) -> None:
         """Loads ``model.onnx`` with its ``tokenizer.json`` and ``config.json``; ``threads`` None takes all cores.
@@ -203,7 +203,7 @@ class Generator:
         """Yields the continuation of one prompt piece by piece and returns how it ended; see :meth:`generate_batch`.
 
         What ``held`` has of an earlier call is not computed again, and it is left with the text of this one. Guesses at
-        the next tokens are read at once, and each token is drawn as it would be without them.
+        the next tokens are read at once; each token is drawn from its own logits, by the same random number.
         """
         row = self._row(request)
         held = held or Held()
@@ -239,8 +239,9 @@ class Generator:
 
         A text stops at a token that ends texts or turns, before the first of its ``stop``, after ``max_new_tokens``, or
         when it is as long as the model's context: it was trained on nothing longer, and a text that drops its beginning
-        would be another text. Equal calls write equal texts; beside other rows, or after a ``held`` beginning, sums are
-        taken in another order, and a text may turn where two tokens are nearly alike. Raises :class:`PromptTooLong`.
+        would be another text. Equal calls write equal texts; beside other rows, after a ``held`` beginning or with
+        guesses, sums are taken in another order, and a text may turn where two tokens are nearly alike. Raises
+        :class:`PromptTooLong`.
         """
         rows = [self._row(request) for request in requests]
         cache = self.new_cache(len(rows))

@@ -29,7 +29,7 @@ class Metrics:
                 registry=registry,
             ),
             Counter("overnight_tokens", "Tokens read and written.", ["kind"], registry=registry),
-            Counter("overnight_drafted_tokens", "Guesses, by whether they came true.", ["accepted"], registry=registry),
+            Counter("overnight_drafted_tokens", "Guesses, by whether they came.", ["accepted"], registry=registry),
             Histogram("overnight_completion_seconds", "From a request's arrival to its last token.", registry=registry),
             Gauge("overnight_active_requests", "Texts being written or waiting for their turn.", registry=registry),
         )

@@ -15,9 +15,9 @@ GREEDY = Sampling(temperature=0)
     ("text", "most", "followed"),
     [
         ("the cat, the", 4, " cat"),
-        # Nothing lies behind what repeats itself but itself.
-        ("abcabc", 9, "abc"),
-        ("aaaa", 9, "a"),
+        # What repeats itself goes on to.
+        ("abcabc", 8, "abcabcab"),
+        ("aaaa", 9, "aaaaaaaaa"),
         # The last of several places, but rather one that agrees with more.
         ("xay xaz xa", 1, "z"),
         ("bxay xaz bxa", 1, "y"),
@@ -46,6 +46,8 @@ def test_there_are_as_many_guesses_as_lately_came_true() -> None:
         drafter.learn(drafted, accepted)
     assert sizes == [3, 6, MOST, MOST, 3, 1, 1, 1]
     assert (drafter.drafted, drafter.accepted) == (29, 23)
+    # One that the end of the text cut short says little.
+    drafter.learn(1, 1)
     # Where nothing is guessed there is nothing to learn.
     drafter.learn(0, 0)
     assert len(drafter.draft(text, 99)) == 2

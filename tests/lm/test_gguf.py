@@ -112,10 +112,10 @@ def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]
         (
             odd.make_grouped,
             {"rope_scaling": {**YARN, "attention_factor": 1.0}},
-            "scales YaRN's .* attention_factor is an",
+            "scales YaRN's .* says something else",
         ),
-        (odd.make_model, {"rope_scaling": YARN}, "scales YaRN's .* mscale and mscale_all_dim are not one number"),
-        (odd.make_model, {"rope_scaling": {**DEEPSEEK_YARN, "mscale": 1.0}}, "scales YaRN's .* are not one number"),
+        (odd.make_model, {"rope_scaling": YARN}, "reads YaRN of .* mscale and mscale_all_dim are one number"),
+        (odd.make_model, {"rope_scaling": {**DEEPSEEK_YARN, "mscale": 1.0}}, "reads YaRN of .* are one number above 0"),
         (odd.make_model, {**V2, "n_group": 4, "topk_group": 2}, "chooses a DeepSeek-V2's groups of experts otherwise"),
     ],
 )
@@ -282,7 +282,7 @@ def edited(
         ({"llama.block_count": 2}, "it has, beyond what its configuration says, blk.2.attn_k.weight, "),
         ({"llama.feed_forward_length": 71}, r"model.layers.0.mlp.gate_proj.weight would have the shape \(70, 42\)"),
         ({"llama.rope.scaling.type": "linear"}, "its rope.scaling.type is linear; a model with none alone can be read"),
-        ({"llama.rope.scaling.type": "yarn"}, "its metadata lack llama.rope.scaling.factor"),
+        ({"llama.rope.scaling.type": "yarn"}, "its metadata lack llama.rope.scaling.factor; with YaRN"),
         (
             {
                 "llama.rope.scaling.type": "yarn",
@@ -359,6 +359,19 @@ def test_an_older_file_of_v2_says_nothing_of_scores(tmp_path: Path) -> None:
     for changes, said in (
         ({"deepseek2.expert_gating_func": 3}, "its expert_gating_func is 3; a model with 1 or 2 alone can be read"),
         ({"deepseek2.rope.scaling.type": "yarn", "deepseek2.rope.scaling.factor": 4}, "lack deepseek2.*yarn_log_mult"),
+    ):
+        with pytest.raises(Unfit, match=said):
+            gguf_file.load(edited(written(folder), tmp_path / "other.gguf", dict(changes)))
+
+
+def test_keys_of_yarn_that_do_not_agree_are_named(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, odd.make_model, rope_scaling=DEEPSEEK_YARN)
+    for changes, said in (
+        (
+            {"deepseek2.rope.scaling.factor": 2.0},
+            "its rope.scaling.factor is 2.0, and .* own keys .* make it 4.0",
+        ),
+        ({"deepseek2.rope.scaling.yarn_log_multiplier": 0.0}, "say 0.0 for deepseek2.rope.scaling.yarn_log_multiplier"),
     ):
         with pytest.raises(Unfit, match=said):
             gguf_file.load(edited(written(folder), tmp_path / "other.gguf", dict(changes)))
