@@ -10,10 +10,8 @@ can be read for what one token needs: the active weights and the cache. The last
 import argparse
 import copy
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -106,7 +104,7 @@ def compare(shape: str, rounds: int, read: float, only: list[str] | None) -> dic
         found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for turn in range(rounds):
             for side in sides:
-                found[side].append(measure(side, Path(name)))
+                found[side].append(peers.apart(__file__, side, Path(name) / side, THREADS))
             print(f"{shape}: round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
     table: dict[str, dict[str, float]] = {}
     for side in sides:
@@ -215,17 +213,6 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
         else:
             place.symlink_to(checkpoint)
     return {side: sum(file.stat().st_size for file in (folder / side).iterdir()) / 1e6 for side in sides}
-
-
-def measure(side: str, folder: Path) -> dict[str, float]:
-    """Runs ``side`` in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder / side)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def make(side: str, folder: Path, batch: int) -> peers.Writer:

@@ -14,10 +14,8 @@ import argparse
 import heapq
 import inspect
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -61,7 +59,9 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for turn in range(asked.rounds):
             for side in sides:
-                found[side].append(measure(side, Path(name), asked.temperature))
+                found[side].append(
+                    peers.apart(__file__, side, Path(name), THREADS, "--temperature", str(asked.temperature))
+                )
             print(f"round {turn + 1}/{asked.rounds}", file=sys.stderr, flush=True)
     print(json.dumps({"rounds": asked.rounds, "temperature": asked.temperature, **show(found)}))
 
@@ -134,25 +134,13 @@ def write(folder: Path, sides: list[str]) -> None:
     (folder / "prompts.json").write_text(json.dumps(ids))
 
 
-def measure(side: str, folder: Path, temperature: float) -> dict[str, float]:
-    """Runs ``side`` in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--temperature", str(temperature)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def run_side(side: str, folder: Path, temperature: float) -> dict[str, float]:
     """Returns tokens a second by kind."""
     asked: dict[str, list[list[int]]] = json.loads((folder / "prompts.json").read_text())
-    ends = json.loads((folder / "origin/config.json").read_text())["eos_token_id"]
     if side == PLAIN:
         writer = token_by_token(folder)
     elif side == LOOKUP:
-        writer = by_lookup(folder, ends)
+        writer = by_lookup(folder)
     else:
         writer = by_graph_of(side, folder, temperature)
     # The first text pays for buffers and kernels.
@@ -201,7 +189,7 @@ def token_by_token(folder: Path) -> Write:
     return write_text
 
 
-def by_lookup(folder: Path, ends: int | list[int]) -> Write:
+def by_lookup(folder: Path) -> Write:
     """llama.cpp with guesses, as its Python package makes them."""
     from llama_cpp import Llama
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
@@ -212,13 +200,14 @@ def by_lookup(folder: Path, ends: int | list[int]) -> Write:
         str(folder / "model.gguf"), n_ctx=MOST_TOKENS, n_batch=MOST_TOKENS, n_threads=THREADS, n_threads_batch=THREADS,
         draft_model=draft, verbose=False,
     )  # fmt: skip
-    last = {ends} if isinstance(ends, int) else set(ends)
+    # One id: ours names no more.
+    end = json.loads((folder / "origin/config.json").read_text())["eos_token_id"]
 
     def write_text(ids: list[int]) -> tuple[int, float]:
         llama.reset()
         count, started = 0, 0.0
         for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):
-            if count == WRITTEN or token in last:
+            if count == WRITTEN or token == end:
                 break
             count += 1
             if count == 1:

@@ -7,6 +7,7 @@ llama-cpp-python==0.3.36``; where AMX makes it crash, ``-DGGML_NATIVE=OFF`` and 
 
 import contextlib
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -198,8 +199,6 @@ def build_genai(source: Path, folder: Path, threads: int) -> None:
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    import json
-
     settings = folder / "genai_config.json"
     content = json.loads(settings.read_text())
     options = content["model"]["decoder"]["session_options"]
@@ -233,6 +232,17 @@ def bandwidth(threads: int) -> float:
             read(block)
             best = max(best, block.numel() * 4 / (time.perf_counter() - started))
     return best
+
+
+def apart(program: str, side: str, folder: Path, threads: int, *more: str) -> dict[str, float]:
+    """Returns the JSON object that ``program`` prints last for ``--side`` and ``--folder``, in a process of its own."""
+    command = [sys.executable, program, "--side", side, "--folder", str(folder), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def installed(module: str) -> bool:

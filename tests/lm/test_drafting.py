@@ -15,7 +15,7 @@ GREEDY = Sampling(temperature=0)
     ("text", "most", "followed"),
     [
         ("the cat, the", 4, " cat"),
-        # What repeats itself goes on to.
+        # What repeats itself goes on.
         ("abcabc", 8, "abcabcab"),
         ("aaaa", 9, "aaaaaaaaa"),
         # The last of several places, but rather one that agrees with more.
