@@ -14,7 +14,7 @@ from serving import Server, lay_out_project
 
 from flows.serve.app import make_app
 from lm.chat_template import ChatTemplate, Message
-from lm.runtime import Generator, Request
+from lm.runtime import Done, Generator, Request
 from lm.sampling import Sampling
 
 SEA = [{"role": "user", "content": "sea"}]
@@ -229,11 +229,26 @@ def test_the_metrics_count_both_kinds(root: Path, model: Generator) -> None:
     for path, status in (("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/chat/completions", 400)):
         assert f'overnight_requests_total{{path="{path}",status="{status}"}} 1.0' in counted
     assert 'overnight_tokens_total{kind="completion"} 11.0' in counted
-    drafted = [line for line in counted.splitlines() if line.startswith("overnight_drafted_tokens_total")]
-    assert [line.split("{")[1].split("}")[0] for line in drafted] == ['accepted="true"', 'accepted="false"']
     assert "overnight_completion_seconds_count 2.0" in counted
     full = TestClient(make_app(model, template, "m", None, most_waiting=-1))
     assert full.post("/v1/chat/completions", json=GREEDY).status_code == 429
+
+
+def test_the_metrics_count_guesses(root: Path, model: Generator) -> None:
+    ended: list[Done] = []
+
+    def write() -> Iterator[str]:
+        ended.append((yield from model.generate(Request("abab", 100, Sampling(temperature=0)))))
+
+    assert "".join(write())
+    wrong = ended[0].drafted - ended[0].accepted
+    assert 0 < wrong < ended[0].accepted
+    app = TestClient(make_app(model, ChatTemplate.read(root / "models/int8", model.tokenizer), "m", None))
+    asked = {"prompt": "abab", "max_tokens": 100, "temperature": 0, "seed": 1}
+    assert app.post("/v1/completions", json=asked).status_code == 200
+    counted = app.get("/metrics").text
+    assert f'overnight_drafted_tokens_total{{accepted="true"}} {ended[0].accepted}.0' in counted
+    assert f'overnight_drafted_tokens_total{{accepted="false"}} {wrong}.0' in counted
 
 
 def test_a_malformed_template_is_told_before_anything_is_served(tmp_path: Path) -> None:
