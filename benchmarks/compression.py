@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lm.weights import fill
 from tasks.checkpoints import Checkpoints
 from tasks.launch import worker_environment
 from tasks.progress import Progress
@@ -176,7 +177,9 @@ def run_side(changes: dict[str, Any]) -> None:
     readers = [Shards(Path("data/shards"), manifest, split).reader(params.seq_len) for split in ("train", "valid")]
     with tempfile.TemporaryDirectory() as folder, world.joined(params, params.mesh) as here:
         checkpoints = Checkpoints("train", "benchmark", 1, root=Path(folder))
-        train(start.load(None, params, manifest), params, *readers, checkpoints, here, timed, "benchmark")
+        model, weights = start.begun(None, params, manifest)
+        fill(model, weights)
+        train(model, params, *readers, checkpoints, here, timed, "benchmark")
     if os.environ["RANK"] == "0":
         Path("curve.json").write_text(json.dumps(timed.curve))
 

@@ -2,14 +2,15 @@
 
 The product of an adapted layer is ``x W^T + (alpha / rank) x A^T B^T``, A [rank, in] and B [out, rank] (section 4.1).
 The factors sit at the seam that :mod:`lm.linear` has for quantization, so no layer is written anew; routed experts have
-factors each, stacked as their weights are. :func:`merge` adds them to the weights; :func:`save` writes them as the
+factors each, stacked as their weights are. :func:`merged` adds them to the weights; :func:`save` writes them as the
 ``peft`` library reads them, beside the model they started from.
 """
 
 import fnmatch
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from lm.config import GroupedConfig, ModelConfig
 from lm.feed_forward import Experts
 from lm.linear import Linear, to_product_type
 from lm.model import LanguageModel
+from lm.weights import Whole, on_meta
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -44,10 +46,9 @@ class LowRank(nn.Module):
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    @torch.no_grad()
-    def update(self) -> torch.Tensor:
-        """Returns what the factors add to the weight: [out, in], or of all experts [experts, out, in]."""
-        return (self.lora_B @ self.lora_A) * self.scale
+    def update(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+        """Returns what such factors add to the weight: [out, in], or of all experts [experts, out, in]."""
+        return (lora_B @ lora_A) * self.scale
 
 
 class LowRankStack(LowRank):
@@ -66,8 +67,7 @@ def adaptable(config: ModelConfig) -> list[str]:
 
     Of a layer's routed experts, both stacks. Routers are no linear layers.
     """
-    with torch.device("meta"):
-        return list(_layers(LanguageModel(config)))
+    return list(_layers(on_meta(config)))
 
 
 def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -96,33 +96,37 @@ def adapt(model: LanguageModel, targets: Sequence[str], rank: int, alpha: float,
         setattr(module, seam, kind(weight, rank, alpha, generator))
 
 
-def merge(model: LanguageModel) -> None:
-    """Adds the factors to the weights that they stand beside, in place: the model computes the same without them."""
-    for module, seam, weight in _layers(model).values():
-        factors = getattr(module, seam)
-        if isinstance(factors, LowRank):
-            with torch.no_grad():
-                weight.add_(factors.update())
-            delattr(module, seam)
-            setattr(module, seam, None if isinstance(module, Experts) else F.linear)
-    model.requires_grad_(True)
+def merged(model: LanguageModel, whole: Whole) -> Whole:
+    """Returns ``whole`` of the weights of ``model`` with the factors added to those that they stand beside.
+
+    A model of these weights computes the same without factors. ``model`` itself may be on ``meta``.
+    """
+    adapted = {found.weight: found for found in _adapted(model).values()}
+
+    def one(name: str) -> torch.Tensor:
+        value = whole(name)
+        if name not in adapted:
+            return value
+        factors, path = adapted[name].factors, adapted[name].path
+        return value + factors.update(whole(f"{path}.lora_A"), whole(f"{path}.lora_B"))
+
+    return one
 
 
-def save(model: LanguageModel, folder: Path) -> None:
-    """Writes the factors of ``model``, not yet merged, into ``folder`` in peft's layout; equal factors, equal bytes."""
-    adapted = {
-        name: factors
-        for name, (module, seam, _) in _layers(model).items()
-        if isinstance(factors := getattr(module, seam), LowRank)
-    }
-    one = next(iter(adapted.values()))
+def save(model: LanguageModel, whole: Whole, folder: Path | None) -> None:
+    """Writes the factors of ``model``, which ``whole`` returns, into ``folder`` in peft's layout.
+
+    Equal factors, equal bytes. Without a ``folder`` it asks for the same ones in the same order, and writes nothing.
+    """
+    adapted = _adapted(model)
+    one = next(iter(adapted.values())).factors
     # peft#3711: of a model with experts, it takes any feed-forward layer's name for the experts' stacks. The name
     # of its weight says which one is meant.
     by_weight = [name for name in adapted if ".mlp." in name and not isinstance(model.config, GroupedConfig)]
     config = {
         # Whole names: transformers' model may have layers of the same last name that are not adapted here.
         "target_modules": [name for name in adapted if name not in by_weight],
-        "target_parameters": [name if _is_stack(adapted[name]) else f"{name}.weight" for name in by_weight] or None,
+        "target_parameters": [adapted[name].weight for name in by_weight] or None,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -134,13 +138,34 @@ def save(model: LanguageModel, folder: Path) -> None:
         "inference_mode": True,
     }
     tensors = {
-        f"base_model.model.{_peft_name(name, adapted)}.{side}.weight": value.detach().cpu().contiguous()
-        for name, factors in adapted.items()
-        for side, value in _peft_factors(factors)
+        f"base_model.model.{_peft_name(name, adapted)}.{side}.weight": _peft_factor(whole(f"{path}.{side}"), side)
+        for name, (_, _, path) in adapted.items()
+        for side in ("lora_A", "lora_B")
     }
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+class _Adapted(NamedTuple):
+    factors: LowRank
+    # Their own name in the model's state, and that of the weight that they stand beside.
+    weight: str
+    path: str
+
+
+def _adapted(model: LanguageModel) -> dict[str, _Adapted]:
+    """Returns the layers of ``model`` that have factors, by the names of :func:`adaptable`."""
+    found = {}
+    for name, (module, seam, _) in _layers(model).items():
+        factors = getattr(module, seam)
+        if isinstance(factors, LowRank):
+            is_stack = isinstance(module, Experts)
+            weight, owner = (name, name.rpartition(".")[0]) if is_stack else (f"{name}.weight", name)
+            found[name] = _Adapted(factors, weight, f"{owner}.{seam}")
+    return found
 
 
 def _layers(model: LanguageModel) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
@@ -155,25 +180,20 @@ def _layers(model: LanguageModel) -> dict[str, tuple[nn.Module, str, torch.Tenso
     return found
 
 
-def _is_stack(factors: LowRank) -> bool:
-    return isinstance(factors, LowRankStack)
-
-
-def _peft_name(name: str, adapted: Mapping[str, LowRank]) -> str:
+def _peft_name(name: str, adapted: Mapping[str, _Adapted]) -> str:
     """Returns what peft calls the module of those factors: it wraps one of experts for each stack, the first within."""
-    if not _is_stack(adapted[name]):
+    if not isinstance(adapted[name].factors, LowRankStack):
         return name
     experts, _, stack = name.rpartition(".")
     is_within = stack == "gate_up_proj" and f"{experts}.down_proj" in adapted
     return f"{experts}.base_layer" if is_within else experts
 
 
-def _peft_factors(factors: LowRank) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields A [experts * rank, in] and B [out, rank * experts] of a stack: peft has one matrix for all of them."""
-    down, up = factors.lora_A, factors.lora_B
-    stacked = _is_stack(factors)
-    yield "lora_A", down.flatten(0, 1) if stacked else down
-    yield "lora_B", up.permute(1, 2, 0).flatten(1) if stacked else up
+def _peft_factor(value: torch.Tensor, side: str) -> torch.Tensor:
+    """Returns A [experts * rank, in] or B [out, rank * experts] of a stack: peft has one matrix for all of them."""
+    if value.dim() > 2:
+        value = value.flatten(0, 1) if side == "lora_A" else value.permute(1, 2, 0).flatten(1)
+    return value.contiguous()
 
 
 def _parts(name: str) -> tuple[str, str]:

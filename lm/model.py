@@ -3,6 +3,8 @@
 Its state has the names of Hugging Face's layout, but for the stacked experts and the layers of multi-token prediction.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ from lm.latent import LatentAttention
 from lm.linear import Embedding, Linear
 from lm.loss import Measure, cross_entropy, over_learned, projected_cross_entropy
 from lm.norm import RMSNorm
-from lm.rope import rotations
+from lm.rope import rotations_of
 
 
 class Block(nn.Module):
@@ -47,8 +49,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        table = rotations(config.max_position_embeddings, config.rotary_dim, config.rope_theta, config.rope_scaling)
-        self.register_buffer("rotations", table, persistent=False)
+        self.register_buffer("rotations", rotations_of(config), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed_tokens(ids)
@@ -149,11 +150,19 @@ class LanguageModel(nn.Module):
         )
 
     def initialize(self, seed: int) -> None:
-        """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms stay 1, biases 0."""
+        """Draws every matrix from N(0, initializer_range), by ``seed`` alone; norms are 1, biases 0."""
+        with torch.no_grad():
+            for name, value in self.drawn(seed):
+                self.get_parameter(name).copy_(value)
+
+    def drawn(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields what :meth:`initialize` gives to each parameter, on the CPU, wherever those of this model are."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+        for name, parameter in self.named_parameters():
+            value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+            if value.dim() > 1:
+                value.normal_(std=self.config.initializer_range, generator=generator)
+            yield name, value
 
     def blocks(self) -> list[nn.Module]:
         """Returns the decoder's blocks, and those of multi-token prediction."""

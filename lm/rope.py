@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lm.config import Llama3Scaling, RopeScaling, YarnScaling
+from lm.config import Llama3Scaling, ModelConfig, RopeScaling, YarnScaling
 
 
 def rotations(positions: int, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
@@ -20,6 +20,11 @@ def rotations(positions: int, head_dim: int, theta: float, scaling: RopeScaling 
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     table = torch.stack([angles.cos(), angles.sin()])
     return table if scaling is None else table * scaling.rotation_scale
+
+
+def rotations_of(config: ModelConfig) -> torch.Tensor:
+    """Returns :func:`rotations` of all positions of a model."""
+    return rotations(config.max_position_embeddings, config.rotary_dim, config.rope_theta, config.rope_scaling)
 
 
 def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:

@@ -10,12 +10,13 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from lm.model import LanguageModel
+from lm.weights import Weights
 from tasks import atomic, heartbeat, out_of_memory, paths, stopping
 from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints
@@ -26,7 +27,7 @@ from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.parallel.exchange import Exchange
-from tasks.parallel.parallelize import lay_out
+from tasks.parallel.parallelize import Parallel, lay_out
 from tasks.parallel.traffic import Traffic
 from tasks.progress import Progress
 from tasks.recomputation import recompute
@@ -73,6 +74,13 @@ class Curve:
         return count
 
 
+class Trained(NamedTuple):
+    """What a training leaves: its curve, and the model over all processes."""
+
+    curve: Curve
+    parallel: Parallel
+
+
 def train(
     model: LanguageModel,
     params: TrainingParams,
@@ -83,16 +91,17 @@ def train(
     progress: Progress,
     stage: str,
     measure_first: bool = False,
-) -> Curve:
-    """Runs ``params.steps`` optimizer steps on ``model`` (in place, on every process) and returns the curve.
+    weights: Weights | None = None,
+) -> Trained:
+    """Runs ``params.steps`` optimizer steps on ``model``; returns the curve and what has the weights now.
 
-    ``measure_first`` has the weights validated that it begins with.
+    ``measure_first`` has the weights validated that it begins with. ``weights`` are those of a model on ``meta``.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
     :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row.
     """
     out_of_memory.remember_allocations(world.device)
-    run = _Run(model, params, train_windows, valid_windows, world, progress)
+    run = _Run(model, params, train_windows, valid_windows, world, progress, weights)
     if run.exchange.in_parts:
         checkpoints.keep_one_before()
     done = run.restore(_agreed(checkpoints, world, run.exchange))
@@ -134,14 +143,13 @@ def train(
             if stopped:
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
-    run.parallel.finish()
     if log:
         log.close()
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
         if told := run.meter.waited_too_long():
             progress.notice(told)
-    return run.curve
+    return Trained(run.curve, run.parallel)
 
 
 def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int) -> NoReturn:
@@ -191,15 +199,16 @@ class _Run:
         valid_windows: WindowReader,
         world: World,
         progress: Progress,
+        weights: Weights | None = None,
     ) -> None:
         self.params, self.world, self.progress = params, world, progress
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * train_windows.length
         self.traffic = Traffic(world.device)
-        # Counts the parameters, while the model is whole.
+        # Counts the parameters of the whole model.
         self.meter = StepMeter(model, self.tokens_per_step, world)
-        self.parallel, self.exchange = lay_out(model, world, params)
+        self.parallel, self.exchange = lay_out(model, world, params, weights)
         self.model = self.parallel.model
         if params.compiles:
             compile_layers(self.model, world.device)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lm.model import LanguageModel
+from lm.weights import tensor_of
 from tasks.order import Indices
 from tasks.parallel import parts, whole
 from tasks.parallel.exchange import State
@@ -18,6 +19,7 @@ class Alone:
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         self.model: LanguageModel = model.to(world.device)
+        self._is_first = world.is_first
         self.scale = self.weight = 1.0
 
     def grouped(self, samples: Indices) -> Indices:
@@ -49,6 +51,10 @@ class Alone:
 
     def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
         parts.load(self.model, optimizer, folder, rest)
+
+    def whole(self, name: str) -> torch.Tensor:
+        value = tensor_of(self.model, name).detach()
+        return value.cpu() if self._is_first else value.to("meta")
 
     def finish(self) -> None:
         pass

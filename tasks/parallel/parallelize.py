@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lm.model import LanguageModel
+from lm.weights import Weights
 from tasks.order import Indices
 from tasks.parallel.alone import Alone
 from tasks.parallel.compressed import compressed
@@ -69,31 +70,39 @@ class Parallel(Protocol):
     def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
         """Takes over the parts of a state that lie in ``folder``, and the ``rest``; see :mod:`tasks.parallel.parts`."""
 
+    def whole(self, name: str) -> torch.Tensor:
+        """Returns the weight or buffer of that name, on the CPU of the first process; on ``meta`` in the others."""
+
     def finish(self) -> None:
-        """Gives the model that was laid out its weights, whole, on every process."""
+        """Gives the model that was laid out its weights, whole, on every process. Not for a model on ``meta``."""
 
 
-def lay_out(model: LanguageModel, world: World, params: TrainingParams) -> tuple[Parallel, Exchange]:
+def lay_out(
+    model: LanguageModel, world: World, params: TrainingParams, weights: Weights | None = None
+) -> tuple[Parallel, Exchange]:
     """Returns ``model`` laid over ``world`` as :func:`parallelize` does, and what its replicas exchange otherwise."""
     exchange = params.exchange
     if exchange.diloco.inner_steps:
         near = replica_of(world)
         # Each replica's state is whole in its first process.
-        parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near, gathers=True)
+        parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near, weights, gathers=True)
         return parallel, Diloco(parallel.model, near, world, exchange.diloco, exchange.compression == "int8")
     if exchange.compression != "none":
         parallel = Alone(model, world)
         return parallel, compressed(parallel.model, world, exchange.compression, exchange.rank, params.seed)
-    return parallelize(model, world), Exchange(world)
+    return parallelize(model, world, weights), Exchange(world)
 
 
-def parallelize(model: LanguageModel, world: World) -> Parallel:
-    """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``."""
+def parallelize(model: LanguageModel, world: World, weights: Weights | None = None) -> Parallel:
+    """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``.
+
+    Where the world has a mesh, ``model`` may be on ``meta``: each process then reads its part of ``weights``.
+    """
     if world.size == 1:
         return Alone(model, world)
     if world.mesh is None:
         return Replicated(model, world)
-    return Sharded(model, world) if world.stages_group is None else Pipelined(model, world)
+    return (Sharded if world.stages_group is None else Pipelined)(model, world, weights)
 
 
 class _Loss(nn.Module):

@@ -11,6 +11,7 @@ gradients are summed, so that they stay equal.
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from lm.model import LanguageModel
+from lm.weights import Weights, fill, tensor_of
 from tasks.order import Indices
 from tasks.parallel import parts, whole
 from tasks.parallel.parts import Kept
@@ -56,7 +58,8 @@ def cause_told() -> Iterator[None]:
 class Pipelined:
     """The layers of this process's stages, each laid over the other axes of the mesh."""
 
-    def __init__(self, model: LanguageModel, world: World) -> None:
+    def __init__(self, model: LanguageModel, world: World, weights: Weights | None = None) -> None:
+        """``weights``: of a ``model`` on ``meta``."""
         assert world.mesh is not None
         assert world.stages_group is not None
         self._whole, self._world, self._group, self._layout = model, world, world.stages_group, world.mesh.layout
@@ -77,6 +80,8 @@ class Pipelined:
         self._in_parts: InParts | None = None
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
+        if weights is not None:
+            fill(self.model, weights, functools.partial(whole.filled, device=world.device), self._tied)
         self.scale = self._over = 1.0
         self.weight = 1 / self._layout.data
         self._passes = 0
@@ -156,6 +161,16 @@ class Pipelined:
         ]
         whole.load_optimizer_state(optimizer, {"state": entries, "param_groups": groups})
 
+    def whole(self, name: str) -> torch.Tensor:
+        self._cut()
+        name = self._tied.get(name, name)
+        if name in self._shapes:
+            value = self._from_its_stage(name, self._shapes[name], tensor_of(self.model, name))
+        else:
+            # A buffer, which every process has.
+            value = tensor_of(self.model, name).detach()
+        return value.cpu() if self._world.is_first else value.to("meta")
+
     def finish(self) -> None:
         self._cut()
         state = self._model_state()
@@ -185,9 +200,14 @@ class Pipelined:
                 kept = None
                 if self._is_here(self._stage_of(full)) or (full in self._copies and self._is_here(self._last)):
                     values = value.detach().clone() if self._is_tied and full == _HEAD else value.detach()
-                    kept = nn.Parameter(values, requires_grad=value.requires_grad)
+                    kept = nn.Parameter(self._on_device(values), requires_grad=value.requires_grad)
                 module.register_parameter(name, kept)
-        return part.to(self._world.device)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, self._on_device(buffer))
+        return part
+
+    def _on_device(self, value: torch.Tensor) -> torch.Tensor:
+        return value if value.is_meta else value.to(self._world.device)
 
     def _shard(self) -> None:
         assert self._world.mesh is not None
@@ -272,24 +292,22 @@ class Pipelined:
         for other in others:
             other.copy_(total)
 
-    def _from_its_stage(
-        self, name: str, shape: torch.Size, kind: torch.dtype, value: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Returns the whole tensor, of which its stage has ``value``, on the CPU."""
+    def _from_its_stage(self, name: str, shape: torch.Size, value: torch.Tensor | None) -> torch.Tensor:
+        """Returns the whole tensor, of which its stage has ``value``."""
         source = self._layout.process_of(self._stage_of(name))
         if source == self._here:
             assert value is not None
             sent = whole.gathered(value).to(self._world.device).contiguous()
         else:
-            sent = torch.empty(shape, dtype=kind, device=self._world.device)
+            sent = torch.empty(shape, device=self._world.device)
         dist.broadcast(sent, group=self._group, group_src=source)
-        return sent.to("cpu", copy=True)
+        return sent
 
     def _model_state(self) -> State:
         own = dict(self.model.named_parameters())
-        types = {name: parameter.dtype for name, parameter in self._whole.named_parameters()}
         gathered = {
-            name: self._from_its_stage(name, shape, types[name], own.get(name)) for name, shape in self._shapes.items()
+            name: self._from_its_stage(name, shape, own.get(name)).to("cpu", copy=True)
+            for name, shape in self._shapes.items()
         }
         if self._is_tied:
             gathered[_HEAD] = gathered[_EMBEDDING]

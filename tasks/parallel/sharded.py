@@ -5,6 +5,7 @@ lies in one place of ``expert``, cut over ``shard``.
 """
 
 import copy
+import functools
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.tensor import Shard
 
 from lm.feed_forward import MixtureOfExperts
 from lm.model import LanguageModel
+from lm.weights import Weights, fill, tensor_of
 from tasks.order import Indices
 from tasks.parallel import parts, whole
 from tasks.parallel.expert import deal_out
@@ -30,8 +32,12 @@ State = dict[str, Any]
 class Sharded:
     """A part of the model in each process, and whole blocks only while they compute."""
 
-    def __init__(self, model: LanguageModel, world: World, gathers: bool = False) -> None:
-        """``gathers``: the first process has the whole state for a checkpoint, instead of each a part."""
+    def __init__(
+        self, model: LanguageModel, world: World, weights: Weights | None = None, gathers: bool = False
+    ) -> None:
+        """``weights``: of a ``model`` on ``meta``. ``gathers``: the first process has the whole state for a checkpoint,
+        instead of each a part.
+        """
         assert world.mesh is not None
         self._gathers = gathers
         self._whole, self._is_first = model, world.is_first
@@ -39,6 +45,8 @@ class Sharded:
         # The modules twice, the weights once: laying out replaces those of the copy.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         self._in_parts = _shard(self.model, model, world.mesh)
+        if weights is not None:
+            fill(self.model, weights, functools.partial(whole.filled, device=world.device))
         self._reduces = True
         self.scale, self.weight = 1.0, 1 / world.data_size
 
@@ -83,6 +91,11 @@ class Sharded:
     def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
         self._cut()
         parts.load(self.model, optimizer, folder, rest)
+
+    def whole(self, name: str) -> torch.Tensor:
+        self._cut()
+        value = whole.gathered(tensor_of(self.model, name))
+        return value.cpu() if self._is_first else value.to("meta")
 
     def finish(self) -> None:
         state = self._whole_weights(True)
@@ -140,9 +153,10 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Gives up the memory of a module's weights."""
+    """Gives up the memory of a module's weights; those on ``meta`` have none, and keep the shapes that are read by."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.new_empty(0)
+        if not parameter.is_meta:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

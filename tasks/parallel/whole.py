@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lm.weights import Read, whole_region
 
 State = dict[str, Any]
 
@@ -29,6 +32,18 @@ def whole(value: Any) -> Any:
     if isinstance(value, DTensor):
         value = value.full_tensor()
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def filled(parameter: nn.Parameter, read: Read, device: torch.device) -> torch.Tensor:
+    """Returns what this process keeps of a tensor, in the layout of ``parameter``, and reads no more than that."""
+    if not isinstance(parameter, DTensor):
+        return read(whole_region(parameter.shape)).to(device)
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    own = read(tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True)))
+    return DTensor.from_local(
+        own.to(device), parameter.device_mesh, parameter.placements,
+        run_check=False, shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

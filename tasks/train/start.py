@@ -7,6 +7,7 @@ from lm.config import LatentConfig, ModelConfig, completed
 from lm.hugging_face_config import architecture_of
 from lm.hugging_face_files import TOKENIZER
 from lm.model import LanguageModel
+from lm.weights import Weights, drawn, on_meta
 from tasks import init, paths
 from tasks.errors import BadInput, BadParameter
 from tasks.mesh import check_fits
@@ -59,20 +60,22 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
     return folder
 
 
-def load(folder: Path | None, params: TrainParams, manifest: Manifest) -> LanguageModel:
-    """Returns the checkpoint in ``folder``, which :func:`check` has passed; None: a new model, drawn by the seed."""
-    if folder is not None:
-        model = hugging_face.load(folder, params.trains_mtp)
-        model.mtp_loss_weight = params.mtp_loss_weight
+def begun(folder: Path | None, params: TrainParams, manifest: Manifest) -> tuple[LanguageModel, Weights]:
+    """Returns a model on ``meta``, but for LoRA's factors, and its weights, to be read where they are needed.
+
+    They are those of the checkpoint in ``folder``, which :func:`check` has passed; None: new ones, drawn by the seed.
+    """
+    if folder is None:
+        model = on_meta(new_config(params, manifest))
+        weights = drawn(model, params.seed)
+    else:
+        model, weights = hugging_face.opened(folder, params.trains_mtp)
         if params.lora is not None:
             low_rank.adapt(model, params.lora.targets, params.lora.rank, params.lora.alpha, params.seed)
         shorter = params.seq_len if params.seq_len < model.config.max_position_embeddings else None
         model.config = model.config.model_copy(update={"training_length": shorter})
-        return model
-    model = LanguageModel(new_config(params, manifest))
     model.mtp_loss_weight = params.mtp_loss_weight
-    model.initialize(params.seed)
-    return model
+    return model, weights
 
 
 def new_config(params: TrainParams, manifest: Manifest) -> ModelConfig:

@@ -1,57 +1,82 @@
 """One training process, as torchrun starts it; the first one writes ``models/float``."""
 
+import contextlib
 import os
 from pathlib import Path
 
 from lm import hugging_face, low_rank
 from lm.model import LanguageModel
+from lm.weights import Whole, fill, on_meta
 from tasks import atomic, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
-from tasks.progress import progress
+from tasks.parallel.parallelize import Parallel
+from tasks.progress import Progress, progress
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
 from tasks.train import probe, start
 from tasks.train.params import TrainParams, checkpoint_inputs
 from tasks.training import Curve, train
+from tasks.world import World
 
 
 def main() -> None:
     params = read_section("train", TrainParams).on(int(os.environ["WORLD_SIZE"]))
-    manifest = read_manifest()
-    origin = init.checkpoint()
-    key = inputs.key("train", params, checkpoint_inputs())
-    checkpoints = Checkpoints("train", key, params.keep_checkpoints, params.elastic)
     timeout = params.communication.timeout_seconds
     with world.joined(params, params.mesh, timeout) as here, progress("train", here.is_first) as shown:
         probe.report(here, "train")
-        if here.is_first:
-            checkpoints.forget_others()
-        model = start.load(origin, params, manifest)
-        readers = [Shards(paths.SHARDS, manifest, split).reader(params.seq_len) for split in ("train", "valid")]
-        curve = train(model, params, readers[0], readers[1], checkpoints, here, shown, "train", origin is not None)
-        if here.is_first:
-            write(model, curve, params, len(readers[0]), here.precision, origin)
+        # By itself: what sums gradients has to be gone before the group of processes is.
+        train_and_write(params, here, shown)
         # On another machine, the stage has not ended before its files are there.
         here.lowest(0)
 
 
-def write(
-    model: LanguageModel, curve: Curve, params: TrainParams, windows: int, precision: str, origin: Path | None
+def train_and_write(params: TrainParams, here: World, shown: Progress) -> None:
+    manifest = read_manifest()
+    origin = init.checkpoint()
+    key = inputs.key("train", params, checkpoint_inputs())
+    checkpoints = Checkpoints("train", key, params.keep_checkpoints, params.elastic)
+    if here.is_first:
+        checkpoints.forget_others()
+    model, weights = start.begun(origin, params, manifest)
+    if here.mesh is None:
+        # Every process holds the whole model.
+        fill(model, weights)
+    total, active = on_meta(model.config).parameter_counts()
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    readers = [Shards(paths.SHARDS, manifest, split).reader(params.seq_len) for split in ("train", "valid")]
+    curve, parallel = train(
+        model, params, readers[0], readers[1], checkpoints, here, shown, "train", origin is not None, weights
+    )
+    write_model(model, params, parallel, here.is_first, origin)
+    if here.is_first:
+        counts = {"parameters": total, "active_parameters": active, "trained_parameters": learning}
+        write_reports(counts, curve, params, len(readers[0]), here.precision, origin)
+
+
+def write_model(
+    model: LanguageModel, params: TrainParams, parallel: Parallel, is_first: bool, origin: Path | None
 ) -> None:
-    """Writes the model, its curve and the report of the training, which started from the checkpoint in ``origin``."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    with atomic.folder(paths.FLOAT) as folder:
+    """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs."""
+    whole: Whole = parallel.whole
+    with atomic.folder(paths.FLOAT) if is_first else contextlib.nullcontext() as folder:
         if params.lora is not None:
             if params.lora.keep_adapter:
-                low_rank.save(model, folder / paths.ADAPTER.name)
-            low_rank.merge(model)
-        hugging_face.save(model, paths.TOKENIZER, folder, origin)
+                low_rank.save(model, whole, folder / paths.ADAPTER.name if folder else None)
+            whole = low_rank.merged(model, whole)
+        hugging_face.save_weights(model.config, whole, folder)
+        if folder:
+            hugging_face.save_companions(model.config, paths.TOKENIZER, folder, origin)
+
+
+def write_reports(
+    counts: dict[str, int], curve: Curve, params: TrainParams, windows: int, precision: str, origin: Path | None
+) -> None:
+    """Writes the curve and the report of the training, which started from the checkpoint in ``origin``."""
     atomic.write_text(paths.CURVE, curve.to_csv())
-    total, active = model.parameter_counts()
     tokens = params.steps * params.global_batch * params.seq_len
     report = {
-        "parameters": total,
-        "active_parameters": active,
+        "parameters": counts["parameters"],
+        "active_parameters": counts["active_parameters"],
         "steps": params.steps,
         "tokens": tokens,
         "epochs": round(params.steps * params.global_batch / windows, 3),
@@ -65,7 +90,7 @@ def write(
     if precision == "fp16":
         report["overflowed_steps"] = curve.overflows
     if params.lora is not None:
-        report["trained_parameters"] = trained
+        report["trained_parameters"] = counts["trained_parameters"]
     if curve.processes != [params.world_size]:
         # What a rebuild would have to repeat (`elastic`).
         report["processes_in_turn"] = curve.processes

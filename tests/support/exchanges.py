@@ -97,7 +97,7 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
 
     if spoil >= 0:
         model.model.norm.register_forward_pre_hook(spoilt)
-    curve = train(model, params, readers[0], readers[1], checkpoints, world, progress, "train")
+    curve, _ = train(model, params, readers[0], readers[1], checkpoints, world, progress, "train")
     digest = xxhash.xxh3_128_hexdigest(b"".join(value.numpy().tobytes() for value in model.state_dict().values()))
     digests: list[Any] = [None] * world.size
     dist.all_gather_object(digests, digest)

@@ -25,6 +25,7 @@ from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelCo
 from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
+from lm.weights import Weights, on_meta, reads
 from tasks import optimizers, step_meter, training
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
@@ -130,6 +131,8 @@ class Case:
     optimizer: str = "adamw"
     answers: bool = False
     kept: bool = False
+    # Whether each process begins with the whole model; else it reads its part alone.
+    held: bool = False
 
 
 @dataclass
@@ -334,6 +337,16 @@ def _set(model: LanguageModel, weights: list[torch.Tensor], biases: list[torch.T
         router.e_score_correction_bias.copy_(bias)
 
 
+def _on_meta(model: LanguageModel, case: Case) -> tuple[LanguageModel, Weights]:
+    """Returns ``model`` without its weights, but for LoRA's factors, and what reads them."""
+    bare = on_meta(model.config)
+    if case.model in ADAPTED:
+        low_rank.adapt(bare, ADAPTED[case.model], rank=4, alpha=8, seed=9)
+        factors = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+        assert not bare.load_state_dict(factors, strict=False).unexpected_keys
+    return bare, [(name, reads(value)) for name, value in model.state_dict().items()]
+
+
 @functools.lru_cache
 def _mesh(layout: Mesh) -> Meshes | None:
     # One for all cases that have it: each has a dozen groups, and those have threads and connections.
@@ -351,6 +364,9 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     training.compile_layers = functools.partial(compile_layers, backend=case.compiled)
     model, reader = model_of(case), Reader(1, WINDOWS, case.answers)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
+    weights = None
+    if world.mesh is not None and not case.held:
+        model, weights = _on_meta(model, case)
     run = _Run(
         model,
         params_of(case, world.data_size),
@@ -358,6 +374,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         Reader(2, 7, case.answers),
         world,
         Progress("train", Lines(lambda line: None)),
+        weights,
     )  # type: ignore[arg-type]
     # An optimizer goes on in the very tensors that it is given.
     done = run.restore(None if case.resume is None else copy.deepcopy(states[case.resume]))
@@ -415,8 +432,11 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         told = [state]
         dist.broadcast_object_list(told, src=0)
         states += told
-    run.parallel.finish()
-    result.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    if weights is None:
+        run.parallel.finish()
+        result.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    else:
+        result.weights = {name: run.parallel.whole(name).clone() for name in shapes}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
     vocabulary._cross_entropy, loss.LOGITS_HELD = cross_entropy, LOGITS_HELD
     if undo:

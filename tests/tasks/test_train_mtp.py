@@ -10,6 +10,7 @@ from odd import make_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from lm import gguf_write, hugging_face
+from lm.weights import fill
 from tasks import init, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadParameter
@@ -56,7 +57,8 @@ def test_a_training_goes_on_with_the_layers_of_its_checkpoint(weight: float, lay
     write_checkpoint(project / "given", make_model, num_nextn_predict_layers=1)
     (project / "given/tokenizer.json").write_bytes((project / paths.TOKENIZER).read_bytes())
     collect_init("given")
-    model = start.load(start.check(params, manifest), params, manifest)
+    model, weights = start.begun(start.check(params, manifest), params, manifest)
+    fill(model, weights)
     assert len(model.mtp) == layers
     assert model.mtp_loss_weight == weight
     there = load_file(init.checkpoint() / "model.safetensors")  # type: ignore[operator]
