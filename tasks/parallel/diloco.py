@@ -7,6 +7,7 @@ anything validated or kept, so what they last met with is the weights in the che
 bytes (``train.compression: int8``).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def replica_of(world: World) -> Replica:
     number, rank = divmod(world.rank, cut)
     return Replica(
         rank=rank, size=cut, device=world.device, precision=world.precision,
-        mesh=seen(inside, MeshParams(shard=cut).over(cut)),
+        mesh=dataclasses.replace(seen(inside, MeshParams(shard=cut).over(cut)), writers=world.mesh.writers),
         number=number, replicas=replicas, group=inside.get_group(), twins=processes["replicas"].get_group(),
     )  # fmt: skip
 

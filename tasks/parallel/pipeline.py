@@ -29,9 +29,10 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from lm.model import LanguageModel
-from lm.weights import Weights, fill, tensor_of
+from lm.weights import Weights, fill
 from tasks.order import Indices
 from tasks.parallel import parts, whole
+from tasks.parallel.gathered import Gathered
 from tasks.parallel.parts import Kept
 from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
 from tasks.parallel.stages import Stage, stages_of
@@ -85,6 +86,7 @@ class Pipelined:
         self.scale = self._over = 1.0
         self.weight = 1 / self._layout.data
         self._passes = 0
+        self._gathered = Gathered(self.model, world.mesh.writers)
         self._running: dict[tuple[int, ...], Running] = {}
 
     def grouped(self, samples: Indices) -> Indices:
@@ -163,13 +165,7 @@ class Pipelined:
 
     def whole(self, name: str) -> torch.Tensor:
         self._cut()
-        name = self._tied.get(name, name)
-        if name in self._shapes:
-            value = self._from_its_stage(name, self._shapes[name], tensor_of(self.model, name))
-        else:
-            # A buffer, which every process has.
-            value = tensor_of(self.model, name).detach()
-        return value.cpu() if self._world.is_first else value.to("meta")
+        return self._gathered.tensor(self._tied.get(name, name))
 
     def finish(self) -> None:
         self._cut()
@@ -292,22 +288,24 @@ class Pipelined:
         for other in others:
             other.copy_(total)
 
-    def _from_its_stage(self, name: str, shape: torch.Size, value: torch.Tensor | None) -> torch.Tensor:
-        """Returns the whole tensor, of which its stage has ``value``."""
+    def _from_its_stage(
+        self, name: str, shape: torch.Size, kind: torch.dtype, value: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the whole tensor, of which its stage has ``value``, on the CPU."""
         source = self._layout.process_of(self._stage_of(name))
         if source == self._here:
             assert value is not None
             sent = whole.gathered(value).to(self._world.device).contiguous()
         else:
-            sent = torch.empty(shape, device=self._world.device)
+            sent = torch.empty(shape, dtype=kind, device=self._world.device)
         dist.broadcast(sent, group=self._group, group_src=source)
-        return sent
+        return sent.to("cpu", copy=True)
 
     def _model_state(self) -> State:
         own = dict(self.model.named_parameters())
+        types = {name: parameter.dtype for name, parameter in self._whole.named_parameters()}
         gathered = {
-            name: self._from_its_stage(name, shape, own.get(name)).to("cpu", copy=True)
-            for name, shape in self._shapes.items()
+            name: self._from_its_stage(name, shape, types[name], own.get(name)) for name, shape in self._shapes.items()
         }
         if self._is_tied:
             gathered[_HEAD] = gathered[_EMBEDDING]

@@ -17,10 +17,11 @@ from torch.distributed.tensor import Shard
 
 from lm.feed_forward import MixtureOfExperts
 from lm.model import LanguageModel
-from lm.weights import Weights, fill, tensor_of
+from lm.weights import Weights, fill
 from tasks.order import Indices
 from tasks.parallel import parts, whole
 from tasks.parallel.expert import deal_out
+from tasks.parallel.gathered import Gathered
 from tasks.parallel.parts import Kept
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
@@ -47,6 +48,7 @@ class Sharded:
         self._in_parts = _shard(self.model, model, world.mesh)
         if weights is not None:
             fill(self.model, weights, functools.partial(whole.filled, device=world.device))
+        self._gathered = Gathered(self.model, world.mesh.writers)
         self._reduces = True
         self.scale, self.weight = 1.0, 1 / world.data_size
 
@@ -94,8 +96,7 @@ class Sharded:
 
     def whole(self, name: str) -> torch.Tensor:
         self._cut()
-        value = whole.gathered(tensor_of(self.model, name))
-        return value.cpu() if self._is_first else value.to("meta")
+        return self._gathered.tensor(name)
 
     def finish(self) -> None:
         state = self._whole_weights(True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lm.weights import Read, whole_region
+from lm.weights import Read, Region, whole_region
 
 State = dict[str, Any]
 
@@ -34,16 +34,21 @@ def whole(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
+def region_of(value: torch.Tensor) -> Region:
+    """Returns which part of a tensor this process has."""
+    if not isinstance(value, DTensor):
+        return whole_region(value.shape)
+    shape, start = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    return tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
+
+
 def filled(parameter: nn.Parameter, read: Read, device: torch.device) -> torch.Tensor:
     """Returns what this process keeps of a tensor, in the layout of ``parameter``, and reads no more than that."""
+    own = read(region_of(parameter)).to(device)
     if not isinstance(parameter, DTensor):
-        return read(whole_region(parameter.shape)).to(device)
-    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    own = read(tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True)))
-    return DTensor.from_local(
-        own.to(device), parameter.device_mesh, parameter.placements,
-        run_check=False, shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+        return own
+    mesh, stride = parameter.device_mesh, parameter.stride()
+    return DTensor.from_local(own, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=stride)
 
 
 def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

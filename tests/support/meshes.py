@@ -25,7 +25,7 @@ from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelCo
 from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
-from lm.weights import Weights, on_meta, reads
+from lm.weights import Read, Region, Weights, on_meta, reads
 from tasks import optimizers, step_meter, training
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
@@ -146,6 +146,8 @@ class Result:
     valid_loss: float = 0.0
     samples: list[list[int]] = field(default_factory=list)
     elements: int = 0
+    # How many numbers were read of weights that nobody holds.
+    read: int = 0
     skipped: list[int] = field(default_factory=list)
     logits: int = 0
     graphs: int = 0
@@ -337,14 +339,23 @@ def _set(model: LanguageModel, weights: list[torch.Tensor], biases: list[torch.T
         router.e_score_correction_bias.copy_(bias)
 
 
-def _on_meta(model: LanguageModel, case: Case) -> tuple[LanguageModel, Weights]:
-    """Returns ``model`` without its weights, but for LoRA's factors, and what reads them."""
+def _on_meta(model: LanguageModel, case: Case, result: Result) -> tuple[LanguageModel, Weights]:
+    """Returns ``model`` without its weights, but for LoRA's factors, and what reads them, counting in ``result``."""
+
+    def counting(read: Read) -> Read:
+        def counted(region: Region) -> torch.Tensor:
+            value = read(region)
+            result.read += value.numel()
+            return value
+
+        return counted
+
     bare = on_meta(model.config)
     if case.model in ADAPTED:
         low_rank.adapt(bare, ADAPTED[case.model], rank=4, alpha=8, seed=9)
         factors = {name: value for name, value in model.state_dict().items() if "lora_" in name}
         assert not bare.load_state_dict(factors, strict=False).unexpected_keys
-    return bare, [(name, reads(value)) for name, value in model.state_dict().items()]
+    return bare, [(name, counting(reads(value))) for name, value in model.state_dict().items()]
 
 
 @functools.lru_cache
@@ -366,7 +377,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     weights = None
     if world.mesh is not None and not case.held:
-        model, weights = _on_meta(model, case)
+        model, weights = _on_meta(model, case, result)
     run = _Run(
         model,
         params_of(case, world.data_size),

@@ -150,6 +150,8 @@ WRONG = [
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
 APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
+ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SPOILT]
+ON_FOUR = [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
 _alone = functools.lru_cache(meshes.alone)
 
 
@@ -176,12 +178,12 @@ def launch(folder: Path, processes: int, cases: list[Case]) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("two"), 2, [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SPOILT])
+    return launch(tmp_path_factory.mktemp("two"), 2, ON_TWO)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    return launch(tmp_path_factory.mktemp("four"), 4, [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT])
+    return launch(tmp_path_factory.mktemp("four"), 4, ON_FOUR)
 
 
 def check_like(case: Case, result: Result) -> None:
@@ -299,6 +301,20 @@ def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None
     assert share["qwen3-even-shard2-tensor2-2"] < 0.3
     assert share["latent-pipeline2-2"] < 0.6
     assert share["qwen3-deep-pipeline2-shard2-zero-bubble-2"] < 0.3
+
+
+def test_each_process_reads_no_more_than_its_share(two: list[Result], four: list[Result]) -> None:
+    pairs = [*zip(ON_TWO, two, strict=True), *zip(ON_FOUR, four, strict=True)]
+    for case, result in pairs:
+        held = case.held or not case.mesh
+        assert held == (not result.read), name_of(case)
+        if held:
+            continue
+        # Routers' biases beside the weights, and tied ones once more; LoRA's factors are there from the beginning.
+        biases = sum(4 for _ in meshes.model_of(case).routers())
+        factors = case.model in meshes.ADAPTED
+        assert result.read <= result.elements + biases, name_of(case)
+        assert factors or result.read >= result.elements - biases, name_of(case)
 
 
 def test_nobody_chooses_the_experts_that_the_uneven_model_leaves_idle() -> None:
