@@ -108,6 +108,8 @@ def train(
     if done < params.steps and run.curve.processes[-1:] != [world.size]:
         run.curve.processes.append(world.size)
     progress.begin("training", done)
+    if done:
+        progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
     with stopping.noted() as stop, heartbeat.beating(world.rank, world.size, params.hang_timeout_seconds) as run.here:

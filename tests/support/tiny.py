@@ -171,6 +171,11 @@ def error_line(output: str) -> str:
     return lines[0]
 
 
+def first_step(events: Path) -> dict[str, Any]:
+    """Returns the first step that a training told of in the file ``events``, after what it says of a checkpoint."""
+    return next(event for event in map(json.loads, events.read_text().splitlines()) if not event["notice"])
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """Returns the content of each file below ``folder``."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,6 +1,5 @@
 """Experts without a bias are evened out by a loss. That its gradient is right on every mesh: see test_parallel.py."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def test_it_evens_them_out_and_a_resumed_training_has_the_same_bytes(project: Pa
         newest.unlink()
     events = project / "events"
     assert tiny.run("train", project, OVERNIGHT_EVENTS=str(events))[0] == 0
-    assert json.loads(events.read_text().splitlines()[0])["done"] == 25
+    assert tiny.first_step(events)["done"] == 25
     assert tiny.files_of(project / "models") == models[0.1]
 
 

@@ -1,7 +1,6 @@
 """Checkpoints: whole or not there, proven by their digest, written beside the training that they must not disturb."""
 
 import errno
-import json
 import re
 import shutil
 import threading
@@ -215,7 +214,7 @@ def test_what_another_mesh_has_written_is_taken_over(project: Path) -> None:
         events = project / "events"
         code, output = tiny.run("train", project, OVERNIGHT_EVENTS=str(events))
         assert code == 0, output
-        assert json.loads(events.read_text().splitlines()[0])["done"] == 11
+        assert tiny.first_step(events)["done"] == 11
         events.unlink()
         shutil.rmtree(project / "models")
         # The last step again, from what the first mesh has left.

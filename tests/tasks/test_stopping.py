@@ -64,7 +64,9 @@ def test_a_launcher_told_to_end_leaves_a_checkpoint_and_asks_to_be_tried_again(
     events.unlink()
     code, output = tiny.run("train", project, OVERNIGHT_EVENTS=str(events))
     assert code == 0, output
-    assert json.loads(events.read_text().splitlines()[0])["done"] == step + 1
+    told = json.loads(events.read_text().splitlines()[0])["notice"]
+    assert told == f"goes on after step {step} of 60, whose checkpoint is there"
+    assert tiny.first_step(events)["done"] == step + 1
     assert tiny.files_of(project / "models") == undisturbed
 
 

@@ -96,7 +96,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project
     events = project / "events"
     code, output = tiny.run("train", project, OVERNIGHT_EVENTS=str(events))
     assert code == 0, output
-    first = json.loads(events.read_text().splitlines()[0])
+    first = tiny.first_step(events)
     assert first["done"] > 4, "it began again from the start"
     assert {"grad_norm", "tokens_per_second", "mfu", "waiting_for_data"} <= first["numbers"].keys()
     assert [step["step"] for step in steps_of(project)] == list(range(1, 13))
@@ -136,7 +136,7 @@ def test_checkpoints_of_other_inputs_are_not_continued(project: Path) -> None:
     tiny.write_params(project, train__learning_rate=0.001)
     events = project / "events"
     assert tiny.run("train", project, OVERNIGHT_EVENTS=str(events))[0] == 0
-    assert json.loads(events.read_text().splitlines()[0])["done"] == 1
+    assert tiny.first_step(events)["done"] == 1
     assert len(list(project.glob(".overnight/checkpoints/train/*"))) == 2
 
 
@@ -213,7 +213,7 @@ def test_three_processes_resume_to_the_same_bytes_too(project: Path) -> None:
     last.unlink()
     events = project / "events"
     assert tiny.run("train", project, OVERNIGHT_EVENTS=str(events))[0] == 0
-    assert json.loads(events.read_text().splitlines()[0])["done"] == 7
+    assert tiny.first_step(events)["done"] == 7
     assert tiny.files_of(project / "models") == expected
 
 
