@@ -1,9 +1,10 @@
 """What each process of a cut model holds from its start to the end: the whole model, or its part of it.
 
-A random checkpoint in bf16 is laid over a mesh and written as fp32, without a step in between: one side as a model of
-which every process begins and ends with all weights (what ``quantize`` does), the other as ``train`` does. Memory is
-what a process has for itself (RssAnon), looked at a hundred times a second; pages of the checkpoint's files are the
-kernel's. Run: .venv/bin/python benchmarks/memory.py
+A random checkpoint in bf16 is laid over a mesh and written as fp32, without a step in between. One side is the plain
+way: every process reads the model, keeps its part, and in the end puts it together again (``full_tensor``), for the
+first one to write. The other side is what ``train`` does. Memory is what a process has for itself (RssAnon), looked at
+a hundred times a second; pages of the checkpoint's files are the kernel's.
+Run: .venv/bin/python benchmarks/memory.py
 """
 
 import argparse
@@ -25,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from lm import hugging_face
 from lm.config import GroupedConfig, GroupedMixtureConfig, ModelConfig
 from lm.model import LanguageModel
-from lm.weights import Whole, fill, held_by
+from lm.weights import Whole, reads
 from tasks.launch import worker_environment
-from tasks.mesh import AXES, MeshParams
+from tasks.mesh import MeshParams
 from tasks.parallel.parallelize import parallelize
+from tasks.parallel.whole import model_state
 from tasks.world import World, device_mesh
 
 _ANY = {
@@ -52,7 +54,7 @@ SIDES = ("whole", "parts")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--axis", choices=[axis for axis in AXES if axis != "replicate"], default="shard")
+    parser.add_argument("--axis", choices=("shard", "expert", "tensor"), default="shard")
     parser.add_argument("--model", choices=CONFIGS, default="mixture")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -153,14 +155,17 @@ def run_side(side: str, mesh: MeshParams) -> None:
     watch, began = Watch(), time.perf_counter()
     model, weights = hugging_face.opened(Path("checkpoint"))
     if side == "whole":
-        fill(model, weights)
-    parallel = parallelize(model, world, None if side == "whole" else weights)
+        held = hugging_face.load(Path("checkpoint"))
+        weights = ((name, reads(value)) for name, value in held.state_dict().items())
+    parallel = parallelize(model, world, weights)
+    if side == "whole":
+        del held, weights
     dist.barrier()
     started, mib = time.perf_counter(), watch.most()
     whole: Whole = parallel.whole
     if side == "whole":
-        parallel.finish()
-        whole = held_by(model)
+        state = model_state(parallel.model, keep=True)
+        whole = state.__getitem__
     if side == "parts" or world.is_first:
         hugging_face.save_weights(model.config, whole, Path(side) if world.is_first else None)
     dist.barrier()

@@ -5,10 +5,12 @@ are multiplied; ``quantization_config`` in ``config.json`` says how large these 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from lm.hugging_face_config import Block
+from lm.weights import Region
 
 # How safetensors calls the type.
 TYPE = "F8_E4M3"
@@ -30,6 +32,28 @@ def is_scale(name: str) -> bool:
 def scale_shape(weight: Sequence[int], block: Block) -> list[int]:
     """Returns the shape of the scales of a matrix of the shape ``weight``."""
     return [-(-size // of_block) for size, of_block in zip(weight, block, strict=True)]
+
+
+class Around(NamedTuple):
+    """Whole blocks around a region of a matrix: in it, in its scales, and the region within those blocks."""
+
+    weight: Region
+    scales: Region
+    inner: Region
+
+
+def blocks_around(region: Region, shape: Sequence[int], block: Block) -> Around:
+    """Returns the least blocks of a matrix of that ``shape`` that a ``region`` lies in."""
+    along = list(zip(region, shape, block, strict=True))
+    scales = tuple(slice(part.start // size, -(-part.stop // size)) for part, _, size in along)
+    weight = tuple(
+        slice(part.start * size, min(part.stop * size, whole))
+        for part, (_, whole, size) in zip(scales, along, strict=True)
+    )
+    inner = tuple(
+        slice(part.start - outer.start, part.stop - outer.start) for part, outer in zip(region, weight, strict=True)
+    )
+    return Around(weight, scales, inner)
 
 
 def widened(weight: torch.Tensor, scales: torch.Tensor, block: Block) -> torch.Tensor:

@@ -57,7 +57,8 @@ class _Files:
     """All tensors of a checkpoint's files, which stay open."""
 
     def __init__(self, folder: Path) -> None:
-        self.block = block_of(read_json(folder / CONFIG))
+        self.config = read_json(folder / CONFIG)
+        self.block = block_of(self.config)
         self.names = [path.name for path in weight_files(folder)]
         self.tensors: dict[str, _Tensor] = {}
         self._files = {name: _opened(folder / name) for name in self.names}
@@ -72,9 +73,10 @@ class _Files:
         file = self._files[tensor.file]
         if tensor.type == fp8.TYPE and self.block is not None:
             # Not always in the file of their weights.
-            scales = fp8.scale_name(name)
-            of_scales = self._files[self.tensors[scales].file].get_tensor(scales)
-            return fp8.widened(file.get_tensor(name), of_scales, self.block)[region]
+            scales = self._files[self.tensors[fp8.scale_name(name)].file].get_slice(fp8.scale_name(name))
+            around = fp8.blocks_around(region, tensor.shape, self.block)
+            weight = file.get_slice(name)[around.weight]
+            return fp8.widened(weight, scales[around.scales], self.block)[around.inner]
         found: torch.Tensor = file.get_slice(name)[region]
         return found
 
@@ -87,7 +89,7 @@ def opened(folder: Path, mtp: bool = False) -> tuple[LanguageModel, Weights]:
     config = read_config(folder)
     files = _Files(folder)
     model = on_meta(_built(config, files.tensors, mtp))
-    _check_weights(model, files, config)
+    _check_weights(model, files)
     return model, _weights(model, files)
 
 
@@ -127,15 +129,14 @@ def save_weights(config: ModelConfig, whole: Whole, folder: Path | None, bytes_a
     Without a ``folder`` it asks for the same ones in the same order, and writes nothing.
     """
     model = on_meta(config)
-    places = {piece.name: (name, piece) for name, pieces in pieces_of(model).items() for piece in pieces}
-    state = model.state_dict()
+    state, copies = model.state_dict(), copies_of(model)
+    places: dict[str, tuple[str, Piece]] = {}
+    for source, pieces in pieces_of(model).items():
+        again = [Piece(name, whole_region(state[source].shape), False) for name, own in copies.items() if own == source]
+        places |= {piece.name: (source, piece) for piece in [*pieces, *again]}
     shapes = {name: torch.empty_like(piece.of(state[source])) for name, (source, piece) in places.items()}
-    copies = copies_of(model)
-    for copy, source in copies.items():
-        places[copy] = (source, Piece(copy, whole_region(state[source].shape), False))
-        shapes[copy] = torch.empty_like(state[source])
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=bytes_a_file)
-    # The matrices of a stack follow each other.
+    # The matrices of a stack follow each other, and so do copies.
     last = functools.lru_cache(maxsize=1)(whole)
     for file, names in split.filename_to_tensors.items():
         tensors = {}
@@ -206,8 +207,7 @@ def _opened(path: Path) -> Any:
         raise Unusable(f"{path.name}: damaged, or no safetensors ({error})") from None
 
 
-def _check_weights(model: LanguageModel, files: _Files, config: ModelConfig) -> None:
-    """``config``: what the checkpoint says, of which ``model`` may leave out multi-token prediction."""
+def _check_weights(model: LanguageModel, files: _Files) -> None:
     state, found = model.state_dict(), files.tensors
     wanted = {
         piece.name: list(piece.of(state[name]).shape) for name, pieces in pieces_of(model).items() for piece in pieces
@@ -225,7 +225,7 @@ def _check_weights(model: LanguageModel, files: _Files, config: ModelConfig) -> 
     what = files.names[0] if len(files.names) == 1 else f"{len(files.names)} files of weights"
     if missing := sorted(wanted.keys() - found.keys()):
         raise Unusable(f"{what}: without {_names(missing)}, which a {model.config.model_type} of this config.json has")
-    more = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
+    more = int(files.config.get("num_nextn_predict_layers") or 0)
     others = found.keys() - wanted.keys() - scales
     if surplus := sorted(name for name in others if not _is_passed_over(name, model.config, more)):
         raise Unusable(f"{what}: a {model.config.model_type} of this config.json has no {_names(surplus)}")

@@ -1,10 +1,10 @@
 """A model's weights one after the other, and of each what is needed: nobody has to hold them all.
 
-Weights are an iterable of names and of what reads them. A model without any is built by :func:`on_meta`, laid out, and
+Weights are an iterator over names and what reads them. A model without any is built by :func:`on_meta`, laid out, and
 given its own by :func:`fill`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ Region = tuple[slice, ...]
 """From where to where, in each dimension."""
 Read = Callable[[Region], torch.Tensor]
 """Returns a copy of that part of a tensor in fp32, on the CPU."""
-Weights = Iterable[tuple[str, Read]]
+Weights = Iterator[tuple[str, Read]]
+"""Each is there once: who has read one goes on to the next."""
 Whole = Callable[[str], torch.Tensor]
 """Returns the weight or buffer of that name; on the device ``meta`` where its numbers are not asked for."""
 Make = Callable[[nn.Parameter, Read], torch.Tensor]
@@ -58,7 +59,7 @@ def fill(model: nn.Module, weights: Weights, make: Make = _all_of, copies: Mappi
     """Gives each parameter of ``model`` that is on ``meta``, and each persistent buffer, its numbers, in place.
 
     ``make`` returns what a parameter becomes, of the same layout. ``copies``: what parameters with another name are a
-    copy of. Tied parameters stay one.
+    copy of. Tied parameters stay one. Raises :class:`ValueError` that names one of which there are no weights.
     """
     source = copies or {}
     places: dict[str, list[nn.Parameter]] = {}
@@ -75,6 +76,8 @@ def fill(model: nn.Module, weights: Weights, make: Make = _all_of, copies: Mappi
         for own, value in list(module._parameters.items()):
             if value in made:
                 module.register_parameter(own, made[value])
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"there are no weights for {missing[0]}, nor for {len(missing) - 1} others")
 
 
 def tensor_of(model: nn.Module, name: str) -> torch.Tensor:

@@ -95,7 +95,8 @@ def train(
 ) -> Trained:
     """Runs ``params.steps`` optimizer steps on ``model``; returns the curve and what has the weights now.
 
-    ``measure_first`` has the weights validated that it begins with. ``weights`` are those of a model on ``meta``.
+    ``measure_first`` has the weights validated that it begins with. ``weights`` are those of a model on ``meta``, which
+    stays there.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
     :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row.
@@ -108,7 +109,7 @@ def train(
     if done < params.steps and run.curve.processes[-1:] != [world.size]:
         run.curve.processes.append(world.size)
     progress.begin("training", done)
-    if done:
+    if 0 < done < params.steps:
         progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None

@@ -39,7 +39,8 @@ class Meshes:
     own). dense: ``replicate`` x ``dense`` (over which the weights outside the experts are cut: ``shard`` x ``expert``).
     experts: ``replicate`` x ``shard`` x ``expert``.
 
-    ``writers`` are all of them once more, for what they say to each other about a checkpoint while training goes on.
+    ``writers`` are all of them once more, for what they say to each other about a checkpoint while training goes on,
+    and send the first one at its end.
     """
 
     layout: Mesh
@@ -164,7 +165,7 @@ def device_mesh(mesh: Mesh, device: torch.device, patience: timedelta | None = N
     """Returns torch's meshes for ``mesh``, or None where there is nothing but replicas."""
     if mesh.is_replicated:
         return None
-    # It warns of each tensor that two axes cut and that takes two gathers: at the end, where speed is no matter.
+    # It warns of each tensor that two axes cut and that takes two gathers: in checkpoints, where speed is no matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
     return dataclasses.replace(seen(processes, mesh), writers=dist.new_group(backend="gloo", timeout=patience))

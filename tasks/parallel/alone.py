@@ -17,9 +17,10 @@ from tasks.world import World
 class Alone:
     """The whole model in every process, which computes its own gradients and sums nothing."""
 
-    def __init__(self, model: LanguageModel, world: World) -> None:
+    def __init__(self, model: LanguageModel, world: World, is_first: bool | None = None) -> None:
+        """``is_first``: whether this is the first process of all, where ``world`` has only some of them."""
         self.model: LanguageModel = model.to(world.device)
-        self._is_first = world.is_first
+        self._is_first = world.is_first if is_first is None else is_first
         self.scale = self.weight = 1.0
 
     def grouped(self, samples: Indices) -> Indices:
@@ -55,6 +56,3 @@ class Alone:
     def whole(self, name: str) -> torch.Tensor:
         value = tensor_of(self.model, name).detach()
         return value.cpu() if self._is_first else value.to("meta")
-
-    def finish(self) -> None:
-        pass

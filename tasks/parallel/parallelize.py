@@ -73,9 +73,6 @@ class Parallel(Protocol):
     def whole(self, name: str) -> torch.Tensor:
         """Returns the weight or buffer of that name, on the CPU of the first process; on ``meta`` in the others."""
 
-    def finish(self) -> None:
-        """Gives the model that was laid out its weights, whole, on every process. Not for a model on ``meta``."""
-
 
 def lay_out(
     model: LanguageModel, world: World, params: TrainingParams, weights: Weights | None = None
@@ -85,7 +82,12 @@ def lay_out(
     if exchange.diloco.inner_steps:
         near = replica_of(world)
         # Each replica's state is whole in its first process.
-        parallel: Parallel = Alone(model, near) if near.mesh is None else Sharded(model, near, weights, gathers=True)
+        parallel: Parallel
+        if near.mesh is None:
+            parallel = Alone(model, near, world.is_first)
+        else:
+            assert weights is not None
+            parallel = Sharded(model, near, weights, gathers=True)
         return parallel, Diloco(parallel.model, near, world, exchange.diloco, exchange.compression == "int8")
     if exchange.compression != "none":
         parallel = Alone(model, world)
@@ -94,14 +96,15 @@ def lay_out(
 
 
 def parallelize(model: LanguageModel, world: World, weights: Weights | None = None) -> Parallel:
-    """Returns ``model`` laid over ``world``; it moves to the world's device, or its weights leave until ``finish``.
+    """Returns ``model`` laid over ``world``: moved to the world's device or, where that has a mesh, cut.
 
-    Where the world has a mesh, ``model`` may be on ``meta``: each process then reads its part of ``weights``.
+    There ``model`` is on ``meta``, and each process reads its part of ``weights``.
     """
     if world.size == 1:
         return Alone(model, world)
     if world.mesh is None:
         return Replicated(model, world)
+    assert weights is not None
     return (Sharded if world.stages_group is None else Pipelined)(model, world, weights)
 
 

@@ -59,14 +59,13 @@ def cause_told() -> Iterator[None]:
 class Pipelined:
     """The layers of this process's stages, each laid over the other axes of the mesh."""
 
-    def __init__(self, model: LanguageModel, world: World, weights: Weights | None = None) -> None:
-        """``weights``: of a ``model`` on ``meta``."""
+    def __init__(self, model: LanguageModel, world: World, weights: Weights) -> None:
+        """``model`` is on ``meta``, with ``weights`` to read."""
         assert world.mesh is not None
         assert world.stages_group is not None
-        self._whole, self._world, self._group, self._layout = model, world, world.stages_group, world.mesh.layout
+        self._world, self._group, self._layout = world, world.stages_group, world.mesh.layout
         self._here = self._group.rank()
         self._is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-        self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
         self._tied = {_HEAD: _EMBEDDING} if self._is_tied else {}
         # What the last stage has of the embedding: copies of its weights, by their names there.
         self._copies = [_HEAD] * self._is_tied + [_EMBEDDING] * bool(len(model.mtp))
@@ -81,8 +80,7 @@ class Pipelined:
         self._in_parts: InParts | None = None
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
-        if weights is not None:
-            fill(self.model, weights, functools.partial(whole.filled, device=world.device), self._tied)
+        fill(self.model, weights, functools.partial(whole.filled, device=world.device), self._tied)
         self.scale = self._over = 1.0
         self.weight = 1 / self._layout.data
         self._passes = 0
@@ -166,13 +164,6 @@ class Pipelined:
     def whole(self, name: str) -> torch.Tensor:
         self._cut()
         return self._gathered.tensor(self._tied.get(name, name))
-
-    def finish(self) -> None:
-        self._cut()
-        state = self._model_state()
-        for parameter, shape, device in self._places:
-            parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
-        self._whole.load_state_dict(state)
 
     @property
     def _last(self) -> int:
@@ -287,33 +278,6 @@ class Pipelined:
             dist.recv(total, group=self._group, group_src=first)
         for other in others:
             other.copy_(total)
-
-    def _from_its_stage(
-        self, name: str, shape: torch.Size, kind: torch.dtype, value: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Returns the whole tensor, of which its stage has ``value``, on the CPU."""
-        source = self._layout.process_of(self._stage_of(name))
-        if source == self._here:
-            assert value is not None
-            sent = whole.gathered(value).to(self._world.device).contiguous()
-        else:
-            sent = torch.empty(shape, dtype=kind, device=self._world.device)
-        dist.broadcast(sent, group=self._group, group_src=source)
-        return sent.to("cpu", copy=True)
-
-    def _model_state(self) -> State:
-        own = dict(self.model.named_parameters())
-        types = {name: parameter.dtype for name, parameter in self._whole.named_parameters()}
-        gathered = {
-            name: self._from_its_stage(name, shape, types[name], own.get(name)) for name, shape in self._shapes.items()
-        }
-        if self._is_tied:
-            gathered[_HEAD] = gathered[_EMBEDDING]
-        buffers = dict(self.model.named_buffers())
-        return {
-            name: gathered[name] if name in gathered else whole.whole(buffers[name])
-            for name in self._whole.state_dict()
-        }
 
     def _own_names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """Returns the names of the parameters in each group; a copy of tied weights has the name of the embedding."""

@@ -6,7 +6,6 @@ lies in one place of ``expert``, cut over ``shard``.
 
 import copy
 import functools
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +32,16 @@ State = dict[str, Any]
 class Sharded:
     """A part of the model in each process, and whole blocks only while they compute."""
 
-    def __init__(
-        self, model: LanguageModel, world: World, weights: Weights | None = None, gathers: bool = False
-    ) -> None:
-        """``weights``: of a ``model`` on ``meta``. ``gathers``: the first process has the whole state for a checkpoint,
-        instead of each a part.
+    def __init__(self, model: LanguageModel, world: World, weights: Weights, gathers: bool = False) -> None:
+        """``model`` is on ``meta``, with ``weights`` to read. ``gathers``: the first process has the whole state for a
+        checkpoint, instead of each a part.
         """
         assert world.mesh is not None
-        self._gathers = gathers
-        self._whole, self._is_first = model, world.is_first
-        self._places = [(parameter, parameter.shape, parameter.device) for parameter in model.parameters()]
-        # The modules twice, the weights once: laying out replaces those of the copy.
+        self._gathers, self._is_first = gathers, world.is_first
+        # The modules twice: laying out replaces the parameters of the copy, and the shapes of the others are read by.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         self._in_parts = _shard(self.model, model, world.mesh)
-        if weights is not None:
-            fill(self.model, weights, functools.partial(whole.filled, device=world.device))
+        fill(self.model, weights, functools.partial(whole.filled, device=world.device))
         self._gathered = Gathered(self.model, world.mesh.writers)
         self._reduces = True
         self.scale, self.weight = 1.0, 1 / world.data_size
@@ -79,10 +73,10 @@ class Sharded:
         return whole.clip_grad_norm(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> Kept:
-        if self._gathers:
-            weights = self._whole_weights(self._is_first, whole.frozen(self.model))
-            return Kept(weights, whole.optimizer_state(optimizer, self._is_first))
         self._cut()
+        if self._gathers:
+            weights = whole.model_state(self.model, self._is_first, whole.frozen(self.model))
+            return Kept(weights, whole.optimizer_state(optimizer, self._is_first))
         return parts.kept(self.model, optimizer)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
@@ -97,16 +91,6 @@ class Sharded:
     def whole(self, name: str) -> torch.Tensor:
         self._cut()
         return self._gathered.tensor(name)
-
-    def finish(self) -> None:
-        state = self._whole_weights(True)
-        for parameter, shape, device in self._places:
-            parameter.data = torch.empty(shape, dtype=parameter.dtype, device=device)
-        self._whole.load_state_dict(state)
-
-    def _whole_weights(self, keep: bool, left_out: Collection[str] = ()) -> State:
-        self._cut()
-        return whole.model_state(self.model, keep, left_out)
 
     def _cut(self) -> None:
         # After a forward pass alone, as validation is one, the outermost weights stay whole until a backward pass.
@@ -154,7 +138,7 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Gives up the memory of a module's weights; those on ``meta`` have none, and keep the shapes that are read by."""
+    """Gives up the memory of a module's weights. Those on ``meta`` have none, and keep their shapes."""
     for parameter in module.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.new_empty(0)

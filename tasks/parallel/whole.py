@@ -1,6 +1,6 @@
-"""Tensors that lie in parts over the processes, and the whole of them: for checkpoints, the final model, and norms.
+"""Tensors that lie in parts over the processes, and the whole of them: at the start, for checkpoints, and norms.
 
-Everything here is collective: each process calls it, for the same tensors in the same order.
+What puts parts together is collective: each process calls it, for the same tensors in the same order.
 """
 
 from collections.abc import Collection, Iterable

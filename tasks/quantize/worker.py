@@ -62,8 +62,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         if SCHEMES[name].fine_tuned:
             if params.objective == "float":
                 teach(model, original)
-            curve, parallel = train(model, params, read, held_out, checkpoints, here, shown, "quantize")
-            parallel.finish()
+            curve, _ = train(model, params, read, held_out, checkpoints, here, shown, "quantize")
             trials.append(measure.trial(name, "fine-tuning", model))
         high = trials[-1].relative_loss.high
         if high is not None and high < params.max_relative_loss:

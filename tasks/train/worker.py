@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lm import hugging_face, low_rank
 from lm.model import LanguageModel
-from lm.weights import Whole, fill, on_meta
+from lm.weights import Weights, Whole, fill, on_meta
 from tasks import atomic, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.parallel.parallelize import Parallel
@@ -38,14 +38,16 @@ def train_and_write(params: TrainParams, here: World, shown: Progress) -> None:
     if here.is_first:
         checkpoints.forget_others()
     model, weights = start.begun(origin, params, manifest)
+    unread: Weights | None = weights
     if here.mesh is None:
         # Every process holds the whole model.
         fill(model, weights)
+        unread = None
     total, active = on_meta(model.config).parameter_counts()
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     readers = [Shards(paths.SHARDS, manifest, split).reader(params.seq_len) for split in ("train", "valid")]
     curve, parallel = train(
-        model, params, readers[0], readers[1], checkpoints, here, shown, "train", origin is not None, weights
+        model, params, readers[0], readers[1], checkpoints, here, shown, "train", origin is not None, unread
     )
     write_model(model, params, parallel, here.is_first, origin)
     if here.is_first:

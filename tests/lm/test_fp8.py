@@ -199,3 +199,35 @@ def test_a_tied_head_is_passed_over_with_its_scales(tokenizer_file: Path, tmp_pa
     head = rounded({"head.weight": model.lm_head.weight.detach()}, (16, 16))
     write_weights(tmp_path, {**tensors, **{f"lm_{name}": tensor for name, tensor in head.items()}})
     assert hugging_face.load(tmp_path).config == model.config
+
+
+def test_of_a_matrix_no_more_is_read_than_the_blocks_around_what_is_wanted(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    write(model, tokenizer_file, tmp_path, (8, 16))
+    expected = hugging_face.load(tmp_path).state_dict()
+    widened, numbers = fp8.widened, [0]
+
+    def noted(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+        numbers[0] += weight.numel()
+        return widened(weight, scales, block)
+
+    monkeypatch.setattr(fp8, "widened", noted)
+    seen = 0
+    for name, read in hugging_face.opened(tmp_path)[1]:
+        *stack, rows, columns = expected[name].shape if expected[name].dim() > 1 else (0, 0)
+        if rows < 15 or columns < 17:
+            continue
+        for region in (
+            (slice(rows // 3, rows), slice(0, columns)),
+            (slice(9, 15), slice(15, 17)),
+            (slice(rows - 3, rows), slice(columns - 1, columns)),
+        ):
+            every = (*(slice(1, 2) for _ in stack), *region)
+            numbers[0] = 0
+            assert torch.equal(read(every), expected[name][every]), (name, every)
+            if name.endswith("q_proj.weight") and region[0] == slice(9, 15):
+                # Two blocks side by side.
+                assert numbers[0] == 8 * 32
+                seen += 1
+    assert seen

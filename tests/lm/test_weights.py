@@ -133,11 +133,18 @@ def test_a_model_is_written_file_by_file_from_tensors_that_are_asked_for_once(ma
     assert tiny.files_of(tmp_path) == written
 
 
-def test_what_is_read_is_a_tensor_of_its_own() -> None:
+def test_what_is_read_is_a_tensor_of_its_own(tokenizer_file: Path, tmp_path: Path) -> None:
     # A view would keep all of it in memory.
-    for name, read in drawn(on_meta(make_grouped().config), 1):
-        whole = read(whole_region(on_meta(make_grouped().config).get_parameter(name).shape))
-        part = read((slice(1, 2), *whole_region(whole.shape[1:])))
-        assert part.untyped_storage().nbytes() == part.numel() * 4
-        assert torch.equal(part, whole[1:2])
-        break
+    hugging_face.save(make_grouped(), tokenizer_file, tmp_path)
+    for weights in (drawn(on_meta(make_grouped().config), 1), hugging_face.opened(tmp_path)[1]):
+        for name, read in weights:
+            shape = make_grouped().state_dict()[name].shape
+            whole, part = read(whole_region(shape)), read((slice(1, 2), *whole_region(shape[1:])))
+            assert part.untyped_storage().nbytes() == part.numel() * 4
+            assert torch.equal(part, whole[1:2])
+
+
+def test_a_weight_that_nothing_gives_is_named() -> None:
+    model = on_meta(make_grouped().config)
+    with pytest.raises(ValueError, match=r"no weights for model\.norm\.weight, nor for 0 others"):
+        fill(model, (pair for pair in drawn(model, 1) if pair[0] != "model.norm.weight"))

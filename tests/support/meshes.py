@@ -131,8 +131,6 @@ class Case:
     optimizer: str = "adamw"
     answers: bool = False
     kept: bool = False
-    # Whether each process begins with the whole model; else it reads its part alone.
-    held: bool = False
 
 
 @dataclass
@@ -355,7 +353,7 @@ def _on_meta(model: LanguageModel, case: Case, result: Result) -> tuple[Language
         low_rank.adapt(bare, ADAPTED[case.model], rank=4, alpha=8, seed=9)
         factors = {name: value for name, value in model.state_dict().items() if "lora_" in name}
         assert not bare.load_state_dict(factors, strict=False).unexpected_keys
-    return bare, [(name, counting(reads(value))) for name, value in model.state_dict().items()]
+    return bare, ((name, counting(reads(value))) for name, value in model.state_dict().items())
 
 
 @functools.lru_cache
@@ -376,7 +374,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     model, reader = model_of(case), Reader(1, WINDOWS, case.answers)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     weights = None
-    if world.mesh is not None and not case.held:
+    if world.mesh is not None:
         model, weights = _on_meta(model, case, result)
     run = _Run(
         model,
@@ -443,11 +441,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         told = [state]
         dist.broadcast_object_list(told, src=0)
         states += told
-    if weights is None:
-        run.parallel.finish()
-        result.weights = {name: value.clone() for name, value in model.state_dict().items()}
-    else:
-        result.weights = {name: run.parallel.whole(name).clone() for name in shapes}
+    result.weights = {name: run.parallel.whole(name).clone() for name in shapes}
     assert {name: value.shape for name, value in result.weights.items()} == shapes
     vocabulary._cross_entropy, loss.LOGITS_HELD = cross_entropy, LOGITS_HELD
     if undo:
