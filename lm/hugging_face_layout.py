@@ -60,9 +60,11 @@ def pieces_of(model: LanguageModel) -> dict[str, list[Piece]]:
 def copies_of(model: LanguageModel) -> dict[str, str]:
     """Returns by name what each layer of multi-token prediction has once more, as published ones do."""
     first, found = model.config.num_hidden_layers, {}
+    embedding = "model.embed_tokens.weight"
+    head = embedding if model.config.tie_word_embeddings else "lm_head.weight"
     for depth in range(len(model.mtp)):
-        found[f"model.layers.{first + depth}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        found[f"model.layers.{first + depth}.shared_head.head.weight"] = "lm_head.weight"
+        found[f"model.layers.{first + depth}.embed_tokens.weight"] = embedding
+        found[f"model.layers.{first + depth}.shared_head.head.weight"] = head
     return found
 
 
