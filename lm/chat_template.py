@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -91,8 +91,11 @@ class ChatTemplate:
             return None
         return cls(source, _special_tokens(settings), tokenizer, str(place))
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`."""
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, today: date | None = None) -> str:
+        """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`.
+
+        Templates may ask for the day, and write it: ``today``, or by default the clock's.
+        """
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
@@ -101,6 +104,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                strftime_now=lambda style: (today or datetime.now()).strftime(style),
             )
         # A template is a program from outside: what it raises is anything.
         except Exception as error:
@@ -111,17 +115,17 @@ class ChatTemplate:
         """Returns the tokens of :meth:`render`: the template's control tokens as such, those in messages as text."""
         return self._located(self.render([self._mark(message) for message in messages]))[0]
 
-    def encode_answers(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Returns the tokens of a whole conversation, and which of them are the assistant's.
+    def encode_answers(self, messages: Sequence[Message], today: date) -> tuple[list[int], list[bool]]:
+        """Returns the tokens of a whole conversation, and which of them are the assistant's; ``today`` as in `render`.
 
         To an answer belongs the control token right behind it, by which a model says that it has ended. Tokens that
         the template writes around the messages belong to nobody. Raises :class:`Unrenderable`, also where the template
         makes something else of an answer than a part of it.
         """
         marked = [self._mark(message) for message in messages]
-        text = self.render([_mark_answer(message) for message in marked], add_generation_prompt=False)
+        text = self.render([_mark_answer(message) for message in marked], False, today)
         bare = re.sub(f"[{_BEGIN}{_END}]", "", text)
-        if bare != self.render(marked, add_generation_prompt=False):
+        if bare != self.render(marked, False, today):
             raise Unrenderable("the model's chat template changes the answers, so that they cannot be told apart")
         spans = [self._with_its_end(_MARKS.sub("", bare), *span) for span in _spans(_MARKS.sub("", text))]
         ids, places = self._located(bare)
@@ -230,7 +234,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     # Jinja's own escapes what HTML needs escaped.
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
     return environment
 
 

@@ -23,6 +23,7 @@ from tasks.ingest.ingest import REFUSED, ingest
 from tasks.ingest.params import IngestParams
 from tasks.order import batch_of_rank
 from tasks.section import read_section
+from tasks.shard.conversations import TODAY, Conversations
 from tasks.shard.params import ShardParams
 from tasks.shard.shard import shard
 from tasks.shards import Shards, SplitName, WindowReader, read_manifest, share_learned
@@ -75,7 +76,7 @@ def chat(tmp_path: Path) -> Callable[[str], ChatTemplate]:
 
 def learned(template: ChatTemplate, *contents: str) -> list[bytes]:
     """What is learned of a conversation, answer by answer, with a control token as ``|``."""
-    ids, mask = template.encode_answers([Message(**turn) for turn in turns(*contents)])  # type: ignore[arg-type]
+    ids, mask = template.encode_answers([Message(**turn) for turn in turns(*contents)], TODAY)  # type: ignore[arg-type]
     told = "".join("." if not kept else chr(id_) if id_ < 256 else "|" for id_, kept in zip(ids, mask, strict=True))
     return [part.encode("latin-1") for part in told.split(".") if part]
 
@@ -106,14 +107,28 @@ def test_answers_and_the_tokens_that_end_them_are_learned(
     messages = [Message(**turn) for turn in turns(*contents)]  # type: ignore[arg-type]
     whole = [*messages, Message("user", "x")]
     # The same tokens as when it is answered, up to where the prompt differs.
-    shared = len(template.encode_answers(messages)[0]) if source != THINKING else 0
-    assert template.encode_answers(whole)[0][:shared] == template.encode(whole)[:shared]
+    shared = len(template.encode_answers(messages, TODAY)[0]) if source != THINKING else 0
+    assert template.encode_answers(whole, TODAY)[0][:shared] == template.encode(whole)[:shared]
 
 
 def test_a_template_that_makes_something_else_of_answers_is_refused(chat: Callable[[str], ChatTemplate]) -> None:
     template = chat("{% for message in messages %}{{ message.content | length }}{% endfor %}")
     with pytest.raises(Unrenderable, match="changes the answers"):
         learned(template, "a", "b")
+
+
+def test_a_template_that_writes_the_day_makes_the_same_shards_tomorrow(
+    chat: Callable[[str], ChatTemplate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = chat('{{ strftime_now("%d %b %Y") }}' + tiny.CHATML)
+    # Whoever asks the clock fails.
+    monkeypatch.setattr("lm.chat_template.datetime", None)
+    with pytest.raises(Unrenderable):
+        template.encode([Message("user", "a")])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    document = Conversations(template, tokenizer).encode(json.dumps(turns("a", "b")), tiny.VOCAB - 1, "<u2")
+    assert document is not None
+    assert bytes(id_ for id_ in document.tokens.tolist() if id_ < 256).startswith(b"26 Jul 2024user\na")
 
 
 def collected(project: Path, write_jsonl: WriteJsonl, talks: list[object], plain: int = 0) -> None:
