@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from tokenizers import Tokenizer
 
 from lm.drafting import MOST, Drafter
 from lm.sampling import Logits, Sampling, held_back
+from lm.tokenizer import Detokenizer
+from lm.tokenizer import read as read_tokenizer
 
 DEFAULT = Sampling()
 Ids = npt.NDArray[np.int64]
@@ -144,7 +145,7 @@ class Generator:
             raise OtherInterface(f"{model}: exported by another version of Overnight; it runs with that one's code")
         self.vocab_size: int = outputs["logits"][-1]
         with _named(folder / "tokenizer.json") as tokenizer:
-            self.tokenizer = Tokenizer.from_file(str(tokenizer))
+            self.tokenizer = read_tokenizer(tokenizer)
         with _named(folder / "config.json") as config:
             told = json.loads(config.read_text())
             # The longest text, in tokens, that the model has positions for.
@@ -266,32 +267,33 @@ class Generator:
     def _row(self, request: Request) -> "_Row":
         prompt = request.prompt
         if isinstance(prompt, str):
-            ids = [*self._beginning, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+            before = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = [*self._beginning, *before]
         else:
-            ids = list(prompt) or self._beginning
+            # An answer to a conversation is a text of its own.
+            before, ids = [], list(prompt) or self._beginning
         if len(ids) >= self.context:
             raise PromptTooLong(len(ids), self.context)
-        return _Row(self.tokenizer, request, ids, self.ends, self.context)
+        return _Row(Detokenizer(self.tokenizer, before), request, ids, self.ends, self.context)
 
 
 class _Row:
     """One text as it is written. ``ids`` is its prompt."""
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Request, ids: list[int], ends: frozenset[int], context: int
+        self, written: Detokenizer, request: Request, ids: list[int], ends: frozenset[int], context: int
     ) -> None:
         self.ids = ids
         self.done: Done | None = None
-        self._tokenizer, self._request, self._ends = tokenizer, request, ends
+        self._request, self._ends = request, ends
         self._random = np.random.default_rng(request.sampling.seed)
         room = min(request.max_new_tokens, context - len(ids))
         self._full: Ending = "length" if room == request.max_new_tokens else "context"
         # The prompt, and room for what is written after it.
         self._tokens: Ids = np.concatenate((np.array(ids, np.int64), np.zeros(room, np.int64)))
         self._written = 0
-        # The text so far, how much of it is told, and the tokens at its end that are half a character.
-        self._text, self._told = "", 0
-        self._half: list[int] = []
+        # The text so far, and how much of it is told.
+        self._new, self._told = written, 0
 
     def advance(self, logits: Logits) -> tuple[int, str]:
         """Returns the next token for ``logits`` [vocabulary], and what can be told now."""
@@ -300,20 +302,17 @@ class _Row:
             return token, self._end("end of text", len(self._text))
         self._tokens[len(self.tokens)] = token
         self._written += 1
-        self._half.append(token)
-        # A character of several tokens decodes to U+FFFD until its last one is there.
-        if not (piece := self._tokenizer.decode(self._half)).endswith("�"):
-            self._text += piece
-            self._half.clear()
+        self._new.append(token)
         stop = self._request.stop
         if found := [place for one in stop if (place := self._text.find(one, self._told)) >= 0]:
             return token, self._end("stop", min(found))
         if self.room == 0:
-            if self._half:
-                # Whole characters before half a one.
-                self._text += piece.rstrip("�")
             return token, self._end(self._full, len(self._text))
         return token, self._tell(len(self._text) - held_back(self._text, stop))
+
+    @property
+    def _text(self) -> str:
+        return self._new.text
 
     @property
     def tokens(self) -> Ids:

@@ -13,6 +13,7 @@ options = onnxruntime.SessionOptions()
 options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x86 CPUs without VNNI too
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.no_truncation()
 
 config = json.loads(Path("config.json").read_text())
 context = config["max_position_embeddings"]

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from lm.runtime import Generator, OtherInterface, Unloadable
+from lm.tokenizer import read as read_tokenizer
 from tasks import champion, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
@@ -85,7 +85,7 @@ def encode(texts: list[str]) -> list[Ids]:
 
     Raises :class:`BadInput` when its tokenizer does not keep a text as it is: its loss would be that of another text.
     """
-    tokenizer = Tokenizer.from_file(str(paths.CHAMPION / "tokenizer.json"))
+    tokenizer = read_tokenizer(paths.CHAMPION / "tokenizer.json")
     # A text may hold the name of a special token; to a model it is plain text.
     tokenizer.encode_special_tokens = True
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]

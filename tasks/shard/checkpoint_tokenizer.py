@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from lm import hugging_face_files
+from lm.tokenizer import read as read_tokenizer
 from tasks.errors import BadInput
 from tasks.init import unusable_is_told
 
@@ -20,14 +19,12 @@ class CheckpointTokenizer:
             config = hugging_face_files.read_config(folder)
         self._content = path.read_text()
         try:
-            self._tokenizer = Tokenizer.from_str(self._content)
+            self._tokenizer = read_tokenizer(path)
         except Exception as error:
             # tokenizers has no exception of its own.
             raise BadInput(f"{path}: not a tokenizer ({' '.join(str(error).split())}).") from None
         # A text may hold the name of a special token; to a model it is plain text.
         self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if self.vocab_size > config.vocab_size:
             raise BadInput(

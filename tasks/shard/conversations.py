@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from lm.chat_template import ChatTemplate, Malformed, Message, Unrenderable
 from lm.hugging_face_files import TOKENIZER
+from lm.tokenizer import read as read_tokenizer
 from tasks import paths
 from tasks.errors import BadInput, BadParameter
 from tasks.shard.pack import EncodedDocument
@@ -64,9 +65,7 @@ def of_checkpoint(origin: Path | None) -> Conversations:
     """
     template = None
     if origin is not None:
-        tokenizer = Tokenizer.from_file(str(origin / TOKENIZER))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = read_tokenizer(origin / TOKENIZER)
         try:
             template = ChatTemplate.read(origin, tokenizer)
         except Malformed as error:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from odd import export_over_bytes, make_grouped, make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lm.runtime import Generator, Held, PromptTooLong, Request, Unloadable
 from lm.sampling import Sampling, held_back
@@ -93,6 +94,25 @@ def test_a_prompt_of_tokens_is_read_as_it_is_and_an_empty_one_begins_a_text(fold
     assert write(generator, (256, *b"sea"), 9, GREEDY) == write(generator, "sea", 9, GREEDY)
     assert write(generator, tuple(b"sea"), 9, GREEDY) != write(generator, "sea", 9, GREEDY)
     assert write(generator, (), 9, GREEDY) == write(generator, (256,), 9, GREEDY)
+
+
+def test_the_text_is_that_of_all_tokens_and_no_prompt_is_cut(folder: Path, tmp_path: Path) -> None:
+    # Each token a word, the first of a text without the space before it; saved as after a call that cuts texts.
+    words = {f"▁w{index}": index for index in range(tiny.VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.enable_truncation(4)
+    (linked(folder, tmp_path) / "tokenizer.json").unlink()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    generator = Generator(tmp_path)
+    prompt = [tiny.VOCAB - 1, *range(20)]
+    tokens = greedy(generator, prompt, 6)
+    assert write(generator, " ".join(f"w{index}" for index in range(20)), 6, GREEDY) == "".join(
+        f" w{t}" for t in tokens
+    )
+    # As an answer, it is a text of its own.
+    assert write(generator, tuple(prompt), 6, GREEDY) == " ".join(f"w{token}" for token in tokens)
 
 
 def greedy(generator: Generator, ids: list[int], count: int) -> list[int]:

@@ -31,7 +31,11 @@ from tasks.shards import Shards, read_manifest
 from tasks.train import start
 from tasks.train.params import TrainParams
 
-CHECKPOINT = {"train__init": "given", "train__model": None, "shard__vocab_size": None, "train__world_size": 1}
+# What is computed here beside a training's is in fp32.
+CHECKPOINT = {
+    "train__init": "given", "train__model": None, "train__precision": "fp32", "train__world_size": 1,
+    "shard__vocab_size": None,
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,58 @@
+"""A model's ``tokenizer.json``, and the text of tokens that come one by one. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+# What decoders write for half a character.
+_HALF = "\ufffd"
+# So many tokens before a text hold a whole character and more.
+_MOST_BEFORE = 16
+
+
+def read(file: Path) -> Tokenizer:
+    """Returns the tokenizer in ``file``, but for the truncation and padding that it may have been saved with.
+
+    Both would change texts without a word. Raises as ``Tokenizer.from_file`` does, which has no exception of its own.
+    """
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class Detokenizer:
+    """The text of tokens that come one by one, behind those ``before``.
+
+    A decoder looks at what stands before a token (Llama 2's takes the space off a text's first word), so the last
+    tokens are decoded behind those before them, whose text is left out then.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self.text = ""
+        """What they come to; of a character that is not whole yet, nothing."""
+        self._tokenizer = tokenizer
+        self._before, self._told = self._end_of(before)
+        # The tokens behind those whose text is not whole, and the text of all that comes before them.
+        self._open: list[int] = []
+        self._closed = ""
+
+    def append(self, token: int) -> None:
+        self._open.append(token)
+        piece = self._tokenizer.decode([*self._before, *self._open])[len(self._told) :]
+        whole = piece.rstrip(_HALF)
+        self.text = self._closed + whole
+        # Tokens without a text, as special ones are, are nothing to look back to.
+        if piece and whole == piece:
+            self._closed = self.text
+            self._before, self._open = self._open, []
+            self._told = self._tokenizer.decode(self._before)
+
+    def _end_of(self, tokens: Sequence[int]) -> tuple[list[int], str]:
+        """Returns the last tokens that come to whole characters, and these."""
+        for count in range(1, min(len(tokens), _MOST_BEFORE) + 1):
+            last = list(tokens[-count:])
+            if (told := self._tokenizer.decode(last)) and _HALF not in told:
+                return last, told
+        return [], ""
