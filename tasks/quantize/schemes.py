@@ -100,26 +100,37 @@ def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:
 
 
 class Measure:
-    """A quantized model beside the float one on validation windows spread evenly over the split."""
+    """A quantized model beside the float one on validation windows spread evenly over the split.
+
+    Of conversations the answers alone count, as in training; windows without one are passed over.
+    """
 
     def __init__(self, model: LanguageModel, windows: WindowReader, params: QuantizeParams, world: World) -> None:
         """``model`` is the float one, and nothing may change it."""
         self._windows, self._params, self._world = windows, params, world
         available = len(windows)
-        self.count = min(params.validation_windows, available)
-        self._chosen = np.arange(self.count) * available // self.count
+        count = min(params.validation_windows, available)
+        chosen = np.arange(count) * available // count
+        # [windows, T]: which targets count.
+        counted = np.ones((count, windows.length)) if windows.learned is None else windows.learned.batch(chosen)[:, 1:]
+        some = counted.any(axis=1)
+        if not some.any():
+            world.fail(
+                BadParameter("params.yaml: quantize.validation_windows: no answer lies in any of them. Raise it.")
+            )
+        self._chosen, self._counted = chosen[some], counted[some].astype(np.float64)
+        self.count = len(self._chosen)
         self._float = model
 
     def trial(self, scheme: SchemeName, after: Literal["post-training", "fine-tuning"], model: LanguageModel) -> Trial:
         """Returns how ``model`` compares, with 95% intervals over windows."""
         ours, theirs, divergences = self._sums(model)
         bootstrap = Bootstrap(self.count, _RESAMPLES, self._params.seed)
-        tokens = np.full(self.count, float(self._windows.length))
         return Trial(
             scheme=scheme,
             after=after,
             relative_loss=bootstrap.ratio(ours - theirs, theirs),
-            kl_divergence=bootstrap.ratio(divergences, tokens),
+            kl_divergence=bootstrap.ratio(divergences, self._counted.sum(axis=1)),
         )
 
     @torch.no_grad()
@@ -134,16 +145,18 @@ class Measure:
         rows = max(1, logits_held(world.device.type) // model.config.vocab_size)
         for place in range(world.rank, self.count, world.size):
             window = torch.from_numpy(self._windows.batch(self._chosen[place : place + 1])).to(world.device).long()[0]
+            counted = torch.from_numpy(self._counted[place]).to(world.device)
             hidden = [one.model(window[None, :-1]) for one in (model, self._float)]
             for start in range(0, len(window) - 1, rows):
                 ours, theirs = (
                     F.log_softmax(one.lm_head(x_BTD[:, start : start + rows])[0].float(), dim=-1)
                     for one, x_BTD in zip((model, self._float), hidden, strict=True)
                 )
-                targets = window[1:][start : start + rows]
-                sums[0, place] += F.nll_loss(ours, targets, reduction="sum")
-                sums[1, place] += F.nll_loss(theirs, targets, reduction="sum")
-                sums[2, place] += F.kl_div(ours, theirs, reduction="sum", log_target=True)
+                targets, weights = window[1:][start : start + rows], counted[start : start + rows]
+                sums[0, place] += F.nll_loss(ours, targets, reduction="none").double() @ weights
+                sums[1, place] += F.nll_loss(theirs, targets, reduction="none").double() @ weights
+                apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)
+                sums[2, place] += apart.double() @ weights
         model.train()
         summed: Values = world.sum(sums).cpu().numpy()
         return summed

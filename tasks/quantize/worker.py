@@ -1,5 +1,8 @@
 """One quantizing process, as torchrun starts it. The first one exports the graph and audits it."""
 
+import itertools
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -15,14 +18,15 @@ from tasks import atomic, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import Progress, progress
 from tasks.quantize.audit import audit
-from tasks.quantize.params import QuantizeParams, checkpoint_inputs
+from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
 from tasks.section import read_section
-from tasks.shards import Shards, WindowReader, read_manifest
+from tasks.shards import Shards, SplitName, WindowReader, read_manifest
 from tasks.training import Curve, train
 from tasks.world import World
 
 COPIED = ("config.json", "tokenizer.json")
+_SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
 
 
 def main() -> None:
@@ -33,40 +37,34 @@ def main() -> None:
             write(model.cpu(), plan, found, curve)
 
 
+class Attempt(NamedTuple):
+    """What one scheme made of the float model. ``plain`` is its plan before anything was turned."""
+
+    model: LanguageModel
+    plan: Plan
+    plain: Plan
+    curve: Curve
+    trials: tuple[Trial, ...]
+
+
 def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[LanguageModel, Plan, Quantization, Curve]:
-    """Returns the model and the plan of the first candidate that loses little enough, else those of the last one.
+    """Returns the model and the plan of the first candidate that loses little enough, else of that which loses least.
 
     A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth.
     """
-    manifest = read_manifest()
-    checkpoints = Checkpoints(
-        "quantize",
-        inputs.key("quantize", params, checkpoint_inputs()),
-        params.keep_checkpoints,
-        params.elastic,
-    )
-    if here.is_first:
-        checkpoints.forget_others()
-    original = hugging_face.load(paths.FLOAT)
-    check_in_float(original, params)
-    length = original.config.window
-    read, held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in ("train", "valid"))
-    measure = Measure(original, held_out, params, here)
-    seen = calibration_windows(read, params, here)
-    trials: list[Trial] = []
-    curve = Curve()
+    schemes = _Schemes(params, here, shown)
+    tried: dict[SchemeName, tuple[Trial, ...]] = {}
     for name in params.candidates:
-        plain = calibrate(original.to(here.device), plan_of(name, params), seen)
-        model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, shown)
-        trials.append(measure.trial(name, "post-training", model))
-        if SCHEMES[name].fine_tuned:
-            if params.objective == "float":
-                teach(model, original)
-            curve, _ = train(model, params, read, held_out, checkpoints, here, shown, "quantize")
-            trials.append(measure.trial(name, "fine-tuning", model))
-        high = trials[-1].relative_loss.high
+        attempt = schemes.attempt(name)
+        tried[name] = attempt.trials
+        high = attempt.trials[-1].relative_loss.high
         if high is not None and high < params.max_relative_loss:
             break
+    else:
+        least = min(tried, key=lambda one: tried[one][-1].relative_loss.value)
+        if least != name:
+            # Once more, and the same: two models might be too much for the memory.
+            name, attempt = least, schemes.attempt(least)
     found = Quantization(
         asked=params.scheme,
         scheme=name,
@@ -76,11 +74,48 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         fine_tuned=SCHEMES[name].fine_tuned,
         objective=params.objective if SCHEMES[name].fine_tuned else None,
         in_float=params.in_float,
-        ranges=dict(plain.ranges),
-        windows=measure.count,
-        trials=tuple(trials),
+        ranges=dict(attempt.plain.ranges),
+        windows=schemes.measure.count,
+        trials=tuple(itertools.chain.from_iterable(tried.values())),
     )
-    return model, plan, found, curve
+    return attempt.model, attempt.plan, found, attempt.curve
+
+
+class _Schemes:
+    """Tries schemes on the float model in ``models/float``."""
+
+    def __init__(self, params: QuantizeParams, here: World, shown: Progress) -> None:
+        manifest = read_manifest()
+        self._params, self._here, self._shown = params, here, shown
+        self._checkpoints = Checkpoints(
+            "quantize",
+            inputs.key("quantize", params, checkpoint_inputs()),
+            params.keep_checkpoints,
+            params.elastic,
+        )
+        if here.is_first:
+            self._checkpoints.forget_others()
+        self._original = hugging_face.load(paths.FLOAT)
+        check_in_float(self._original, params)
+        length = self._original.config.window
+        self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in _SPLITS)
+        self.measure = Measure(self._original, self._held_out, params, here)
+        self._seen = calibration_windows(self._read, params, here)
+
+    def attempt(self, name: SchemeName) -> Attempt:
+        params, here, seen = self._params, self._here, self._seen
+        plain = calibrate(self._original.to(here.device), plan_of(name, params), seen)
+        model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, self._shown)
+        trials = [self.measure.trial(name, "post-training", model)]
+        curve = Curve()
+        if SCHEMES[name].fine_tuned:
+            if params.objective == "float":
+                teach(model, self._original)
+            curve, _ = train(
+                model, params, self._read, self._held_out, self._checkpoints, here, self._shown, "quantize"
+            )
+            trials.append(self.measure.trial(name, "fine-tuning", model))
+        return Attempt(model, plan, plain, curve, tuple(trials))
 
 
 def calibration_windows(windows: WindowReader, params: QuantizeParams, here: World) -> torch.Tensor:

@@ -378,7 +378,6 @@ def test_fine_tuning_towards_the_float_model_stays_with_it(trained: Path) -> Non
         ("static", 1.0, "static", ["static post-training"]),
         ("weight-only-4", 1.0, "weight-only-4", ["weight-only-4 post-training", "weight-only-4 fine-tuning"]),
         ("auto", 1.0, "weight-only-8", ["weight-only-8 post-training"]),
-        ("auto", -1.0, "qat", ["weight-only-8 post-training", "qat post-training", "qat fine-tuning"]),
     ],
 )
 def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
@@ -408,6 +407,24 @@ def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
     assert ("model.layers.1.mlp.experts.down_proj" in found["ranges"]) == (kept == "static")
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(1e-3, "qat"), (3.0, "weight-only-8")])
+def test_where_none_loses_little_enough_auto_keeps_what_loses_least(trained: Path, rate: float, kept: str) -> None:
+    settings = {"quantize__learning_rate": rate, "quantize__world_size": 1}
+    tiny.write_params(trained, quantize__scheme="auto", quantize__max_relative_loss=-1.0, **settings)
+    code, output = tiny.run("quantize", trained)
+    assert code == 0, output
+    found = json.loads((trained / "models/int8/quantization.json").read_text())
+    tried = [f"{trial['scheme']} {trial['after']}" for trial in found["trials"]]
+    assert tried == ["weight-only-8 post-training", "qat post-training", "qat fine-tuning"]
+    first, _, last = (trial["relative_loss"]["value"] for trial in found["trials"])
+    assert (found["scheme"], found["fine_tuned"]) == (kept, kept == "qat")
+    assert (last < first) == (kept == "qat")
+    graph = (trained / "models/int8/model.onnx.data").read_bytes()
+    tiny.write_params(trained, quantize__scheme=kept, quantize__max_relative_loss=-1.0, **settings)
+    assert tiny.run("quantize", trained)[0] == 0
+    assert (trained / "models/int8/model.onnx.data").read_bytes() == graph
+
+
 class _Alone(World):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -415,11 +432,17 @@ class _Alone(World):
 
 # All of a window's logits at once, or those of seven tokens, or of one.
 @pytest.mark.parametrize("held", [2**26, 7 * 101, 1])
+@pytest.mark.parametrize("answers", [False, True])
 @torch.no_grad()
-def test_a_trial_is_what_a_plain_loop_over_windows_says(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_is_what_a_plain_loop_over_windows_says(
+    held: int, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lm.loss.LOGITS_HELD", held)
     tokens = np.random.default_rng(0).integers(0, 100, 400).astype(np.uint16)
-    windows = WindowReader([tokens], 20)
+    # Of conversations the answers count; some windows have none.
+    mask = (np.random.default_rng(1).random(400) < 0.3).astype(np.uint8) if answers else np.ones(400, np.uint8)
+    mask[:61] = not answers
+    windows = WindowReader([tokens], 20, [mask] if answers else [])
     params = read_section("quantize", QuantizeParams, Path(tiny.ROOT / "params.yaml"))
     params = params.model_copy(update={"validation_windows": 100})
     measure = Measure(make_model(), windows, params, _Alone(0, 1, torch.device("cpu"), "fp32"))
@@ -429,13 +452,15 @@ def test_a_trial_is_what_a_plain_loop_over_windows_says(held: int, monkeypatch: 
     assert max(sizes) == min(max(held // 101, 1), 20) * 101
     floating, rounded = make_model(), prepare(make_model(), PLAN).eval()
     losses, divergence = np.zeros(2), 0.0
-    for window in torch.from_numpy(windows.batch(np.arange(len(windows)))).long():
+    for index, window in enumerate(torch.from_numpy(windows.batch(np.arange(len(windows)))).long()):
+        counted = torch.from_numpy(mask[20 * index + 1 : 20 * index + 21])
         theirs, ours = (model(window[None, :-1])[0].log_softmax(-1) for model in (floating, rounded))
-        losses += [-float(one[range(20), window[1:]].sum()) for one in (ours, theirs)]
-        divergence += float((theirs.exp() * (theirs - ours)).sum())
-    assert measure.count == len(windows) == 19
+        losses += [-float((one[range(20), window[1:]] * counted).sum()) for one in (ours, theirs)]
+        divergence += float(((theirs.exp() * (theirs - ours)).sum(-1) * counted).sum())
+    assert len(windows) == 19
+    assert measure.count == (16 if answers else 19)
     assert trial.relative_loss.value == pytest.approx(losses[0] / losses[1] - 1, abs=2e-6)
-    assert trial.kl_divergence.value == pytest.approx(divergence / (19 * 20), abs=2e-6)
+    assert trial.kl_divergence.value == pytest.approx(divergence / mask[1:381].sum(), abs=2e-6)
     assert 1e-4 < trial.kl_divergence.low < trial.kl_divergence.value < trial.kl_divergence.high
 
 
