@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from lm import fp8
 from lm.config import LatentConfig, ModelConfig
@@ -261,14 +262,12 @@ def _names(names: list[str]) -> str:
 
 
 def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
-    content = json.loads(tokenizer.read_text())
-    spelled = {id_: token for token, id_ in content.get("model", {}).get("vocab", {}).items()}
-    special = spelled | {token["id"]: token["content"] for token in content["added_tokens"]}
+    tokens = Tokenizer.from_file(str(tokenizer))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": special[config.bos_token_id],
-        "eos_token": special[config.eos_token_id],
-        "pad_token": special[config.eos_token_id],
+        "bos_token": tokens.id_to_token(config.bos_token_id),
+        "eos_token": (end := tokens.id_to_token(config.eos_token_id)),
+        "pad_token": end,
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }

@@ -32,6 +32,12 @@ class CheckpointTokenizer:
                 "are not of one model. Name another checkpoint in train.init."
             )
         self.bos_token_id, self.eos_token_id = config.bos_token_id, config.eos_token_id
+        for name in ("bos_token_id", "eos_token_id"):
+            if self._tokenizer.id_to_token(number := getattr(config, name)) is None:
+                raise BadInput(
+                    f"{path}: it has no token {number}, which is config.json's {name}. Mend the checkpoint, or "
+                    "name another in train.init."
+                )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, on all cores, without special tokens."""

@@ -1,9 +1,10 @@
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from odd import make_grouped, make_grouped_mixture, make_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from lm.model import LanguageModel
 
@@ -64,9 +65,11 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 @pytest.fixture
 def tokenizer_file(tmp_path: Path) -> Path:
-    """As much of a tokenizer.json as the layout needs: its special token."""
+    """A tokenizer.json with as many tokens as the models have, the last one special."""
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({"added_tokens": [{"id": 100, "content": "<|endoftext|>"}]}))
+    tokenizer = Tokenizer(BPE({str(number): number for number in range(100)}, []))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
     return path
 
 

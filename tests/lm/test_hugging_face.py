@@ -8,6 +8,8 @@ import pytest
 import torch
 from odd import make_grouped, make_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm import hugging_face
@@ -117,6 +119,16 @@ def test_what_a_checkpoint_says_about_its_tokenizer_is_kept(tokenizer_file: Path
         (origin / name).write_text(text)
     hugging_face.save(make_grouped(), tokenizer_file, kept, origin)
     assert {name: (kept / name).read_text() for name in texts} == texts
+
+
+def test_a_tokenizer_whose_vocabulary_is_a_list_is_written_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(Unigram([("<s>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abc")], 0, False))
+    tokenizer.save(str(tmp_path / "unigram.json"))
+    (tmp_path / "out").mkdir()
+    model = make_grouped(bos_token_id=0, eos_token_id=1)
+    hugging_face.save_companions(model.config, tmp_path / "unigram.json", tmp_path / "out")
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert [written[f"{name}_token"] for name in ("bos", "eos", "pad")] == ["<s>", "</s>", "</s>"]
 
 
 def _without(tensors: dict[str, torch.Tensor]) -> None:

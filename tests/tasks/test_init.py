@@ -237,6 +237,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(corpus: Path) ->
         shard(read_section("shard", ShardParams), init.checkpoint())
 
 
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+def test_an_end_of_texts_that_the_tokenizer_does_not_have_is_refused(name: str, corpus: Path) -> None:
+    # The embedding has a row for it.
+    write_checkpoint(corpus / "given", **{name: tiny.VOCAB + 3})
+    collect_init("given")
+    with pytest.raises(BadInput, match=rf"tokenizer\.json: it has no token 260, which is config\.json's {name}"):
+        shard(read_section("shard", ShardParams), init.checkpoint())
+
+
 def test_without_a_version_in_production_previous_is_from_scratch(project: Path) -> None:
     tiny.write_params(project, train__init="previous")
     tiny.write_shards(project)
