@@ -116,8 +116,8 @@ class Checkpoints:
     def load_latest(self, at_most: int | None = None, part: int = 0) -> dict[str, Any] | None:
         """Returns the newest intact ``part`` of a state, after ``at_most`` steps if that is given, or None.
 
-        A damaged or foreign file is passed over, which one process of each machine reports. In a state whose tensors
-        lie in parts, ``parts`` is their folder.
+        A file that is damaged or foreign, or cannot be read, is passed over, which one process of each machine reports.
+        In a state whose tensors lie in parts, ``parts`` is their folder.
         """
         own = self.folder.name
         pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
@@ -139,16 +139,19 @@ class Checkpoints:
 
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            return None, file, f"cannot be read ({error.strerror})"
         if xxhash.xxh3_128_hexdigest(content) != file.stem.rpartition("-")[2]:
-            return None, file, "damaged checkpoint"
+            return None, file, parts.DAMAGED
         state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
         if state.pop("key") != file.parent.name:
             return None, file, "checkpoint of other inputs"
         if "parts" in state:
             folder = _parts(file.parent, _step(file))
-            if bad := parts.damaged(folder, state["parts"]):
-                return None, bad, "damaged checkpoint"
+            if found := parts.damaged(folder, state["parts"]):
+                return None, *found
             state["parts"] = folder
         return state, file, ""
 

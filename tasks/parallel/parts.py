@@ -33,6 +33,7 @@ from tasks.parallel import whole
 
 State = dict[str, Any]
 NONE: Mapping[str, str] = {}
+DAMAGED = "damaged checkpoint"
 _METADATA = ".metadata"
 # Each process reads by itself, and what a killed attempt has begun is begun anew.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -128,15 +129,21 @@ class _Writer(FileSystemWriter):
             raise cause or error from None
 
 
-def damaged(folder: Path, digests: Mapping[str, str]) -> Path | None:
-    """Returns a file of ``folder`` that is not what was written, of those that fall to this process; None: none is."""
+def damaged(folder: Path, digests: Mapping[str, str]) -> tuple[Path, str] | None:
+    """Returns a file of ``folder``, of those that fall to this process, that is not what was written, and its fault.
+
+    None: all are.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for number, (name, digest) in enumerate(digests.items()):
         # What each process reads first; of the others it learns when all agree on a checkpoint.
         if name == _METADATA or number % size == rank:
             file = folder / name
-            if not file.is_file() or digest_of(file) != digest:
-                return file
+            try:
+                if not file.is_file() or digest_of(file) != digest:
+                    return file, DAMAGED
+            except OSError as error:
+                return file, f"cannot be read ({error.strerror})"
     return None
 
 

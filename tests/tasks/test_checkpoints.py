@@ -15,6 +15,7 @@ import torch
 
 from tasks import atomic
 from tasks.checkpoints import Checkpoints
+from tasks.digest import digest_of
 from tasks.errors import DiskFull
 from tasks.parallel.exchange import Exchange
 from tasks.training import _agreed
@@ -52,6 +53,20 @@ def test_the_last_ones_are_kept_and_the_newest_intact_one_is_loaded(
     assert (state["step"], state["model"]["weight"].tolist()) == (3, [3] * 4)
     told = capsys.readouterr().err.splitlines()
     assert told == [f"warning: {file}: damaged checkpoint; going back to the one before" for file in (newest, before)]
+
+
+def test_one_that_cannot_be_read_is_passed_over_as_a_damaged_one_is(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step})
+    checkpoints.finish()
+    newest = max(checkpoints.folder.iterdir())
+    newest.unlink()
+    newest.symlink_to(newest.name)
+    assert checkpoints.load_latest() == {"step": 1}
+    told = f"warning: {newest}: cannot be read (Too many levels of symbolic links); going back to the one before\n"
+    assert capsys.readouterr().err == told
 
 
 def test_what_training_does_meanwhile_is_in_no_checkpoint(
@@ -189,6 +204,25 @@ def test_a_damaged_part_is_told_and_the_checkpoint_before_is_used(
     assert "Warning" not in output
     assert tiny.files_of(project / "models") == tiny.files_of(cut / "models")
     assert sorted(parts(project)) == ["parts-000000010", "parts-000000012"]
+
+
+def test_a_part_that_cannot_be_read_is_told_and_the_checkpoint_before_is_used(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = newest_first(project)[0].parent
+    bad = folder / "parts-000000012/__1_0.distcp"
+
+    def digest(file: Path) -> str:
+        if file == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return digest_of(file)
+
+    monkeypatch.setattr("tasks.parallel.parts.digest_of", digest)
+    state = Checkpoints("train", folder.name, kept=2, root=folder.parent.parent).load_latest()
+    assert state is not None
+    assert state["step"] == 10
+    told = f"warning: {bad}: cannot be read (Input/output error); going back to the one before\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_disk_that_is_full_of_parts_is_one_line(
