@@ -120,9 +120,9 @@ class Checkpoints:
         In a state whose tensors lie in parts, ``parts`` is their folder.
         """
         own = self.folder.name
-        pattern = f"{own.partition('-')[0]}-*" if self._elastic and "-" in own else own
         found = sorted(
-            self._stage.glob(f"{pattern}/{_prefix(part)}*.pt"), key=lambda file: (_step(file), file.parent.name == own)
+            self._stage.glob(f"{self._pattern()}/{_prefix(part)}*.pt"),
+            key=lambda file: (_step(file), file.parent.name == own),
         )
         for file in reversed(found):
             if at_most is not None and _step(file) > at_most:
@@ -136,6 +136,11 @@ class Checkpoints:
             if bad.name.startswith("__") or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"warning: {bad}: {fault}; going back to the one before", file=sys.stderr, flush=True)
         return None
+
+    def _pattern(self) -> str:
+        """Returns which folders hold checkpoints that are loaded."""
+        inputs, apart, _ = self.folder.name.partition("-")
+        return f"{inputs}-*" if self._elastic and apart else self.folder.name
 
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
@@ -156,14 +161,18 @@ class Checkpoints:
         return state, file, ""
 
     def forget_others(self) -> None:
-        """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them."""
+        """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them.
+
+        Those that may be loaded stay, and so the others can look for them meanwhile.
+        """
         if not self._stage.is_dir():
             return
         if listed := [_step(file) for file in self.folder.glob(f"{_prefix(0)}*.pt")]:
             # Not newer ones: another machine may have written a checkpoint that is not listed here yet.
             self._forget_parts(max(listed))
         others = sorted(
-            (run for run in self._stage.iterdir() if run != self.folder), key=lambda run: run.stat().st_mtime
+            set(self._stage.iterdir()) - {self.folder, *self._stage.glob(self._pattern())},
+            key=lambda run: run.stat().st_mtime,
         )
         for run in others[: -(KEPT_RUNS - 1)]:
             shutil.rmtree(run, ignore_errors=True)

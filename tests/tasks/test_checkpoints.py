@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, proven by their digest, written beside the training that they must not disturb."""
 
 import errno
+import os
 import re
 import shutil
 import threading
@@ -98,6 +99,21 @@ def test_those_of_another_number_of_processes_count_only_where_that_is_wanted(tm
     one.finish()
     assert Checkpoints("train", "inputs-2-1", kept=2, elastic=True, root=tmp_path).load_latest() == {"step": 7}
     assert two.load_latest() == {"step": 5}
+
+
+def test_those_of_another_number_of_processes_outlive_those_of_other_inputs(tmp_path: Path) -> None:
+    keys = ["inputs-3-1", "others-2-1", "different-2-1", "older-2-1"]
+    for age, key in enumerate(keys):
+        run = Checkpoints("train", key, kept=2, root=tmp_path)
+        run.save(5, {"step": 5, "key of": key})
+        run.finish()
+        os.utime(run.folder, (age, age))
+    four = Checkpoints("train", "inputs-4-1", kept=2, elastic=True, root=tmp_path)
+    four.forget_others()
+    assert four.load_latest() == {"step": 5, "key of": "inputs-3-1"}
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {"inputs-3-1", "different-2-1", "older-2-1"}
+    Checkpoints("train", "inputs-4-1", kept=2, root=tmp_path).forget_others()
+    assert not (tmp_path / "train/inputs-3-1").exists()
 
 
 def test_a_full_disk_is_told_by_the_next_checkpoint_or_the_end(
