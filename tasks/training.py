@@ -99,7 +99,7 @@ def train(
     stays there.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
-    :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row.
+    :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was taken.
     """
     out_of_memory.remember_allocations(world.device)
     run = _Run(model, params, train_windows, valid_windows, world, progress, weights)
@@ -146,6 +146,8 @@ def train(
             if stopped:
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
+    if math.isnan(run.curve.last("train_loss")):
+        _end_without_a_step(stage, params, world)
     if log:
         log.close()
     if world.is_first and done > first:
@@ -153,6 +155,16 @@ def train(
         if told := run.meter.waited_too_long():
             progress.notice(told)
     return Trained(run.curve, run.parallel)
+
+
+def _end_without_a_step(stage: str, params: TrainingParams, world: World) -> NoReturn:
+    world.fail(
+        BadParameter(
+            f"{paths.PARAMS}: {stage}: no step could be taken: at none of {params.steps:,} was the gradient finite in "
+            f"{world.precision}, though the loss's factor was halved at each. Set precision: bf16 or fp32, or raise "
+            "steps."
+        )
+    )
 
 
 def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int) -> NoReturn:

@@ -88,6 +88,20 @@ def test_an_overflow_in_one_process_is_left_out_by_both_and_halves_the_factor(
     assert tiny.files_of(project / "models") == expected
 
 
+def test_a_training_of_overflows_alone_ends_in_one_line(project: Path) -> None:
+    tiny.write_params(project, **FP16, **tiny.ALONE)
+    every = range(len(Shards(Path("data/shards"), read_manifest(), "train").reader(16)))
+    # The second attempt goes on after the last step.
+    for attempt in ("first", "second"):
+        log = project / attempt
+        ranks = forked.start([project], log, forked.overflow, OVERFLOWS=",".join(map(str, every)))
+        assert forked.end(ranks) == [2]
+        assert tiny.error_line(log.read_text()) == (
+            "params.yaml: train: no step could be taken: at none of 12 was the gradient finite in fp16, though the "
+            "loss's factor was halved at each. Set precision: bf16 or fp32, or raise steps."
+        )
+
+
 def test_the_factor_moves_as_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_scale, "_STEPS_UNTIL_DOUBLED", 3)
     ours, theirs = LossScale("fp16"), torch.amp.GradScaler("cpu", growth_interval=3)
