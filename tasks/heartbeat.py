@@ -14,19 +14,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from tasks.errors import EXIT_TRY_AGAIN
+from tasks.parallel import traffic
 
-# What a step consists of, in this order.
-Part = Literal["the gradients", "the agreement", "the validation", "the checkpoint"]
+# What comes before the steps, what each of them consists of, and what comes after them, in this order.
+Part = Literal["the start", "the gradients", "the agreement", "the validation", "the checkpoint", "the model's writing"]
 _PARTS: tuple[Part, ...] = get_args(Part)
+_OF_NO_STEP: tuple[Part, ...] = ("the start", "the model's writing")
 _PREFIX = "overnight/heartbeat"
 _SECONDS_TO_TELL = 2.0
 
@@ -52,7 +54,8 @@ class Beat:
 
     @property
     def place(self) -> str:
-        return f"{_PARTS[self.part]} of step {self.step:,}"
+        part = _PARTS[self.part]
+        return part if part in _OF_NO_STEP else f"{part} of step {self.step:,}"
 
 
 def verdict(rank: int, before: Mapping[int, Beat | None], after: Mapping[int, Beat | None]) -> tuple[str, list[int]]:
@@ -77,8 +80,11 @@ def verdict(rank: int, before: Mapping[int, Beat | None], after: Mapping[int, Be
     return f"{late} did not arrive at {furthest.place}: still at {earliest.place}", []
 
 
+_Item = TypeVar("_Item")
+
+
 class Heartbeat:
-    """Where this process is. Made by :func:`beating`."""
+    """Where this process is: at the start, until it says more. Made by :func:`beating`."""
 
     def __init__(self) -> None:
         self.step, self.part, self.batches = 0, 0, 0
@@ -97,6 +103,12 @@ class Heartbeat:
     def move(self) -> None:
         """Says that it gets on."""
         self.moves, self.moved = self.moves + 1, time.monotonic()
+
+    def along(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yields ``items``, and says with each that it gets on."""
+        for item in items:
+            self.move()
+            yield item
 
 
 @contextlib.contextmanager
@@ -151,8 +163,10 @@ class _Watch:
         if not told or self.over.is_set():
             return
         if self.store.add(f"{_PREFIX}/told", 1) == 1:
+            waits = traffic.waits_in()
+            where = f" (rank {self.rank} waits in {waits})" if waits else ""
             print(
-                f"error: {told}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "
+                f"error: {told}{where}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "
                 "Run again to go on from the last checkpoint.",
                 file=sys.stderr,
                 flush=True,

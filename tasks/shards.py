@@ -14,7 +14,7 @@ memory map, at the cost of ``np.memmap`` (h5py's own slices are about ten times 
 import io
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,10 +123,18 @@ def read_manifest(folder: Path = paths.SHARDS) -> Manifest:
 class Shards:
     """The shards of one split, verified and mapped."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: SplitName) -> None:
-        """Checks each shard's digest, then maps it. Raises :class:`BadInput` that names a missing or damaged shard."""
+    def __init__(
+        self, folder: Path, manifest: Manifest, split: SplitName, moved: Callable[[], None] = lambda: None
+    ) -> None:
+        """Checks each shard's digest, then maps it, and calls ``moved``.
+
+        Raises :class:`BadInput` that names a missing or damaged shard.
+        """
         self.entries = manifest.of_split(split)
-        self._files = [_map_shard(folder / entry.file, entry, manifest.dtype) for entry in self.entries]
+        self._files = []
+        for entry in self.entries:
+            self._files.append(_map_shard(folder / entry.file, entry, manifest.dtype))
+            moved()
 
     @property
     def tokens(self) -> int:

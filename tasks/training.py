@@ -17,7 +17,7 @@ import torch
 
 from lm.model import LanguageModel
 from lm.weights import Weights
-from tasks import atomic, heartbeat, out_of_memory, paths, stopping
+from tasks import atomic, out_of_memory, paths, stopping
 from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints
 from tasks.compiled import compile_layers
@@ -90,19 +90,20 @@ def train(
     world: World,
     progress: Progress,
     stage: str,
+    here: Heartbeat,
     measure_first: bool = False,
     weights: Weights | None = None,
 ) -> Trained:
     """Runs ``params.steps`` optimizer steps on ``model``; returns the curve and what has the weights now.
 
     ``measure_first`` has the weights validated that it begins with. ``weights`` are those of a model on ``meta``, which
-    stays there.
+    stays there. ``here`` is told how this gets on.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
     :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was taken.
     """
     out_of_memory.remember_allocations(world.device)
-    run = _Run(model, params, train_windows, valid_windows, world, progress, weights)
+    run = _Run(model, params, train_windows, valid_windows, world, progress, here, weights)
     if run.exchange.in_parts:
         checkpoints.keep_one_before()
     done = run.restore(_agreed(checkpoints, world, run.exchange))
@@ -113,7 +114,7 @@ def train(
         progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
-    with stopping.noted() as stop, heartbeat.beating(world.rank, world.size, params.hang_timeout_seconds) as run.here:
+    with stopping.noted() as stop:
         if measure_first and not done:
             run.here.at(done, "the validation")
             run.curve.before = run.validate()
@@ -214,16 +215,17 @@ class _Run:
         valid_windows: WindowReader,
         world: World,
         progress: Progress,
+        here: Heartbeat,
         weights: Weights | None = None,
     ) -> None:
-        self.params, self.world, self.progress = params, world, progress
+        self.params, self.world, self.progress, self.here = params, world, progress, here
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * train_windows.length
         self.traffic = Traffic(world.device)
         # Counts the parameters of the whole model.
         self.meter = StepMeter(model, self.tokens_per_step, world)
-        self.parallel, self.exchange = lay_out(model, world, params, weights)
+        self.parallel, self.exchange = lay_out(model, world, params, weights and here.along(weights))
         self.model = self.parallel.model
         if params.compiles:
             compile_layers(self.model, world.device)
@@ -237,7 +239,6 @@ class _Run:
         self.told_to_stop = False
         # After how many steps the replicas were last equal, where they train apart.
         self.met = 0
-        self.here = Heartbeat()
 
     def step(self, step: int, stop: Stop) -> StepReport:
         """Takes one optimizer step; returns what it came to, its loss the mean over those that take it together.

@@ -14,6 +14,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 ENTRIES = 2000
+_SIZES_TOLD = 3
 _SIZE_OF = {
     "Bool": 1, "Byte": 1, "Char": 1, "Short": 2, "Half": 2, "BFloat16": 2, "Int": 4, "Float": 4, "Long": 8, "Double": 8,
 }  # fmt: skip
@@ -63,6 +64,16 @@ class Traffic:
         return len(entries)
 
 
+def waits_in() -> str | None:
+    """Returns which collective this process has begun and not ended, in words; None where there is none on record."""
+    begun = [entry for entry in _entries(_device()) if not entry["retired"] and entry["state"] != "completed"]
+    if not begun:
+        return None
+    first = begun[0]
+    sizes = ", ".join(f"[{' x '.join(map(str, size))}]" for size in first["input_sizes"][:_SIZES_TOLD])
+    return f"{_operation(first)} of {sizes or 'nothing'} in group {first['process_group'][1]}"
+
+
 def sent_by(entry: dict[str, Any], processes: int) -> int:
     """Returns the bytes that one of ``processes`` sends in the collective of the flight recorder's ``entry``.
 
@@ -73,7 +84,7 @@ def sent_by(entry: dict[str, Any], processes: int) -> int:
     given = sum(
         math.prod(size) * _SIZE_OF[kind] for size, kind in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
     )
-    operation = entry["profiling_name"].rpartition(":")[2].strip("_").replace("_", "")
+    operation = _operation(entry).replace("_", "")
     if operation.startswith(("allreduce", "reducescatter", "alltoall", "broadcast")):
         share = 2 if operation.startswith("allreduce") else 1
         return share * given * (processes - 1) // processes
@@ -81,6 +92,14 @@ def sent_by(entry: dict[str, Any], processes: int) -> int:
         return given * (processes - 1)
     # A message, a reduction to one, a gathering at one, a barrier.
     return given if processes > 1 else 0
+
+
+def _operation(entry: dict[str, Any]) -> str:
+    return str(entry["profiling_name"].rpartition(":")[2].strip("_"))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
 
 
 def _entries(device: torch.device) -> list[dict[str, Any]]:

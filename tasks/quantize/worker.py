@@ -14,7 +14,7 @@ from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
 from lm.rotation import rotate, turn_hidden
-from tasks import atomic, inputs, paths, stage, world
+from tasks import atomic, heartbeat, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import Progress, progress
 from tasks.quantize.audit import audit
@@ -111,9 +111,9 @@ class _Schemes:
         if SCHEMES[name].fine_tuned:
             if params.objective == "float":
                 teach(model, self._original)
-            curve, _ = train(
-                model, params, self._read, self._held_out, self._checkpoints, here, self._shown, "quantize"
-            )
+            readers = self._read, self._held_out
+            with heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat:
+                curve, _ = train(model, params, *readers, self._checkpoints, here, self._shown, "quantize", beat)
             trials.append(self.measure.trial(name, "fine-tuning", model))
         return Attempt(model, plan, plain, curve, tuple(trials))
 

@@ -4,33 +4,43 @@ import contextlib
 import os
 from pathlib import Path
 
+import torch
+
 from lm import hugging_face, low_rank
 from lm.model import LanguageModel
-from lm.weights import Weights, Whole, fill, on_meta
-from tasks import atomic, init, inputs, paths, stage, world
+from lm.weights import Weights, fill, on_meta
+from tasks import atomic, heartbeat, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
+from tasks.heartbeat import Heartbeat
 from tasks.parallel.parallelize import Parallel
 from tasks.progress import Progress, progress
 from tasks.section import read_section
-from tasks.shards import Shards, read_manifest
+from tasks.shards import Shards, SplitName, read_manifest
 from tasks.train import probe, start
 from tasks.train.params import TrainParams, checkpoint_inputs
 from tasks.training import Curve, train
 from tasks.world import World
 
+_SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
+
 
 def main() -> None:
     params = read_section("train", TrainParams).on(int(os.environ["WORLD_SIZE"]))
     timeout = params.communication.timeout_seconds
-    with world.joined(params, params.mesh, timeout) as here, progress("train", here.is_first) as shown:
+    with (
+        world.joined(params, params.mesh, timeout) as here,
+        heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat,
+        progress("train", here.is_first) as shown,
+    ):
         probe.report(here, "train")
+        beat.move()
         # By itself: what sums gradients has to be gone before the group of processes is.
-        train_and_write(params, here, shown)
+        train_and_write(params, here, beat, shown)
         # On another machine, the stage has not ended before its files are there.
         here.lowest(0)
 
 
-def train_and_write(params: TrainParams, here: World, shown: Progress) -> None:
+def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Progress) -> None:
     manifest = read_manifest()
     origin = init.checkpoint()
     key = inputs.key("train", params, checkpoint_inputs())
@@ -41,31 +51,38 @@ def train_and_write(params: TrainParams, here: World, shown: Progress) -> None:
     unread: Weights | None = weights
     if here.mesh is None:
         # Every process holds the whole model.
-        fill(model, weights)
+        fill(model, beat.along(weights))
         unread = None
     total, active = on_meta(model.config).parameter_counts()
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    readers = [Shards(paths.SHARDS, manifest, split).reader(params.seq_len) for split in ("train", "valid")]
+    shards = [Shards(paths.SHARDS, manifest, split, beat.move) for split in _SPLITS]
+    read, held_out = (one.reader(params.seq_len) for one in shards)
     curve, parallel = train(
-        model, params, readers[0], readers[1], checkpoints, here, shown, "train", origin is not None, unread
+        model, params, read, held_out, checkpoints, here, shown, "train", beat, origin is not None, unread
     )
-    write_model(model, params, parallel, here.is_first, origin)
+    beat.at(params.steps, "the model's writing")
+    write_model(model, params, parallel, here.is_first, origin, beat)
     if here.is_first:
         counts = {"parameters": total, "active_parameters": active, "trained_parameters": learning}
-        write_reports(counts, curve, params, len(readers[0]), here.precision, origin)
+        write_reports(counts, curve, params, len(read), here.precision, origin)
 
 
 def write_model(
-    model: LanguageModel, params: TrainParams, parallel: Parallel, is_first: bool, origin: Path | None
+    model: LanguageModel, params: TrainParams, parallel: Parallel, is_first: bool, origin: Path | None, here: Heartbeat
 ) -> None:
     """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs."""
-    whole: Whole = parallel.whole
+
+    def whole(name: str) -> torch.Tensor:
+        here.move()
+        return parallel.whole(name)
+
     with atomic.folder(paths.FLOAT) if is_first else contextlib.nullcontext() as folder:
         if params.lora is not None:
             if params.lora.keep_adapter:
                 low_rank.save(model, whole, folder / paths.ADAPTER.name if folder else None)
-            whole = low_rank.merged(model, whole)
-        hugging_face.save_weights(model.config, whole, folder)
+            hugging_face.save_weights(model.config, low_rank.merged(model, whole), folder)
+        else:
+            hugging_face.save_weights(model.config, whole, folder)
         if folder:
             hugging_face.save_companions(model.config, paths.TOKENIZER, folder, origin)
 

@@ -1,6 +1,7 @@
 """Stages and training processes that cost a fork and not an import of torch, for tests that start them many times."""
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -149,6 +150,20 @@ def linger() -> None:
         return batch(self, indices)
 
     WindowReader.batch = lingering  # type: ignore[method-assign]
+
+
+def stand_still() -> None:
+    """Stops rank 1 where it calls the function that the variable ``STANDS_STILL_AT`` names with its module."""
+    place, _, name = os.environ["STANDS_STILL_AT"].rpartition(".")
+    module = importlib.import_module(place)
+    found = getattr(module, name)
+
+    def standing(*arguments: object, **more: object) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return found(*arguments, **more)
+
+    setattr(module, name, standing)
 
 
 def run_out_of_memory() -> None:

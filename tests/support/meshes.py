@@ -29,6 +29,7 @@ from lm.weights import Read, Region, Weights, on_meta, reads
 from tasks import optimizers, step_meter, training
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
+from tasks.heartbeat import Heartbeat
 from tasks.mesh import Mesh, MeshParams
 from tasks.optimizers import make_optimizer
 from tasks.parallel import parts, tensor, tokens, vocabulary, whole
@@ -383,6 +384,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         Reader(2, 7, case.answers),
         world,
         Progress("train", Lines(lambda line: None)),
+        Heartbeat(),
         weights,
     )  # type: ignore[arg-type]
     # An optimizer goes on in the very tensors that it is given.

@@ -18,7 +18,7 @@ from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
 from tasks.train.params import TrainParams
 
-GRADIENTS, AGREEMENT = 0, 1
+GRADIENTS, AGREEMENT = 1, 2
 
 
 def beat(moves: int, step: int, part: int, batches: int = 0) -> Beat:
@@ -101,6 +101,27 @@ def test_a_process_that_is_held_up_elsewhere_is_named(tmp_path: Path, monkeypatc
     codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.linger, **variables), 30)
     assert EXIT_TRY_AGAIN in codes
     assert tiny.error_line(log.read_text()).startswith("rank 1 is held up in the gradients of step 3, ")
+
+
+@pytest.mark.parametrize(
+    ("place", "mesh", "part"),
+    [
+        ("tasks.train.worker.fill", {}, "the start"),
+        ("tasks.parallel.sharded.fill", {"shard": 2}, "the start"),
+        ("tasks.train.worker.write_model", {}, "the model's writing"),
+        ("tasks.train.worker.write_model", {"shard": 2}, "the model's writing"),
+    ],
+)
+def test_a_process_that_stops_before_or_after_the_steps_is_named_with_the_collective(
+    place: str, mesh: dict[str, int], part: str, tmp_path: Path
+) -> None:
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=4, train__mesh=mesh)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT=place), 60)
+    assert codes == [EXIT_TRY_AGAIN, -signal.SIGKILL]
+    told = tiny.error_line(log.read_text())
+    assert told.startswith(f"rank 1 did not come through {part}: stopped, or gone (rank 0 waits in "), told
 
 
 def test_a_lost_process_is_one_line_for_those_that_remain(tmp_path: Path) -> None:
