@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 from lm.config import GroupedConfig, GroupedMixtureConfig
 from lm.feed_forward import Experts
@@ -15,6 +16,7 @@ from lm.loss import logits_held
 from lm.model import LanguageModel
 from tasks import atomic, paths
 from tasks.errors import BadParameter
+from tasks.parallel import whole
 from tasks.training_params import TrainingParams
 from tasks.world import PRODUCT_TYPES
 
@@ -60,21 +62,14 @@ def told(stage: str, model: LanguageModel, params: TrainingParams, length: int, 
 
 
 def largest(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> list[Use]:
-    """Returns what a process with a whole copy of the model holds, the largest first.
+    """Returns what this process holds, the largest first.
 
     Estimates from the shapes: a product keeps its input and its output in the precision's type, a norm fp32.
     """
-    weights = sum(parameter.numel() for parameter in model.parameters())
     return sorted(
         [
-            Use(
-                "weights and their gradients",
-                8 * weights,
-                f"{_gib(8 * _routed(model))} of it routed experts; lower {_where_the_model_is(model)}"
-                if _routed(model)
-                else f"lower {_where_the_model_is(model)}",
-            ),
-            _optimizer(model, params, weights),
+            _weights(model, params),
+            _optimizer(model, params),
             _activations(model, params, length, precision),
             _logits(model, params, length, precision),
         ],
@@ -82,20 +77,47 @@ def largest(model: LanguageModel, params: TrainingParams, length: int, precision
     )
 
 
-def _where_the_model_is(model: LanguageModel) -> str:
+def _weights(model: LanguageModel, params: TrainingParams) -> Use:
+    size = 8 * _held(model.parameters(), params)
+    experts = (module for module in model.modules() if isinstance(module, Experts))
+    routed = 8 * _held((parameter for module in experts for parameter in module.parameters()), params)
+    cures = [f"{_gib(routed)} of it routed experts"] if routed else []
+    cures.append(f"lower {_where_the_model_is(model, routed > 0)}")
+    return Use("weights and their gradients", size, "; ".join([*cures, *_more_shards(params, size)]))
+
+
+def _held(parameters: Iterable[nn.Parameter], params: TrainingParams) -> int:
+    """Returns how many numbers this process has of ``parameters``."""
+    found = list(parameters)
+    size = sum(whole.local(parameter).numel() for parameter in found)
+    if params.layout is not None and any(parameter.is_meta for parameter in found):
+        # They are being laid out.
+        return size // (math.prod(params.layout.sizes) // params.layout.replicate)
+    return size
+
+
+def _more_shards(params: TrainingParams, size: float) -> list[str]:
+    if params.layout is None:
+        return []
+    return [f"mesh.shard: {2 * params.layout.shard} makes it {_gib(size / 2)}"]
+
+
+def _where_the_model_is(model: LanguageModel, has_experts: bool) -> str:
     experts = "num_experts" if isinstance(model.config, GroupedMixtureConfig) else "n_routed_experts"
-    names = ["hidden_size", "num_hidden_layers", *([experts] if _routed(model) else [])]
+    names = ["hidden_size", "num_hidden_layers", *([experts] if has_experts else [])]
     return "train.model's " + ", ".join(names[:-1]) + f" or {names[-1]}"
 
 
-def _optimizer(model: LanguageModel, params: TrainingParams, weights: int) -> Use:
+def _optimizer(model: LanguageModel, params: TrainingParams) -> Use:
+    weights = _held(model.parameters(), params)
     ends = [module for module in model.modules() if isinstance(module, Embedding) or module is model.lm_head]
     # Tied ones are one; a pipeline's stage has one of them, or none.
-    outside = sum(weight.numel() for weight in {weight for end in ends for weight in end.parameters()})
+    outside = _held({weight for end in ends for weight in end.parameters()}, params)
     muon = 8 * outside + 4 * (weights - outside)
+    size, cure = 8 * weights, f"optimizer: muon makes it {_gib(muon)}"
     if params.optimizer == "muon":
-        return Use("state of the optimizer", muon, "goes with the weights")
-    return Use("state of the optimizer", 8 * weights, f"optimizer: muon makes it {_gib(muon)}")
+        size, cure = muon, "goes with the weights"
+    return Use("state of the optimizer", size, ", ".join([cure, *_more_shards(params, size)]))
 
 
 def _activations(model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Use:
@@ -149,11 +171,6 @@ def _fewer_windows(params: TrainingParams, size: float, most: float = math.inf) 
     sizes = {few: size * few / params.micro_batch for few in range(params.micro_batch - 1, 0, -1)}
     fewer = next(few for few, less in sizes.items() if params.micro_batch % few == 0 and less < most)
     return f"micro_batch: {fewer} makes it {_gib(sizes[fewer])}"
-
-
-def _routed(model: LanguageModel) -> int:
-    experts = (module for module in model.modules() if isinstance(module, Experts))
-    return sum(parameter.numel() for module in experts for parameter in module.parameters())
 
 
 def _experts_a_token(model: LanguageModel) -> int:

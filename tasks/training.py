@@ -5,6 +5,7 @@ the optimizer, the number of steps done and the curve so far.
 """
 
 import dataclasses
+import functools
 import math
 import resource
 import sys
@@ -103,7 +104,19 @@ def train(
     :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was taken.
     """
     out_of_memory.remember_allocations(world.device)
-    run = _Run(model, params, train_windows, valid_windows, world, progress, here, weights)
+    told = functools.partial(
+        out_of_memory.told, stage, params=params, length=train_windows.length, precision=world.precision
+    )
+    with told(model):
+        run = _Run(model, params, train_windows, valid_windows, world, progress, here, weights)
+    with told(run.model):
+        _go_on(run, checkpoints, stage, measure_first)
+    return Trained(run.curve, run.parallel)
+
+
+def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: bool) -> None:
+    """Takes the steps of ``run`` that no checkpoint has."""
+    params, world, progress = run.params, run.world, run.progress
     if run.exchange.in_parts:
         checkpoints.keep_one_before()
     done = run.restore(_agreed(checkpoints, world, run.exchange))
@@ -120,8 +133,7 @@ def train(
             run.curve.before = run.validate()
             progress.notice(f"validation loss before the first step: {run.curve.before:.4f} nats a token")
         while done < params.steps:
-            with out_of_memory.told(stage, run.model, params, train_windows.length, world.precision):
-                report = run.step(done, stop)
+            report = run.step(done, stop)
             done += 1
             if log:
                 sent = run.traffic.after_step(done == params.steps or run.told_to_stop)
@@ -155,7 +167,6 @@ def train(
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
         if told := run.meter.waited_too_long():
             progress.notice(told)
-    return Trained(run.curve, run.parallel)
 
 
 def _end_without_a_step(stage: str, params: TrainingParams, world: World) -> NoReturn:

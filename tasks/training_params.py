@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.exchange_params import ExchangeParams
+from tasks.mesh import Mesh
 from tasks.section import Section, operational
 
 
@@ -47,6 +48,11 @@ class TrainingParams(Section):
     def data_size(self) -> int:
         """Among how many the windows of a step are dealt out."""
         return self.world_size
+
+    @property
+    def layout(self) -> Mesh | None:
+        """How the processes share the model, None where each has the whole of it."""
+        return None
 
     @property
     def exchange(self) -> ExchangeParams:

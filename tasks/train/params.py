@@ -9,7 +9,7 @@ from lm.config import Architecture, LatentArchitecture
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
-from tasks.mesh import MeshParams, check_fits, check_micro_batches, check_tokens
+from tasks.mesh import Mesh, MeshParams, check_fits, check_micro_batches, check_tokens
 from tasks.section import Section, validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
@@ -66,7 +66,11 @@ class TrainParams(TrainingParams):
 
     @property
     def data_size(self) -> int:
-        return self.mesh.over(self.world_size).data
+        return self.layout.data
+
+    @property
+    def layout(self) -> Mesh:
+        return self.mesh.over(self.world_size)
 
     @property
     def exchange(self) -> ExchangeParams:
@@ -143,7 +147,7 @@ class TrainParams(TrainingParams):
             raise ValueError("lora adapts a model that is there, and init: scratch has none; name a checkpoint in init")
         if self.optimizer != "adamw":
             raise ValueError(f"lora trains with adamw, and optimizer is {self.optimizer}; set optimizer to adamw")
-        mesh = self.mesh.over(self.world_size)
+        mesh = self.layout
         if mesh.expert > 1 and self.lora.rank % mesh.shard:
             raise ValueError(
                 f"lora.rank {self.lora.rank} does not divide over mesh.shard {mesh.shard}, as it must with mesh.expert "
@@ -157,7 +161,7 @@ class TrainParams(TrainingParams):
     def _the_compression_fits(self) -> Self:
         if self.compression == "none" or (self.compression == "int8" and self.diloco.inner_steps):
             return self
-        if not self.mesh.over(self.world_size).is_replicated:
+        if not self.layout.is_replicated:
             raise ValueError(
                 f"compression {self.compression} takes whole gradients, and the mesh cuts them; set compression to "
                 "none, or every axis of mesh but replicate to 1"
@@ -176,7 +180,7 @@ class TrainParams(TrainingParams):
 
     @model_validator(mode="after")
     def _diloco_fits(self) -> Self:
-        every, mesh = self.diloco.inner_steps, self.mesh.over(self.world_size)
+        every, mesh = self.diloco.inner_steps, self.layout
         if not every:
             return self
         if mesh.replicate * mesh.shard != self.world_size:
@@ -204,7 +208,7 @@ class TrainParams(TrainingParams):
 
     @model_validator(mode="after")
     def _the_micro_batches_fit_the_mesh(self) -> Self:
-        mesh = self.mesh.over(self.world_size)
+        mesh = self.layout
         check_tokens(mesh, self.seq_len)
         check_micro_batches(mesh, self.global_batch // (self.micro_batch * mesh.data))
         if mesh.schedule == "zero-bubble" and mesh.pipeline > 1 and self.activation_checkpointing != "none":
@@ -218,5 +222,5 @@ class TrainParams(TrainingParams):
     def _the_model_fits_the_mesh(self) -> Self:
         # That of a checkpoint is looked at when it has been read.
         if self.architecture is not None:
-            check_fits(self.mesh.over(self.world_size), self.architecture)
+            check_fits(self.layout, self.architecture)
         return self

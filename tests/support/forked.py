@@ -4,6 +4,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -167,15 +168,17 @@ def stand_still() -> None:
 
 
 def run_out_of_memory() -> None:
-    """Makes the first step fail as torch does where there is no memory left, in the words of the variable ``ERROR``."""
+    """Makes the function that the variable ``WHERE`` names fail as torch does where there is no memory left.
+
+    It does so in the words of the variable ``ERROR``.
+    """
     import torch
 
-    from tasks import training
-
-    def step(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise torch.OutOfMemoryError(os.environ["ERROR"])
 
-    training._Run.step = step  # type: ignore[assignment, method-assign]
+    owner, _, name = os.environ["WHERE"].rpartition(".")
+    setattr(pkgutil.resolve_name(owner), name, fail)
 
 
 def record() -> None:

@@ -1,6 +1,7 @@
 """Running out of GPU memory ends in one line with numbers, and the numbers are near what is really kept."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import odd
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lm.model import LanguageModel
+from lm.weights import on_meta
 from tasks.errors import BadParameter
 from tasks.optimizers import make_optimizer
 from tasks.out_of_memory import activation_bytes, largest, remember_allocations, told
@@ -111,6 +117,32 @@ def test_the_size_of_the_optimizer_s_state_is_its_own(kind: str, project: Path) 
     assert estimates["state of the optimizer"] == pytest.approx(held, rel=0.02)
 
 
+@pytest.fixture
+def eight() -> Iterator[DeviceMesh]:
+    """A mesh of eight processes, of which this one is the first and the others do not exist."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield init_device_mesh("cpu", (8,))
+    dist.destroy_process_group()
+
+
+def test_what_a_process_has_of_a_model_that_is_cut_is_told(eight: DeviceMesh, project: Path) -> None:
+    params = params_with(project, train__mesh__shard=8, train__world_size=8, train__global_batch=16)
+    model = odd.make_grouped(hidden_size=48)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=eight)
+    fully_shard(model, mesh=eight)
+    # What is being laid out lies nowhere yet.
+    for found in (model, on_meta(model.config)):
+        sizes = {use.what: use.size for use in largest(found, params, 16, "fp32")}
+        for what in ("weights and their gradients", "state of the optimizer"):
+            # Of 101 words, an eighth is 13.
+            assert sizes[what] == pytest.approx(count, rel=0.02)
+        told_line = message(params, found, length=1)
+        assert re.search(r"gradients [\d.]+ MiB \(lower .* or num_hidden_layers; mesh.shard: 16 makes it ", told_line)
+        assert re.search(r"optimizer [\d.]+ MiB \(optimizer: muon makes .*, mesh.shard: 16 makes it ", told_line)
+
+
 def test_torch_s_summary_and_snapshot_are_written_on_a_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -135,10 +167,20 @@ def test_other_errors_pass(project: Path) -> None:
         raise RuntimeError("another")
 
 
-def test_a_training_ends_in_that_line(project: Path) -> None:
-    tiny.write_params(project)
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("training._Run.step", {}),
+        ("training._Run.validate", {}),
+        ("training.lay_out", {}),
+        ("parallel.sharded.fill", {"train__mesh__shard": 2}),
+        ("parallel.pipeline.fill", {"train__mesh__pipeline": 2}),
+    ],
+)
+def test_a_training_ends_in_that_line(where: str, changes: dict[str, Any], project: Path) -> None:
+    tiny.write_params(project, **changes)
     tiny.write_shards(project)
-    code, output = tiny.run("train", project, forked.run_out_of_memory, ERROR=ERROR)
+    code, output = tiny.run("train", project, forked.run_out_of_memory, ERROR=ERROR, WHERE=f"tasks.{where}")
     assert code == 2, output
     assert "error: params.yaml: train: out of GPU memory (CUDA out of memory)" in output
     assert "Traceback" not in output
