@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType, TokenType
 
 from lm.config import ModelConfig
 from lm.gguf_metadata import config_from
@@ -15,6 +15,8 @@ from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import Vocabulary, tokenizer_json
 from lm.hugging_face import layout_to_state
 from lm.model import LanguageModel
+
+_TOKENIZER = "tokenizer.ggml."
 
 
 class Loaded(NamedTuple):
@@ -104,13 +106,28 @@ def _check_shapes(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Non
 
 
 def _tokenizer(found: Mapping[str, Any], config: ModelConfig) -> str | None:
-    if found.get("tokenizer.ggml.model") != "gpt2":
+    if found.get(f"{_TOKENIZER}model") != "gpt2":
         return None
+    return tokenizer_json(_vocabulary(found, config), config.bos_token_id)
+
+
+def _vocabulary(found: Mapping[str, Any], config: ModelConfig) -> Vocabulary:
+    for key in ("tokens", "merges"):
+        if f"{_TOKENIZER}{key}" not in found:
+            raise Unfit(f"its metadata lack {_TOKENIZER}{key}")
+    tokens, ends = found[f"{_TOKENIZER}tokens"], (config.eos_token_id, config.bos_token_id)
+    for key, end in zip(("eos_token_id", "bos_token_id"), ends, strict=True):
+        if end >= len(tokens):
+            raise Unfit(f"its {_TOKENIZER}{key} is {end}, and it has {len(tokens):,} tokens")
+    # As in llama.cpp, a file need not say what tokens are for.
+    types = [TokenType.CONTROL if number in ends else TokenType.NORMAL for number in range(len(tokens))]
     known = Vocabulary(
-        pre=found.get("tokenizer.ggml.pre", ""),
-        tokens=found["tokenizer.ggml.tokens"],
-        types=found["tokenizer.ggml.token_type"],
-        merges=found["tokenizer.ggml.merges"],
-        adds_bos=found.get("tokenizer.ggml.add_bos_token", False),
+        pre=found.get(f"{_TOKENIZER}pre", ""),
+        tokens=tokens,
+        types=found.get(f"{_TOKENIZER}token_type", types),
+        merges=found[f"{_TOKENIZER}merges"],
+        adds_bos=found.get(f"{_TOKENIZER}add_bos_token", False),
     )
-    return tokenizer_json(known, config.bos_token_id)
+    if len(known.types) != len(tokens):
+        raise Unfit(f"its {_TOKENIZER}token_type are {len(known.types):,}, and it has {len(tokens):,} tokens")
+    return known

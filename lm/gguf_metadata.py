@@ -144,6 +144,10 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
     said = {key.removeprefix(f"{family}."): value for key, value in found.items() if key.startswith(f"{family}.")}
     kinds: dict[str, type[ModelConfig]] = {_LATENT: LatentConfig, _GROUPED_MIXTURE: GroupedMixtureConfig}
     kind = kinds.get(family, GroupedConfig)
+    if each := [key for key in _KEYS[kind] if isinstance(said.get(key), list)]:
+        raise Unfit(f"its {each[0]} has a number for each layer; a model with one for all alone can be read")
+    for key in ("embedding_length", "attention.head_count"):
+        _check_number(said, family, key)
     values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in _KEYS[kind].items()}
     values |= {
         "model_type": _latent_family(said)
@@ -160,12 +164,14 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
             values["q_lora_rank"] = None
         values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)
         if values["qk_nope_head_dim"] is not ...:
-            values["qk_nope_head_dim"] -= said.get("rope.dimension_count", 0)
+            for key in ("attention.key_length_mla", "rope.dimension_count"):
+                _check_number(said, family, key)
+            values["qk_nope_head_dim"] -= said["rope.dimension_count"]
     else:
-        if values["head_dim"] is ... and "attention.head_count" in said:
+        if values["head_dim"] is ...:
             values["head_dim"] = values["hidden_size"] // said["attention.head_count"]
         if values["num_key_value_heads"] is ...:
-            values["num_key_value_heads"] = said.get("attention.head_count", ...)
+            values["num_key_value_heads"] = said["attention.head_count"]
         _same(said, "attention.value_length", values["head_dim"])
         _same(said, "rope.dimension_count", values["head_dim"])
         values["tie_word_embeddings"] = tied
@@ -225,10 +231,7 @@ def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dic
         _same(said, f"{_YARN}{key}", expected)
     latent = family == _LATENT
     for key in ("factor", _MULTIPLIER) if latent else ("factor",):
-        value = said.get(f"{_YARN}{key}")
-        if not isinstance(value, int | float) or value <= 0:
-            told = "lack" if value is None else f"say {value!r} for"
-            raise Unfit(f"its metadata {told} {family}.{_YARN}{key}; with YaRN a number above 0 is needed")
+        _check_number(said, family, f"{_YARN}{key}", "with YaRN ")
     own = {name: found[f"{_OWN}{name}"] for name in YarnScaling.model_fields if f"{_OWN}{name}" in found}
     if own:
         for key, value in _stretched(YarnScaling.model_validate(own), latent).items():
@@ -254,6 +257,13 @@ def _scaling(found: Mapping[str, Any], config: GroupedShape, factors: Array) -> 
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise Unfit("its rope_freqs.weight are not those of Llama 3.1, 3.2 or 3.3, nor of a file that Overnight wrote")
     return scaling
+
+
+def _check_number(said: Mapping[str, Any], family: str, key: str, where: str = "") -> None:
+    value = said.get(key)
+    if not isinstance(value, int | float) or value <= 0:
+        told = "lack" if value is None else f"say {value!r} for"
+        raise Unfit(f"its metadata {told} {family}.{key}; {where}a number above 0 is needed")
 
 
 def _same(said: Mapping[str, Any], key: str, expected: object) -> None:

@@ -107,12 +107,19 @@ def vocabulary(content: str, size: int, bos_token_id: int) -> Vocabulary:
 
 
 def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
-    """Returns a ``tokenizer.json`` that cuts and merges as ``known`` does; None where its way to cut is not known."""
+    """Returns a ``tokenizer.json`` that cuts and merges as ``known`` does; None where its way to cut is not known.
+
+    Raises :class:`Unfit` where merges are of no tokens.
+    """
     if known.pre not in PIECES:
         return None
     vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != _UNUSED}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in known.merges)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:
+        # tokenizers has no exception of its own.
+        raise Unfit(f"its tokenizer.ggml.merges are not of its tokens ({' '.join(str(error).split())})") from None
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
 from lm.config import Llama3Scaling
+from lm.gguf_metadata import config_from
 from lm.gguf_tensors import Unfit
 from lm.model import LanguageModel
 from tasks.shard.tokenizer import BytePairTokenizer, train
@@ -292,16 +293,47 @@ def edited(
             "its rope.scaling.yarn_attn_factor is 2; a model with 1.0 alone can be read",
         ),
         ({"llama.attention.head_count": 5}, "its metadata make no model: num_attention_heads 5 does not divide"),
+        ({"llama.attention.head_count": 0}, "its metadata say 0 for llama.attention.head_count; a number above 0"),
+        ({"without": "llama.attention.head_count"}, "its metadata lack llama.attention.head_count; a number"),
+        ({"without": "llama.embedding_length"}, "its metadata lack llama.embedding_length; a number above 0"),
+        ({"without": "tokenizer.ggml.tokens"}, "its metadata lack tokenizer.ggml.tokens"),
+        ({"without": "tokenizer.ggml.merges"}, "its metadata lack tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["a nothing"]}, "its tokenizer.ggml.merges are not of its tokens .*nothing"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "its tokenizer.ggml.token_type are 2, and it has 330 tokens"),
+        ({"tokenizer.ggml.bos_token_id": 330}, "its tokenizer.ggml.bos_token_id is 330, and it has 330 tokens"),
+        ({"tokenizer.ggml.eos_token_id": 340}, "its tokenizer.ggml.eos_token_id is 340, and it has 330 tokens"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_with_its_fault(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     _, folder = make_checkpoint(tmp_path)
-    names = {name: str(changes.pop(name)) for name in ("drop", "add") if name in changes}
-    path = edited(written(folder), tmp_path / "other.gguf", dict(changes), **names)
+    names = {name: str(changes[name]) for name in ("drop", "add") if name in changes}
+    without = (str(changes["without"]),) if "without" in changes else ()
+    values = {key: value for key, value in changes.items() if "." in key}
+    path = edited(written(folder), tmp_path / "other.gguf", values, without, **names)
     with pytest.raises(Unfit, match=rf"^{path}: {message}"):
         gguf_file.load(path)
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+def test_a_number_for_each_layer_is_refused(key: str, tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    reader = gguf.GGUFReader(written(folder))
+    found = {name: field.contents() for name, field in reader.fields.items()}
+    with pytest.raises(Unfit, match=f"its {key} has a number for each layer; a model with one for all alone"):
+        config_from({**found, f"llama.{key}": [6, 6, 6]}, (SIZE, 42), tied=False, factors=None)
+
+
+def test_a_file_need_not_say_what_tokens_are_for(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    bare = edited(written(folder), tmp_path / "bare.gguf", {}, ("tokenizer.ggml.token_type",))
+    found = gguf_file.load(bare).tokenizer
+    assert found is not None
+    read, expected = Tokenizer.from_str(found), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = f"Light, 1234 lights.{expected.id_to_token(SIZE - 1)}"
+    assert read.encode(text).ids == expected.encode(text).ids
+    assert read.encode(text).ids[-1] == SIZE - 1
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
