@@ -101,7 +101,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     """Returns the part of ``config.json`` that shapes the model. Raises :class:`Unusable` that names each key."""
     family = content.get("model_type")
-    if family not in _ARCHITECTURES:
+    if not isinstance(family, str) or family not in _ARCHITECTURES:
         built = ", ".join(sorted(_ARCHITECTURES))
         raise Unusable(f"config.json: model_type is {family!r}; the families that are built here are {built}")
     _refuse_what_is_not_built(content, family)
@@ -159,7 +159,10 @@ def _refuse_what_is_not_built(content: Mapping[str, Any], family: str) -> None:
             continue
         told = " or ".join(repr(value) for value in values)
         raise Unusable(f"config.json: {key} is {found!r}; of a {family}, {told} is built here")
-    if others := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
+    layers = content.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise Unusable(f"config.json: layer_types is {layers!r}; a list is needed")
+    if others := sorted({str(layer) for layer in layers} - {"full_attention"}):
         raise Unusable(f"config.json: layer_types has {', '.join(others)}; full_attention alone is built here")
 
 
@@ -195,13 +198,19 @@ def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(content: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Returns the base of the rotations and how they are stretched, from the nested or the older flat form."""
-    given = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    given: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = content.get(key) or {}
+        if not isinstance(found, dict):
+            raise Unusable(f"config.json: {key} is {found!r}; a mapping is needed")
+        given |= found
     theta = given.get("rope_theta") or content.get("rope_theta") or _ROPE_THETA
     # Releases before 4.43 called it type.
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind not in _SCALINGS or (kind != "yarn" and _CONFIGS[content["model_type"]] is LatentConfig):
+    known = ["yarn"] if _CONFIGS[content["model_type"]] is LatentConfig else list(_SCALINGS)
+    if kind not in known:
         raise Unusable(
             f"config.json: rope_scaling is of the type {kind!r}; of a {content['model_type']} not built here"
         )

@@ -89,6 +89,7 @@ def test_greedy_experts_have_no_groups() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; the families that are built here are deepseek_v2"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; the families that are built here are deepseek_v2"),
         ({"attention_bias": True}, "attention_bias is True; of a llama, False is built here"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -100,7 +101,12 @@ def test_greedy_experts_have_no_groups() -> None:
             r"weight_block_size is \[128, 0\]",
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is of the type 'dynamic'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; a mapping is needed"),
+        ({"rope_parameters": ["yarn"]}, r"rope_parameters is \['yarn'\]; a mapping is needed"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling is of the type \['yarn'\]"),
         ({"layer_types": ["sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"layer_types": 5}, "layer_types is 5; a list is needed"),
+        ({"layer_types": [5, None]}, "layer_types has 5, None"),
         ({"bos_token_id": None, "eos_token_id": None}, "neither bos_token_id nor eos_token_id"),
         ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer, found 'many'"),
         ({"head_dim": 24}, "head_dim is 24"),
