@@ -41,7 +41,7 @@ class TrainingParams(Section):
     checkpoint_every: int = operational(ge=1)
     elastic: bool = operational(default=False)
     max_skipped_steps: int = operational(default=3, ge=0)
-    hang_timeout_seconds: float = operational(default=600.0, gt=0)
+    hang_timeout_seconds: float = operational(default=600.0, gt=0, le=1e7)
     keep_checkpoints: int = operational(default=2, ge=1)
 
     @property

@@ -31,7 +31,7 @@ class CommunicationParams(Section):
     infiniband: str = operational(default="auto", min_length=1)
     # Decides the order of sums, so it is part of a version's identity.
     algorithm: Algorithm = "auto"
-    timeout_seconds: float | None = operational(default=None, gt=0)
+    timeout_seconds: float | None = operational(default=None, gt=0, le=1e7)
     debug: Literal["off", "info", "detail"] = operational(default="off")
 
 

@@ -101,6 +101,15 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
         (with_sources("[{name: a, uri: t, format: txt, licence: x}]", twice=True), "two sources share the name a"),
         (DEFAULT.replace(b"    valid: 0.05", b"    valid: 0.97"), "leave nothing to train on"),
         (DEFAULT.replace(b"  seed: 1 ", b"  seed: 9999999999999999999999 ", 1), "seed: "),
+        # Longer than a timedelta, which the processes would have met.
+        (
+            DEFAULT.replace(b"hang_timeout_seconds: 600.0", b"hang_timeout_seconds: 1.0e+15"),
+            "train.hang_timeout_seconds: .*less than or equal to 10000000.* quantize.hang_timeout_seconds: .*less than",
+        ),
+        (
+            DEFAULT.replace(b" timeout_seconds: null", b" timeout_seconds: 1.0e+15"),
+            "train.communication.timeout_seconds: .*less than or equal to 10000000",
+        ),
     ],
 )
 def test_a_faulty_file_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
