@@ -12,9 +12,11 @@ from ruamel.yaml import YAML
 
 from tasks import params as all_params
 from tasks.section import Section, is_operational
+from tasks.training import COLUMNS
 
 ROOT = Path(__file__).parent.parent
-STAGES: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
+STAGES: dict[str, Any] = PIPELINE["stages"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,15 @@ def test_a_stage_depends_on_no_code_that_it_does_not_import(stage: str, imports:
     single_files = {dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")}
     surplus = single_files - {str(_file(module).relative_to(ROOT)) for module in used}
     assert not surplus, f"dvc.yaml: {stage}: remove from deps: {sorted(surplus)}"
+
+
+@pytest.mark.parametrize("curve", ["models/curve.csv", "models/int8/curve.csv"])
+def test_all_that_a_curve_has_is_plotted(curve: str) -> None:
+    plotted: list[str] = []
+    for plot in (plot for entry in PIPELINE["plots"] for plot in entry.values() if curve in plot["y"]):
+        found = plot["y"][curve]
+        plotted += [found] if isinstance(found, str) else found
+    assert sorted(plotted) == sorted(set(COLUMNS) - {"step"})
 
 
 @pytest.mark.parametrize("stage", STAGES)
