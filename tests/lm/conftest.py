@@ -38,10 +38,13 @@ VARIANTS |= {
 }  # fmt: skip
 GROUPED_VARIANTS = {
     "llama": {},
+    "llama, stretched": {"rope_scaling": LLAMA_3},
     "llama, stretched and tied": {"rope_scaling": LLAMA_3, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2, stretched": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 4.0}},
     "qwen3, one head of keys": {"model_type": "qwen3", "num_key_value_heads": 1},
+    "qwen3, stretched": {"model_type": "qwen3", "rope_scaling": YARN},
 }
 GROUPED_MIXTURES = {
     "qwen3_moe": {},
