@@ -160,7 +160,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
     if math.isnan(run.curve.last("train_loss")):
-        _end_without_a_step(stage, params, world)
+        _end_without_a_step(stage, run)
     if log:
         log.close()
     if world.is_first and done > first:
@@ -169,12 +169,12 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
             progress.notice(told)
 
 
-def _end_without_a_step(stage: str, params: TrainingParams, world: World) -> NoReturn:
-    world.fail(
+def _end_without_a_step(stage: str, run: "_Run") -> NoReturn:
+    run.world.fail(
         BadParameter(
-            f"{paths.PARAMS}: {stage}: no step could be taken: at none of {params.steps:,} was the gradient finite in "
-            f"{world.precision}, though the loss's factor was halved at each. Set precision: bf16 or fp32, or raise "
-            "steps."
+            f"{paths.PARAMS}: {stage}: no step could be taken: at none of {run.params.steps:,} was the gradient "
+            f"finite in {run.world.precision}, though the loss's factor was halved {run.scale.overflows:,} times. Set "
+            "precision: bf16 or fp32, or raise steps."
         )
     )
 

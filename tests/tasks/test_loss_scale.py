@@ -98,7 +98,7 @@ def test_a_training_of_overflows_alone_ends_in_one_line(project: Path) -> None:
         assert forked.end(ranks) == [2]
         assert tiny.error_line(log.read_text()) == (
             "params.yaml: train: no step could be taken: at none of 12 was the gradient finite in fp16, though the "
-            "loss's factor was halved at each. Set precision: bf16 or fp32, or raise steps."
+            "loss's factor was halved 12 times. Set precision: bf16 or fp32, or raise steps."
         )
 
 
