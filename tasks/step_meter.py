@@ -3,7 +3,8 @@
 Waiting for data is the host's time. Communication is what the computing waited for: from the moment when this process
 had its last gradient until DistributedDataParallel had reduced the last bucket, and the sums of losses and counts. What
 is sent while gradients are still computed costs nothing and is not counted; waiting for a slower process is. On a GPU
-both moments are events in the stream that computes. Under a wrapper that hides gradients (FSDP) only the sums count.
+both moments are events in the stream that computes. Where a mesh cuts the model, parts are sent in the middle of its
+layers and nothing here sees them: then there is no number, and not one that is too small.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ class StepReport:
     are left out), against the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at
     most, else resident. ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
     ``bytes_sent`` are those of the first process since it started, as they were last counted
-    (:mod:`tasks.parallel.traffic`).
+    (:mod:`tasks.parallel.traffic`); ``seconds_for_communication`` is None where a mesh cuts the model.
     """
 
     step: int
@@ -48,7 +49,7 @@ class StepReport:
     mfu: float
     seconds: float
     seconds_for_data: float
-    seconds_for_communication: float
+    seconds_for_communication: float | None
     memory_mib: float
     expert_load: tuple[float, ...]
     bytes_sent: int | None = None
@@ -125,16 +126,17 @@ class StepMeter:
             mfu=round(self._utilization(1, seconds), 5),
             seconds=round(seconds, 5),
             seconds_for_data=round(self._for_data, 6),
-            seconds_for_communication=round(communicating, 6),
+            seconds_for_communication=None if self._world.mesh else round(communicating, 6),
             memory_mib=round(self._memory() / 2**20, 1),
             expert_load=tuple(round(value, 4) for value in load),
         )
 
-    def totals(self) -> dict[str, float | str]:
+    def totals(self) -> dict[str, float | str | None]:
         """What all steps came to, for the report on speed."""
+        communicating = round(self.seconds_for_communication / self.seconds, 5)
         return {
             "share_of_time_waiting_for_data": round(self.seconds_for_data / self.seconds, 5),
-            "share_of_time_communicating": round(self.seconds_for_communication / self.seconds, 5),
+            "share_of_time_communicating": None if self._world.mesh else communicating,
             "mfu": round(self._utilization(self.steps, self.seconds), 5),
             "peak_tflops": round(self.peak / 1e12, 3),
             "peak_is": self.peak_source,

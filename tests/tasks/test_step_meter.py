@@ -1,9 +1,11 @@
 """A step's seconds are told apart, and utilization counts the products that the model really takes."""
 
+import dataclasses
 import itertools
 import json
 import time
 from collections.abc import Callable
+from typing import cast
 
 import odd
 import pytest
@@ -14,7 +16,7 @@ from lm import low_rank
 from lm.model import LanguageModel
 from tasks import step_meter
 from tasks.step_meter import StepMeter, active_in_products
-from tasks.world import World
+from tasks.world import Meshes, World
 
 
 class _Alone(World):
@@ -50,6 +52,16 @@ def test_the_seconds_of_a_step_are_told_apart(alone: World) -> None:
     assert report.seconds >= 0.2
     assert report.tokens_per_second == pytest.approx(1000 / report.seconds, rel=1e-2)
     assert meter.totals()["share_of_time_waiting_for_data"] == pytest.approx(0.05 / report.seconds, rel=0.3)
+
+
+def test_of_a_model_that_is_cut_nobody_knows_how_long_it_communicates(alone: World) -> None:
+    cut = dataclasses.replace(alone, mesh=cast(Meshes, object()))
+    meter = StepMeter(odd.make_grouped(), 1000, cut)
+    meter.begin()
+    with meter.communicating():
+        pass
+    assert meter.end(1, 3.0, 1.0, 0.1, []).seconds_for_communication is None
+    assert meter.totals()["share_of_time_communicating"] is None
 
 
 def test_the_next_step_begins_at_zero(alone: World) -> None:
