@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from flows import last
-from lm.sampling import Sampling
+from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 from tasks import paths
 from tasks.errors import BadInput, UserMistake
 
@@ -138,5 +138,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserMistake("--temperature: nan is no number. 0 takes the likeliest token, higher values vary more.")
     if not 0 < sampling.top_p <= 1:
         raise UserMistake("--top-p: a share above 0 and up to 1 is needed. 1 leaves nothing out.")
-    if not 0 < sampling.repetition_penalty < math.inf:
-        raise UserMistake("--repetition-penalty: a number above 0 is needed. 1 changes nothing, 1.1 repeats less.")
+    if not LEAST_PENALTY <= sampling.repetition_penalty <= MOST_PENALTY:
+        raise UserMistake(
+            f"--repetition-penalty: a number from {LEAST_PENALTY:g} to {MOST_PENALTY:g} is needed. 1 changes nothing, "
+            "1.1 repeats less."
+        )

@@ -6,6 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+# Beyond these, a penalty is no number of 32 bits any more, or makes one of a logit that is none.
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
+# A lower temperature takes the likeliest token as well: another one's share is zero, and the quotient may overflow.
+_COLDEST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Sampling:
         """Returns a token for ``logits`` [vocabulary] after the tokens ``text`` [length]."""
         if self.repetition_penalty != 1:
             logits = self._penalize(logits, text)
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return int(logits.argmax())
         kept = self._likeliest(logits)
         weights = np.exp((logits[kept] - logits[kept[0]]).astype(np.float64) / self.temperature)

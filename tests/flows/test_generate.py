@@ -56,9 +56,12 @@ def test_a_terminal_of_another_encoding_shows_what_it_can(root: Path) -> None:
             "the prompt has 65 tokens, and the model reads at most 64, its answer included; shorten the prompt.",
         ),
         ("a", {"top_p": 0.0}, "--top-p: a share above 0 and up to 1 is needed. 1 leaves nothing out."),
-        (
-            *("a", {"repetition_penalty": 0.0}),
-            "--repetition-penalty: a number above 0 is needed. 1 changes nothing, 1.1 repeats less.",
+        *(
+            (
+                *("a", {"repetition_penalty": penalty}),
+                "--repetition-penalty: a number from 0.01 to 100 is needed. 1 changes nothing, 1.1 repeats less.",
+            )
+            for penalty in (0.0, 1e-45, 1e308, float("nan"))
         ),
         (
             "a",
@@ -74,6 +77,20 @@ def test_what_cannot_be_continued_is_refused_and_nothing_written(
     with pytest.raises(UserMistake) as refused:
         write(root, prompt, 4, Sampling(**sampling), (), out, io.StringIO())
     assert (str(refused.value), out.getvalue()) == (message, "")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-5, float("inf")])
+def test_the_furthest_numbers_write_without_a_warning(root: Path, temperature: float, penalty: float) -> None:
+    out, err = said(root, "sea", 8, temperature=temperature, repetition_penalty=penalty)
+    assert out.startswith("sea")
+    assert err == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_temperature_next_to_zero_takes_the_likeliest(root: Path) -> None:
+    assert said(root, "sea", 8, temperature=1e-320) == said(root, "sea", 8, temperature=0)
 
 
 def test_a_damaged_model_is_named_with_its_cure(root: Path, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
         ({"prompt": "a" * 64}, "prompt", "the prompt has 65 tokens, and the model reads at most 64"),
         ({"prompt": "a" * 64, "stream": True}, "prompt", "the prompt has 65 tokens"),
         ({"prompt": []}, "prompt", "prompt: "),
+        ({"repetition_penalty": 1e-45, "temperature": 1}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
     ],
 )
 def test_a_wrong_request_is_told_by_its_parameter(
