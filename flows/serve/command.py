@@ -58,6 +58,10 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         found = socket.create_server((host, port), family=family)
+    except UnicodeError:
+        raise UserMistake(
+            f"--host {host}: no name that a machine can have. Serve on 127.0.0.1, or on 0.0.0.0."
+        ) from None
     except OSError as error:
         # Python adds the address to what the system says.
         why = str(error.strerror).split(" (")[0]

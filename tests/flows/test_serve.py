@@ -218,6 +218,13 @@ def test_an_address_that_others_reach_needs_a_key_and_asks_for_it(root: Path) ->
     assert "secret" not in output
 
 
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 64}.org"])
+def test_a_host_that_no_machine_can_be_called_is_one_line(root: Path, host: str) -> None:
+    server = Server(root, "--host", host, OVERNIGHT_API_KEY="x")
+    assert server.process.wait(timeout=20) == 2
+    assert server.said == f"error: --host {host}: no name that a machine can have. Serve on 127.0.0.1, or on 0.0.0.0.\n"
+
+
 def test_a_port_that_is_taken_and_a_missing_model_are_one_line(server: Server, root: Path, tmp_path: Path) -> None:
     port = server.url.split(":")[2].split("/")[0]
     taken = Server(root, "--port", port)
