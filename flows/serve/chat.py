@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from flows.serve.answer import Choice, Form, finish_reason
 from flows.serve.refused import bad_request
-from flows.serve.request import Body, WritingRequest
+from flows.serve.request import Body, Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.chat_template import ChatTemplate, Message, Role, Unrenderable
 from lm.runtime import Done, Request
@@ -20,14 +20,14 @@ class TextPart(Body):
     """A part of a message. Images and sound are others, which the model cannot read."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Body):
     """What was said; parts are lines of it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     def message(self) -> Message:
         """Returns it as templates know it."""

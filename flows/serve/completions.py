@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flows.serve.answer import Choice, Form, finish_reason
-from flows.serve.request import WritingRequest
+from flows.serve.request import Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.runtime import Done, Request
 
@@ -15,7 +15,7 @@ _MOST_TEXTS = 32
 class CompletionRequest(WritingRequest):
     """The body of a request."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MOST_TEXTS)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=_MOST_TEXTS)]
     max_tokens: int = Field(default=16, ge=1)
     n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
 

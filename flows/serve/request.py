@@ -4,10 +4,23 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X}"
+        raise PydanticCustomError("not_utf8", f"not UTF-8: {found} is half a character") from None
+    return text
+
+
+# JSON may escape half of a character, which no tokenizer reads and no answer can quote.
+Text = Annotated[str, AfterValidator(_utf8)]
 
 
 class Body(BaseModel):
@@ -35,12 +48,12 @@ class StreamOptions(Body):
 class WritingRequest(Body):
     """How to write, and how to answer; ``top_k`` and ``repetition_penalty`` are ours."""
 
-    model: str | None = None
+    model: Text | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     seed: int | None = Field(default=None, ge=0)
     stream: bool = False
     stream_options: StreamOptions | None = None

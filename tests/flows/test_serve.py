@@ -1,5 +1,6 @@
 """A model behind OpenAI's protocol, as the openai client and plain requests meet it."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -96,6 +97,11 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
         ({"prompt": "a" * 64}, "prompt", "the prompt has 65 tokens, and the model reads at most 64"),
         ({"prompt": "a" * 64, "stream": True}, "prompt", "the prompt has 65 tokens"),
         ({"prompt": []}, "prompt", "prompt: "),
+        ({"prompt": "a\ud800"}, "prompt", "prompt: not UTF-8: U+D800 is half a character"),
+        ({"prompt": ["sea", "\udfff"]}, "prompt[1]", "prompt[1]: not UTF-8: U+DFFF is half a character"),
+        ({"model": "\ud800"}, "model", "model: not UTF-8: "),
+        ({"stop": "\ud800"}, "stop", "stop: not UTF-8: "),
+        ({"stop": ["a", "\ud800"]}, "stop[1]", "stop[1]: not UTF-8: "),
         ({"repetition_penalty": 1e-45, "temperature": 1}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
     ],
@@ -103,7 +109,9 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
 def test_a_wrong_request_is_told_by_its_parameter(
     server: Server, changes: dict[str, object], parameter: str, message: str
 ) -> None:
-    answer = httpx.post(f"{server.url}/completions", json={**GREEDY, **changes})
+    # With escapes, as Python's json writes them: httpx would send UTF-8.
+    body = json.dumps({**GREEDY, **changes})
+    answer = httpx.post(f"{server.url}/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"

@@ -1,5 +1,6 @@
 """A model that converses behind OpenAI's protocol, as the openai client and plain requests meet it."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,11 @@ def test_without_a_limit_the_answer_may_fill_the_context(client: openai.OpenAI, 
         ({"messages": None}, "messages", "Field required"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "Field required"),
         ({"messages": [*SEA, {"role": "tool", "content": "x"}]}, "messages[1].role", "'user' or 'assistant'"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "not UTF-8: U+D800 is half"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            *("messages[0].content[0].text", "not UTF-8: U+D800 is half"),
+        ),
         ({"messages": [{**SEA[0], "name": "Ann"}]}, "messages[0].name", "not supported here"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -156,7 +162,9 @@ def test_without_a_limit_the_answer_may_fill_the_context(client: openai.OpenAI, 
 def test_what_is_not_supported_is_refused_by_its_parameter(
     server: Server, changes: dict[str, object], parameter: str, message: str
 ) -> None:
-    told = httpx.post(f"{server.url}/chat/completions", json={**GREEDY, **changes})
+    # With escapes, as Python's json writes them: httpx would send UTF-8.
+    body = json.dumps({**GREEDY, **changes})
+    told = httpx.post(f"{server.url}/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert told.status_code == 400
     error = told.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", parameter)
@@ -170,9 +178,9 @@ def test_nulls_count_as_left_out(server: Server) -> None:
 
 
 def test_malformed_bodies_and_another_model_are_errors_of_the_protocol(server: Server, client: openai.OpenAI) -> None:
-    json = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json"}
     for content in (b'{"messages": ', b"[]", b'{"messages": "\xff"}'):
-        told = httpx.post(f"{server.url}/chat/completions", content=content, headers=json)
+        told = httpx.post(f"{server.url}/chat/completions", content=content, headers=headers)
         assert told.status_code == 400, told.text
         assert told.json()["error"]["message"].startswith("the body is no request: ")
     read = httpx.get(f"{server.url}/chat/completions")
