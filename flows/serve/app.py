@@ -34,13 +34,17 @@ def make_app(
     @app.middleware("http")
     async def checked(request: Request, go_on: Callable[[Request], Any]) -> Response:
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and request.url.path != "/health" and not hmac.compare_digest(bearer.encode(), key.encode()):
-            response: Response = Refused(401, "authentication_error", "the API key is missing or wrong").response()
-        else:
-            response = await go_on(request)
-        known = request.url.path if request.scope.get("route") else "other"
-        metrics.requests.labels(known, response.status_code).inc()
-        return response
+        status = 500
+        try:
+            if key is None or request.url.path == "/health" or hmac.compare_digest(bearer.encode(), key.encode()):
+                response: Response = await go_on(request)
+            else:
+                response = Refused(401, "authentication_error", "the API key is missing or wrong").response()
+            status = response.status_code
+            return response
+        finally:
+            known = request.url.path if request.scope.get("route") else "other"
+            metrics.requests.labels(known, status).inc()
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
@@ -57,6 +61,11 @@ def make_app(
             what = "the body is no request"
         told = "there is nothing here" if error.status_code == 404 else error.detail
         return Refused(error.status_code, "invalid_request_error", f"{what}: {told}").response()
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        told = f"the server failed ({type(error).__name__}); where it was started, it says more"
+        return Refused(500, "server_error", told).response()
 
     @app.get("/health")
     def health() -> dict[str, str]:

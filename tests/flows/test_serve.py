@@ -122,6 +122,25 @@ def test_a_wrong_request_is_told_by_its_parameter(
     assert message in error["message"]
 
 
+def test_what_nobody_expected_is_an_error_of_the_protocol_and_counted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Generator, "generate", fail)
+    app = TestClient(make_app(Generator(root / "models/int8"), None, "m", None), raise_server_exceptions=False)
+    for stream in (False, True):
+        answer = app.post("/v1/completions", json={**GREEDY, "stream": stream})
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert (error["type"], error["param"]) == ("server_error", None)
+        assert error["message"] == "the server failed (MemoryError); where it was started, it says more"
+    counted = app.get("/metrics").text
+    assert 'overnight_requests_total{path="/v1/completions",status="500"} 2.0' in counted
+    assert "overnight_active_requests 0.0" in counted
+
+
 def test_malformed_json_another_model_and_unknown_paths_are_errors_of_the_protocol(
     server: Server, client: openai.OpenAI
 ) -> None:
