@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flows.serve.answer import Choice, Form, finish_reason
+from flows.serve.refused import bad_request
 from flows.serve.request import Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.runtime import Done, Request
@@ -20,8 +21,14 @@ class CompletionRequest(WritingRequest):
     n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
 
     def asked(self) -> Asked:
-        """Returns a text for each choice, ``n`` for each prompt."""
+        """Returns a text for each choice, ``n`` for each prompt. Raises :class:`flows.serve.refused.Refused`."""
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if len(prompts) * self.n > _MOST_TEXTS:
+            raise bad_request(
+                f"n: {self.n} texts for each prompt of {len(prompts)} in prompt are more than {_MOST_TEXTS}; ask for "
+                "fewer at once",
+                "n",
+            )
         wanted = [prompt for prompt in prompts for _ in range(self.n)]
         texts = [
             Request(prompt, self.max_tokens, sampling, self.stops)

@@ -97,6 +97,7 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
         ({"prompt": "a" * 64}, "prompt", "the prompt has 65 tokens, and the model reads at most 64"),
         ({"prompt": "a" * 64, "stream": True}, "prompt", "the prompt has 65 tokens"),
         ({"prompt": []}, "prompt", "prompt: "),
+        ({"prompt": ["a"] * 11, "n": 3}, "n", "n: 3 texts for each prompt of 11 in prompt are more than 32"),
         ({"prompt": "a\ud800"}, "prompt", "prompt: not UTF-8: U+D800 is half a character"),
         ({"prompt": ["sea", "\udfff"]}, "prompt[1]", "prompt[1]: not UTF-8: U+DFFF is half a character"),
         ({"model": "\ud800"}, "model", "model: not UTF-8: "),
