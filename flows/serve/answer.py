@@ -1,11 +1,11 @@
 """Answers in OpenAI's form, whole or as a stream of events."""
 
-import contextlib
+import itertools
 import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import anyio
@@ -18,6 +18,8 @@ from flows.serve.request import WritingRequest
 from flows.serve.writing import Chunk, Chunks
 from lm.runtime import Done
 
+# As nginx counts those who left before there was an answer; nobody receives it.
+_LEFT = 499
 _FINISH = {"end of text": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 Choice = dict[str, object]
@@ -47,29 +49,60 @@ class Form(ABC):
 def answer(form: Form, name: str, request: WritingRequest, chunks: Chunks) -> Response:
     """Returns what the model called ``name`` writes, in the way that ``request`` asks for it.
 
-    Raises :class:`flows.serve.refused.Refused`.
+    It is written when it is sent, which raises :class:`flows.serve.refused.Refused`.
     """
     known = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
-    if not request.stream:
-        return JSONResponse({**known, "object": form.whole, **_whole(form, chunks)})
-    # What is wrong with the request shows before its first piece, while a status can still be sent.
-    first = next(chunks)
-    return _Stream(_events(form, {**known, "object": form.event}, first, chunks, request.streams_usage))
+
+    def begin() -> Response:
+        if not request.stream:
+            return JSONResponse({**known, "object": form.whole, **_whole(form, chunks)})
+        # What is wrong with the request shows before its first piece, while a status can still be sent.
+        first = next(chunks)
+        events = _events(form, {**known, "object": form.event}, first, chunks, request.streams_usage)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    return _Answer(begin, chunks)
 
 
-class _Stream(StreamingResponse):
-    """Closes its events when the client has left: the text ends there, and whoever waits has their turn."""
+class _Answer(Response):
+    """Begins when it is sent, and ends when the client has left: the text ends there, and whoever waits has their turn.
 
-    def __init__(self, events: Generator[str, None, None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._events = events
+    What ``begin`` returns is sent, be it a whole answer or the beginning of a stream.
+    """
+
+    def __init__(self, begin: Callable[[], Response], chunks: Chunks) -> None:
+        super().__init__()
+        self._begin, self._chunks = begin, chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            response = await _unless_left(self._begin, receive)
+            await response(scope, receive, send)
         finally:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._events.close)
+                await anyio.to_thread.run_sync(self._chunks.close)
+
+
+async def _unless_left(begin: Callable[[], Response], receive: Receive) -> Response:
+    """Returns what ``begin``, run in a thread, does, or an answer to nobody when the client leaves before."""
+    response, failed = Response(status_code=_LEFT), None
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(listen)
+        try:
+            response = await anyio.to_thread.run_sync(begin)
+        except Exception as error:
+            # The group would raise it as one of several.
+            failed = error
+        group.cancel_scope.cancel()
+    if failed is not None:
+        raise failed
+    return response
 
 
 def _whole(form: Form, chunks: Chunks) -> dict[str, object]:
@@ -83,27 +116,19 @@ def _whole(form: Form, chunks: Chunks) -> dict[str, object]:
     return {"choices": choices, "usage": _usage(ended.values())}
 
 
-def _events(
-    form: Form, known: dict[str, object], first: Chunk, others: Chunks, usage: bool
-) -> Generator[str, None, None]:
+def _events(form: Form, known: dict[str, object], first: Chunk, others: Chunks, usage: bool) -> Iterator[str]:
     # A stream that ends with what was counted says in each event that this is still to come.
     counted = {"usage": None} if usage else {}
     ended: list[Done] = []
-    with contextlib.closing(others):
-        for choice in form.opening():
-            yield _event({**known, "choices": [choice], **counted})
-        for number, piece, done in _after(first, others):
-            if done is not None:
-                ended.append(done)
-            yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
-        if usage:
-            yield _event({**known, "choices": [], "usage": _usage(ended)})
-        yield "data: [DONE]\n\n"
-
-
-def _after(first: Chunk, others: Chunks) -> Chunks:
-    yield first
-    yield from others
+    for choice in form.opening():
+        yield _event({**known, "choices": [choice], **counted})
+    for number, piece, done in itertools.chain([first], others):
+        if done is not None:
+            ended.append(done)
+        yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
+    if usage:
+        yield _event({**known, "choices": [], "usage": _usage(ended)})
+    yield "data: [DONE]\n\n"
 
 
 def _event(content: dict[str, object]) -> str:

@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from flows.serve.refused import Refused
 
 # So many requests may wait for their turn; at a few seconds each, the last one waits a minute.
 MOST_WAITING = 16
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Turns:
@@ -20,15 +21,22 @@ class Turns:
         self._count, self._turn = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Returns when it is this one's turn. Raises :class:`Refused` at once when too many wait."""
+    def take(self, look: Callable[[], object]) -> Iterator[None]:
+        """Returns when it is this one's turn, or raises what ``look`` does, which is called again and again until then.
+
+        Raises :class:`Refused` at once when too many wait.
+        """
         with self._count:
             if self.waiting > self._most:
                 raise Refused(429, "rate_limit_error", f"{self._most} requests wait already; try again in a while.")
             self.waiting += 1
         try:
-            with self._turn:
+            while not self._turn.acquire(timeout=_SECONDS_BETWEEN_LOOKS):
+                look()
+            try:
                 yield
+            finally:
+                self._turn.release()
         finally:
             with self._count:
                 self.waiting -= 1

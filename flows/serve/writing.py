@@ -1,8 +1,11 @@
 """The texts that requests ask for, written one request after another."""
 
+import contextlib
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+
+from anyio.from_thread import check_cancelled
 
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused, bad_request
@@ -40,33 +43,38 @@ class Writer:
         self._held = Held()
 
     def chunks(self, asked: Asked) -> Chunks:
-        """Yields (number of the text, next piece of it, how it ended or None). Raises :class:`Refused`."""
+        """Yields (number of the text, next piece of it, how it ended or None). Raises :class:`Refused`.
+
+        It is run in a thread of anyio's: where the task that waits for it is cancelled, it ends.
+        """
         if asked.model not in (None, self._name):
             message = f"there is no model '{asked.model}', but '{self._name}'"
             raise Refused(404, "invalid_request_error", message, "model")
         started = time.monotonic()
-        with self._metrics.active.track_inprogress(), self._turns.take():
+        with self._metrics.active.track_inprogress(), self._turns.take(check_cancelled):
             try:
-                for number, piece, done in self._write(asked.texts, None if asked.repeatable else self._held):
-                    if done is not None:
-                        self._metrics.tokens.labels("prompt").inc(done.prompt_tokens)
-                        self._metrics.tokens.labels("completion").inc(done.new_tokens)
-                        self._metrics.drafted.labels("true").inc(done.accepted)
-                        self._metrics.drafted.labels("false").inc(done.drafted - done.accepted)
-                    yield number, piece, done
+                with contextlib.closing(self._write(asked.texts, None if asked.repeatable else self._held)) as pieces:
+                    for number, piece, done in pieces:
+                        check_cancelled()
+                        if done is not None:
+                            self._metrics.tokens.labels("prompt").inc(done.prompt_tokens)
+                            self._metrics.tokens.labels("completion").inc(done.new_tokens)
+                            self._metrics.drafted.labels("true").inc(done.accepted)
+                            self._metrics.drafted.labels("false").inc(done.drafted - done.accepted)
+                        yield number, piece, done
             except PromptTooLong as error:
                 raise bad_request(f"{error}.", asked.parameter) from None
             finally:
                 self._metrics.seconds.observe(time.monotonic() - started)
 
-    def _write(self, texts: list[Request], held: Held | None) -> Iterator[Chunk]:
+    def _write(self, texts: list[Request], held: Held | None) -> Chunks:
         if len(texts) > 1:
             yield from self._model.generate_batch(texts)
             return
-        pieces = self._model.generate(texts[0], held)
-        while True:
-            try:
-                yield 0, next(pieces), None
-            except StopIteration as end:
-                yield 0, "", end.value
-                return
+        with contextlib.closing(self._model.generate(texts[0], held)) as pieces:
+            while True:
+                try:
+                    yield 0, next(pieces), None
+                except StopIteration as end:
+                    yield 0, "", end.value
+                    return

@@ -188,20 +188,20 @@ def test_parallel_requests_each_get_their_own_text(server: Server) -> None:
 
 
 def take_one(turns: Turns) -> None:
-    with turns.take():
+    with turns.take(lambda: None):
         pass
 
 
 def test_too_many_that_wait_are_told_so_and_room_is_made_again(root: Path) -> None:
     turns = Turns(most=1)
-    with turns.take():
+    with turns.take(lambda: None):
         waiting = threading.Thread(target=take_one, args=[turns])
         waiting.start()
         deadline = time.monotonic() + 10
         while turns.waiting < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        with pytest.raises(Refused, match="1 requests wait already"), turns.take():
+        with pytest.raises(Refused, match="1 requests wait already"), turns.take(lambda: None):
             pass
     waiting.join(timeout=10)
     full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, most_waiting=-1))

@@ -1,13 +1,19 @@
 """``overnight serve`` as a process, and as much of a project as it needs."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiny
+import uvicorn
+from fastapi import FastAPI
 
 
 def lay_out_project(root: Path) -> Path:
@@ -41,3 +47,17 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         output, _ = self.process.communicate(timeout=20)
         return self.process.returncode, self.said + output
+
+
+@contextlib.contextmanager
+def in_this_process(app: FastAPI) -> Iterator[str]:
+    """Serves ``app`` in a thread, as the command does; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
