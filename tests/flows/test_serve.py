@@ -156,18 +156,6 @@ def test_malformed_json_another_model_and_unknown_paths_are_errors_of_the_protoc
         client.embeddings.create(model="gpt", input="sea")
 
 
-def test_a_client_that_leaves_ends_its_text_and_holds_nobody_up(
-    server: Server, client: openai.OpenAI, root: Path
-) -> None:
-    with client.completions.create(
-        model=root.name, prompt="a", max_tokens=60, temperature=1.5, stream=True, seed=1
-    ) as stream:
-        next(iter(stream))
-    started = time.monotonic()
-    assert client.completions.create(model=root.name, **GREEDY).choices[0].text
-    assert time.monotonic() - started < 10
-
-
 def test_parallel_requests_each_get_their_own_text(server: Server) -> None:
     asked = [{"prompt": prompt, "max_tokens": 20, "seed": 3} for prompt in ("sea", "night", "in the", "day")]
     answers: dict[int, str] = {}
