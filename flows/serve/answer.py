@@ -14,6 +14,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from flows.serve.refused import Refused
 from flows.serve.request import WritingRequest
 from flows.serve.writing import Chunk, Chunks
 from lm.runtime import Done
@@ -122,10 +123,14 @@ def _events(form: Form, known: dict[str, object], first: Chunk, others: Chunks, 
     ended: list[Done] = []
     for choice in form.opening():
         yield _event({**known, "choices": [choice], **counted})
-    for number, piece, done in itertools.chain([first], others):
-        if done is not None:
-            ended.append(done)
-        yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
+    try:
+        for number, piece, done in itertools.chain([first], others):
+            if done is not None:
+                ended.append(done)
+            yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
+    except Refused as refused:
+        yield _event(refused.content)
+        return
     if usage:
         yield _event({**known, "choices": [], "usage": _usage(ended)})
     yield "data: [DONE]\n\n"

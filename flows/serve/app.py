@@ -1,6 +1,7 @@
 """The server's application: its paths, its key, and what it says where it does not answer."""
 
 import hmac
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,17 @@ from lm.runtime import Generator
 
 
 def make_app(
-    generator: Generator, template: ChatTemplate | None, name: str, key: str | None, most_waiting: int = MOST_WAITING
+    generator: Generator,
+    template: ChatTemplate | None,
+    name: str,
+    key: str | None,
+    most_waiting: int = MOST_WAITING,
+    stopped: threading.Event | None = None,
 ) -> FastAPI:
-    """Returns the application; requests must bring ``key`` where there is one."""
+    """Returns the application; requests must bring ``key`` where there is one. Once ``stopped``, it writes no more."""
     app = FastAPI(title="Overnight", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics.new()
-    writer = Writer(generator, name, metrics, most_waiting)
+    writer = Writer(generator, name, metrics, most_waiting, stopped or threading.Event())
     created = int(time.time())
 
     @app.middleware("http")

@@ -1,8 +1,10 @@
 """``overnight serve``: the server's address, its key, and its end."""
 
 import contextlib
+import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,6 +17,8 @@ from flows.serve.app import make_app
 from tasks.errors import UserMistake
 
 KEY = "OVERNIGHT_API_KEY"
+# What is written ends at its next token, unless that takes longer.
+_SECONDS_TO_END = 2
 
 
 def serve(root: Path, host: str, port: int, out: Console) -> int:
@@ -37,11 +41,27 @@ def serve(root: Path, host: str, port: int, out: Console) -> int:
         address = f"http://{host}:{listening.getsockname()[1]}/v1"
         what = "completions and chat" if template else "completions"
         out.print(f"Serving {folder} at {address}: {what}, {asked}. Ctrl-C stops it.", highlight=False, soft_wrap=True)
-        config = uvicorn.Config(make_app(generator, template, root.name, key), log_level="warning", access_log=False)
+        stopped = threading.Event()
+        app = make_app(generator, template, root.name, key, stopped=stopped)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            _Server(config, stopped).run(sockets=[listening])
     out.print("Stopped.")
     return EXIT_INTERRUPTED
+
+
+class _Server(uvicorn.Server):
+    """Ends the texts that are written, and those that wait, before it waits for its connections."""
+
+    def __init__(self, config: uvicorn.Config, stopped: threading.Event) -> None:
+        super().__init__(config)
+        self._stopped = stopped
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopped.set()
+        # It tells each answer that it has to cancel with a traceback.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def _is_loopback(host: str) -> bool:

@@ -13,11 +13,15 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.kind, self.parameter = status, kind, parameter
 
+    @property
+    def content(self) -> dict[str, object]:
+        """What is answered, as OpenAI puts it."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.parameter, "code": None}}
+
     def response(self) -> JSONResponse:
         """The answer as OpenAI gives it."""
-        error = {"message": str(self), "type": self.kind, "param": self.parameter, "code": None}
         headers = {"Retry-After": "5"} if self.status == 429 else None
-        return JSONResponse({"error": error}, self.status, headers)
+        return JSONResponse(self.content, self.status, headers)
 
 
 def bad_request(message: str, parameter: str | None = None) -> Refused:

@@ -1,6 +1,7 @@
 """The texts that requests ask for, written one request after another."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -33,10 +34,10 @@ Chunks = Generator[Chunk, None, None]
 
 
 class Writer:
-    """Writes what is asked for with ``model``, which is called ``name``."""
+    """Writes what is asked for with ``model``, which is called ``name``, until it is ``stopped``."""
 
-    def __init__(self, model: Model, name: str, metrics: Metrics, most_waiting: int) -> None:
-        self._model, self._name, self._metrics = model, name, metrics
+    def __init__(self, model: Model, name: str, metrics: Metrics, most_waiting: int, stopped: threading.Event) -> None:
+        self._model, self._name, self._metrics, self._stopped = model, name, metrics, stopped
         self._turns = Turns(most_waiting)
         # A text that begins as the last one did, as in a conversation, is not read anew. Sums are then taken in another
         # order, and a text may turn where two tokens are nearly alike: who gives a seed asks for the very same text.
@@ -51,11 +52,11 @@ class Writer:
             message = f"there is no model '{asked.model}', but '{self._name}'"
             raise Refused(404, "invalid_request_error", message, "model")
         started = time.monotonic()
-        with self._metrics.active.track_inprogress(), self._turns.take(check_cancelled):
+        with self._metrics.active.track_inprogress(), self._turns.take(self._look):
             try:
                 with contextlib.closing(self._write(asked.texts, None if asked.repeatable else self._held)) as pieces:
                     for number, piece, done in pieces:
-                        check_cancelled()
+                        self._look()
                         if done is not None:
                             self._metrics.tokens.labels("prompt").inc(done.prompt_tokens)
                             self._metrics.tokens.labels("completion").inc(done.new_tokens)
@@ -66,6 +67,12 @@ class Writer:
                 raise bad_request(f"{error}.", asked.parameter) from None
             finally:
                 self._metrics.seconds.observe(time.monotonic() - started)
+
+    def _look(self) -> None:
+        """Raises where what is asked for is not to be written any more."""
+        if self._stopped.is_set():
+            raise Refused(503, "server_error", "the server is being stopped; ask again when it is back")
+        check_cancelled()
 
     def _write(self, texts: list[Request], held: Held | None) -> Chunks:
         if len(texts) > 1:

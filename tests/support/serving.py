@@ -28,10 +28,12 @@ def lay_out_project(root: Path) -> Path:
 class Server:
     """``overnight serve`` as a process; ``url`` ends in /v1."""
 
-    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, root: Path, *arguments: str, program: tuple[str, str] = ("-m", "flows"), **environment: str
+    ) -> None:
         kept = {name: value for name, value in os.environ.items() if name != "OVERNIGHT_API_KEY"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows", "serve", "--port", "0", *arguments],
+            [sys.executable, *program, "serve", "--port", "0", *arguments],
             cwd=root,
             env={**kept, "PYTHONPATH": str(tiny.ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **environment},
             stdout=subprocess.PIPE,
