@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import anyio
@@ -42,8 +42,8 @@ class Form(ABC):
     def piece(self, number: int, text: str, done: Done | None) -> Choice:
         """Returns a choice of an event."""
 
-    def opening(self) -> list[Choice]:
-        """Returns the choices of events that come before any text."""
+    def opening(self, count: int) -> list[Choice]:
+        """Returns the choices of events that come before any of ``count`` texts."""
         return []
 
 
@@ -56,10 +56,10 @@ def answer(form: Form, name: str, request: WritingRequest, chunks: Chunks) -> Re
 
     def begin() -> Response:
         if not request.stream:
-            return JSONResponse({**known, "object": form.whole, **_whole(form, chunks)})
+            return JSONResponse({**known, "object": form.whole, **_whole(form, chunks, request.n)})
         # What is wrong with the request shows before its first piece, while a status can still be sent.
         first = next(chunks)
-        events = _events(form, {**known, "object": form.event}, first, chunks, request.streams_usage)
+        events = _events(form, {**known, "object": form.event}, request, first, chunks)
         return StreamingResponse(events, media_type="text/event-stream")
 
     return _Answer(begin, chunks)
@@ -106,7 +106,7 @@ async def _unless_left(begin: Callable[[], Response], receive: Receive) -> Respo
     return response
 
 
-def _whole(form: Form, chunks: Chunks) -> dict[str, object]:
+def _whole(form: Form, chunks: Chunks, n: int) -> dict[str, object]:
     texts: dict[int, str] = {}
     ended: dict[int, Done] = {}
     for number, piece, done in chunks:
@@ -114,25 +114,27 @@ def _whole(form: Form, chunks: Chunks) -> dict[str, object]:
         if done is not None:
             ended[number] = done
     choices = [form.choice(number, texts[number], ended[number]) for number in sorted(texts)]
-    return {"choices": choices, "usage": _usage(ended.values())}
+    return {"choices": choices, "usage": _usage(ended, n)}
 
 
-def _events(form: Form, known: dict[str, object], first: Chunk, others: Chunks, usage: bool) -> Iterator[str]:
+def _events(
+    form: Form, known: dict[str, object], request: WritingRequest, first: Chunk, others: Chunks
+) -> Iterator[str]:
     # A stream that ends with what was counted says in each event that this is still to come.
-    counted = {"usage": None} if usage else {}
-    ended: list[Done] = []
-    for choice in form.opening():
+    counted = {"usage": None} if request.streams_usage else {}
+    ended: dict[int, Done] = {}
+    for choice in form.opening(request.n):
         yield _event({**known, "choices": [choice], **counted})
     try:
         for number, piece, done in itertools.chain([first], others):
             if done is not None:
-                ended.append(done)
+                ended[number] = done
             yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
     except Refused as refused:
         yield _event(refused.content)
         return
-    if usage:
-        yield _event({**known, "choices": [], "usage": _usage(ended)})
+    if request.streams_usage:
+        yield _event({**known, "choices": [], "usage": _usage(ended, request.n)})
     yield "data: [DONE]\n\n"
 
 
@@ -140,9 +142,10 @@ def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def _usage(ended: Iterable[Done]) -> dict[str, int]:
-    counts = [(done.prompt_tokens, done.new_tokens) for done in ended]
-    read, written = sum(read for read, _ in counts), sum(written for _, written in counts)
+def _usage(ended: Mapping[int, Done], n: int) -> dict[str, int]:
+    # Each prompt counts once, however many texts go on with it.
+    read = sum(done.prompt_tokens for number, done in ended.items() if number % n == 0)
+    written = sum(done.new_tokens for done in ended.values())
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 

@@ -88,7 +88,7 @@ def make_app(
 
     @app.post("/v1/completions")
     def complete(request: CompletionRequest) -> Response:
-        return answer(CompletionForm(), name, request, writer.chunks(request.asked()))
+        return answer(CompletionForm(), name, request, writer.chunks(request.asked(generator.vocab_size)))
 
     @app.post("/v1/chat/completions")
     def converse(request: ChatRequest) -> Response:

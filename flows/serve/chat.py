@@ -38,10 +38,13 @@ class ChatMessage(Body):
 class ChatRequest(WritingRequest):
     """The body of a request. ``max_tokens`` is the older name; with neither, the answer may fill the context."""
 
+    neutral = {**WritingRequest.neutral, "response_format": ({"type": "text"},), "tools": ([],), "store": (False,)}
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    n: Literal[1] = 1
+    # Goes with what a server keeps; this one keeps nothing.
+    metadata: dict[str, str] | None = None
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -51,7 +54,7 @@ class ChatRequest(WritingRequest):
         return tokens
 
     def asked(self, template: ChatTemplate | None, context: int) -> Asked:
-        """Returns the answer to write after the conversation. Raises :class:`flows.serve.refused.Refused`."""
+        """Returns the answers to write after the conversation. Raises :class:`flows.serve.refused.Refused`."""
         if template is None:
             raise bad_request(
                 "this model has no chat template, so it continues texts and does not converse: use /v1/completions"
@@ -61,8 +64,8 @@ class ChatRequest(WritingRequest):
         except Unrenderable as error:
             raise bad_request(str(error), "messages") from None
         most = self.max_completion_tokens or self.max_tokens or context
-        text = Request(tuple(prompt), most, self.samplings(1)[0], self.stops)
-        return Asked([text], self.model, self.seed is not None, "messages")
+        texts = [Request(tuple(prompt), most, sampling, self.stops) for sampling in self.samplings(self.n)]
+        return Asked(texts, self.model, self.seed is not None, "messages")
 
 
 class ChatForm(Form):
@@ -79,8 +82,8 @@ class ChatForm(Form):
     def piece(self, number: int, text: str, done: Done | None) -> Choice:
         return self._delta(number, {"content": text} if text else {}, done)
 
-    def opening(self) -> list[Choice]:
-        return [self._delta(0, {"role": "assistant", "content": ""}, None)]
+    def opening(self, count: int) -> list[Choice]:
+        return [self._delta(number, {"role": "assistant", "content": ""}, None) for number in range(count)]
 
     def _delta(self, number: int, delta: dict[str, str], done: Done | None) -> Choice:
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish_reason(done)}

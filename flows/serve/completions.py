@@ -2,30 +2,38 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, StrictInt
 
 from flows.serve.answer import Choice, Form, finish_reason
 from flows.serve.refused import bad_request
-from flows.serve.request import Text, WritingRequest
+from flows.serve.request import MOST_TEXTS, Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.runtime import Done, Request
 
-_MOST_TEXTS = 32
+_Ids = Annotated[list[StrictInt], Field(min_length=1)]
+_Several = Field(min_length=1, max_length=MOST_TEXTS)
 
 
 class CompletionRequest(WritingRequest):
-    """The body of a request."""
+    """The body of a request. A prompt is a text, or its tokens as they are."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=_MOST_TEXTS)]
+    neutral = {**WritingRequest.neutral, "echo": (False,), "best_of": (1,)}
+
+    prompt: Text | Annotated[list[Text], _Several] | _Ids | Annotated[list[_Ids], _Several]
     max_tokens: int = Field(default=16, ge=1)
-    n: int = Field(default=1, ge=1, le=_MOST_TEXTS)
 
-    def asked(self) -> Asked:
-        """Returns a text for each choice, ``n`` for each prompt. Raises :class:`flows.serve.refused.Refused`."""
-        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        if len(prompts) * self.n > _MOST_TEXTS:
+    def asked(self, vocabulary: int) -> Asked:
+        """Returns a text for each choice, ``n`` for each prompt; a model has ``vocabulary`` tokens.
+
+        Raises :class:`flows.serve.refused.Refused`.
+        """
+        prompts = self._prompts()
+        for one in (one for prompt in prompts if not isinstance(prompt, str) for one in prompt):
+            if not 0 <= one < vocabulary:
+                raise bad_request(f"prompt: there is no token {one}; the model's are 0 to {vocabulary - 1}", "prompt")
+        if len(prompts) * self.n > MOST_TEXTS:
             raise bad_request(
-                f"n: {self.n} texts for each prompt of {len(prompts)} in prompt are more than {_MOST_TEXTS}; ask for "
+                f"n: {self.n} texts for each prompt of {len(prompts)} in prompt are more than {MOST_TEXTS}; ask for "
                 "fewer at once",
                 "n",
             )
@@ -35,6 +43,13 @@ class CompletionRequest(WritingRequest):
             for prompt, sampling in zip(wanted, self.samplings(len(wanted)), strict=True)
         ]
         return Asked(texts, self.model, self.seed is not None, "prompt")
+
+    def _prompts(self) -> list[str | tuple[int, ...]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if ids := tuple(one for one in self.prompt if isinstance(one, int)):
+            return [ids]
+        return [one if isinstance(one, str) else tuple(one) for one in self.prompt if not isinstance(one, int)]
 
 
 class CompletionForm(Form):

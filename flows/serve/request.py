@@ -1,13 +1,16 @@
 """What requests for completions and for chat have in common, in OpenAI's names."""
 
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
+
+# So many texts are written for one request, side by side.
+MOST_TEXTS = 32
 
 
 def _utf8(text: str) -> str:
@@ -26,17 +29,24 @@ Text = Annotated[str, AfterValidator(_utf8)]
 class Body(BaseModel):
     """A part of a request. A parameter that is null counts as left out, and one that is not listed is refused by name.
 
-    One that is passed over in silence would change what is written.
+    One that is passed over in silence would change what is written. ``neutral`` lists, by parameters that are not
+    supported, the values that change nothing: clients send them, and they count as left out.
     """
 
     model_config = ConfigDict(extra="forbid")
+    neutral: ClassVar[Mapping[str, Sequence[object]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, content: Any) -> Any:
+    def _without_what_changes_nothing(cls, content: Any) -> Any:
         if not isinstance(content, Mapping):
             return content
-        return {name: value for name, value in content.items() if value is not None}
+        return {name: value for name, value in content.items() if not cls._changes_nothing(name, value)}
+
+    @classmethod
+    def _changes_nothing(cls, name: str, value: object) -> bool:
+        # To Python, False is 0 as well.
+        return value is None or any(type(value) is type(one) and value == one for one in cls.neutral.get(name, ()))
 
 
 class StreamOptions(Body):
@@ -48,20 +58,29 @@ class StreamOptions(Body):
 class WritingRequest(Body):
     """How to write, and how to answer; ``top_k`` and ``repetition_penalty`` are ours."""
 
+    neutral = {
+        "presence_penalty": (0, 0.0),
+        "frequency_penalty": (0, 0.0),
+        "logprobs": (False,),
+        "logit_bias": ({},),
+    }
+
     model: Text | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = None
+    n: int = Field(default=1, ge=1, le=MOST_TEXTS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
 
     def samplings(self, count: int) -> list[Sampling]:
         """Returns how to draw each of ``count`` texts: by a seed of its own."""
-        first = secrets.randbits(31) if self.seed is None else self.seed
+        # numpy takes no seeds below 0.
+        first = secrets.randbits(31) if self.seed is None else self.seed % 2**64
         return [
             Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, first + number)
             for number in range(count)

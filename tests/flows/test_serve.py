@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -80,11 +81,41 @@ def test_several_prompts_and_choices_come_in_their_order(client: openai.OpenAI, 
     assert len(set(texts)) == 4
 
 
+def test_prompts_of_tokens_are_read_as_they_are(client: openai.OpenAI, root: Path) -> None:
+    model = Generator(root / "models/int8")
+    sea, night = ([*model.tokenizer.encode(text).ids] for text in ("sea", "night"))
+    requests = [Request(tuple(prompt), 6, Sampling(0)) for prompt in (sea, night)]
+    texts = ["".join(model.generate(request)) for request in requests]
+    one = client.completions.create(model=root.name, prompt=sea, max_tokens=6, temperature=0)
+    assert one.choices[0].text == texts[0]
+    assert one.usage is not None
+    assert one.usage.prompt_tokens == len(sea)
+    both = client.completions.create(model=root.name, prompt=[sea, night], max_tokens=6, temperature=0)
+    assert [choice.text for choice in both.choices] == texts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_counts_once_however_many_texts_go_on_with_it(client: openai.OpenAI, root: Path, stream: bool) -> None:
+    how: Any = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = client.completions.create(model=root.name, prompt=["sea", "night"], n=3, max_tokens=1, seed=2, **how)
+    usage = list(answer)[-1].usage if stream else answer.usage
+    assert usage is not None
+    assert usage.prompt_tokens == len("sea") + len("night") + 2
+    assert usage.completion_tokens <= 6
+
+
+def test_what_changes_nothing_may_be_sent(client: openai.OpenAI, root: Path, expected: str) -> None:
+    neutral: Any = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "best_of": 1}
+    answer = client.completions.create(model=root.name, **GREEDY, **neutral, logprobs=None, suffix=None, user="me")
+    assert answer.choices[0].text == expected
+
+
 def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI, root: Path) -> None:
     def write(**seed: int) -> str:
         return client.completions.create(model=root.name, prompt="sea", max_tokens=12, **seed).choices[0].text
 
     assert write(seed=7) == write(seed=7) != write(seed=8)
+    assert write(seed=-7) == write(seed=-7) != write(seed=-8)
     assert len({write() for _ in range(3)}) > 1
 
 
@@ -98,6 +129,16 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
         ({"prompt": "a" * 64, "stream": True}, "prompt", "the prompt has 65 tokens"),
         ({"prompt": []}, "prompt", "prompt: "),
         ({"prompt": ["a"] * 11, "n": 3}, "n", "n: 3 texts for each prompt of 11 in prompt are more than 32"),
+        ({"logprobs": 0}, "logprobs", "logprobs: not supported here"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty: not supported here"),
+        ({"presence_penalty": False}, "presence_penalty", "presence_penalty: not supported here"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias: not supported here"),
+        ({"echo": True}, "echo", "echo: not supported here"),
+        ({"best_of": 2}, "best_of", "best_of: not supported here"),
+        ({"prompt": [5, 5000]}, "prompt", "prompt: there is no token 5000; the model's are 0 to "),
+        ({"prompt": [[5], [-1]]}, "prompt", "prompt: there is no token -1; the model's are 0 to "),
+        ({"prompt": [[5], []]}, "prompt[1]", "prompt[1]: List should have at least 1 item"),
+        ({"prompt": [[5]] * 33}, "prompt", "prompt: List should have at most 32 items"),
         ({"prompt": "a\ud800"}, "prompt", "prompt: not UTF-8: U+D800 is half a character"),
         ({"prompt": ["sea", "\udfff"]}, "prompt[1]", "prompt[1]: not UTF-8: U+DFFF is half a character"),
         ({"model": "\ud800"}, "model", "model: not UTF-8: "),

@@ -137,7 +137,9 @@ def test_without_a_limit_the_answer_may_fill_the_context(client: openai.OpenAI, 
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported here"),
         ({"logprobs": True}, "logprobs", "not supported here"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported here"),
-        ({"n": 2}, "n", "Input should be 1"),
+        ({"logprobs": 0}, "logprobs", "not supported here"),
+        ({"store": True}, "store", "not supported here"),
+        ({"n": 33}, "n", "Input should be less than or equal to 32"),
         ({"top_p": 0}, "top_p", "Input should be greater than 0"),
         ({"max_completion_tokens": 3}, "max_completion_tokens", "max_tokens is the same by its older name"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream: true alone"),
@@ -175,6 +177,31 @@ def test_what_is_not_supported_is_refused_by_its_parameter(
 def test_nulls_count_as_left_out(server: Server) -> None:
     told = httpx.post(f"{server.url}/chat/completions", json={**GREEDY, "tools": None, "logprobs": None, "top_p": None})
     assert told.status_code == 200
+
+
+def test_what_changes_nothing_may_be_sent(client: openai.OpenAI, root: Path, model: Generator) -> None:
+    neutral: Any = {
+        **{"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "tools": []},
+        **{"response_format": {"type": "text"}, "store": False, "metadata": {"of": "me"}, "user": "me", "n": 1},
+    }
+    told = client.chat.completions.create(model=root.name, **GREEDY, **neutral)
+    assert told.choices[0].message.content == answer(model, root, [Message("user", "sea")], 9, Sampling(0))
+
+
+def test_several_answers_are_drawn_by_seeds_of_their_own(client: openai.OpenAI, root: Path) -> None:
+    asked: Any = {"model": root.name, "messages": SEA, "n": 3, "seed": 5, "max_tokens": 6}
+    whole = client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len("\1user\nsea\2\n\1assistant\n")
+    streamed, roles = ["", "", ""], list[str | None]()
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        choice = chunk.choices[0]
+        streamed[choice.index] += choice.delta.content or ""
+        roles += [choice.delta.role] if choice.delta.role else []
+    assert (streamed, roles) == (texts, ["assistant"] * 3)
 
 
 def test_malformed_bodies_and_another_model_are_errors_of_the_protocol(server: Server, client: openai.OpenAI) -> None:
@@ -232,7 +259,7 @@ def test_the_metrics_count_both_kinds(root: Path, model: Generator) -> None:
     app = TestClient(make_app(model, template, "m", None))
     app.post("/v1/chat/completions", json=GREEDY)
     app.post("/v1/completions", json={"prompt": "sea", "max_tokens": 2, "temperature": 0})
-    app.post("/v1/chat/completions", json={**GREEDY, "tools": []})
+    app.post("/v1/chat/completions", json={**GREEDY, "tools": [{}]})
     counted = app.get("/metrics").text
     for path, status in (("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/chat/completions", 400)):
         assert f'overnight_requests_total{{path="{path}",status="{status}"}} 1.0' in counted
