@@ -78,6 +78,13 @@ class Done:
     accepted: int = 0
 
 
+class Tally:
+    """How many tokens of prompts, and after these, a model has had so far: those of texts that were left count too."""
+
+    def __init__(self) -> None:
+        self.prompt, self.new = 0, 0
+
+
 class Cache:
     """What the layers keep of the tokens of a batch so far; graph runs write it in place.
 
@@ -161,6 +168,7 @@ class Generator:
         # follows.
         self._beginning = (begins or ends)[:1]
         self.ends = frozenset((*begins, *ends))
+        self.tally = Tally()
 
     def new_cache(self, batch: int = 1) -> Cache:
         """Returns the cache before the first token of ``batch`` texts."""
@@ -207,6 +215,7 @@ class Generator:
         the next tokens are read at once; each token is drawn from its own logits, by the same random number.
         """
         row = self._row(request)
+        self.tally.prompt += len(row.ids)
         held = held or Held()
         if held.cache is None:
             held.cache = self.new_cache()
@@ -247,6 +256,7 @@ class Generator:
         rows = [self._row(request) for request in requests]
         cache = self.new_cache(len(rows))
         counts = np.array([len(row.ids) for row in rows])
+        self.tally.prompt += int(counts.sum())
         ids = np.zeros((len(rows), counts.max()), np.int64)
         for row, line in zip(rows, ids, strict=True):
             line[: len(row.ids)] = row.ids
@@ -274,18 +284,24 @@ class Generator:
             before, ids = [], list(prompt) or self._beginning
         if len(ids) >= self.context:
             raise PromptTooLong(len(ids), self.context)
-        return _Row(Detokenizer(self.tokenizer, before), request, ids, self.ends, self.context)
+        return _Row(Detokenizer(self.tokenizer, before), request, ids, self.ends, self.context, self.tally)
 
 
 class _Row:
     """One text as it is written. ``ids`` is its prompt."""
 
     def __init__(
-        self, written: Detokenizer, request: Request, ids: list[int], ends: frozenset[int], context: int
+        self,
+        written: Detokenizer,
+        request: Request,
+        ids: list[int],
+        ends: frozenset[int],
+        context: int,
+        tally: Tally,
     ) -> None:
         self.ids = ids
         self.done: Done | None = None
-        self._request, self._ends = request, ends
+        self._request, self._ends, self._tally = request, ends, tally
         self._random = np.random.default_rng(request.sampling.seed)
         room = min(request.max_new_tokens, context - len(ids))
         self._full: Ending = "length" if room == request.max_new_tokens else "context"
@@ -302,6 +318,7 @@ class _Row:
             return token, self._end("end of text", len(self._text))
         self._tokens[len(self.tokens)] = token
         self._written += 1
+        self._tally.new += 1
         self._new.append(token)
         stop = self._request.stop
         if found := [place for one in stop if (place := self._text.find(one, self._told)) >= 0]:

@@ -53,19 +53,23 @@ class Writer:
             raise Refused(404, "invalid_request_error", message, "model")
         started = time.monotonic()
         with self._metrics.active.track_inprogress(), self._turns.take(self._look):
+            # One request writes at a time: what the model has had more at its end is of this one, and of all its texts,
+            # those that were left too.
+            tally = self._model.tally
+            prompt, new = tally.prompt, tally.new
             try:
                 with contextlib.closing(self._write(asked.texts, None if asked.repeatable else self._held)) as pieces:
                     for number, piece, done in pieces:
                         self._look()
                         if done is not None:
-                            self._metrics.tokens.labels("prompt").inc(done.prompt_tokens)
-                            self._metrics.tokens.labels("completion").inc(done.new_tokens)
                             self._metrics.drafted.labels("true").inc(done.accepted)
                             self._metrics.drafted.labels("false").inc(done.drafted - done.accepted)
                         yield number, piece, done
             except PromptTooLong as error:
                 raise bad_request(f"{error}.", asked.parameter) from None
             finally:
+                self._metrics.tokens.labels("prompt").inc(tally.prompt - prompt)
+                self._metrics.tokens.labels("completion").inc(tally.new - new)
                 self._metrics.seconds.observe(time.monotonic() - started)
 
     def _look(self) -> None:

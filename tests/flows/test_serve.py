@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import httpx
 import openai
 import pytest
@@ -15,8 +17,10 @@ from odd import export_over_bytes
 from serving import Server, lay_out_project
 
 from flows.serve.app import make_app
+from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused
 from flows.serve.turns import Turns
+from flows.serve.writing import Asked, Writer
 from lm.runtime import Generator, Request
 from lm.sampling import Sampling
 
@@ -258,6 +262,34 @@ def test_the_metrics_count_requests_and_tokens(server: Server) -> None:
     )
     assert after["overnight_active_requests"] == 0
     assert after["overnight_completion_seconds_count"] == before["overnight_completion_seconds_count"] + 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_metrics_count_the_tokens_of_texts_that_were_left(
+    root: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    draw, drawn = Sampling.draw, list[int]()
+
+    def note(*arguments: Any) -> int:
+        drawn.append(draw(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(Sampling, "draw", note)
+    metrics = Metrics.new()
+    model = Generator(root / "models/int8")
+    writer = Writer(model, "m", metrics, 1, threading.Event())
+    texts = [Request("sea", 40, Sampling(1.5, 0, seed=seed)) for seed in range(count)]
+
+    def leave() -> None:
+        chunks = writer.chunks(Asked(texts, None, True, "prompt"))
+        for _ in range(5):
+            next(chunks)
+        chunks.close()
+
+    anyio.run(anyio.to_thread.run_sync, leave)
+    assert not model.ends.intersection(drawn)
+    for kind, expected in (("prompt", 4 * count), ("completion", len(drawn))):
+        assert metrics.registry.get_sample_value("overnight_tokens_total", {"kind": kind}) == expected
 
 
 def test_an_address_that_others_reach_needs_a_key_and_asks_for_it(root: Path) -> None:

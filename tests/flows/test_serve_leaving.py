@@ -11,7 +11,7 @@ import pytest
 from serving import in_this_process
 
 from flows.serve.app import make_app
-from lm.runtime import Done, Request
+from lm.runtime import Done, Request, Tally
 
 PATIENCE = 10
 
@@ -23,6 +23,7 @@ class Stub:
 
     def __init__(self) -> None:
         self.let, self.written, self.closed = threading.Semaphore(0), 0, list[str]()
+        self.tally = Tally()
 
     def generate(self, request: Request, _: object = None) -> Iterator[str]:
         try:
