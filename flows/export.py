@@ -24,6 +24,8 @@ FOLDER = paths.SCRATCH / "export"
 FORMATS = ("gguf", "hf", "onnx")
 DEFAULT_TYPE = "f16"
 FLOAT_FILES = ("config.json", "tokenizer.json")
+# What lies there is DVC's: a file more, and a stage's output is another one.
+_OF_RUNS = (Path("data"), Path("models"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,17 @@ class Request:
 def export(root: Path, request: Request, out: Console) -> Path:
     """Writes the model of the project in ``root`` and returns where it lies; it is there whole, or not at all.
 
-    Raises :class:`UserMistake` for a format or a type that does not exist, a place that is taken and one that cannot be
-    written; :class:`BadInput` where there is no model, a damaged one, or one that the format cannot hold.
+    Raises :class:`UserMistake` for a format or a type that does not exist, and for a place that is taken, that runs
+    write to, or that cannot be written; :class:`BadInput` where there is no model, a damaged one, or one that the
+    format cannot hold.
     """
     if request.to not in FORMATS:
         raise UserMistake(f"--to: there is no format '{request.to}'; choose one of {', '.join(FORMATS)}.")
     if request.type is not None and request.to != "gguf":
         raise UserMistake(f"--type: {request.to} has no choice of types; only gguf has.")
+    for place in _OF_RUNS:
+        if request.output is not None and request.output.resolve().is_relative_to((root / place).resolve()):
+            raise UserMistake(f"{request.output}: in {place}/, where runs write; name another place with --output.")
     try:
         target = _to_gguf(root, request) if request.to == "gguf" else _to_folder(root, request)
     except OSError as error:

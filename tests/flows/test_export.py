@@ -95,6 +95,15 @@ def test_onnx_is_a_folder_that_the_runtime_loads_and_a_card_is_no_must(root: Pat
             "full/file: not an empty folder. Name one that is empty, or not there yet, with --output.",
         ),
         (Request("gguf", Path("full/file/x.gguf")), "full/file: File exists."),
+        *(
+            (Request(to, Path(place)), f"{place}: in {folder}/, where runs write; name another place with --output.")
+            for to, place, folder in (
+                ("onnx", "models/int8/inside", "models"),
+                ("hf", "data/raw/inside", "data"),
+                ("gguf", "full/../models/x.gguf", "models"),
+                ("gguf", "link/x.gguf", "models"),
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
@@ -103,6 +112,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     monkeypatch.chdir(root)
     Path("full").mkdir()
     Path("full/file").write_text("mine")
+    Path("link").symlink_to("models/int8")
     before = tiny.files_of(root)
     with pytest.raises(UserMistake) as refused:
         export(root, request_, Console(quiet=True))
