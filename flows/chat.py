@@ -54,9 +54,8 @@ class Conversation:
         told = ""
         try:
             prompt = tuple(self._template.encode(said))
-            pieces = self._model.generate(
-                Request(prompt, self._settings.max_new_tokens, sampling, self._settings.stop), self._held
-            )
+            most, stop = self._settings.max_new_tokens, self._settings.stop
+            pieces = self._model.generate(Request(prompt, most, sampling, stop, is_answer=True), self._held)
             while True:
                 piece = next(pieces)
                 told += piece

@@ -55,6 +55,7 @@ class Request:
 
     ``prompt`` is the text, or its tokens where these do not follow from one, as in a conversation. ``most_drafted``:
     so many tokens are guessed from the text and read at once with the one before them (see :mod:`lm.drafting`).
+    ``is_answer``: what comes is a text of its own, and its first word has no space before it.
     """
 
     prompt: str | tuple[int, ...]
@@ -62,6 +63,7 @@ class Request:
     sampling: Sampling = DEFAULT
     stop: tuple[str, ...] = ()
     most_drafted: int = MOST
+    is_answer: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,14 +279,13 @@ class Generator:
     def _row(self, request: Request) -> "_Row":
         prompt = request.prompt
         if isinstance(prompt, str):
-            before = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-            ids = [*self._beginning, *before]
+            ids = [*self._beginning, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         else:
-            # An answer to a conversation is a text of its own.
-            before, ids = [], list(prompt) or self._beginning
+            ids = list(prompt) or self._beginning
         if len(ids) >= self.context:
             raise PromptTooLong(len(ids), self.context)
-        return _Row(Detokenizer(self.tokenizer, before), request, ids, self.ends, self.context, self.tally)
+        written = Detokenizer(self.tokenizer, [] if request.is_answer else ids)
+        return _Row(written, request, ids, self.ends, self.context, self.tally)
 
 
 class _Row:

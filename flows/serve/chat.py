@@ -64,7 +64,9 @@ class ChatRequest(WritingRequest):
         except Unrenderable as error:
             raise bad_request(str(error), "messages") from None
         most = self.max_completion_tokens or self.max_tokens or context
-        texts = [Request(tuple(prompt), most, sampling, self.stops) for sampling in self.samplings(self.n)]
+        texts = [
+            Request(tuple(prompt), most, sampling, self.stops, is_answer=True) for sampling in self.samplings(self.n)
+        ]
         return Asked(texts, self.model, self.seed is not None, "messages")
 
 

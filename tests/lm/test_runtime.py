@@ -111,8 +111,9 @@ def test_the_text_is_that_of_all_tokens_and_no_prompt_is_cut(folder: Path, tmp_p
     assert write(generator, " ".join(f"w{index}" for index in range(20)), 6, GREEDY) == "".join(
         f" w{t}" for t in tokens
     )
-    # As an answer, it is a text of its own.
-    assert write(generator, tuple(prompt), 6, GREEDY) == " ".join(f"w{token}" for token in tokens)
+    assert write(generator, tuple(prompt), 6, GREEDY) == "".join(f" w{token}" for token in tokens)
+    answer = Request(tuple(prompt), 6, GREEDY, is_answer=True)
+    assert "".join(generator.generate(answer)) == " ".join(f"w{token}" for token in tokens)
 
 
 def greedy(generator: Generator, ids: list[int], count: int) -> list[int]:
