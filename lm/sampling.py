@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
-# Beyond these, a penalty is no number of 32 bits any more, or makes one of a logit that is none.
+# Far beyond these, a penalty is no number of 32 bits any more, or what it makes of a logit is none.
 LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 # A lower temperature takes the likeliest token as well: another one's share is zero, and the quotient may overflow.
 _COLDEST = 1e-5

@@ -1,6 +1,8 @@
 """Clients that listen to a text while it is written, and that leave: the model writes a token when a test lets it."""
 
 import contextlib
+import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -94,9 +96,15 @@ def listening(url: str, prompt: str) -> Iterator[Iterator[str]]:
         yield filter(None, stream.iter_lines())
 
 
-def ask_and_leave(url: str, asked: dict[str, object]) -> None:
-    with contextlib.suppress(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=asked, timeout=httpx.Timeout(PATIENCE, read=0.3))
+@contextlib.contextmanager
+def asking(url: str, asked: dict[str, object]) -> Iterator[None]:
+    """Sends a request; its client leaves at the end, and has read nothing."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+    try:
+        yield
+    finally:
+        connection.close()
 
 
 def test_an_event_is_sent_before_the_next_token_is_written(url: str, model: Stub) -> None:
@@ -118,8 +126,8 @@ def test_a_stream_whose_client_leaves_is_closed(url: str, model: Stub) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_whole_answer_whose_client_leaves_is_closed(url: str, model: Stub, n: int) -> None:
-    ask_and_leave(url, body("sea", n=n))
-    assert active(url) == 1
+    with asking(url, body("sea", n=n)):
+        until(lambda: active(url) == 1)
     until_nobody_waits(url, model)
     assert model.closed == ["sea"]
     assert measured(url, 'overnight_requests_total{path="/v1/completions",status="499"}') == 1
@@ -132,7 +140,8 @@ def test_a_whole_answer_whose_client_leaves_is_closed(url: str, model: Stub, n: 
 def test_whoever_leaves_while_waiting_waits_no_more(url: str, model: Stub, stream: bool) -> None:
     model.let.release()
     with listening(url, "sea"):
-        ask_and_leave(url, body("land", stream=stream))
+        with asking(url, body("land", stream=stream)):
+            until(lambda: active(url) == 2)
         until(lambda: active(url) == 1)
         assert model.closed == []
     until_nobody_waits(url, model)
