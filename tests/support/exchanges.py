@@ -20,6 +20,7 @@ from lm.model import LanguageModel
 from tasks import step_meter
 from tasks.checkpoints import Checkpoints
 from tasks.exchange_params import DilocoParams, ExchangeParams
+from tasks.heartbeat import Heartbeat
 from tasks.parallel import traffic
 from tasks.progress import Lines, Progress
 from tasks.shards import WindowReader
@@ -97,7 +98,7 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
 
     if spoil >= 0:
         model.model.norm.register_forward_pre_hook(spoilt)
-    curve, _ = train(model, params, readers[0], readers[1], checkpoints, world, progress, "train")
+    curve, _ = train(model, params, readers[0], readers[1], checkpoints, world, progress, "train", Heartbeat())
     digest = xxhash.xxh3_128_hexdigest(b"".join(value.numpy().tobytes() for value in model.state_dict().values()))
     digests: list[Any] = [None] * world.size
     dist.all_gather_object(digests, digest)
