@@ -78,12 +78,21 @@ def largest(model: LanguageModel, params: TrainingParams, length: int, precision
 
 
 def _weights(model: LanguageModel, params: TrainingParams) -> Use:
-    size = 8 * _held(model.parameters(), params)
+    size = _with_gradients(list(model.parameters()), params)
     experts = (module for module in model.modules() if isinstance(module, Experts))
-    routed = 8 * _held((parameter for module in experts for parameter in module.parameters()), params)
+    routed = _with_gradients([parameter for module in experts for parameter in module.parameters()], params)
     cures = [f"{_gib(routed)} of it routed experts"] if routed else []
     cures.append(f"lower {_where_the_model_is(model, routed > 0)}")
     return Use("weights and their gradients", size, "; ".join([*cures, *_more_shards(params, size)]))
+
+
+def _with_gradients(parameters: list[nn.Parameter], params: TrainingParams) -> int:
+    # Of those that LoRA leaves as they are, there is no gradient.
+    return 4 * _held(parameters, params) + 4 * _held(filter(_is_trained, parameters), params)
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def _held(parameters: Iterable[nn.Parameter], params: TrainingParams) -> int:
@@ -109,10 +118,10 @@ def _where_the_model_is(model: LanguageModel, has_experts: bool) -> str:
 
 
 def _optimizer(model: LanguageModel, params: TrainingParams) -> Use:
-    weights = _held(model.parameters(), params)
+    weights = _held(filter(_is_trained, model.parameters()), params)
     ends = [module for module in model.modules() if isinstance(module, Embedding) or module is model.lm_head]
     # Tied ones are one; a pipeline's stage has one of them, or none.
-    outside = _held({weight for end in ends for weight in end.parameters()}, params)
+    outside = _held(filter(_is_trained, {weight for end in ends for weight in end.parameters()}), params)
     muon = 8 * outside + 4 * (weights - outside)
     size, cure = 8 * weights, f"optimizer: muon makes it {_gib(muon)}"
     if params.optimizer == "muon":

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lm import low_rank
 from lm.model import LanguageModel
 from lm.weights import on_meta
 from tasks.errors import BadParameter
@@ -63,6 +64,16 @@ def test_fewer_windows_are_not_advised_where_logits_come_in_pieces(
     assert re.search(r"logits 18\.\d+ MiB \(micro_batch: 2 makes it 12\.\d+ MiB\)", told_line), told_line
     monkeypatch.setattr("lm.loss.LOGITS_HELD", 2 * 4096 * 101)
     assert "micro_batch: 1 makes it 6." in message(params, model, length=4096)
+
+
+def test_what_lora_leaves_as_it_is_has_neither_gradients_nor_moments(project: Path) -> None:
+    params, model = params_with(project), odd.make_model()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    low_rank.adapt(model, ["q_proj"], rank=2, alpha=4, seed=1)
+    factors = sum(parameter.numel() for parameter in model.parameters()) - whole
+    sizes = {use.what: use.size for use in largest(model, params, 16, "fp32")}
+    assert sizes["weights and their gradients"] == 4 * (whole + factors) + 4 * factors
+    assert sizes["state of the optimizer"] == 8 * factors
 
 
 def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None:
