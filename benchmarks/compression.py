@@ -28,6 +28,7 @@ from typing import Any
 
 from lm.weights import fill
 from tasks.checkpoints import Checkpoints
+from tasks.heartbeat import Heartbeat
 from tasks.launch import worker_environment
 from tasks.progress import Progress
 from tasks.section import read_section
@@ -179,7 +180,7 @@ def run_side(changes: dict[str, Any]) -> None:
         checkpoints = Checkpoints("train", "benchmark", 1, root=Path(folder))
         model, weights = start.begun(None, params, manifest)
         fill(model, weights)
-        train(model, params, *readers, checkpoints, here, timed, "benchmark")
+        train(model, params, *readers, checkpoints, here, timed, "benchmark", Heartbeat())
     if os.environ["RANK"] == "0":
         Path("curve.json").write_text(json.dumps(timed.curve))
 

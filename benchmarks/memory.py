@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import checkpoint
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -83,12 +84,9 @@ def main() -> None:
 
 
 def write_checkpoint(config: ModelConfig, folder: Path) -> int:
-    folder.mkdir()
     model = LanguageModel(config)
     model.initialize(1)
-    tokenizer = folder / "added.json"
-    tokenizer.write_text(json.dumps({"added_tokens": [{"id": 0, "content": "<|endoftext|>"}]}))
-    hugging_face.save(model, tokenizer, folder)
+    checkpoint.save(model, folder)
     for file in folder.glob("*.safetensors"):
         save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
     return sum(parameter.numel() for parameter in model.parameters())

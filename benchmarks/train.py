@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import torch
 from pairs import compare
@@ -38,6 +39,7 @@ from train_peers import PEERS, TOKENS, WARM_UP, Stopwatch
 from lm import hugging_face
 from lm.config import Architecture, GroupedArchitecture, LatentArchitecture, completed
 from lm.model import LanguageModel
+from tasks.heartbeat import Heartbeat
 from tasks.launch import worker_environment
 from tasks.progress import Progress
 from tasks.section import read_section
@@ -186,10 +188,7 @@ def write_model(params: TrainParams, vocabulary: int, folder: Path) -> int:
     )
     model = LanguageModel(config)
     model.initialize(params.seed)
-    tokenizer = folder / "added.json"
-    tokenizer.write_text(json.dumps({"added_tokens": [{"id": vocabulary - 1, "content": "<|endoftext|>"}]}))
-    (folder / "model").mkdir()
-    hugging_face.save(model, tokenizer, folder / "model")
+    checkpoint.save(model, folder / "model")
     return 6 * active_in_products(model)
 
 
@@ -277,7 +276,7 @@ def run_ours(params: TrainParams, vocabulary: int, folder: Path) -> float:
     stopwatch = _TimedProgress()
     os.chdir(folder)
     with world.joined(params) as here:
-        train(model, params, reader, few, _NoCheckpoints(), here, stopwatch, "benchmark")  # type: ignore[arg-type]
+        train(model, params, reader, few, _NoCheckpoints(), here, stopwatch, "benchmark", Heartbeat())  # type: ignore[arg-type]
     # The last step's end comes after a validation, which is no part of a step.
     stopwatch.ends.pop()
     return stopwatch.seconds()

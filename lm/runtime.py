@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Pieces
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +171,8 @@ class Generator:
         self._beginning = (begins or ends)[:1]
         self.ends = frozenset((*begins, *ends))
         self.tally = Tally()
+        self.look: Callable[[], object] = lambda: None
+        """Is called before each run of the graph; what it raises ends the text."""
 
     def new_cache(self, batch: int = 1) -> Cache:
         """Returns the cache before the first token of ``batch`` texts."""
@@ -194,6 +196,7 @@ class Generator:
         self, ids: Ids, cache: Cache, names: Sequence[str], counts: Ids | None = None, last: bool = False
     ) -> tuple[Logits, list[npt.NDArray[Any]]]:
         """Returns what :meth:`run` returns, and what ``names`` name: the graph's outputs after ``logits``, in order."""
+        self.look()
         batch, length = ids.shape
         counts = np.full(batch, length) if counts is None else counts
         kept = np.maximum(counts - 1, 0)[:, None] if last else np.broadcast_to(np.arange(length), ids.shape)

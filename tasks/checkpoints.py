@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tasks.parallel import parts
 
 KEPT_RUNS = 3
 _SECONDS_TO_TELL = 1.0
+_BLOCK = 2**26
 
 
 class Checkpoints:
@@ -43,6 +45,8 @@ class Checkpoints:
         self._is_first = True
         self.digest = ""
         """Of the file that was loaded last, of what all processes share."""
+        self.moved: Callable[[], None] = lambda: None
+        """Is called again and again while checkpoints are read."""
 
     def save(self, step: int, state: dict[str, Any], part: int = 0) -> None:
         """Copies ``state`` as the checkpoint after ``step`` steps; it is written while training goes on.
@@ -145,20 +149,31 @@ class Checkpoints:
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
         try:
-            content = file.read_bytes()
+            content, digest = self._content(file)
         except OSError as error:
             return None, file, f"cannot be read ({error.strerror})"
-        if xxhash.xxh3_128_hexdigest(content) != file.stem.rpartition("-")[2]:
+        if digest != file.stem.rpartition("-")[2]:
             return None, file, parts.DAMAGED
-        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+        state: dict[str, Any] = torch.load(content, weights_only=True)
+        self.moved()
         if state.pop("key") != file.parent.name:
             return None, file, "checkpoint of other inputs"
         if "parts" in state:
             folder = _parts(file.parent, _step(file))
-            if found := parts.damaged(folder, state["parts"]):
+            if found := parts.damaged(folder, state["parts"], self.moved):
                 return None, *found
             state["parts"] = folder
         return state, file, ""
+
+    def _content(self, file: Path) -> tuple[io.BytesIO, str]:
+        content, digest = io.BytesIO(), xxhash.xxh3_128()
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                content.write(block)
+                digest.update(block)
+                self.moved()
+        content.seek(0)
+        return content, digest.hexdigest()
 
     def forget_others(self) -> None:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them.

@@ -163,8 +163,11 @@ class _Watch:
         if not told or self.over.is_set():
             return
         if self.store.add(f"{_PREFIX}/told", 1) == 1:
-            waits = traffic.waits_in()
-            where = f" (rank {self.rank} waits in {waits})" if waits else ""
+            where = ""
+            # Whatever the record of the collectives holds: this line must be told.
+            with contextlib.suppress(Exception):
+                waits = traffic.waits_in()
+                where = f" (rank {self.rank} waits in {waits})" if waits else ""
             print(
                 f"error: {told}{where}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "
                 "Run again to go on from the last checkpoint.",

@@ -106,7 +106,8 @@ def _held(parameters: Iterable[nn.Parameter], params: TrainingParams) -> int:
 
 
 def _more_shards(params: TrainingParams, size: float) -> list[str]:
-    if params.layout is None:
+    # Without replicas to take them from it would need more processes.
+    if params.layout is None or params.layout.replicate % 2:
         return []
     return [f"mesh.shard: {2 * params.layout.shard} makes it {_gib(size / 2)}"]
 
@@ -126,6 +127,8 @@ def _optimizer(model: LanguageModel, params: TrainingParams) -> Use:
     size, cure = 8 * weights, f"optimizer: muon makes it {_gib(muon)}"
     if params.optimizer == "muon":
         size, cure = muon, "goes with the weights"
+    if not all(map(_is_trained, model.parameters())):
+        cure = "lower lora.rank"
     return Use("state of the optimizer", size, ", ".join([cure, *_more_shards(params, size)]))
 
 

@@ -33,6 +33,9 @@ SplitName = Literal["train", "valid", "test"]
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Learned = npt.NDArray[np.uint8]
 
+# What a training sees: what it learns from, and what it is validated on.
+SEEN: tuple[SplitName, SplitName] = ("train", "valid")
+
 
 class ShardEntry(BaseModel):
     """One shard, as the manifest records it."""

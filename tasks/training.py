@@ -159,10 +159,10 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
             if stopped:
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
-    if math.isnan(run.curve.last("train_loss")):
-        _end_without_a_step(stage, run)
     if log:
         log.close()
+    if math.isnan(run.curve.last("train_loss")):
+        _end_without_a_step(stage, run)
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
         if told := run.meter.waited_too_long():

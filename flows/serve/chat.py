@@ -38,7 +38,15 @@ class ChatMessage(Body):
 class ChatRequest(WritingRequest):
     """The body of a request. ``max_tokens`` is the older name; with neither, the answer may fill the context."""
 
-    neutral = {**WritingRequest.neutral, "response_format": ({"type": "text"},), "tools": ([],), "store": (False,)}
+    neutral = {
+        **WritingRequest.neutral,
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "parallel_tool_calls": (False, True),
+        "store": (False,),
+        "top_logprobs": (0,),
+    }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)

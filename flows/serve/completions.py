@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from pydantic import Field, StrictInt
+from pydantic import Field, StrictInt, field_validator
+from pydantic_core import PydanticCustomError
 
 from flows.serve.answer import Choice, Form, finish_reason
 from flows.serve.refused import bad_request
@@ -17,10 +18,18 @@ _Several = Field(min_length=1, max_length=MOST_TEXTS)
 class CompletionRequest(WritingRequest):
     """The body of a request. A prompt is a text, or its tokens as they are."""
 
-    neutral = {**WritingRequest.neutral, "echo": (False,), "best_of": (1,)}
+    neutral = {**WritingRequest.neutral, "echo": (False,), "best_of": (1,), "suffix": ("",)}
 
     prompt: Text | Annotated[list[Text], _Several] | _Ids | Annotated[list[_Ids], _Several]
     max_tokens: int = Field(default=16, ge=1)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _of_one_kind(cls, prompt: object) -> object:
+        kinds = {type(one) for one in prompt} if isinstance(prompt, list) else set()
+        if isinstance(prompt, str) or (isinstance(prompt, list) and len(kinds) <= 1 and kinds <= {str, int, list}):
+            return prompt
+        raise PydanticCustomError("prompt", "a text, a list of texts, one of tokens, or one of such lists is needed")
 
     def asked(self, vocabulary: int) -> Asked:
         """Returns a text for each choice, ``n`` for each prompt; a model has ``vocabulary`` tokens.

@@ -16,9 +16,9 @@ class Turns:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        # The one whose turn it is among them.
-        self.waiting = 0
-        self._count, self._turn = threading.Lock(), threading.Lock()
+        self._turns = threading.Condition()
+        # Those that wait and the one whose turn it is, the first come first.
+        self._line: list[object] = []
 
     @contextlib.contextmanager
     def take(self, look: Callable[[], object]) -> Iterator[None]:
@@ -26,17 +26,23 @@ class Turns:
 
         Raises :class:`Refused` at once when too many wait.
         """
-        with self._count:
+        ticket = object()
+        with self._turns:
             if self.waiting > self._most:
                 raise Refused(429, "rate_limit_error", f"{self._most} requests wait already; try again in a while.")
-            self.waiting += 1
+            self._line.append(ticket)
         try:
-            while not self._turn.acquire(timeout=_SECONDS_BETWEEN_LOOKS):
-                look()
-            try:
-                yield
-            finally:
-                self._turn.release()
+            with self._turns:
+                while self._line[0] is not ticket:
+                    self._turns.wait(_SECONDS_BETWEEN_LOOKS)
+                    look()
+            yield
         finally:
-            with self._count:
-                self.waiting -= 1
+            with self._turns:
+                self._line.remove(ticket)
+                self._turns.notify_all()
+
+    @property
+    def waiting(self) -> int:
+        """How many there are, the one whose turn it is among them."""
+        return len(self._line)

@@ -57,6 +57,8 @@ class Writer:
             # those that were left too.
             tally = self._model.tally
             prompt, new = tally.prompt, tally.new
+            # Between the pieces of a long prompt too.
+            self._model.look = self._look
             try:
                 with contextlib.closing(self._write(asked.texts, None if asked.repeatable else self._held)) as pieces:
                     for number, piece, done in pieces:
@@ -68,6 +70,7 @@ class Writer:
             except PromptTooLong as error:
                 raise bad_request(f"{error}.", asked.parameter) from None
             finally:
+                self._model.look = lambda: None
                 self._metrics.tokens.labels("prompt").inc(tally.prompt - prompt)
                 self._metrics.tokens.labels("completion").inc(tally.new - new)
                 self._metrics.seconds.observe(time.monotonic() - started)

@@ -9,7 +9,7 @@ parts is a pickle: it is read where its digest is that of a checkpoint which thi
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,10 @@ class _Writer(FileSystemWriter):
             raise cause or error from None
 
 
-def damaged(folder: Path, digests: Mapping[str, str]) -> tuple[Path, str] | None:
+def damaged(folder: Path, digests: Mapping[str, str], moved: Callable[[], None]) -> tuple[Path, str] | None:
     """Returns a file of ``folder``, of those that fall to this process, that is not what was written, and its fault.
 
-    None: all are.
+    None: all are. ``moved`` is called after each.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for number, (name, digest) in enumerate(digests.items()):
@@ -144,6 +144,7 @@ def damaged(folder: Path, digests: Mapping[str, str]) -> tuple[Path, str] | None
                     return file, DAMAGED
             except OSError as error:
                 return file, f"cannot be read ({error.strerror})"
+            moved()
     return None
 
 

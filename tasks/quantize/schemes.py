@@ -13,6 +13,7 @@ from lm.loss import logits_held
 from lm.model import LanguageModel
 from lm.quantization import PLANS, Plan, layers
 from lm.static import Range
+from tasks import paths
 from tasks.bootstrap import Bootstrap, Estimate, Values
 from tasks.errors import BadParameter
 from tasks.quantize.params import Objective, QuantizeParams, SchemeName
@@ -116,7 +117,7 @@ class Measure:
         some = counted.any(axis=1)
         if not some.any():
             world.fail(
-                BadParameter("params.yaml: quantize.validation_windows: no answer lies in any of them. Raise it.")
+                BadParameter(f"{paths.PARAMS}: quantize.validation_windows: no answer lies in any of them. Raise it.")
             )
         self._chosen, self._counted = chosen[some], counted[some].astype(np.float64)
         self.count = len(self._chosen)

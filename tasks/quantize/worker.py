@@ -21,12 +21,11 @@ from tasks.quantize.audit import audit
 from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
 from tasks.section import read_section
-from tasks.shards import Shards, SplitName, WindowReader, read_manifest
+from tasks.shards import SEEN, Shards, WindowReader, read_manifest
 from tasks.training import Curve, train
 from tasks.world import World
 
 COPIED = ("config.json", "tokenizer.json")
-_SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
 
 
 def main() -> None:
@@ -60,10 +59,14 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         high = attempt.trials[-1].relative_loss.high
         if high is not None and high < params.max_relative_loss:
             break
+        if name != params.candidates[-1]:
+            # Two models might be too much for the memory.
+            del attempt
     else:
         least = min(tried, key=lambda one: tried[one][-1].relative_loss.value)
         if least != name:
-            # Once more, and the same: two models might be too much for the memory.
+            # Once more, and the same.
+            del attempt
             name, attempt = least, schemes.attempt(least)
     found = Quantization(
         asked=params.scheme,
@@ -98,7 +101,7 @@ class _Schemes:
         self._original = hugging_face.load(paths.FLOAT)
         check_in_float(self._original, params)
         length = self._original.config.window
-        self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in _SPLITS)
+        self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in SEEN)
         self.measure = Measure(self._original, self._held_out, params, here)
         self._seen = calibration_windows(self._read, params, here)
 
@@ -113,7 +116,10 @@ class _Schemes:
                 teach(model, self._original)
             readers = self._read, self._held_out
             with heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat:
+                self._checkpoints.moved = beat.move
                 curve, _ = train(model, params, *readers, self._checkpoints, here, self._shown, "quantize", beat)
+                # Who has no checkpoint to write says as long as the first does that it lives.
+                here.lowest(0)
             trials.append(self.measure.trial(name, "fine-tuning", model))
         return Attempt(model, plan, plain, curve, tuple(trials))
 

@@ -15,13 +15,11 @@ from tasks.heartbeat import Heartbeat
 from tasks.parallel.parallelize import Parallel
 from tasks.progress import Progress, progress
 from tasks.section import read_section
-from tasks.shards import Shards, SplitName, read_manifest
+from tasks.shards import SEEN, Shards, read_manifest
 from tasks.train import probe, start
 from tasks.train.params import TrainParams, checkpoint_inputs
 from tasks.training import Curve, train
 from tasks.world import World
-
-_SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
 
 
 def main() -> None:
@@ -45,8 +43,10 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
     origin = init.checkpoint()
     key = inputs.key("train", params, checkpoint_inputs())
     checkpoints = Checkpoints("train", key, params.keep_checkpoints, params.elastic)
+    checkpoints.moved = beat.move
     if here.is_first:
         checkpoints.forget_others()
+        beat.move()
     model, weights = start.begun(origin, params, manifest)
     unread: Weights | None = weights
     if here.mesh is None:
@@ -55,7 +55,7 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
         unread = None
     total, active = on_meta(model.config).parameter_counts()
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    shards = [Shards(paths.SHARDS, manifest, split, beat.move) for split in _SPLITS]
+    shards = [Shards(paths.SHARDS, manifest, split, beat.move) for split in SEEN]
     read, held_out = (one.reader(params.seq_len) for one in shards)
     curve, parallel = train(
         model, params, read, held_out, checkpoints, here, shown, "train", beat, origin is not None, unread

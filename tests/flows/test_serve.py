@@ -14,7 +14,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from odd import export_over_bytes
-from serving import Server, lay_out_project
+from serving import Server, lay_out_project, until
 
 from flows.serve.app import make_app
 from flows.serve.metrics import Metrics
@@ -110,7 +110,7 @@ def test_a_prompt_counts_once_however_many_texts_go_on_with_it(client: openai.Op
 
 def test_what_changes_nothing_may_be_sent(client: openai.OpenAI, root: Path, expected: str) -> None:
     neutral: Any = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "best_of": 1}
-    answer = client.completions.create(model=root.name, **GREEDY, **neutral, logprobs=None, suffix=None, user="me")
+    answer = client.completions.create(model=root.name, **GREEDY, **neutral, logprobs=None, suffix="", user="me")
     assert answer.choices[0].text == expected
 
 
@@ -139,6 +139,16 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
         ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias: not supported here"),
         ({"echo": True}, "echo", "echo: not supported here"),
         ({"best_of": 2}, "best_of", "best_of: not supported here"),
+        (
+            {"prompt": [1, "a"]},
+            "prompt",
+            "prompt: a text, a list of texts, one of tokens, or one of such lists is needed",
+        ),
+        (
+            {"prompt": {"a": 1}},
+            "prompt",
+            "prompt: a text, a list of texts, one of tokens, or one of such lists is needed",
+        ),
         ({"prompt": [5, 5000]}, "prompt", "prompt: there is no token 5000; the model's are 0 to "),
         ({"prompt": [[5], [-1]]}, "prompt", "prompt: there is no token -1; the model's are 0 to "),
         ({"prompt": [[5], []]}, "prompt[1]", "prompt[1]: List should have at least 1 item"),
@@ -225,15 +235,31 @@ def take_one(turns: Turns) -> None:
         pass
 
 
+def test_who_comes_first_is_served_first() -> None:
+    turns, served = Turns(most=5), list[int]()
+
+    def take(number: int) -> None:
+        with turns.take(lambda: None):
+            served.append(number)
+
+    threads = [threading.Thread(target=take, args=[number]) for number in range(5)]
+    with turns.take(lambda: None):
+        for number, thread in enumerate(threads):
+            thread.start()
+            until(lambda number=number: turns.waiting == number + 2)  # type: ignore[misc]
+        # Longer than they wait between two looks.
+        time.sleep(0.25)
+    for thread in threads:
+        thread.join(timeout=10)
+    assert served == [0, 1, 2, 3, 4]
+
+
 def test_too_many_that_wait_are_told_so_and_room_is_made_again(root: Path) -> None:
     turns = Turns(most=1)
     with turns.take(lambda: None):
         waiting = threading.Thread(target=take_one, args=[turns])
         waiting.start()
-        deadline = time.monotonic() + 10
-        while turns.waiting < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: turns.waiting == 2)
         with pytest.raises(Refused, match="1 requests wait already"), turns.take(lambda: None):
             pass
     waiting.join(timeout=10)

@@ -183,6 +183,7 @@ def test_what_changes_nothing_may_be_sent(client: openai.OpenAI, root: Path, mod
     neutral: Any = {
         **{"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "tools": []},
         **{"response_format": {"type": "text"}, "store": False, "metadata": {"of": "me"}, "user": "me", "n": 1},
+        **{"parallel_tool_calls": True, "tool_choice": "none", "top_logprobs": 0},
     }
     told = client.chat.completions.create(model=root.name, **GREEDY, **neutral)
     assert told.choices[0].message.content == answer(model, root, [Message("user", "sea")], 9, Sampling(0))

@@ -4,18 +4,15 @@ import contextlib
 import http.client
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from serving import in_this_process
+from serving import PATIENCE, in_this_process, until
 
 from flows.serve.app import make_app
 from lm.runtime import Done, Request, Tally
-
-PATIENCE = 10
 
 
 class Stub:
@@ -60,13 +57,6 @@ def url(model: Stub) -> Iterator[str]:
 
 def body(prompt: str, **others: object) -> dict[str, object]:
     return {"prompt": prompt, "max_tokens": 100_000, **others}
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def until_nobody_waits(url: str, model: Stub) -> None:

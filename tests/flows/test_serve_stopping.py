@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from odd import export_over_bytes
-from serving import Server, lay_out_project
+from serving import Server, lay_out_project, until
 
 SLOW = """
 import time
@@ -44,13 +44,6 @@ def serve_slowly(root: Path, pace: float) -> Server:
 def waiting(server: Server, count: int) -> Callable[[], bool]:
     """Returns whether ``count`` texts are written or wait."""
     return lambda: f"overnight_active_requests {count}.0" in httpx.get(server.url.replace("/v1", "/metrics")).text
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_ctrl_c_ends_streams_and_those_that_wait_at_once(root: Path) -> None:

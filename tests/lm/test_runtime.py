@@ -58,6 +58,27 @@ def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_logits(folder: Path, m
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
+def test_between_the_pieces_of_a_prompt_somebody_may_end_the_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.runtime._PIECE", 8)
+    generator, looks = Generator(folder), list[int]()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise TimeoutError
+
+    held = Held()
+    expected = write(generator, "a" * 40, 5, GREEDY)
+    generator.look = look
+    with pytest.raises(TimeoutError):
+        "".join(generator.generate(Request("a" * 40, 5, GREEDY), held))
+    # What was half read is read again.
+    generator.look = lambda: None
+    assert "".join(generator.generate(Request("a" * 40, 5, GREEDY), held)) == expected
+
+
 def test_it_stops_where_the_models_positions_end(folder: Path) -> None:
     generator = Generator(folder)
     assert generator.context == 64

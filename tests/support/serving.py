@@ -8,12 +8,24 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tiny
 import uvicorn
 from fastapi import FastAPI
+
+# Seconds until what a test waits for will not come any more.
+PATIENCE = 10
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits for it."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def lay_out_project(root: Path) -> Path:

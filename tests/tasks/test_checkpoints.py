@@ -56,6 +56,18 @@ def test_the_last_ones_are_kept_and_the_newest_intact_one_is_loaded(
     assert told == [f"warning: {file}: damaged checkpoint; going back to the one before" for file in (newest, before)]
 
 
+def test_reading_one_is_told_block_by_block(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.checkpoints._BLOCK", 2**12)
+    checkpoints.save(1, {"step": 1, "model": torch.arange(10_000)})
+    checkpoints.finish()
+    told: list[int] = []
+    checkpoints.moved = lambda: told.append(1)
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert torch.equal(state["model"], torch.arange(10_000))
+    assert len(told) >= 80_000 // 2**12
+
+
 def test_one_that_cannot_be_read_is_passed_over_as_a_damaged_one_is(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,7 @@ def test_what_lora_leaves_as_it_is_has_neither_gradients_nor_moments(project: Pa
     sizes = {use.what: use.size for use in largest(model, params, 16, "fp32")}
     assert sizes["weights and their gradients"] == 4 * (whole + factors) + 4 * factors
     assert sizes["state of the optimizer"] == 8 * factors
+    assert "muon" not in " ".join(use.cure for use in largest(model, params, 16, "fp32"))
 
 
 def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None:
@@ -137,7 +138,7 @@ def eight() -> Iterator[DeviceMesh]:
 
 
 def test_what_a_process_has_of_a_model_that_is_cut_is_told(eight: DeviceMesh, project: Path) -> None:
-    params = params_with(project, train__mesh__shard=8, train__world_size=8, train__global_batch=16)
+    params = params_with(project, train__mesh__shard=8, train__world_size=16, train__global_batch=32)
     model = odd.make_grouped(hidden_size=48)
     count = sum(parameter.numel() for parameter in model.parameters())
     for layer in model.model.layers:
@@ -152,6 +153,9 @@ def test_what_a_process_has_of_a_model_that_is_cut_is_told(eight: DeviceMesh, pr
         told_line = message(params, found, length=1)
         assert re.search(r"gradients [\d.]+ MiB \(lower .* or num_hidden_layers; mesh.shard: 16 makes it ", told_line)
         assert re.search(r"optimizer [\d.]+ MiB \(optimizer: muon makes .*, mesh.shard: 16 makes it ", told_line)
+        # With eight processes there are no replicas to take them from.
+        alone = params_with(project, train__mesh__shard=8, train__world_size=8, train__global_batch=16)
+        assert "mesh.shard" not in message(alone, found, length=1)
 
 
 def test_torch_s_summary_and_snapshot_are_written_on_a_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
