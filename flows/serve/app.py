@@ -1,6 +1,7 @@
 """The server's application: its paths, its key, and what it says where it does not answer."""
 
 import hmac
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -39,10 +40,11 @@ def make_app(
 
     @app.middleware("http")
     async def checked(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        # Headers are bytes, which Starlette reads as Latin-1.
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         status = 500
         try:
-            if key is None or request.url.path == "/health" or hmac.compare_digest(bearer.encode(), key.encode()):
+            if key is None or request.url.path == "/health" or hmac.compare_digest(bearer, os.fsencode(key)):
                 response: Response = await go_on(request)
             else:
                 response = Refused(401, "authentication_error", "the API key is missing or wrong").response()

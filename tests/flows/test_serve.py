@@ -1,6 +1,7 @@
 """A model behind OpenAI's protocol, as the openai client and plain requests meet it."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -316,6 +317,17 @@ def test_the_metrics_count_the_tokens_of_texts_that_were_left(
     assert not model.ends.intersection(drawn)
     for kind, expected in (("prompt", 4 * count), ("completion", len(drawn))):
         assert metrics.registry.get_sample_value("overnight_tokens_total", {"kind": kind}) == expected
+
+
+def test_a_key_may_have_any_characters(root: Path) -> None:
+    def status(key: str, sent: str) -> int:
+        app = make_app(Generator(root / "models/int8"), None, "m", key)
+        headers = {b"Authorization": f"Bearer {sent}".encode()}
+        return TestClient(app).get("/v1/models", headers=headers).status_code
+
+    assert [status("gehörig", sent) for sent in ("gehörig", "gehorig", "")] == [200, 401, 401]
+    # As an environment has it whose bytes are no text.
+    assert status(os.fsdecode(b"\xff"), "x") == 401
 
 
 def test_an_address_that_others_reach_needs_a_key_and_asks_for_it(root: Path) -> None:
