@@ -102,7 +102,8 @@ def make_model(**changes: Any) -> LanguageModel:
     generator = torch.Generator().manual_seed(4)
     for router in model.routers():
         if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias.copy_(torch.randn(8, generator=generator) * 0.3)
+            bias = router.e_score_correction_bias
+            bias.copy_(torch.randn(bias.shape, generator=generator) * 0.3)
     return model.eval()
 
 
