@@ -15,8 +15,7 @@ import onnxruntime
 
 from lm.drafting import MOST, Drafter
 from lm.sampling import Logits, Sampling, held_back
-from lm.tokenizer import Detokenizer
-from lm.tokenizer import read as read_tokenizer
+from lm.tokenizer import Detokenizer, read_tokenizer
 
 DEFAULT = Sampling()
 Ids = npt.NDArray[np.int64]

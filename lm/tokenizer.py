@@ -11,7 +11,7 @@ _HALF = "\ufffd"
 _MOST_BEFORE = 16
 
 
-def read(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> Tokenizer:
     """Returns the tokenizer in ``file``, but for the truncation and padding that it may have been saved with.
 
     Both would change texts without a word. Raises as ``Tokenizer.from_file`` does, which has no exception of its own.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm.runtime import Generator, OtherInterface, Unloadable
-from lm.tokenizer import read as read_tokenizer
+from lm.tokenizer import read_tokenizer
 from tasks import champion, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm import hugging_face_files
-from lm.tokenizer import read as read_tokenizer
+from lm.tokenizer import read_tokenizer
 from tasks.errors import BadInput
 from tasks.init import unusable_is_told
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from lm.chat_template import ChatTemplate, Malformed, Message, Unrenderable
 from lm.hugging_face_files import TOKENIZER
-from lm.tokenizer import read as read_tokenizer
+from lm.tokenizer import read_tokenizer
 from tasks import paths
 from tasks.errors import BadInput, BadParameter
 from tasks.shard.pack import EncodedDocument

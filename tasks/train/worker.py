@@ -8,7 +8,7 @@ import torch
 
 from lm import hugging_face, low_rank
 from lm.model import LanguageModel
-from lm.weights import Weights, fill, on_meta
+from lm.weights import Weights, Whole, fill, on_meta
 from tasks import atomic, heartbeat, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.heartbeat import Heartbeat
@@ -72,17 +72,17 @@ def write_model(
 ) -> None:
     """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs."""
 
-    def whole(name: str) -> torch.Tensor:
+    def moving(name: str) -> torch.Tensor:
         here.move()
         return parallel.whole(name)
 
+    whole: Whole = moving
     with atomic.folder(paths.FLOAT) if is_first else contextlib.nullcontext() as folder:
         if params.lora is not None:
             if params.lora.keep_adapter:
                 low_rank.save(model, whole, folder / paths.ADAPTER.name if folder else None)
-            hugging_face.save_weights(model.config, low_rank.merged(model, whole), folder)
-        else:
-            hugging_face.save_weights(model.config, whole, folder)
+            whole = low_rank.merged(model, whole)
+        hugging_face.save_weights(model.config, whole, folder)
         if folder:
             hugging_face.save_companions(model.config, paths.TOKENIZER, folder, origin)
 

@@ -33,19 +33,12 @@ def common(draw: random.Random) -> dict[str, Any]:
     }
 
 
-def yarn(draw: random.Random) -> dict[str, Any]:
-    slow = draw.uniform(0.2, 2.0)
+def stretched(draw: random.Random, kind: str) -> dict[str, Any]:
+    low, high = {"yarn": ("beta_slow", "beta_fast"), "llama3": ("low_freq_factor", "high_freq_factor")}[kind]
+    start = draw.uniform(0.2, 2.0)
     return {
-        "rope_type": "yarn", "factor": draw.uniform(1.5, 8.0), "beta_slow": slow,
-        "beta_fast": slow + draw.uniform(0.5, 30.0), "original_max_position_embeddings": draw.randrange(4, 32),
-    }  # fmt: skip
-
-
-def llama_3(draw: random.Random) -> dict[str, Any]:
-    low = draw.uniform(0.5, 2.0)
-    return {
-        "rope_type": "llama3", "factor": draw.uniform(2.0, 32.0), "low_freq_factor": low,
-        "high_freq_factor": low + draw.uniform(0.5, 4.0), "original_max_position_embeddings": draw.randrange(8, 64),
+        "rope_type": kind, "factor": draw.uniform(1.5, 32.0), low: start, high: start + draw.uniform(0.5, 30.0),
+        "original_max_position_embeddings": draw.randrange(4, 64),
     }  # fmt: skip
 
 
@@ -53,7 +46,7 @@ def latent(draw: random.Random) -> LanguageModel:
     second = draw.random() < 0.4
     groups, each = draw.randrange(1, 5), draw.randrange(2, 5)
     open_groups = draw.randrange(1, groups + 1)
-    scaled = {**yarn(draw), "mscale": draw.uniform(0.3, 1.5), "mscale_all_dim": draw.uniform(0.3, 1.5)}
+    scaled = {**stretched(draw, "yarn"), "mscale": draw.uniform(0.3, 1.5), "mscale_all_dim": draw.uniform(0.3, 1.5)}
     shape, heads = common(draw), draw.randrange(1, 6)
     if second:
         # As transformers wants it of its Llama, of which its V2 is one.
@@ -93,7 +86,7 @@ def grouped_heads(draw: random.Random) -> dict[str, Any]:
 
 def grouped(draw: random.Random) -> LanguageModel:
     family = draw.choice(["llama", "qwen2", "qwen3"])
-    scaling = draw.choice([None, (llama_3 if family == "llama" else yarn)(draw)])
+    scaling = draw.choice([None, stretched(draw, "llama3" if family == "llama" else "yarn")])
     return make_grouped(**{**common(draw), **grouped_heads(draw)}, model_type=family, rope_scaling=scaling)
 
 
@@ -103,7 +96,7 @@ def grouped_mixture(draw: random.Random) -> LanguageModel:
     experts = draw.randrange(2, 12)
     return make_grouped_mixture(
         **shape,
-        rope_scaling=draw.choice([None, yarn(draw)]),
+        rope_scaling=draw.choice([None, stretched(draw, "yarn")]),
         moe_intermediate_size=draw.randrange(3, 40),
         num_experts=experts,
         num_experts_per_tok=draw.randrange(1, experts + 1),

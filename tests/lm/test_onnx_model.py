@@ -77,6 +77,15 @@ def _run(
     return found.pop("logits"), {name.replace("present_", "past_"): cache for name, cache in found.items()}
 
 
+def _run_step_by_step(session: onnxruntime.InferenceSession, ids: torch.Tensor) -> tuple[np.ndarray, Caches]:
+    steps, past = [], None
+    for position in range(ids.shape[1]):
+        logits, past = _run(session, ids[:, position : position + 1], past, position)
+        steps.append(logits)
+    assert past is not None
+    return np.concatenate(steps, axis=1), past
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 @pytest.mark.parametrize("shape", [(1, 16), (7, 48), (33, 129)])
 def test_a_product_is_that_of_fake_quantization(scheme: Scheme, shape: tuple[int, int], tmp_path: Path) -> None:
@@ -128,12 +137,8 @@ def test_where_nothing_is_rounded_every_number_of_the_graph_is_its_twins(
         computed, _ = _run(session, ids, capacity=capacity)
         assert np.abs(computed - expected).max() < leeway
     whole, cache = _run(session, ids)
-    steps, past = [], None
-    for position in range(ids.shape[1]):
-        logits, past = _run(session, ids[:, position : position + 1], past, position)
-        steps.append(logits)
-    assert np.abs(np.concatenate(steps, axis=1) - whole).max() < leeway
-    assert past is not None
+    stepped, past = _run_step_by_step(session, ids)
+    assert np.abs(stepped - whole).max() < leeway
     for name, one in past.items():
         np.testing.assert_allclose(one, cache[name], atol=1e-5 * np.abs(cache[name]).max(), rtol=0)
     # Beside others, alone, and shorter: the same.
@@ -217,14 +222,10 @@ def test_decoding_token_by_token_continues_the_prefill(
     plan = calibrate(model, plan, CALIBRATION)
     session = _session(model, tmp_path, plan)
     whole, cache = _run(session, ids)
-    steps, past = [], None
-    for position in range(ids.shape[1]):
-        logits, past = _run(session, ids[:, position : position + 1], past, position)
-        steps.append(logits)
-    error = np.abs(np.concatenate(steps, axis=1) - whole).max(axis=-1)
+    stepped, past = _run_step_by_step(session, ids)
+    error = np.abs(stepped - whole).max(axis=-1)
     # After a value that tips over a boundary all later tokens differ, on one kind of machine here, on another there.
     assert np.quantile(error, 0.25) < 1e-5
-    assert past is not None
     for name, one in past.items():
         assert one.shape == cache[name].shape
         assert np.median(np.abs(one - cache[name])) < 1e-5

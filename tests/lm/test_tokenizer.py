@@ -8,7 +8,7 @@ import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models
 
-from lm.tokenizer import Detokenizer, read
+from lm.tokenizer import Detokenizer, read_tokenizer
 
 _PIECES = ["▁In", "▁the", "▁beginning", "God", "▁", ",", "!"]
 _SPECIAL = "<s>"
@@ -79,4 +79,4 @@ def test_it_reads_whole_texts_whatever_the_file_was_saved_with(tmp_path: Path) -
     tokenizer.enable_padding(length=20)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
-    assert read(tmp_path / "tokenizer.json").encode("a" * 12, add_special_tokens=False).ids == [*b"a" * 12]
+    assert read_tokenizer(tmp_path / "tokenizer.json").encode("a" * 12, add_special_tokens=False).ids == [*b"a" * 12]
