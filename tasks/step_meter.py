@@ -3,8 +3,9 @@
 Waiting for data is the host's time. Communication is what the computing waited for: from the moment when this process
 had its last gradient until DistributedDataParallel had reduced the last bucket, and the sums of losses and counts. What
 is sent while gradients are still computed costs nothing and is not counted; waiting for a slower process is. On a GPU
-both moments are events in the stream that computes. Where a mesh cuts the model, parts are sent in the middle of its
-layers and nothing here sees them: then there is no number, and not one that is too small.
+both moments are events in the stream that computes. Where a mesh cuts the model, the layers wait too, and every wait of
+this process is counted (:mod:`tasks.parallel.waits`). Where some of them cannot be seen (on a GPU, FSDP2's are between
+streams; in compiled layers that `tensor` cuts, they are compiled) there is no number, and not one that is too small.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from lm.config import GroupedConfig
 from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks import paths
+from tasks.parallel import waits
 from tasks.peak import peak
 from tasks.world import World
 
@@ -38,7 +40,7 @@ class StepReport:
     are left out), against the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at
     most, else resident. ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
     ``bytes_sent`` are those of the first process since it started, as they were last counted
-    (:mod:`tasks.parallel.traffic`); ``seconds_for_communication`` is None where a mesh cuts the model.
+    (:mod:`tasks.parallel.traffic`); ``seconds_for_communication`` is None where not all of it can be seen.
     """
 
     step: int
@@ -67,14 +69,18 @@ Mark = float | torch.cuda.Event
 
 
 class StepMeter:
-    """Measures the steps of one process."""
+    """Measures the steps of one process; ``compiled`` says whether its layers are."""
 
-    def __init__(self, model: LanguageModel, tokens_per_step: int, world: World) -> None:
+    def __init__(self, model: LanguageModel, tokens_per_step: int, world: World, compiled: bool = False) -> None:
         self._world, self._tokens = world, tokens_per_step
         self._operations = 4 * active_in_products(model) + 2 * _trained_in_products(model)
         self.peak, self.peak_source = peak(world)
         self._last_gradient: Mark | None = None
         self._waits: list[tuple[Mark, Mark]] = []
+        self._waiting = False
+        self._sees_all = world.mesh is None or (
+            world.device.type == "cpu" and not (compiled and world.mesh.layout.tensor > 1)
+        )
         self._started = 0.0
         self._for_data = 0.0
         self._process = psutil.Process()
@@ -99,14 +105,29 @@ class StepMeter:
         self._for_data += time.perf_counter() - started
 
     @contextlib.contextmanager
+    def seeing_waits(self) -> Iterator[None]:
+        """In this ``with`` block steps are taken, of which the model may have to wait for the other processes."""
+        if self._world.mesh is None:
+            yield
+        else:
+            with waits.within(self.communicating):
+                yield
+
+    @contextlib.contextmanager
     def communicating(self) -> Iterator[None]:
-        started = self._mark()
+        """What happens in the ``with`` block is communication; in one block within another it counts once."""
+        if self._waiting:
+            yield
+            return
+        self._waiting, started = True, self._mark()
         yield
+        self._waiting = False
         self._waits.append((started, self._mark()))
 
     def reduced(self) -> None:
         """The gradients have just been reduced over all processes."""
-        if self._last_gradient is not None:
+        # Where a mesh cuts the model, that has been waited for, and seen.
+        if self._last_gradient is not None and self._world.mesh is None:
             self._waits.append((self._last_gradient, self._mark()))
 
     def end(self, step: int, loss: float, grad_norm: float, rate: float, load: list[float]) -> StepReport:
@@ -126,7 +147,7 @@ class StepMeter:
             mfu=round(self._utilization(1, seconds), 5),
             seconds=round(seconds, 5),
             seconds_for_data=round(self._for_data, 6),
-            seconds_for_communication=None if self._world.mesh else round(communicating, 6),
+            seconds_for_communication=round(communicating, 6) if self._sees_all else None,
             memory_mib=round(self._memory() / 2**20, 1),
             expert_load=tuple(round(value, 4) for value in load),
         )
@@ -136,7 +157,7 @@ class StepMeter:
         communicating = round(self.seconds_for_communication / self.seconds, 5)
         return {
             "share_of_time_waiting_for_data": round(self.seconds_for_data / self.seconds, 5),
-            "share_of_time_communicating": None if self._world.mesh else communicating,
+            "share_of_time_communicating": communicating if self._sees_all else None,
             "mfu": round(self._utilization(self.steps, self.seconds), 5),
             "peak_tflops": round(self.peak / 1e12, 3),
             "peak_is": self.peak_source,

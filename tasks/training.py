@@ -127,7 +127,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
         progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
-    with stopping.noted() as stop:
+    with stopping.noted() as stop, run.meter.seeing_waits():
         if measure_first and not done:
             run.here.at(done, "the validation")
             run.curve.before = run.validate()
@@ -235,7 +235,7 @@ class _Run:
         self.tokens_per_step = params.global_batch * train_windows.length
         self.traffic = Traffic(world.device)
         # Counts the parameters of the whole model.
-        self.meter = StepMeter(model, self.tokens_per_step, world)
+        self.meter = StepMeter(model, self.tokens_per_step, world, params.compiles)
         self.parallel, self.exchange = lay_out(model, world, params, weights and here.along(weights))
         self.model = self.parallel.model
         if params.compiles:

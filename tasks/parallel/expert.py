@@ -7,14 +7,12 @@ import functools
 
 import torch
 import torch.distributed as dist
-
-# The successor that torch names for torch.distributed.nn.functional's, which is deprecated.
-from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from lm.feed_forward import Experts
 from lm.linear import to_product_type
+from tasks.parallel import tokens
 from tasks.parallel.local import cut, local_parameters
 
 
@@ -44,10 +42,10 @@ def _forward(
         sent, received = sent_PE.sum(dim=1).tolist(), received_PE.sum(dim=1).tolist()
 
         travelling = to_product_type(x_ND).index_select(0, order // experts_NK.shape[1])
-        x_MD = wait_tensor(all_to_all_single(travelling, received, sent, group))
+        x_MD = tokens.exchanged(travelling, sent, received, group)
         # What came from one process is sorted by expert.
         own = torch.arange(held, device=chosen.device).repeat(processes).repeat_interleave(received_PE.flatten())
         y_MD = Experts.forward(experts, x_MD, own.unsqueeze(1), x_MD.new_ones(len(own), 1))
-    returned = wait_tensor(all_to_all_single(y_MD, sent, received, group))
+    returned = tokens.exchanged(y_MD, received, sent, group)
     y_NKD = returned.index_select(0, order.argsort()).unflatten(0, experts_NK.shape)
     return (y_NKD * weights_NK.unsqueeze(-1)).sum(dim=1)

@@ -4,6 +4,7 @@ Each of these is differentiable; what it does going back is what Megatron-LM doe
 whole that is computed alike in each process has a gradient that is whole in each; a part of a sum has one as well.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,12 @@ def whole_of_shares(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _moved(x, group, _gathered, _share)
 
 
+def exchanged(x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Returns the rows that come here, ``received`` from each process; of the rows ``x``, ``sent`` go to each."""
+    there = functools.partial(_exchanged, sent, received)
+    return _moved(x, group, there, functools.partial(_exchanged, received, sent))
+
+
 def _moved(x: torch.Tensor, group: dist.ProcessGroup, there: Move, back: Move) -> torch.Tensor:
     result: torch.Tensor = _Moved.apply(x, group, there, back)
     return result
@@ -80,6 +87,12 @@ def _summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def _share(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return x.unflatten(1, (group.size(), -1))[:, group.rank()].contiguous()
+
+
+def _exchanged(sent: list[int], received: list[int], x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    result = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(result, x.contiguous(), received, sent, group=group)
+    return result
 
 
 def _same(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

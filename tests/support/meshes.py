@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ from tasks.training_params import TrainingParams
 from tasks.world import Meshes, World, device_mesh
 
 VOCAB, LENGTH, WINDOWS, BATCH, STEPS = 31, 6, 24, 8, 10
+SLEEP = 0.05
 _TOKENS = {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 0}
 _ANY = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "rope_theta": 1e4,
@@ -114,6 +116,8 @@ class Case:
 
     ``recomputed`` is its activation checkpointing, ``compiled`` the backend of ``torch.compile``, or nothing.
 
+    The last process is ``slow`` in "layers" or in the "optimizer": it sleeps there for ``SLEEP`` seconds each time.
+
     The loss of the step ``spoilt``, from 0, is infinite (of a pipeline). At most ``logits_held`` are there at once. Of
     the tokens some are learned, if there are ``answers``: in some windows none.
     """
@@ -132,6 +136,7 @@ class Case:
     optimizer: str = "adamw"
     answers: bool = False
     kept: bool = False
+    slow: str = ""
 
 
 @dataclass
@@ -150,6 +155,9 @@ class Result:
     skipped: list[int] = field(default_factory=list)
     logits: int = 0
     graphs: int = 0
+    # How often the last process slept, and how long the first one waited in each step, in seconds.
+    slept: int = 0
+    waited: list[float | None] = field(default_factory=list)
 
 
 class Reader:
@@ -414,10 +422,14 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         return cross_entropy(group, logits, own)
 
     vocabulary._cross_entropy = counted
+    sleeps = _slow_down(run, case.slow) if case.slow and rank == size - 1 else []
     while done < case.steps:
         reader.seen.clear()
         mend = _infinite_loss() if done == case.spoilt else None
-        result.losses.append(run.step(done, Stop()).loss)
+        with run.meter.seeing_waits():
+            report = run.step(done, Stop())
+        result.losses.append(report.loss)
+        result.waited.append(report.seconds_for_communication)
         if mend:
             mend()
         seen: list[Any] = [None] * size
@@ -429,6 +441,9 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     skipped: list[Any] = [None] * size
     dist.all_gather_object(skipped, run.curve.skipped)
     result.skipped = list(itertools.chain(*skipped))
+    slept: list[Any] = [None] * size
+    dist.all_gather_object(slept, len(sleeps))
+    result.slept = slept[-1]
     # Before the validation, which leaves weights whole.
     result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
     result.valid_loss = run.validate()
@@ -449,6 +464,26 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     if undo:
         undo()
     return result
+
+
+def _slow_down(run: _Run, where: str) -> list[int]:
+    """Returns what gets an entry with each sleep."""
+    sleeps: list[int] = []
+
+    def sleep(*_: Any) -> None:
+        time.sleep(SLEEP)
+        sleeps.append(1)
+
+    def after_layer(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        sleep()
+        if output.requires_grad:
+            output.register_hook(sleep)
+
+    if where == "optimizer":
+        run.optimizer.register_step_pre_hook(sleep)
+    for layer in run.model.blocks() if where == "layers" else []:
+        layer.register_forward_hook(after_layer)
+    return sleeps
 
 
 def _replaced(place: Any, name: str, value: Any) -> Callable[[], None]:

@@ -129,6 +129,16 @@ COMPILED = [
     Case({}, compiled="eager"),
     Case({"shard": 2}, "qwen3", compiled="aot_eager", recomputed="full"),
 ]
+# Of some steps the last process's are slow.
+SLOW = [
+    Case({"shard": 2}, "qwen3", micro_batch=4, steps=2, slow="layers"),
+    Case({"expert": 2}, micro_batch=4, steps=2, slow="layers"),
+    Case({"tensor": 2}, "qwen3-even", micro_batch=8, steps=2, slow="layers"),
+    Case({"pipeline": 2}, micro_batch=2, steps=2, slow="layers"),
+    Case({"shard": 2}, "qwen3", micro_batch=4, steps=2, slow="optimizer", optimizer="muon"),
+]
+# What compiled layers wait for in their middle.
+UNSEEN = Case({"tensor": 2}, "qwen3-even", steps=1, compiled="eager")
 SPOILT = [Case({"pipeline": 2}, steps=4, spoilt=3)]
 WRONG = [
     Case({"shard": 2}, steps=3, mistake="the replicas' gradients are not summed"),
@@ -150,7 +160,7 @@ WRONG = [
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
 APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
-ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SPOILT]
+ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SLOW, UNSEEN, *SPOILT]
 ON_FOUR = [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
 _alone = functools.lru_cache(meshes.alone)
 
@@ -266,6 +276,20 @@ def test_compiled_layers_train_as_others_do(case: Case, two: list[Result]) -> No
     check_equal(result, alone(case.model))
     # A layer's, in training and in validation, at least.
     assert result.graphs >= 2
+
+
+@pytest.mark.parametrize("case", SLOW, ids=name_of)
+def test_waiting_for_a_slower_process_is_time_for_communication(case: Case, two: list[Result]) -> None:
+    result = two[ON_TWO.index(case)]
+    assert result.slept >= case.steps
+    waited = sum(seconds or 0.0 for seconds in result.waited)
+    # The first one waits but for what it computes meanwhile.
+    assert waited > 0.6 * result.slept * meshes.SLEEP
+
+
+def test_where_waits_cannot_be_seen_the_time_for_communication_is_unknown(two: list[Result]) -> None:
+    assert two[ON_TWO.index(UNSEEN)].waited == [None]
+    assert None not in two[ON_TWO.index(COMPILED[1])].waited
 
 
 def test_no_process_has_the_logits_of_all_words_or_tokens(two: list[Result]) -> None:

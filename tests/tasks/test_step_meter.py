@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import cast
@@ -10,6 +11,7 @@ from typing import cast
 import odd
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm import low_rank
@@ -54,8 +56,32 @@ def test_the_seconds_of_a_step_are_told_apart(alone: World) -> None:
     assert meter.totals()["share_of_time_waiting_for_data"] == pytest.approx(0.05 / report.seconds, rel=0.3)
 
 
-def test_of_a_model_that_is_cut_nobody_knows_how_long_it_communicates(alone: World) -> None:
+def test_waits_for_a_collective_count_once_and_in_one_thread_alone(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist.Work, "wait", lambda work: time.sleep(0.05))
     cut = dataclasses.replace(alone, mesh=cast(Meshes, object()))
+    meter = StepMeter(odd.make_grouped(), 1000, cut)
+    work = cast(dist.Work, object())
+    with meter.seeing_waits():
+        meter.begin()
+        with meter.communicating():
+            dist.Work.wait(work)
+        dist.Work.wait(work)
+        elsewhere = threading.Thread(target=lambda: dist.Work.wait(work))
+        elsewhere.start()
+        elsewhere.join()
+        report = meter.end(1, 3.0, 1.0, 0.1, [])
+    assert report.seconds_for_communication is not None
+    assert 0.1 <= report.seconds_for_communication < 0.15
+    assert meter.totals()["share_of_time_communicating"] == pytest.approx(
+        report.seconds_for_communication / report.seconds, rel=1e-2
+    )
+
+
+def test_on_a_gpu_nobody_knows_how_long_a_model_that_is_cut_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_meter, "peak", lambda world: (1e9, "a test"))
+    cut = _Alone(0, 1, torch.device("meta"), "fp32", cast(Meshes, object()))
     meter = StepMeter(odd.make_grouped(), 1000, cut)
     meter.begin()
     with meter.communicating():
