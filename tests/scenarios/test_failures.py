@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # Set another seed to try other moments.
 SEED = int(os.environ.get("SCENARIO_SEED", "0"))
+TEXTS = ["In the beginning.\n", "And there was light.\n", *(f"And the evening of day {day}.\n" for day in range(1, 9))]
 _SECONDS_A_NIGHT = 120
 # As the button has it: not forced.
 _RETRY = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}, "force": False}
@@ -204,7 +205,7 @@ class Nights:
 @pytest.fixture
 def nights(tmp_path: Path, home: Path, prefect: PrefectServer) -> Iterator[Nights]:
     clone = make_project(tmp_path / "place")
-    write_text(clone, 0, "In the beginning.\n")
+    write_text(clone, 0)
     chain = Chain(clone.root, home, prefect.api)
     with receiving() as receiver:
         schedule = chain.start(
@@ -235,26 +236,36 @@ def make_project(place: Path) -> Clone:
     return clone
 
 
-def write_text(clone: Clone, number: int, text: str) -> None:
-    """Writes a new text where the project collects them."""
-    (clone.root / f"texts/{number}.txt").write_text(text)
+def write_text(clone: Clone, number: int) -> None:
+    """Writes the text of that number where the project collects them."""
+    (clone.root / f"texts/{number}.txt").write_text(TEXTS[number])
 
 
-def undisturbed_versions(nights: "Nights", *texts: str) -> list[dict[str, str]]:
-    """Makes a version of each text and those before it, by hand and undisturbed; returns what each consists of."""
-    clone = make_project(nights.clone.root.parents[1] / "undisturbed")
-    chain = dataclasses.replace(nights.chain, root=clone.root)
-    # What it was made with is no version of what it collects.
-    shutil.rmtree(clone.root / "data/raw")
-    (clone.root / "data/raw.dvc").unlink(missing_ok=True)
-    made = []
-    for number, text in enumerate(texts):
-        write_text(clone, number, text)
-        for command in ("run", "publish"):
-            ended = chain.overnight(command, PYTHONPATH=str(publishing.REPOSITORY))
-            assert ended.code == 0, ended.err
-        made.append(outputs(clone, f"lm@v1.{number}.0"))
-    return made
+class Undisturbed:
+    """A small project whose versions are made by hand and undisturbed, one of each of ``TEXTS`` and those before it."""
+
+    def __init__(self, place: Path) -> None:
+        self._clone = make_project(place)
+        # What it was made with is no version of what it collects.
+        shutil.rmtree(self._clone.root / "data/raw")
+        (self._clone.root / "data/raw.dvc").unlink(missing_ok=True)
+        self._made: list[dict[str, str]] = []
+
+    def versions(self, count: int, nights: Nights) -> list[dict[str, str]]:
+        """Returns what each of the first ``count`` consists of, made on the server of ``nights`` if need be."""
+        chain = dataclasses.replace(nights.chain, root=self._clone.root)
+        for number in range(len(self._made), count):
+            write_text(self._clone, number)
+            for command in ("run", "publish"):
+                ended = chain.overnight(command, PYTHONPATH=str(publishing.REPOSITORY))
+                assert ended.code == 0, ended.err
+            self._made.append(outputs(self._clone, f"lm@v1.{number}.0"))
+        return self._made[:count]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed") / "place")
 
 
 def outputs(clone: Clone, tag: str) -> dict[str, str]:
@@ -271,7 +282,7 @@ def author() -> dict[str, str]:
 
 @pytest.mark.timeout(600)
 def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_makes_one_version(
-    nights: Nights,
+    nights: Nights, undisturbed: Undisturbed
 ) -> None:
     clone = nights.clone
     night = nights.start()
@@ -299,10 +310,10 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert retried["run_count"] == 2
     assert clone.tags() == ["lm#prod#1", "lm@v1.0.0"]
     clone.check_remote()
-    undisturbed = undisturbed_versions(nights, "In the beginning.\n", "And there was light.\n")
-    assert outputs(clone, "lm@v1.0.0") == undisturbed[0]
+    expected = undisturbed.versions(2, nights)
+    assert outputs(clone, "lm@v1.0.0") == expected[0]
 
-    write_text(clone, 1, "And there was light.\n")
+    write_text(clone, 1)
     kept = nights.params_of("lm@v1.0.0")
     clone.shelf.rename(clone.shelf.with_name("away"))
     clone.shelf.write_text("")
@@ -329,7 +340,7 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert ended_night["state"]["message"] == "v1.1.0 is in production"
     assert clone.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
     clone.check_remote()
-    assert outputs(clone, "lm@v1.1.0") == undisturbed[1]
+    assert outputs(clone, "lm@v1.1.0") == expected[1]
     assert [one[2] for one in nights.runs()] == ["completed", "completed"]
     assert not list((clone.root / ".overnight/worktrees").iterdir())
 
@@ -345,7 +356,7 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
     assert clone.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
 
     # A worktree that cannot be filled is a failure with its name and what DVC said, not a bug with a traceback.
-    write_text(clone, 2, "And the evening was.\n")
+    write_text(clone, 2)
     shutil.rmtree(clone.root / ".dvc/cache")
     clone.shelf.rename(clone.shelf.with_name("away"))
     clone.shelf.write_text("")
@@ -356,10 +367,12 @@ def test_a_night_whose_remote_is_gone_fails_at_publishing_and_one_more_attempt_m
 
 
 @pytest.mark.timeout(600)
-def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_have_been(nights: Nights) -> None:
+def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_have_been(
+    nights: Nights, undisturbed: Undisturbed
+) -> None:
     clone = nights.clone
     draw = random.Random(SEED)
-    texts = ["In the beginning.\n"]
+    made = 0
     wanted = [signal.SIGKILL, signal.SIGTERM]
     while wanted:
         moment = draw.uniform(0, 1)
@@ -370,12 +383,11 @@ def test_a_night_stopped_while_it_publishes_ends_as_the_version_that_it_would_ha
         ended = nights.overnight("rerun", "--wait")
         assert ended.code == 0 or "nothing to go on with" in ended.err, ended.err
         assert nights.runs()[-1][2] == "completed"
-        assert [tag for tag in clone.tags() if "@" in tag] == [f"lm@v1.{index}.0" for index in range(len(texts))]
+        made += 1
+        assert [tag for tag in clone.tags() if "@" in tag] == [f"lm@v1.{index}.0" for index in range(made)]
         clone.check_remote()
-        texts.append(f"Text {len(texts)}.\n")
-        write_text(clone, len(texts) - 1, texts[-1])
-    undisturbed = undisturbed_versions(nights, *texts[:-1])
-    assert [outputs(clone, f"lm@v1.{index}.0") for index in range(len(undisturbed))] == undisturbed
+        write_text(clone, made)
+    assert [outputs(clone, f"lm@v1.{index}.0") for index in range(made)] == undisturbed.versions(made, nights)
 
 
 @pytest.mark.timeout(600)
