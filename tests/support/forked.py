@@ -106,7 +106,7 @@ def overflow() -> None:
     from tasks.shards import WindowReader
 
     chosen = set(filter(None, os.environ["OVERFLOWS"].split(",")))
-    batch, loss = WindowReader.batch, LanguageModel.loss
+    batch, loss = WindowReader.batch, LanguageModel.loss_from
     seen: set[str] = set()
 
     def remembered(self: WindowReader, indices: Any) -> Any:
@@ -114,14 +114,15 @@ def overflow() -> None:
         seen.update(map(str, indices.tolist()))
         return batch(self, indices)
 
-    def overflowing(self: LanguageModel, windows: Any) -> Any:
-        found = loss(self, windows)
+    # Where a pipeline's last stage begins as well.
+    def overflowing(self: LanguageModel, *arguments: Any) -> Any:
+        found = loss(self, *arguments)
         if self.training and seen & chosen:
             found = found * 1.0
             found.register_hook(lambda gradient: gradient * float("inf"))
         return found
 
-    WindowReader.batch, LanguageModel.loss = remembered, overflowing  # type: ignore[method-assign]
+    WindowReader.batch, LanguageModel.loss_from = remembered, overflowing  # type: ignore[method-assign]
 
 
 def lose_a_peer_while_joining() -> None:

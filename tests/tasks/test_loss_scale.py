@@ -21,6 +21,7 @@ from tasks.train.params import TrainParams
 
 FP16 = {"train__precision": "fp16", "train__keep_checkpoints": 12, "train__checkpoint_every": 1}
 MESHES: list[dict[str, Any]] = [{}, {"train__mesh__shard": 2}, {"train__mesh__tensor": 2}]
+PIPELINE = {"train__mesh__pipeline": 2}
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def last_norm(project: Path) -> float:
     return float(dict(zip(names.split(","), last.split(","), strict=True))["grad_norm"])
 
 
-@pytest.mark.parametrize("changes", [MESHES[0], MESHES[2]])
+@pytest.mark.parametrize("changes", [MESHES[0], MESHES[2], PIPELINE])
 def test_fp16_learns_what_fp32_learns(project: Path, changes: dict[str, Any]) -> None:
     tiny.write_params(project, **FP16, **changes)
     found = train(project)
@@ -58,7 +59,7 @@ def test_fp16_learns_what_fp32_learns(project: Path, changes: dict[str, Any]) ->
     assert found["norm"] == pytest.approx(exact["norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("changes", MESHES[:2])
+@pytest.mark.parametrize("changes", [*MESHES[:2], PIPELINE])
 def test_an_overflow_in_one_process_is_left_out_by_both_and_halves_the_factor(
     project: Path, changes: dict[str, Any]
 ) -> None:
