@@ -242,21 +242,13 @@ def alone(model_name: str, steps: int, optimizer_name: str = "adamw", answers: b
     result, params, model = Result(), params_of(case, 1), model_of(case)
     optimizer = make_optimizer(model, params)
     reader, held_out = Reader(1, WINDOWS, answers), Reader(2, 7, answers)
-
-    def mean_loss(windows: Reader, indices: Any) -> torch.Tensor:
-        tokens = torch.from_numpy(windows.batch(indices))
-        if windows.learned is None:
-            return model.loss(tokens)
-        learned = torch.from_numpy(windows.learned.batch(indices))
-        return model.loss(torch.stack([tokens, learned], dim=1)) / learned[:, 1:].double().mean().float()
-
     balancing = BalancingLoss(model, params.balance_loss_weight)
     for step in range(case.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, params, group["initial_lr"])
         samples = batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH, 0, 1)[0]
         result.samples.append(sorted(samples.tolist()))
-        mean = mean_loss(reader, samples)
+        mean = mean_loss(model, reader, samples, samples)
         (mean + balancing.of_step()).backward()
         result.losses.append(mean.item())
         if not step:
@@ -270,10 +262,20 @@ def alone(model_name: str, steps: int, optimizer_name: str = "adamw", answers: b
             router.rebalance(params.bias_update_rate)
     model.eval()
     with torch.no_grad():
-        result.valid_loss = mean_loss(held_out, torch.arange(5) * 7 // 5).item()
+        measured = torch.arange(5) * 7 // 5
+        result.valid_loss = mean_loss(model, held_out, measured, measured).item()
     result.weights = {name: value.clone() for name, value in model.state_dict().items()}
     result.elements = sum(value.numel() for value in model.parameters())
     return result
+
+
+def mean_loss(model: LanguageModel, windows: Reader, indices: Any, batch: Any) -> torch.Tensor:
+    """Returns the loss of the windows ``indices``, over what is learned in all of the ``batch`` that they belong to."""
+    tokens = torch.from_numpy(windows.batch(indices))
+    if windows.learned is None:
+        return model.loss(tokens)
+    learned, of_batch = (torch.from_numpy(windows.learned.batch(some)) for some in (indices, batch))
+    return model.loss(torch.stack([tokens, learned], dim=1)) / of_batch[:, 1:].double().mean().float()
 
 
 class BalancingLoss:
@@ -305,7 +307,7 @@ def apart(case: Case, processes: list[list[int]]) -> Result:
     from tasks.order import batch_of_rank
 
     size = sum(map(len, processes))
-    params, reader, model = params_of(case, size), Reader(1, WINDOWS), model_of(case)
+    params, reader, model = params_of(case, size), Reader(1, WINDOWS, case.answers), model_of(case)
     start = [value.detach().clone() for value in model.parameters()]
     momentum = [torch.zeros_like(value) for value in start]
     optimizers = [make_optimizer(model, params).state_dict() for _ in processes]
@@ -319,9 +321,12 @@ def apart(case: Case, processes: list[list[int]]) -> Result:
             for step in range(first, first + case.inner_steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(step, params, group["initial_lr"])
-                own = [batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH // size, rank, size)[0] for rank in ranks]
+                dealt = [
+                    batch_of_rank(step, WINDOWS, params.seed, BATCH, BATCH // size, n, size)[0] for n in range(size)
+                ]
                 optimizer.zero_grad()
-                model.loss(torch.from_numpy(reader.batch(np.concatenate(own)))).backward()
+                own = np.concatenate([dealt[rank] for rank in ranks])
+                mean_loss(model, reader, own, np.concatenate(dealt)).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm)
                 optimizer.step()
                 for router in model.routers():

@@ -165,7 +165,8 @@ WRONG = [
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
 APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
-ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SLOW, UNSEEN, *SPOILT]
+APART_ON_ANSWERS = Case({}, micro_batch=4, inner_steps=5, answers=True)
+ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SLOW, UNSEEN, APART_ON_ANSWERS, *SPOILT]
 ON_FOUR = [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
 _alone = functools.lru_cache(meshes.alone)
 
@@ -273,6 +274,7 @@ def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
     check_weights(two[len(HALVES + RESUMED + TWO)], meshes.apart(APART, [[0], [1]]))
     check_weights(four[-1], meshes.apart(APART_AND_CUT, [[0, 1], [2, 3]]))
+    check_weights(two[ON_TWO.index(APART_ON_ANSWERS)], meshes.apart(APART_ON_ANSWERS, [[0], [1]]))
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=name_of)
