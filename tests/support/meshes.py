@@ -10,11 +10,11 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mistakes
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,18 +23,16 @@ from torch._dynamo.utils import counters
 
 from lm import loss, low_rank
 from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelConfig
-from lm.feed_forward import Experts
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
 from lm.weights import Read, Region, Weights, on_meta, reads
-from tasks import optimizers, step_meter, training
+from tasks import step_meter, training
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.heartbeat import Heartbeat
 from tasks.mesh import Mesh, MeshParams
 from tasks.optimizers import make_optimizer
-from tasks.parallel import parts, tensor, tokens, vocabulary, whole
-from tasks.parallel.stages import Stage
+from tasks.parallel import parts, tensor, vocabulary, whole
 from tasks.progress import Lines, Progress
 from tasks.schedule import learning_rate_at
 from tasks.stopping import Stop
@@ -419,7 +417,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         return norm
 
     run.parallel.clip = watched  # type: ignore[method-assign]
-    undo = MISTAKES[case.mistake](run) if case.mistake else None
+    undo = mistakes.MISTAKES[case.mistake](run) if case.mistake else None
     cross_entropy, loss.LOGITS_HELD = vocabulary._cross_entropy, case.logits_held
 
     def counted(group: Any, logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -430,7 +428,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     sleeps = _slow_down(run, case.slow) if case.slow and rank == size - 1 else []
     while done < case.steps:
         reader.seen.clear()
-        mend = _infinite_loss() if done == case.spoilt else None
+        mend = mistakes.infinite_loss() if done == case.spoilt else None
         with run.meter.seeing_waits():
             report = run.step(done, Stop())
         result.losses.append(report.loss)
@@ -489,117 +487,6 @@ def _slow_down(run: _Run, where: str) -> list[int]:
     for layer in run.model.blocks() if where == "layers" else []:
         layer.register_forward_hook(after_layer)
     return sleeps
-
-
-def _replaced(place: Any, name: str, value: Any) -> Callable[[], None]:
-    before = getattr(place, name)
-    setattr(place, name, value)
-    return lambda: setattr(place, name, before)
-
-
-def _no_sum_over_replicas(run: _Run) -> Callable[[], None]:
-    assert run.world.mesh is not None
-    replicas, reduce = run.world.mesh.dense["replicate"].get_group(), dist.all_reduce
-
-    def skipping(*values: Any, group: Any = None, **options: Any) -> Any:
-        return None if group is replicas else reduce(*values, group=group, **options)
-
-    return _replaced(dist, "all_reduce", skipping)
-
-
-def _no_mean(run: _Run) -> None:
-    run.parallel.weight = 1.0
-
-
-def _norm_of_a_part(run: _Run) -> Callable[[], None]:
-    return _replaced(whole.dist, "all_reduce", lambda *_, **__: None)
-
-
-def _no_sum_over_tensor(run: _Run) -> Callable[[], None]:
-    # What is dealt is one part of each output.
-    return _replaced(tokens, "_dealt", tokens._share)
-
-
-def _no_sum_over_shares(run: _Run) -> Callable[[], None]:
-    return _replaced(tensor.InParts, "sum_gradients", lambda _: None)
-
-
-def _no_sum_of_factors(run: _Run) -> None:
-    parts = run.parallel._in_parts  # type: ignore[attr-defined]
-    parts._places = [place for place in parts._places if type(place[0]) is not low_rank.LowRank]
-
-
-def _no_sum_over_words(run: _Run) -> Callable[[], None]:
-    return _replaced(tokens, "whole_for_parts", lambda x, group: x)
-
-
-def _experts_divided_alone(run: _Run) -> None:
-    for module in run.model.modules():
-        if isinstance(module, Experts):
-            module.set_gradient_divide_factor(2.0)  # type: ignore[operator]
-
-
-def _infinite_loss() -> Callable[[], None]:
-    finite = Stage.loss
-    return _replaced(Stage, "loss", lambda *arguments: finite(*arguments) * float("inf"))
-
-
-def _no_gradient_of_one(run: _Run) -> Callable[[], None]:
-    whole_loss, calls = Stage.loss, itertools.count()
-
-    def without(*arguments: Any) -> torch.Tensor:
-        found = whole_loss(*arguments)
-        return found.detach() + 0 * found if next(calls) == 1 else found
-
-    return _replaced(Stage, "loss", without)
-
-
-def _answers_by_themselves(run: _Run) -> None:
-    counted = run.parallel.loss
-    run.parallel.loss = lambda windows, over: counted(windows, 1.0) / over  # type: ignore[method-assign]
-
-
-def _copies_apart(run: _Run) -> None:
-    run.parallel._add_up_copies = lambda: None  # type: ignore[attr-defined]
-
-
-def _own_statistics(run: _Run) -> None:
-    summed = run.world.sum_all
-    # What is counted is a matrix, layers by experts; what else is summed is a few numbers.
-    object.__setattr__(run.world, "sum_all", lambda values: values if values.dim() == 2 else summed(values))
-
-
-def _own_tokens_of_a_sequence(run: _Run) -> None:
-    for router in run.model.routers():
-        router.sum_counts = lambda counts: counts
-
-
-def _each_part_by_itself(run: _Run) -> Callable[[], None]:
-    right = optimizers._of_whole_matrices
-    optimizers._of_whole_matrices = lambda change, part, like: change(part)
-
-    def mend() -> None:
-        optimizers._of_whole_matrices = right
-
-    return mend
-
-
-MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
-    "the replicas' gradients are not summed": _no_sum_over_replicas,
-    "the gradients are summed, not averaged": _no_mean,
-    "each process clips by the norm of its part": _norm_of_a_part,
-    "parts of an output are not summed over tensor": _no_sum_over_tensor,
-    "gradients of shares of the tokens are not summed over tensor": _no_sum_over_shares,
-    "the other factors' gradients are not summed over tensor": _no_sum_of_factors,
-    "parts of the logits' gradient are not summed over tensor": _no_sum_over_words,
-    "the experts' gradients are divided again": _experts_divided_alone,
-    "each process counts its own tokens alone": _own_statistics,
-    "a sequence's tokens are not summed over tensor": _own_tokens_of_a_sequence,
-    "the gradient of one micro-batch is missing": _no_gradient_of_one,
-    "the pipeline's answers are not counted over the batch": _answers_by_themselves,
-    "the copies of tied weights have gradients of their own": _copies_apart,
-    "each part is orthogonalized": _each_part_by_itself,
-}
 
 
 def work(cases: Path, results: Path) -> None:
