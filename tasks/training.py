@@ -22,7 +22,7 @@ from tasks import atomic, out_of_memory, paths, stopping
 from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints
 from tasks.compiled import compile_layers
-from tasks.errors import EXIT_STOPPED, BadParameter
+from tasks.errors import EXIT_STOPPED, BadInput, BadParameter
 from tasks.heartbeat import Heartbeat
 from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
@@ -101,7 +101,8 @@ def train(
     stays there. ``here`` is told how this gets on.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
-    :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was taken.
+    :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was taken, or
+    where the validation loss is not finite: of such a model nothing is written.
     """
     out_of_memory.remember_allocations(world.device)
     told = functools.partial(
@@ -131,6 +132,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
         if measure_first and not done:
             run.here.at(done, "the validation")
             run.curve.before = run.validate()
+            if not math.isfinite(run.curve.before):
+                _end_before_the_first_step(stage, run, run.curve.before)
             progress.notice(f"validation loss before the first step: {run.curve.before:.4f} nats a token")
         while done < params.steps:
             report = run.step(done, stop)
@@ -140,6 +143,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
                 log.write(dataclasses.replace(report, bytes_sent=sent))
             if done % params.validate_every == 0 or done == params.steps:
                 run.record(done)
+                if not math.isfinite(run.curve.last("valid_loss")):
+                    _end_diverged(stage, run, done)
             stopped = run.told_to_stop and done < params.steps
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
                 run.here.at(done, "the checkpoint")
@@ -175,6 +180,32 @@ def _end_without_a_step(stage: str, run: "_Run") -> NoReturn:
             f"{paths.PARAMS}: {stage}: no step could be taken: at none of {run.params.steps:,} was the gradient "
             f"finite in {run.world.precision}, though the loss's factor was halved {run.scale.overflows:,} times. Set "
             "precision: bf16 or fp32, or raise steps."
+        )
+    )
+
+
+def _end_diverged(stage: str, run: "_Run", done: int) -> NoReturn:
+    params = run.params
+    rates = f"learning_rate (now {params.learning_rate:g})"
+    if params.optimizer == "muon":
+        rates += f" and muon_learning_rate (now {params.muon_learning_rate:g})"
+    # Of bf16 the range is that of fp32.
+    precise = ", or set precision: bf16 or fp32 (now fp16)" if run.world.precision == "fp16" else ""
+    run.world.fail(
+        BadParameter(
+            f"{paths.PARAMS}: {stage}: the validation loss is not finite ({run.curve.last('valid_loss')}) after step "
+            f"{done:,} of {params.steps:,}: the training has diverged. Halve {rates}, lengthen "
+            f"warmup_fraction{precise}."
+        )
+    )
+
+
+def _end_before_the_first_step(stage: str, run: "_Run", loss: float) -> NoReturn:
+    precise = f", or set {stage}.precision: bf16 or fp32 (now fp16)" if run.world.precision == "fp16" else ""
+    run.world.fail(
+        BadInput(
+            f"{paths.INIT}: the validation loss of its weights is not finite ({loss}), before the first step. Start "
+            f"from another checkpoint ({stage}.init){precise}."
         )
     )
 

@@ -100,6 +100,20 @@ def spoil() -> None:
     WindowReader.batch, LanguageModel.loss = remembered, spoiling  # type: ignore[method-assign]
 
 
+def diverge() -> None:
+    """Makes the validation loss what the variable ``LOSS`` says, from the validation on that ``FROM`` counts."""
+    from tasks.training import _Run
+
+    validate, first, calls = _Run.validate, int(os.environ["FROM"]), [0]
+
+    def diverging(self: _Run) -> float:
+        found = validate(self)
+        calls[0] += 1
+        return float(os.environ["LOSS"]) if calls[0] >= first else found
+
+    _Run.validate = diverging  # type: ignore[method-assign]
+
+
 def overflow() -> None:
     """Makes the gradient infinite, and leaves the loss, where training sees one of the windows in ``OVERFLOWS``."""
     from lm.model import LanguageModel

@@ -211,6 +211,22 @@ def test_weights_that_do_not_fit_end_before_a_process_starts(brought: Path) -> N
     assert "without model.norm.weight" in tiny.error_line(output)
 
 
+def test_weights_that_are_not_finite_are_told_before_the_first_step(corpus: Path) -> None:
+    write_checkpoint(corpus / "given")
+    place = corpus / "given/model.safetensors"
+    weights = load_file(place)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, place, {"format": "pt"})
+    collect_init("given")
+    shard(read_section("shard", ShardParams), init.checkpoint())
+    code, output = tiny.run("train", corpus)
+    assert code == 2, output
+    assert tiny.error_line(output) == (
+        "models/init: the validation loss of its weights is not finite (nan), before the first step. Start from "
+        "another checkpoint (train.init)."
+    )
+
+
 def test_shards_of_another_tokenizer_are_refused(brought: Path) -> None:
     write_checkpoint(brought / "given", make_model)
     text = (brought / "given/tokenizer.json").read_text()

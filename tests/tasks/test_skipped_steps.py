@@ -1,7 +1,11 @@
-"""Steps whose loss or gradient is not finite: left out on all processes alike, counted, and too many end the run."""
+"""Steps whose loss or gradient is not finite: left out on all processes alike, counted, and too many end the run.
+
+A validation loss that is not finite ends it at once.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -71,3 +75,44 @@ def test_too_many_in_a_row_name_the_batch_and_are_counted_across_a_resume(projec
     assert f"the gradient is not finite at step 8 (loss inf, windows {windows}), step 3 of a row" in complaint
     # It goes on after step 6, the first of the row.
     assert tiny.error_line(train(project, spoilt)[1]) == complaint
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure"),
+    [
+        ({"train__precision": "fp32"}, "learning_rate (now 0.003), lengthen warmup_fraction"),
+        (
+            {"train__precision": "fp16", "train__optimizer": "muon", "train__muon_learning_rate": 0.1},
+            "learning_rate (now 0.003) and muon_learning_rate (now 0.1), lengthen warmup_fraction, or set precision: "
+            "bf16 or fp32 (now fp16)",
+        ),
+    ],
+)
+def test_a_validation_loss_that_is_not_finite_ends_in_one_line(
+    project: Path, changes: dict[str, Any], cure: str
+) -> None:
+    tiny.write_params(project, train__validate_every=2, train__checkpoint_every=1, **changes)
+    log = project / "log"
+    codes = forked.end(forked.start([project, project], log, forked.diverge, LOSS="inf", FROM="3"))
+    assert codes == [2, 2], log.read_text()
+    assert tiny.error_line(log.read_text()) == (
+        "params.yaml: train: the validation loss is not finite (inf) after step 6 of 12: the training has diverged. "
+        f"Halve {cure}."
+    )
+    # The checkpoints before it stay, and of the model nothing was written.
+    steps = sorted(int(path.name[5:14]) for path in project.glob(".overnight/checkpoints/train/*/*.pt"))
+    assert 4 in steps
+    assert steps[-1] <= 5
+    assert not (project / "models").exists()
+
+
+def test_a_model_that_the_last_steps_spoil_ends_in_one_line(project: Path) -> None:
+    # Too few steps are left for too many to be skipped.
+    tiny.write_params(project, **tiny.ALONE, train__learning_rate=1e18, train__steps=3, train__precision="fp32")
+    # The second attempt goes on from a checkpoint.
+    for _ in range(2):
+        code, output = tiny.run("train", project)
+        assert code == 2, output
+        line = tiny.error_line(output)
+        assert "params.yaml: train: the validation loss is not finite (nan) after step 3 of 3" in line
+        assert "Halve learning_rate (now 1e+18), lengthen" in line
