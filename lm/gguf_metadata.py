@@ -188,10 +188,15 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
             return config.model_copy(update={"rope_scaling": _scaling(found, config, factors)})
         return config
     except ValidationError as error:
-        first = error.errors()[0]
-        told = first["msg"].removeprefix("Value error, ")
-        where = ".".join(str(step) for step in first["loc"])
-        raise Unfit(f"its metadata make no model: {where + ': ' if where else ''}{told}") from None
+        raise _no_model(error) from None
+
+
+def _no_model(error: ValidationError, prefix: str = "") -> Unfit:
+    """Returns the first fault of ``error``, whose values lay under keys that begin with ``prefix``."""
+    first = error.errors()[0]
+    told = first["msg"].removeprefix("Value error, ")
+    where = ".".join(str(step) for step in first["loc"])
+    return Unfit(f"its metadata make no model: {prefix + where + ': ' if where else ''}{told}")
 
 
 def _latent_family(said: Mapping[str, Any]) -> str:
@@ -224,6 +229,8 @@ def _stretched(scaling: YarnScaling, latent: bool) -> dict[str, Value]:
     return found | ({f"{_YARN}{_MULTIPLIER}": 0.1 * (scaling.mscale_all_dim or 0.0)} if latent else {})
 
 
+# What fp32 cannot hold is infinite there, and no number that a shape may have.
+@np.errstate(over="ignore")
 def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Returns what :func:`_stretched` wrote, or another program."""
     others = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": _BETAS[0], "yarn_beta_slow": _BETAS[1]}
@@ -234,9 +241,15 @@ def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dic
         _check_number(said, family, f"{_YARN}{key}", "with YaRN ")
     own = {name: found[f"{_OWN}{name}"] for name in YarnScaling.model_fields if f"{_OWN}{name}" in found}
     if own:
-        for key, value in _stretched(YarnScaling.model_validate(own), latent).items():
-            if said.get(key) != (value if isinstance(value, str) else np.float32(value)):
-                raise Unfit(f"its {key} is {said.get(key)}, and Overnight's own keys beside it make it {value}")
+        try:
+            scaling = YarnScaling.model_validate(own)
+        except ValidationError as error:
+            raise _no_model(error, _OWN) from None
+        for key, value in _stretched(scaling, latent).items():
+            there = said.get(key)
+            # numpy would compare each number of a list.
+            if isinstance(there, list) or there != (value if isinstance(value, str) else np.float32(value)):
+                raise Unfit(f"its {key} is {there}, and Overnight's own keys beside it make it {value}")
         return own
     values = {
         "rope_type": "yarn",

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
 from lm.config import Llama3Scaling
-from lm.gguf_metadata import config_from
+from lm.gguf_metadata import config_from, metadata
 from lm.gguf_tensors import Unfit
 from lm.model import LanguageModel
 from tasks.shard.tokenizer import BytePairTokenizer, train
@@ -407,3 +407,41 @@ def test_keys_of_yarn_that_do_not_agree_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(Unfit, match=said):
             gguf_file.load(edited(written(folder), tmp_path / "other.gguf", dict(changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"overnight.factor": "four"}, "its metadata make no model: overnight.factor: Input should be a valid number"),
+        ({"overnight.factor": [4.0, 4.0]}, "its metadata make no model: overnight.factor: Input should be a valid n"),
+        ({"overnight.factor": None}, "its metadata make no model: overnight.factor: Field required"),
+        ({"overnight.factor": 1e300}, r"its rope.scaling.factor is 4.0, and .* own keys .* make it 1e\+300"),
+        ({"overnight.rope_type": None}, "its metadata make no model: overnight.rope_type: Field required"),
+        ({"overnight.rope_type": "llama3"}, "its metadata make no model: overnight.rope_type: Input should be 'yarn'"),
+        ({"overnight.original_max_position_embeddings": 16.5}, "no model: overnight.original_max_position_embeddings:"),
+        ({"overnight.beta_slow": 40.0}, "its metadata make no model: beta_fast 32.0 is not more than beta_slow 40.0"),
+        (
+            {"llama.rope.scaling.original_context_length": [1, 2]},
+            r"its rope.scaling.original_context_length is \[1, 2\]",
+        ),
+        ({"llama.rope.scaling.original_context_length": []}, r"its rope.scaling.original_context_length is \[\], and"),
+        ({"llama.rope.scaling.original_context_length": None}, "its rope.scaling.original_context_length is None, and"),
+        ({"llama.rope.scaling.factor": "4"}, "its metadata say '4' for llama.rope.scaling.factor; with YaRN a number"),
+        ({"llama.rope.scaling.factor": 1e300}, r"its rope.scaling.factor is 1e\+300, and .* own keys .* make it 4.0"),
+    ],
+)
+def test_keys_of_yarn_that_are_spoilt_are_named(changes: dict[str, object], said: str) -> None:
+    config = odd.make_grouped(rope_scaling=YARN).config
+    found = {"general.architecture": "llama", **metadata(config), "tokenizer.ggml.eos_token_id": 100}
+    assert config_from(found, (101, 42), tied=False, factors=None) == config
+    spoilt = {key: value for key, value in {**found, **changes}.items() if value is not None}
+    with pytest.raises(Unfit, match=said) as caught:
+        config_from(spoilt, (101, 42), tied=False, factors=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_whose_own_keys_of_yarn_are_spoilt_is_named(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, rope_scaling=YARN)
+    other = edited(written(folder), tmp_path / "other.gguf", {}, ("overnight.rope_type",))
+    with pytest.raises(Unfit, match=rf"^{other}: its metadata make no model: overnight.rope_type: Field required"):
+        gguf_file.load(other)
