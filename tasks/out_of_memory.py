@@ -1,10 +1,10 @@
-"""What a training that ran out of GPU memory leaves behind: torch's own account, and what to turn down, in numbers."""
+"""What a stage that ran out of GPU memory leaves behind: torch's own account, and what to turn down, in numbers."""
 
 import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class Use:
     cure: str
 
     def __str__(self) -> str:
-        return f"{self.what} {_gib(self.size)} ({self.cure})"
+        return f"{self.what} {gib(self.size)} ({self.cure})"
 
 
 def remember_allocations(device: torch.device) -> None:
@@ -43,9 +43,16 @@ def remember_allocations(device: torch.device) -> None:
         torch.cuda.memory._record_memory_history(max_entries=_REMEMBERED, stacks="python")
 
 
+def told(
+    stage: str, model: LanguageModel, params: TrainingParams, length: int, precision: str
+) -> contextlib.AbstractContextManager[None]:
+    """As :func:`told_of`, of a training of ``model``."""
+    return told_of(stage, lambda: largest(model, params, length, precision))
+
+
 @contextlib.contextmanager
-def told(stage: str, model: LanguageModel, params: TrainingParams, length: int, precision: str) -> Iterator[None]:
-    """Turns torch's OutOfMemoryError into a :class:`BadParameter` that names the largest things to turn down.
+def told_of(stage: str, held: Callable[[], list[Use]]) -> Iterator[None]:
+    """Turns torch's OutOfMemoryError into a :class:`BadParameter` that names the first of ``held`` to turn down.
 
     On a GPU torch's summary and a snapshot with the latest allocations are written first.
     """
@@ -54,7 +61,7 @@ def told(stage: str, model: LanguageModel, params: TrainingParams, length: int, 
     except torch.OutOfMemoryError as error:
         written = _write_account(stage)
         first = str(error).partition(". ")[0]
-        uses = "; ".join(str(use) for use in largest(model, params, length, precision)[:_TOLD])
+        uses = "; ".join(str(use) for use in held()[:_TOLD])
         raise BadParameter(
             f"{paths.PARAMS}: {stage}: out of GPU memory ({first}). The largest, as estimated for each process: {uses}."
             f"{written}"
@@ -81,8 +88,8 @@ def _weights(model: LanguageModel, params: TrainingParams) -> Use:
     size = _with_gradients(list(model.parameters()), params)
     experts = (module for module in model.modules() if isinstance(module, Experts))
     routed = _with_gradients([parameter for module in experts for parameter in module.parameters()], params)
-    cures = [f"{_gib(routed)} of it routed experts"] if routed else []
-    cures.append(f"lower {_where_the_model_is(model, routed > 0)}")
+    cures = [f"{gib(routed)} of it routed experts"] if routed else []
+    cures.append(f"lower {where_the_model_is(model, routed > 0)}")
     return Use("weights and their gradients", size, "; ".join([*cures, *_more_shards(params, size)]))
 
 
@@ -109,10 +116,11 @@ def _more_shards(params: TrainingParams, size: float) -> list[str]:
     # Without replicas to take them from it would need more processes.
     if params.layout is None or params.layout.replicate % 2:
         return []
-    return [f"mesh.shard: {2 * params.layout.shard} makes it {_gib(size / 2)}"]
+    return [f"mesh.shard: {2 * params.layout.shard} makes it {gib(size / 2)}"]
 
 
-def _where_the_model_is(model: LanguageModel, has_experts: bool) -> str:
+def where_the_model_is(model: LanguageModel, has_experts: bool) -> str:
+    """Names the parameters that make ``model`` as large as it is."""
     experts = "num_experts" if isinstance(model.config, GroupedMixtureConfig) else "n_routed_experts"
     names = ["hidden_size", "num_hidden_layers", *([experts] if has_experts else [])]
     return "train.model's " + ", ".join(names[:-1]) + f" or {names[-1]}"
@@ -124,7 +132,7 @@ def _optimizer(model: LanguageModel, params: TrainingParams) -> Use:
     # Tied ones are one; a pipeline's stage has one of them, or none.
     outside = _held(filter(_is_trained, {weight for end in ends for weight in end.parameters()}), params)
     muon = 8 * outside + 4 * (weights - outside)
-    size, cure = 8 * weights, f"optimizer: muon makes it {_gib(muon)}"
+    size, cure = 8 * weights, f"optimizer: muon makes it {gib(muon)}"
     if params.optimizer == "muon":
         size, cure = muon, "goes with the weights"
     if not all(map(_is_trained, model.parameters())):
@@ -137,7 +145,7 @@ def _activations(model: LanguageModel, params: TrainingParams, length: int, prec
     full = activation_bytes(model, params.micro_batch * length, "full", precision)
     cures = []
     if params.activation_checkpointing != "full":
-        cures.append(f"activation_checkpointing: full makes it {_gib(full)}")
+        cures.append(f"activation_checkpointing: full makes it {gib(full)}")
     return Use("activations", now, ", ".join([*cures, _fewer_windows(params, now)]))
 
 
@@ -182,7 +190,7 @@ def _fewer_windows(params: TrainingParams, size: float, most: float = math.inf) 
         return "lower train.seq_len"
     sizes = {few: size * few / params.micro_batch for few in range(params.micro_batch - 1, 0, -1)}
     fewer = next(few for few, less in sizes.items() if params.micro_batch % few == 0 and less < most)
-    return f"micro_batch: {fewer} makes it {_gib(sizes[fewer])}"
+    return f"micro_batch: {fewer} makes it {gib(sizes[fewer])}"
 
 
 def _experts_a_token(model: LanguageModel) -> int:
@@ -202,5 +210,6 @@ def _write_account(stage: str) -> str:
     return f" torch's account: {summary}, and {snapshot} for https://pytorch.org/memory_viz."
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Returns ``size``, in bytes, for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

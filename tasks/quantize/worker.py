@@ -1,5 +1,6 @@
 """One quantizing process, as torchrun starts it. The first one exports the graph and audits it."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
 from lm.rotation import rotate, turn_hidden
-from tasks import atomic, heartbeat, inputs, paths, stage, world
+from tasks import atomic, heartbeat, inputs, out_of_memory, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.progress import Progress, progress
+from tasks.quantize import memory
 from tasks.quantize.audit import audit
 from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
@@ -103,9 +105,19 @@ class _Schemes:
         length = self._original.config.window
         self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in SEEN)
         self.measure = Measure(self._original, self._held_out, params, here)
-        self._seen = calibration_windows(self._read, params, here)
+        out_of_memory.remember_allocations(here.device)
+        held = functools.partial(memory.largest, self._original, params, length)
+        # Of fine-tuning, train itself tells it.
+        self._told = functools.partial(out_of_memory.told_of, "quantize", held)
+        with self._told():
+            self._seen = calibration_windows(self._read, params, here)
 
     def attempt(self, name: SchemeName) -> Attempt:
+        """Returns what the scheme ``name`` makes of the float model."""
+        with self._told():
+            return self._attempt(name)
+
+    def _attempt(self, name: SchemeName) -> Attempt:
         params, here, seen = self._params, self._here, self._seen
         plain = calibrate(self._original.to(here.device), plan_of(name, params), seen)
         model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, self._shown)

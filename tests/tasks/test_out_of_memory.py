@@ -15,12 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lm import low_rank
+from lm import compensation, low_rank
 from lm.model import LanguageModel
+from lm.quantization import PLANS
 from lm.weights import on_meta
 from tasks.errors import BadParameter
 from tasks.optimizers import make_optimizer
 from tasks.out_of_memory import activation_bytes, largest, remember_allocations, told
+from tasks.quantize import memory
+from tasks.quantize.params import QuantizeParams
 from tasks.recomputation import Recomputation, recompute
 from tasks.section import read_section
 from tasks.train.params import TrainParams
@@ -199,3 +202,53 @@ def test_a_training_ends_in_that_line(where: str, changes: dict[str, Any], proje
     assert code == 2, output
     assert "error: params.yaml: train: out of GPU memory (CUDA out of memory)" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "where", ["worker.calibration_windows", "worker.calibrate", "worker.compensate", "schemes.Measure._sums"]
+)
+def test_what_quantizing_does_without_training_ends_in_that_line(where: str, project: Path) -> None:
+    tiny.write_params(project, **tiny.ALONE)
+    tiny.write_shards(project)
+    odd.write_checkpoint(project / "models/float", odd.make_model)
+    code, output = tiny.run("quantize", project, forked.run_out_of_memory, ERROR=ERROR, WHERE=f"tasks.quantize.{where}")
+    assert code == 2, output
+    line = tiny.error_line(output)
+    assert line.startswith("params.yaml: quantize: out of GPU memory (CUDA out of memory). The largest, as estimated")
+    # Nothing is trained yet, so there is neither a gradient nor an optimizer.
+    assert "calibration_windows: 8 makes it" in line
+    assert "optimizer" not in line
+
+
+@pytest.mark.parametrize("make", [odd.make_model, odd.make_grouped, odd.make_grouped_mixture])
+def test_what_compensation_holds_is_near_the_estimate(
+    make: Any, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_params(project, quantize__calibration_windows=3)
+    params = read_section("quantize", QuantizeParams, project / "params.yaml")
+    model, held = make(), dict.fromkeys(("moments", "logits"), 0)
+    expected = {use.what: use for use in memory.largest(model, params, 20)}
+    moments = compensation._Moments
+
+    class Watched(moments):
+        def record(self, *arguments: Any) -> torch.Tensor:
+            found = super().record(*arguments)
+            now = sum(moment.nbytes for _, _, moment in self.of_weight.values())
+            held["moments"] = max(held["moments"], now)
+            return found
+
+    model.lm_head.register_forward_hook(lambda _, x, logits: held.update(logits=3 * (x[0].nbytes + logits.nbytes)))
+    monkeypatch.setattr(compensation, "_Moments", Watched)
+    ids = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(0))
+    compensation.compensate(model, PLANS["blockwise-8"], ids)
+    # A router is not rounded, and no token may have chosen an expert.
+    assert expected["what compensation knows of a block's inputs"].size == pytest.approx(held["moments"], rel=0.2)
+    assert expected["calibration windows"].size == held["logits"]
+    weights = sum(parameter.nbytes for parameter in make().parameters())
+    assert expected["weights, in float and rounded"].size == 2 * weights
+    # Without it, one window after the other is read.
+    without = memory.largest(model, params.model_copy(update={"compensate": False}), 20)
+    assert {use.what: use.size for use in without} == {
+        "weights, in float and rounded": 2 * weights,
+        "a calibration window": held["logits"] / 3,
+    }

@@ -1,0 +1,44 @@
+"""What quantizing holds in a GPU's memory while nothing is trained, for the line that tells that it was too little."""
+
+from lm.feed_forward import Experts
+from lm.model import LanguageModel
+from tasks.out_of_memory import Use, gib, where_the_model_is
+from tasks.quantize.params import QuantizeParams
+
+
+def largest(model: LanguageModel, params: QuantizeParams, length: int) -> list[Use]:
+    """Returns what a process holds of the float ``model``, the largest first, by the shapes; all of it is fp32.
+
+    ``length``: of a calibration window.
+    """
+    held = [_weights(model), _windows(model, params, length)]
+    if params.compensate:
+        held.append(_moments(model))
+    return sorted(held, key=lambda use: -use.size)
+
+
+def _weights(model: LanguageModel) -> Use:
+    has_experts = any(isinstance(module, Experts) for module in model.modules())
+    size = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    return Use("weights, in float and rounded", size, f"lower {where_the_model_is(model, has_experts)}")
+
+
+def _windows(model: LanguageModel, params: QuantizeParams, length: int) -> Use:
+    # At the head: what goes into it and the logits that come out.
+    of_a_window = 4 * length * (model.config.hidden_size + model.config.vocab_size)
+    # Compensation takes all windows through one block after the other; ranges are found window by window.
+    count = params.calibration_windows if params.compensate else 1
+    if count == 1:
+        return Use("a calibration window", of_a_window, "lower train.seq_len")
+    fewer = count // 2
+    cure = f"calibration_windows: {fewer} makes it {gib(fewer * of_a_window)}, compensate: false {gib(of_a_window)}"
+    return Use("calibration windows", count * of_a_window, cure)
+
+
+def _moments(model: LanguageModel) -> Use:
+    """The second moments of what a block's weights are multiplied by, inputs x inputs in fp64 for each."""
+    size = max(
+        sum(8 * weight[..., 0, :].numel() * weight.shape[-1] for weight in block.parameters() if weight.dim() > 1)
+        for block in model.blocks()
+    )
+    return Use("what compensation knows of a block's inputs", size, "compensate: false needs none")
