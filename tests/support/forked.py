@@ -182,6 +182,22 @@ def stand_still() -> None:
     setattr(module, name, standing)
 
 
+def stall_a_checkpoint() -> None:
+    """Has the disk not answer while the checkpoint of the step that the variable ``STALLS`` says is written."""
+    import threading
+
+    from tasks.checkpoints import Checkpoints
+
+    write = Checkpoints._write
+
+    def stalling(self: Checkpoints, step: int, *arguments: Any) -> None:
+        if step == int(os.environ["STALLS"]):
+            threading.Event().wait()
+        write(self, step, *arguments)
+
+    Checkpoints._write = stalling  # type: ignore[method-assign]
+
+
 def run_out_of_memory() -> None:
     """Makes the function that the variable ``WHERE`` names fail as torch does where there is no memory left.
 
@@ -194,6 +210,25 @@ def run_out_of_memory() -> None:
 
     owner, _, name = os.environ["WHERE"].rpartition(".")
     setattr(pkgutil.resolve_name(owner), name, fail)
+
+
+def count_models() -> None:
+    """Writes to the file that the variable ``COUNTS`` names how many models there are when one more is loaded."""
+    import weakref
+
+    from lm import hugging_face
+    from lm.model import LanguageModel
+
+    load, living = hugging_face.load, weakref.WeakSet[LanguageModel]()
+
+    def counting(folder: Path) -> LanguageModel:
+        with Path(os.environ["COUNTS"]).open("a") as counts:
+            counts.write(f"{len(living)}\n")
+        model = load(folder)
+        living.add(model)
+        return model
+
+    hugging_face.load = counting
 
 
 def record() -> None:

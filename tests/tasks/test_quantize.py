@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import onnx
 import pytest
 import tiny
 import torch
-from odd import make_model
+from odd import make_model, write_checkpoint
 from onnx import numpy_helper
 
 from lm import blockwise, hugging_face, onnx_model, per_token
@@ -22,7 +23,7 @@ from lm.calibration import calibrate
 from lm.model import LanguageModel
 from lm.quantization import PLANS, prepare
 from lm.rotation import turn_hidden
-from tasks.errors import Refused
+from tasks.errors import EXIT_TRY_AGAIN, Refused
 from tasks.quantize.audit import audit, expected_products
 from tasks.quantize.params import QuantizeParams
 from tasks.quantize.schemes import Measure
@@ -407,12 +408,21 @@ def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
     assert ("model.layers.1.mlp.experts.down_proj" in found["ranges"]) == (kept == "static")
 
 
-@pytest.mark.parametrize(("rate", "kept"), [(1e-3, "qat"), (3.0, "weight-only-8")])
-def test_where_none_loses_little_enough_auto_keeps_what_loses_least(trained: Path, rate: float, kept: str) -> None:
-    settings = {"quantize__learning_rate": rate, "quantize__world_size": 1}
+@pytest.mark.parametrize(
+    ("rate", "objective", "kept"),
+    [(1e-3, "text", "qat"), (3.0, "text", "weight-only-8"), (3.0, "float", "weight-only-8")],
+)
+def test_where_none_loses_little_enough_auto_keeps_what_loses_least(
+    trained: Path, rate: float, objective: str, kept: str
+) -> None:
+    settings = {"quantize__learning_rate": rate, "quantize__objective": objective, "quantize__world_size": 1}
     tiny.write_params(trained, quantize__scheme="auto", quantize__max_relative_loss=-1.0, **settings)
-    code, output = tiny.run("quantize", trained)
+    counts = trained / "counts"
+    counts.unlink(missing_ok=True)
+    code, output = tiny.run("quantize", trained, forked.count_models, COUNTS=str(counts))
     assert code == 0, output
+    # What was tried before is gone when the next one is made: beside that there is the float model alone.
+    assert counts.read_text().split() == ["0", *["1"] * (2 if kept == "qat" else 3)]
     found = json.loads((trained / "models/int8/quantization.json").read_text())
     tried = [f"{trial['scheme']} {trial['after']}" for trial in found["trials"]]
     assert tried == ["weight-only-8 post-training", "qat post-training", "qat fine-tuning"]
@@ -547,6 +557,25 @@ def test_families_with_grouped_queries_go_through_all_stages_of_the_model(
     assert all(words in card for words in told)
     assert "| cache a token and layer (numbers) | 64 |" in card
     assert "| scheme (`quantize.scheme`) | `weight-only-8` (asked: `weight-only-8`) |" in card
+
+
+def test_while_the_last_checkpoint_is_written_nobody_is_taken_for_gone(tmp_path: Path) -> None:
+    tiny.write_params(
+        tmp_path,
+        quantize__scheme="qat",
+        quantize__rotate=False,
+        quantize__compensate=False,
+        quantize__hang_timeout_seconds=2.0,
+    )
+    tiny.write_shards(tmp_path)
+    write_checkpoint(tmp_path / "models/float", make_model)
+    code, output = tiny.run("quantize", tmp_path, forked.stall_a_checkpoint, STALLS="4")
+    assert code == EXIT_TRY_AGAIN, output
+    # The second process has nothing to write, and would be killed if it did not beat any more.
+    told = tiny.error_line(output)
+    assert told.startswith("no process came through the checkpoint of step 4: the network between them, or a disk, "), (
+        told
+    )
 
 
 def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path) -> None:
