@@ -10,7 +10,6 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -18,11 +17,12 @@ import torch
 
 from lm.model import LanguageModel
 from lm.weights import Weights
-from tasks import atomic, out_of_memory, paths, stopping
+from tasks import atomic, divergence, out_of_memory, paths, stopping
 from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints
 from tasks.compiled import compile_layers
-from tasks.errors import EXIT_STOPPED, BadInput, BadParameter
+from tasks.curve import Curve
+from tasks.errors import EXIT_STOPPED
 from tasks.heartbeat import Heartbeat
 from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
@@ -39,40 +39,6 @@ from tasks.step_meter import StepMeter, StepReport
 from tasks.stopping import Stop
 from tasks.training_params import TrainingParams
 from tasks.world import World
-
-COLUMNS = ("step", "learning_rate", "train_loss", "valid_loss", "grad_norm", "expert_imbalance")
-
-
-@dataclass
-class Curve:
-    """What is recorded at every validation: one row of ``COLUMNS`` each, losses in nats a token.
-
-    ``expert_imbalance`` is the busiest expert's tokens over the mean expert's since the last row, averaged over layers;
-    1 is perfect balance. ``skipped`` are the steps, counted from 1, whose loss or gradient was not finite;
-    ``overflows`` is how many more were left out because fp16 could not hold their gradients.
-    """
-
-    rows: list[tuple[float, ...]] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
-    overflows: int = 0
-    # The validation loss before the first step, where that was asked for.
-    before: float | None = None
-    # How many processes there were, one number for each stretch of steps with another number than before.
-    processes: list[int] = field(default_factory=list)
-
-    def to_csv(self) -> str:
-        lines = [",".join(COLUMNS), *(",".join(f"{value:.6g}" for value in row) for row in self.rows)]
-        return "\n".join(lines) + "\n"
-
-    def last(self, column: str) -> float:
-        return self.rows[-1][COLUMNS.index(column)]
-
-    def skipped_in_a_row(self) -> int:
-        """Returns how many steps were skipped without a break up to the last one that was."""
-        count = 0
-        while count < len(self.skipped) and self.skipped[-1 - count] == self.skipped[-1] - count:
-            count += 1
-        return count
 
 
 class Trained(NamedTuple):
@@ -133,7 +99,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
             run.here.at(done, "the validation")
             run.curve.before = run.validate()
             if not math.isfinite(run.curve.before):
-                _end_before_the_first_step(stage, run, run.curve.before)
+                world.fail(divergence.starts_diverged(stage, world.precision, run.curve.before))
             progress.notice(f"validation loss before the first step: {run.curve.before:.4f} nats a token")
         while done < params.steps:
             report = run.step(done, stop)
@@ -143,8 +109,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
                 log.write(dataclasses.replace(report, bytes_sent=sent))
             if done % params.validate_every == 0 or done == params.steps:
                 run.record(done)
-                if not math.isfinite(run.curve.last("valid_loss")):
-                    _end_diverged(stage, run, done)
+                if not math.isfinite(loss := run.curve.last("valid_loss")):
+                    world.fail(divergence.diverged(stage, params, world.precision, loss, done))
             stopped = run.told_to_stop and done < params.steps
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
                 run.here.at(done, "the checkpoint")
@@ -167,47 +133,11 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
     if log:
         log.close()
     if math.isnan(run.curve.last("train_loss")):
-        _end_without_a_step(stage, run)
+        world.fail(divergence.no_step(stage, params, world.precision, run.scale.overflows))
     if world.is_first and done > first:
         _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
         if told := run.meter.waited_too_long():
             progress.notice(told)
-
-
-def _end_without_a_step(stage: str, run: "_Run") -> NoReturn:
-    run.world.fail(
-        BadParameter(
-            f"{paths.PARAMS}: {stage}: no step could be taken: at none of {run.params.steps:,} was the gradient "
-            f"finite in {run.world.precision}, though the loss's factor was halved {run.scale.overflows:,} times. Set "
-            "precision: bf16 or fp32, or raise steps."
-        )
-    )
-
-
-def _end_diverged(stage: str, run: "_Run", done: int) -> NoReturn:
-    params = run.params
-    rates = f"learning_rate (now {params.learning_rate:g})"
-    if params.optimizer == "muon":
-        rates += f" and muon_learning_rate (now {params.muon_learning_rate:g})"
-    # Of bf16 the range is that of fp32.
-    precise = ", or set precision: bf16 or fp32 (now fp16)" if run.world.precision == "fp16" else ""
-    run.world.fail(
-        BadParameter(
-            f"{paths.PARAMS}: {stage}: the validation loss is not finite ({run.curve.last('valid_loss')}) after step "
-            f"{done:,} of {params.steps:,}: the training has diverged. Halve {rates}, lengthen "
-            f"warmup_fraction{precise}."
-        )
-    )
-
-
-def _end_before_the_first_step(stage: str, run: "_Run", loss: float) -> NoReturn:
-    precise = f", or set {stage}.precision: bf16 or fp32 (now fp16)" if run.world.precision == "fp16" else ""
-    run.world.fail(
-        BadInput(
-            f"{paths.INIT}: the validation loss of its weights is not finite ({loss}), before the first step. Start "
-            f"from another checkpoint ({stage}.init){precise}."
-        )
-    )
 
 
 def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int) -> NoReturn:
@@ -389,13 +319,7 @@ class _Run:
         in_a_row = self.curve.skipped_in_a_row()
         # Nothing was learned when there was no other step.
         if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:
-            self.world.fail(
-                BadParameter(
-                    f"params.yaml: the gradient is not finite at {where}, step {in_a_row} of a row. Halve "
-                    f"learning_rate (now {self.params.learning_rate:g}), lengthen warmup_fraction, or look at that "
-                    "text; with max_skipped_steps raised it goes on."
-                )
-            )
+            self.world.fail(divergence.too_many_skipped(self.params, where, in_a_row))
 
     def record(self, step: int) -> None:
         """Validates and adds a row to the curve."""

@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks import params as all_params
+from tasks.curve import COLUMNS
 from tasks.section import Section, is_operational
-from tasks.training import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")

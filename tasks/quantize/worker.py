@@ -17,6 +17,7 @@ from lm.quantization import Plan, prepare
 from lm.rotation import rotate, turn_hidden
 from tasks import atomic, heartbeat, inputs, out_of_memory, paths, stage, world
 from tasks.checkpoints import Checkpoints
+from tasks.curve import Curve
 from tasks.progress import Progress, progress
 from tasks.quantize import memory
 from tasks.quantize.audit import audit
@@ -24,7 +25,7 @@ from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
 from tasks.section import read_section
 from tasks.shards import SEEN, Shards, WindowReader, read_manifest
-from tasks.training import Curve, train
+from tasks.training import train
 from tasks.world import World
 
 COPIED = ("config.json", "tokenizer.json")

@@ -11,6 +11,7 @@ from lm.model import LanguageModel
 from lm.weights import Weights, Whole, fill, on_meta
 from tasks import atomic, heartbeat, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
+from tasks.curve import Curve
 from tasks.heartbeat import Heartbeat
 from tasks.parallel.parallelize import Parallel
 from tasks.progress import Progress, progress
@@ -18,7 +19,7 @@ from tasks.section import read_section
 from tasks.shards import SEEN, Shards, read_manifest
 from tasks.train import probe, start
 from tasks.train.params import TrainParams, checkpoint_inputs
-from tasks.training import Curve, train
+from tasks.training import train
 from tasks.world import World
 
 
