@@ -8,7 +8,8 @@ The result lies on its scheme's levels, and rounding it again changes nothing: n
 know how it was rounded. For that, the largest weight of each scale stays on the largest level.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -42,11 +43,12 @@ def compensate(
     cos, sin = decoder.rotations[:, : windows.shape[1]]
     states = [decoder.embed_tokens(window) for window in windows.split(1)]
     for index, block in enumerate(decoder.layers):
-        _round(model, f"model.layers.{index}.", plan, lambda: [block(x, cos, sin) for x in states])  # noqa: B023
-        states = [block(x, cos, sin) for x in states]
+        _round(model, f"model.layers.{index}.", plan, (block(x, cos, sin) for x in states))
+        for number, x in enumerate(states):
+            states[number] = block(x, cos, sin)
         if told is not None:
             told(index + 1, len(decoder.layers) + 1)
-    _round(model, "lm_head", plan, lambda: [model.lm_head(decoder.norm(x)) for x in states])
+    _round(model, "lm_head", plan, (model.lm_head(decoder.norm(x)) for x in states))
     if told is not None:
         told(len(decoder.layers) + 1, len(decoder.layers) + 1)
     model.train()
@@ -82,15 +84,16 @@ def compensated(weight: torch.Tensor, moments: torch.Tensor, levels: Levels) -> 
     return left.T.contiguous()
 
 
-def _round(model: LanguageModel, prefix: str, plan: Plan, run: Callable[[], object]) -> None:
-    """Rounds the layers whose names begin with ``prefix``, by what they meet while ``run`` runs."""
+def _round(model: LanguageModel, prefix: str, plan: Plan, passes: Iterable[torch.Tensor]) -> None:
+    """Rounds the layers whose names begin with ``prefix``, by what they meet in ``passes``, which give nothing else."""
     moments = _Moments()
     chosen = {name: layer for name, layer in layers(model).items() if name.startswith(prefix)}
     for name, layer in chosen.items():
         levels = plan.of(name).levels
         if levels is not None:
             replace(name, layer, partial(moments.watch, levels))
-    run()
+    # One at a time: a large vocabulary's logits of all windows may be more than the model.
+    collections.deque(passes, maxlen=0)
     prepare(model, plan)
     for weight, levels, found in moments.of_weight.values():
         weight.copy_(compensated(weight, found, levels))

@@ -24,15 +24,15 @@ def _weights(model: LanguageModel) -> Use:
 
 
 def _windows(model: LanguageModel, params: QuantizeParams, length: int) -> Use:
-    # At the head: what goes into it and the logits that come out.
-    of_a_window = 4 * length * (model.config.hidden_size + model.config.vocab_size)
+    # At the head: what goes into it, and the logits of one window, which come out.
+    states, logits = 4 * length * model.config.hidden_size, 4 * length * model.config.vocab_size
     # Compensation takes all windows through one block after the other; ranges are found window by window.
     count = params.calibration_windows if params.compensate else 1
     if count == 1:
-        return Use("a calibration window", of_a_window, "lower train.seq_len")
+        return Use("a calibration window", states + logits, "lower train.seq_len")
     fewer = count // 2
-    cure = f"calibration_windows: {fewer} makes it {gib(fewer * of_a_window)}, compensate: false {gib(of_a_window)}"
-    return Use("calibration windows", count * of_a_window, cure)
+    cure = f"calibration_windows: {fewer} makes it {gib(fewer * states + logits)}, or lower train.seq_len"
+    return Use("calibration windows", count * states + logits, cure)
 
 
 def _moments(model: LanguageModel) -> Use:

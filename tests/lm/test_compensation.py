@@ -1,5 +1,6 @@
 """Rounding that makes up for itself: nearer to float than the nearest level, on the same levels, always the same."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -103,6 +104,18 @@ def test_a_tied_head_leaves_the_embedding_alone() -> None:
 def test_rounding_twice_gives_the_same_bits() -> None:
     one, other = (compensate(make_model(), PLANS["blockwise-4"], CALIBRATION).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_logits_of_one_window_are_there_at_a_time() -> None:
+    model, made, living = make_model(), [], []
+
+    def seen(_: object, __: object, logits: torch.Tensor) -> None:
+        living.append(sum(earlier() is not None for earlier in made))
+        made.append(weakref.ref(logits))
+
+    model.lm_head.register_forward_hook(seen)
+    compensate(model, PLANS["blockwise-8"], CALIBRATION)
+    assert living == [0] * len(CALIBRATION)
 
 
 def test_no_token_is_counted_for_the_balance_of_experts() -> None:

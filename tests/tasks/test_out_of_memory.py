@@ -226,7 +226,7 @@ def test_what_compensation_holds_is_near_the_estimate(
 ) -> None:
     tiny.write_params(project, quantize__calibration_windows=3)
     params = read_section("quantize", QuantizeParams, project / "params.yaml")
-    model, held = make(), dict.fromkeys(("moments", "logits"), 0)
+    model, held = make(), dict.fromkeys(("moments", "states", "logits"), 0)
     expected = {use.what: use for use in memory.largest(model, params, 20)}
     moments = compensation._Moments
 
@@ -237,18 +237,18 @@ def test_what_compensation_holds_is_near_the_estimate(
             held["moments"] = max(held["moments"], now)
             return found
 
-    model.lm_head.register_forward_hook(lambda _, x, logits: held.update(logits=3 * (x[0].nbytes + logits.nbytes)))
+    model.lm_head.register_forward_hook(lambda _, x, logits: held.update(states=x[0].nbytes, logits=logits.nbytes))
     monkeypatch.setattr(compensation, "_Moments", Watched)
     ids = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(0))
     compensation.compensate(model, PLANS["blockwise-8"], ids)
     # A router is not rounded, and no token may have chosen an expert.
     assert expected["what compensation knows of a block's inputs"].size == pytest.approx(held["moments"], rel=0.2)
-    assert expected["calibration windows"].size == held["logits"]
+    assert expected["calibration windows"].size == 3 * held["states"] + held["logits"]
     weights = sum(parameter.nbytes for parameter in make().parameters())
     assert expected["weights, in float and rounded"].size == 2 * weights
     # Without it, one window after the other is read.
     without = memory.largest(model, params.model_copy(update={"compensate": False}), 20)
     assert {use.what: use.size for use in without} == {
         "weights, in float and rounded": 2 * weights,
-        "a calibration window": held["logits"] / 3,
+        "a calibration window": held["states"] + held["logits"],
     }
