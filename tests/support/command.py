@@ -16,7 +16,8 @@ def surroundings(home: Path, **more: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("PREFECT_", "OVERNIGHT_", "PYTHON", "DVC_"))
     }
-    return {**kept, "HOME": str(home), "COLUMNS": "200", **more}
+    # Else each command of DVC leaves a process behind that wants to tell its makers of it.
+    return {**kept, "HOME": str(home), "COLUMNS": "200", "DVC_NO_ANALYTICS": "1", **more}
 
 
 def start(root: Path, environment: Mapping[str, str], arguments: tuple[str, ...]) -> psutil.Popen:
