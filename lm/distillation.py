@@ -4,10 +4,6 @@ bits: LLM-QAT, arXiv 2305.17888).
 The text says one token, the float model how likely each is: more to learn from each window, and nothing to unlearn.
 """
 
-import functools
-import weakref
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 
@@ -22,10 +18,7 @@ def teach(student: LanguageModel, teacher: LanguageModel) -> None:
     the text. ``teacher`` has to be on the device of ``student``; it is frozen, and no part of it.
     """
     teacher.requires_grad_(False).eval()
-    # What it computes its loss by may not keep it: who lets it go needs its memory at once, not when Python looks for
-    # circles.
-    known = cast(LanguageModel, weakref.proxy(student))
-    of_text = functools.partial(type(student).loss, known)
+    of_text = student.loss
 
     def divergence(logits_NV: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -34,15 +27,15 @@ def teach(student: LanguageModel, teacher: LanguageModel) -> None:
 
     def projected(x_BTD: torch.Tensor, theirs_BTD: torch.Tensor) -> torch.Tensor:
         x_ND, theirs_ND = x_BTD.flatten(0, 1), theirs_BTD.flatten(0, 1)
-        return projected_cross_entropy(known.lm_head, x_ND, theirs_ND, known.config.vocab_size, divergence)
+        return projected_cross_entropy(student.lm_head, x_ND, theirs_ND, student.config.vocab_size, divergence)
 
     def loss(windows: torch.Tensor) -> torch.Tensor:
-        if not known.training:
+        if not student.training:
             return of_text(windows)
         windows, learned = (windows, None) if windows.dim() == 2 else windows.unbind(1)
         ids = windows[:, :-1]
         with torch.no_grad():
             theirs = teacher.model(ids)
-        return over_learned(projected, known.model(ids), theirs, None if learned is None else learned[:, 1:])
+        return over_learned(projected, student.model(ids), theirs, None if learned is None else learned[:, 1:])
 
     student.loss = loss  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from lm.config import (
 from lm.gguf_tensors import Array, Unfit, rope_factors, takes_plain_queries
 
 Value = int | float | bool | str
+_Stretched = TypeVar("_Stretched", YarnScaling, Llama3Scaling)
 
 # llama.cpp's names for DeepSeek-V2 and V3, and for Qwen3 with experts.
 _LATENT = "deepseek2"
@@ -229,7 +230,7 @@ def _stretched(scaling: YarnScaling, latent: bool) -> dict[str, Value]:
     return found | ({f"{_YARN}{_MULTIPLIER}": 0.1 * (scaling.mscale_all_dim or 0.0)} if latent else {})
 
 
-# What fp32 cannot hold is infinite there, and no number that a shape may have.
+# What fp32 cannot hold is told without numpy's warning.
 @np.errstate(over="ignore")
 def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Returns what :func:`_stretched` wrote, or another program."""
@@ -241,14 +242,11 @@ def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dic
         _check_number(said, family, f"{_YARN}{key}", "with YaRN ")
     own = {name: found[f"{_OWN}{name}"] for name in YarnScaling.model_fields if f"{_OWN}{name}" in found}
     if own:
-        try:
-            scaling = YarnScaling.model_validate(own)
-        except ValidationError as error:
-            raise _no_model(error, _OWN) from None
+        scaling = _valid(YarnScaling, own)
         for key, value in _stretched(scaling, latent).items():
             there = said.get(key)
             # numpy would compare each number of a list.
-            if isinstance(there, list) or there != (value if isinstance(value, str) else np.float32(value)):
+            if isinstance(there, list) or there != (value if isinstance(value, str) else _in_fp32(key, value)):
                 raise Unfit(f"its {key} is {there}, and Overnight's own keys beside it make it {value}")
         return own
     values = {
@@ -262,10 +260,27 @@ def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dic
     return values
 
 
+def _valid(kind: type[_Stretched], own: Mapping[str, Any]) -> _Stretched:
+    try:
+        return kind.model_validate(own)
+    except ValidationError as error:
+        raise _no_model(error, _OWN) from None
+
+
+def _in_fp32(key: str, value: float) -> np.float32:
+    if not np.isfinite(found := np.float32(value)):
+        raise Unfit(f"its {key} would have to be {value:g}, which fp32 cannot hold")
+    return found
+
+
+@np.errstate(over="ignore")
 def _scaling(found: Mapping[str, Any], config: GroupedShape, factors: Array) -> Llama3Scaling:
     own = {name: found[f"{_OWN}{name}"] for name in Llama3Scaling.model_fields if f"{_OWN}{name}" in found}
     # GGUF keeps the factors, not what they were computed from; Llama 3.1 to 3.3 differ in the largest one alone.
-    scaling = Llama3Scaling.model_validate(own or {**_LLAMA_3, "factor": float(factors.max())})
+    if own:
+        scaling = _valid(Llama3Scaling, own)
+    else:
+        scaling = Llama3Scaling.model_validate({**_LLAMA_3, "factor": float(factors.max())})
     expected = rope_factors(config.head_dim, config.rope_theta, scaling)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise Unfit("its rope_freqs.weight are not those of Llama 3.1, 3.2 or 3.3, nor of a file that Overnight wrote")

@@ -28,9 +28,11 @@ def diverged(stage: str, params: TrainingParams, precision: str, loss: float, st
     rates = f"learning_rate (now {params.learning_rate:g})"
     if params.optimizer == "muon":
         rates += f" and muon_learning_rate (now {params.muon_learning_rate:g})"
+    more = _of(precision)
+    cures = f"{rates}, lengthen warmup_fraction{more}" if more else f"{rates} or lengthen warmup_fraction"
     return BadParameter(
         f"{paths.PARAMS}: {stage}: the validation loss is not finite ({loss}) after step {step:,} of {params.steps:,}: "
-        f"the training has diverged. Halve {rates}, lengthen warmup_fraction{_of(precision)}."
+        f"the training has diverged. Halve {cures}."
     )
 
 

@@ -107,7 +107,8 @@ class StepMeter:
     @contextlib.contextmanager
     def seeing_waits(self) -> Iterator[None]:
         """In this ``with`` block steps are taken, of which the model may have to wait for the other processes."""
-        if self._world.mesh is None:
+        # Where the number would not be told, nothing is touched: torch's compiler would stop there.
+        if self._world.mesh is None or not self._sees_all:
             yield
         else:
             with waits.within(self.communicating):
@@ -120,9 +121,11 @@ class StepMeter:
             yield
             return
         self._waiting, started = True, self._mark()
-        yield
-        self._waiting = False
-        self._waits.append((started, self._mark()))
+        try:
+            yield
+        finally:
+            self._waiting = False
+            self._waits.append((started, self._mark()))
 
     def reduced(self) -> None:
         """The gradients have just been reduced over all processes."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 Move = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
@@ -21,6 +22,7 @@ class _Moved(torch.autograd.Function):
         return there(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         return ctx.back(grad, ctx.group), None, None, None
 

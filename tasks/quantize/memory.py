@@ -3,16 +3,16 @@
 from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks.out_of_memory import Use, gib, where_the_model_is
-from tasks.quantize.params import QuantizeParams
 
 
-def largest(model: LanguageModel, params: QuantizeParams, length: int) -> list[Use]:
+def largest(model: LanguageModel, length: int, count: int, compensated: bool) -> list[Use]:
     """Returns what a process holds of the float ``model``, the largest first, by the shapes; all of it is fp32.
 
-    ``length``: of a calibration window.
+    There are ``count`` calibration windows of ``length`` tokens; ``compensated`` says what they are for.
     """
-    held = [_weights(model), _windows(model, params, length)]
-    if params.compensate:
+    # Compensation takes all windows through one block after the other; ranges are found window by window.
+    held = [_weights(model), _windows(model, length, count if compensated else 1)]
+    if compensated:
         held.append(_moments(model))
     return sorted(held, key=lambda use: -use.size)
 
@@ -23,11 +23,9 @@ def _weights(model: LanguageModel) -> Use:
     return Use("weights, in float and rounded", size, f"lower {where_the_model_is(model, has_experts)}")
 
 
-def _windows(model: LanguageModel, params: QuantizeParams, length: int) -> Use:
+def _windows(model: LanguageModel, length: int, count: int) -> Use:
     # At the head: what goes into it, and the logits of one window, which come out.
     states, logits = 4 * length * model.config.hidden_size, 4 * length * model.config.vocab_size
-    # Compensation takes all windows through one block after the other; ranges are found window by window.
-    count = params.calibration_windows if params.compensate else 1
     if count == 1:
         return Use("a calibration window", states + logits, "lower train.seq_len")
     fewer = count // 2

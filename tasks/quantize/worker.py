@@ -1,6 +1,7 @@
 """One quantizing process, as torchrun starts it. The first one exports the graph and audits it."""
 
 import functools
+import gc
 import itertools
 from typing import NamedTuple
 
@@ -52,7 +53,8 @@ class Attempt(NamedTuple):
 def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[LanguageModel, Plan, Quantization, Curve]:
     """Returns the model and the plan of the first candidate that loses little enough, else of that which loses least.
 
-    A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth.
+    A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth. A fine-tuning
+    that diverges ends the stage.
     """
     schemes = _Schemes(params, here, shown)
     tried: dict[SchemeName, tuple[Trial, ...]] = {}
@@ -65,11 +67,13 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         if name != params.candidates[-1]:
             # Two models might be too much for the memory.
             del attempt
+            gc.collect()
     else:
         least = min(tried, key=lambda one: tried[one][-1].relative_loss.value)
         if least != name:
             # Once more, and the same.
             del attempt
+            gc.collect()
             name, attempt = least, schemes.attempt(least)
     found = Quantization(
         asked=params.scheme,
@@ -107,7 +111,8 @@ class _Schemes:
         self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in SEEN)
         self.measure = Measure(self._original, self._held_out, params, here)
         out_of_memory.remember_allocations(here.device)
-        held = functools.partial(memory.largest, self._original, params, length)
+        count = min(params.calibration_windows, len(self._read))
+        held = functools.partial(memory.largest, self._original, length, count, params.compensate)
         # Of fine-tuning, train itself tells it.
         self._told = functools.partial(out_of_memory.told_of, "quantize", held)
         with self._told():
@@ -130,7 +135,8 @@ class _Schemes:
             readers = self._read, self._held_out
             with heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat:
                 self._checkpoints.moved = beat.move
-                curve, _ = train(model, params, *readers, self._checkpoints, here, self._shown, "quantize", beat)
+                # Not what it was laid out in, with room for its gradients.
+                curve = train(model, params, *readers, self._checkpoints, here, self._shown, "quantize", beat).curve
                 # Who has no checkpoint to write says as long as the first does that it lives.
                 here.lowest(0)
             trials.append(self.measure.trial(name, "fine-tuning", model))

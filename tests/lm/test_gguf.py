@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
 from lm.config import Llama3Scaling
 from lm.gguf_metadata import config_from, metadata
-from lm.gguf_tensors import Unfit
+from lm.gguf_tensors import Unfit, rope_factors
 from lm.model import LanguageModel
 from tasks.shard.tokenizer import BytePairTokenizer, train
 
@@ -415,7 +415,11 @@ def test_keys_of_yarn_that_do_not_agree_are_named(tmp_path: Path) -> None:
         ({"overnight.factor": "four"}, "its metadata make no model: overnight.factor: Input should be a valid number"),
         ({"overnight.factor": [4.0, 4.0]}, "its metadata make no model: overnight.factor: Input should be a valid n"),
         ({"overnight.factor": None}, "its metadata make no model: overnight.factor: Field required"),
-        ({"overnight.factor": 1e300}, r"its rope.scaling.factor is 4.0, and .* own keys .* make it 1e\+300"),
+        ({"overnight.factor": 1e300}, r"its rope.scaling.factor would have to be 1e\+300, which fp32 cannot hold"),
+        (
+            {"overnight.factor": 1e300, "llama.rope.scaling.factor": float("inf")},
+            r"its rope.scaling.factor would have to be 1e\+300, which fp32 cannot hold",
+        ),
         ({"overnight.rope_type": None}, "its metadata make no model: overnight.rope_type: Field required"),
         ({"overnight.rope_type": "llama3"}, "its metadata make no model: overnight.rope_type: Input should be 'yarn'"),
         ({"overnight.original_max_position_embeddings": 16.5}, "no model: overnight.original_max_position_embeddings:"),
@@ -438,6 +442,23 @@ def test_keys_of_yarn_that_are_spoilt_are_named(changes: dict[str, object], said
     with pytest.raises(Unfit, match=said) as caught:
         config_from(spoilt, (101, 42), tied=False, factors=None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        ("four", "its metadata make no model: overnight.factor: Input should be a valid number"),
+        (1e300, "its rope_freqs.weight are not those of Llama 3.1"),
+    ],
+)
+def test_keys_of_llama_3_that_are_spoilt_are_named(factor: object, said: str) -> None:
+    config = odd.make_grouped(model_type="llama", rope_scaling=LLAMA_3).config
+    found = {"general.architecture": "llama", **metadata(config), "tokenizer.ggml.eos_token_id": 100}
+    factors = rope_factors(config.head_dim, config.rope_theta, config.rope_scaling)
+    assert config_from(found, (101, 42), tied=False, factors=factors) == config
+    with pytest.raises(Unfit, match=said):
+        config_from({**found, "overnight.factor": factor}, (101, 42), tied=False, factors=factors)
 
 
 def test_a_file_whose_own_keys_of_yarn_are_spoilt_is_named(tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Set another seed to try other moments.
 SEED = int(os.environ.get("SCENARIO_SEED", "0"))
-TEXTS = ["In the beginning.\n", "And there was light.\n", *(f"And the evening of day {day}.\n" for day in range(1, 9))]
 _SECONDS_A_NIGHT = 120
 # As the button has it: not forced.
 _RETRY = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}, "force": False}
@@ -238,11 +237,11 @@ def make_project(place: Path) -> Clone:
 
 def write_text(clone: Clone, number: int) -> None:
     """Writes the text of that number where the project collects them."""
-    (clone.root / f"texts/{number}.txt").write_text(TEXTS[number])
+    (clone.root / f"texts/{number}.txt").write_text(f"And the evening and the morning were day {number}.\n")
 
 
 class Undisturbed:
-    """A small project whose versions are made by hand and undisturbed, one of each of ``TEXTS`` and those before it."""
+    """A small project whose versions are made by hand and undisturbed, one of each text and those before it."""
 
     def __init__(self, place: Path) -> None:
         self._clone = make_project(place)

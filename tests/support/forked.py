@@ -219,13 +219,15 @@ def count_models() -> None:
     from lm import hugging_face
     from lm.model import LanguageModel
 
-    load, living = hugging_face.load, weakref.WeakSet[LanguageModel]()
+    # Of a model that is gone its layers may be left, which have nearly all of the weights.
+    load, living = hugging_face.load, weakref.WeakSet[Any]()
 
     def counting(folder: Path) -> LanguageModel:
-        with Path(os.environ["COUNTS"]).open("a") as counts:
-            counts.write(f"{len(living)}\n")
+        layers = len(living)
         model = load(folder)
-        living.add(model)
+        with Path(os.environ["COUNTS"]).open("a") as counts:
+            counts.write(f"{layers / len(model.blocks()):g}\n")
+        living.update(model.blocks())
         return model
 
     hugging_face.load = counting

@@ -23,7 +23,6 @@ from tasks.errors import BadParameter
 from tasks.optimizers import make_optimizer
 from tasks.out_of_memory import activation_bytes, largest, remember_allocations, told
 from tasks.quantize import memory
-from tasks.quantize.params import QuantizeParams
 from tasks.recomputation import Recomputation, recompute
 from tasks.section import read_section
 from tasks.train.params import TrainParams
@@ -221,13 +220,9 @@ def test_what_quantizing_does_without_training_ends_in_that_line(where: str, pro
 
 
 @pytest.mark.parametrize("make", [odd.make_model, odd.make_grouped, odd.make_grouped_mixture])
-def test_what_compensation_holds_is_near_the_estimate(
-    make: Any, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny.write_params(project, quantize__calibration_windows=3)
-    params = read_section("quantize", QuantizeParams, project / "params.yaml")
+def test_what_compensation_holds_is_near_the_estimate(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, held = make(), dict.fromkeys(("moments", "states", "logits"), 0)
-    expected = {use.what: use for use in memory.largest(model, params, 20)}
+    expected = {use.what: use for use in memory.largest(model, 20, 3, compensated=True)}
     moments = compensation._Moments
 
     class Watched(moments):
@@ -247,7 +242,7 @@ def test_what_compensation_holds_is_near_the_estimate(
     weights = sum(parameter.nbytes for parameter in make().parameters())
     assert expected["weights, in float and rounded"].size == 2 * weights
     # Without it, one window after the other is read.
-    without = memory.largest(model, params.model_copy(update={"compensate": False}), 20)
+    without = memory.largest(model, 20, 3, compensated=False)
     assert {use.what: use.size for use in without} == {
         "weights, in float and rounded": 2 * weights,
         "a calibration window": held["states"] + held["logits"],

@@ -140,7 +140,7 @@ SLOW = [
     Case({"expert": 2}, micro_batch=4, steps=2, slow="layers"),
     Case({"tensor": 2}, "qwen3-even", micro_batch=8, steps=2, slow="layers"),
     Case({"pipeline": 2}, micro_batch=2, steps=2, slow="layers"),
-    Case({"shard": 2}, "qwen3", micro_batch=4, steps=2, slow="optimizer", optimizer="muon"),
+    Case({"shard": 2}, "qwen3", micro_batch=4, steps=6, slow="optimizer", optimizer="muon"),
 ]
 # What compiled layers wait for in their middle.
 UNSEEN = Case({"tensor": 2}, "qwen3-even", steps=1, compiled="eager")
