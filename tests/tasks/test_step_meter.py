@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import cast
 
 import odd
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lm import low_rank
 from lm.model import LanguageModel
 from tasks import step_meter
+from tasks.mesh import MeshParams
 from tasks.step_meter import StepMeter, active_in_products
 from tasks.world import Meshes, World
 
@@ -79,10 +81,14 @@ def test_waits_for_a_collective_count_once_and_in_one_thread_alone(
     )
 
 
-def test_on_a_gpu_nobody_knows_how_long_a_model_that_is_cut_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "tensor", "compiled"), [("meta", 1, False), ("cpu", 2, True)])
+def test_where_waits_cannot_be_seen_nobody_knows_how_long_they_are(
+    device: str, tensor: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step_meter, "peak", lambda world: (1e9, "a test"))
-    cut = _Alone(0, 1, torch.device("meta"), "fp32", cast(Meshes, object()))
-    meter = StepMeter(odd.make_grouped(), 1000, cut)
+    meshes = cast(Meshes, SimpleNamespace(layout=MeshParams(tensor=tensor).over(2)))
+    cut = _Alone(0, 2, torch.device(device), "fp32", meshes)
+    meter = StepMeter(odd.make_grouped(), 1000, cut, compiled)
     meter.begin()
     wait = dist.Work.wait
     with meter.seeing_waits(), meter.communicating():
