@@ -83,21 +83,32 @@ def end(ranks: Sequence[BaseProcess], seconds: float = 240.0) -> list[int | None
 def spoil() -> None:
     """Makes the loss not finite wherever training sees one of the windows in the variable ``SPOILT``."""
     from lm.model import LanguageModel
+
+    spoilt, seen, loss = _windows_in("SPOILT"), _last_windows(), LanguageModel.loss
+
+    def spoiling(self: LanguageModel, windows: Any) -> Any:
+        return loss(self, windows) * (float("inf") if self.training and seen & spoilt else 1.0)
+
+    LanguageModel.loss = spoiling  # type: ignore[method-assign]
+
+
+def _windows_in(variable: str) -> set[int]:
+    return set(map(int, filter(None, os.environ[variable].split(","))))
+
+
+def _last_windows() -> set[int]:
+    """Returns what will always hold the windows that were read last."""
     from tasks.shards import WindowReader
 
-    spoilt = set(map(int, os.environ["SPOILT"].split(",")))
-    batch, loss = WindowReader.batch, LanguageModel.loss
-    seen: set[int] = set()
+    batch, seen = WindowReader.batch, set[int]()
 
     def remembered(self: WindowReader, indices: Any) -> Any:
         seen.clear()
         seen.update(indices.tolist())
         return batch(self, indices)
 
-    def spoiling(self: LanguageModel, windows: Any) -> Any:
-        return loss(self, windows) * (float("inf") if self.training and seen & spoilt else 1.0)
-
-    WindowReader.batch, LanguageModel.loss = remembered, spoiling  # type: ignore[method-assign]
+    WindowReader.batch = remembered  # type: ignore[method-assign]
+    return seen
 
 
 def diverge() -> None:
@@ -117,16 +128,8 @@ def diverge() -> None:
 def overflow() -> None:
     """Makes the gradient infinite, and leaves the loss, where training sees one of the windows in ``OVERFLOWS``."""
     from lm.model import LanguageModel
-    from tasks.shards import WindowReader
 
-    chosen = set(filter(None, os.environ["OVERFLOWS"].split(",")))
-    batch, loss = WindowReader.batch, LanguageModel.loss_from
-    seen: set[str] = set()
-
-    def remembered(self: WindowReader, indices: Any) -> Any:
-        seen.clear()
-        seen.update(map(str, indices.tolist()))
-        return batch(self, indices)
+    chosen, seen, loss = _windows_in("OVERFLOWS"), _last_windows(), LanguageModel.loss_from
 
     # Where a pipeline's last stage begins as well.
     def overflowing(self: LanguageModel, *arguments: Any) -> Any:
@@ -136,7 +139,7 @@ def overflow() -> None:
             found.register_hook(lambda gradient: gradient * float("inf"))
         return found
 
-    WindowReader.batch, LanguageModel.loss_from = remembered, overflowing  # type: ignore[method-assign]
+    LanguageModel.loss_from = overflowing  # type: ignore[method-assign]
 
 
 def lose_a_peer_while_joining() -> None:
@@ -157,8 +160,7 @@ def linger() -> None:
 
     from tasks.shards import WindowReader
 
-    lingers = set(map(int, os.environ["LINGERS"].split(",")))
-    batch = WindowReader.batch
+    lingers, batch = _windows_in("LINGERS"), WindowReader.batch
 
     def lingering(self: WindowReader, indices: Any) -> Any:
         if os.environ["RANK"] == "1" and lingers == set(indices.tolist()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import forked
 import meshes
+import one_process
 import pytest
 import tiny
 import torch
@@ -166,7 +167,7 @@ APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
 APART_ON_ANSWERS = Case({}, micro_batch=4, inner_steps=5, answers=True)
 ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SLOW, APART_ON_ANSWERS, *SPOILT]
 ON_FOUR = [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
-_alone = functools.lru_cache(meshes.alone)
+_alone = functools.lru_cache(one_process.alone)
 
 
 def alone(model: str, steps: int = meshes.STEPS, optimizer: str = "adamw", answers: bool = False) -> Result:
@@ -237,22 +238,22 @@ def check_weights(result: Result, expected: Result, leeway: float = 1) -> None:
 
 @pytest.mark.parametrize("case", TWO, ids=name_of)
 def test_two_processes_train_as_one_does(case: Case, two: list[Result]) -> None:
-    check_like(case, two[len(HALVES + RESUMED) + TWO.index(case)])
+    check_like(case, two[ON_TWO.index(case)])
 
 
 @pytest.mark.parametrize("case", FOUR, ids=name_of)
 def test_four_processes_train_as_one_does(case: Case, four: list[Result]) -> None:
-    check_like(case, four[FOUR.index(case)])
+    check_like(case, four[ON_FOUR.index(case)])
 
 
 @pytest.mark.parametrize("number", range(len(RESUMED)))
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(number: int, two: list[Result]) -> None:
-    check_resumed(RESUMED[number], HALVES, two[len(HALVES) + number])
+    check_resumed(RESUMED[number], HALVES, two[ON_TWO.index(RESUMED[number])])
 
 
 @pytest.mark.parametrize("number", range(len(RESUMED_ON_FOUR)))
 def test_a_checkpoint_of_two_axes_goes_on_on_others(number: int, four: list[Result]) -> None:
-    result = four[len(FOUR + WRONG + HALVES_OF_FOUR) + number]
+    result = four[ON_FOUR.index(RESUMED_ON_FOUR[number])]
     check_resumed(RESUMED_ON_FOUR[number], HALVES_OF_FOUR, result)
 
 
@@ -266,18 +267,18 @@ def check_resumed(case: Case, halves: list[Case], result: Result) -> None:
 @pytest.mark.parametrize("case", WRONG, ids=name_of)
 def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None:
     with pytest.raises(AssertionError):
-        check_like(case, four[len(FOUR) + WRONG.index(case)])
+        check_like(case, four[ON_FOUR.index(case)])
 
 
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
-    check_weights(two[len(HALVES + RESUMED + TWO)], meshes.apart(APART, [[0], [1]]))
-    check_weights(four[-1], meshes.apart(APART_AND_CUT, [[0, 1], [2, 3]]))
-    check_weights(two[ON_TWO.index(APART_ON_ANSWERS)], meshes.apart(APART_ON_ANSWERS, [[0], [1]]))
+    check_weights(two[ON_TWO.index(APART)], one_process.apart(APART, [[0], [1]]))
+    check_weights(four[ON_FOUR.index(APART_AND_CUT)], one_process.apart(APART_AND_CUT, [[0, 1], [2, 3]]))
+    check_weights(two[ON_TWO.index(APART_ON_ANSWERS)], one_process.apart(APART_ON_ANSWERS, [[0], [1]]))
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=name_of)
 def test_compiled_layers_train_as_others_do(case: Case, two: list[Result]) -> None:
-    result = two[len(HALVES + RESUMED + TWO) + 1 + COMPILED.index(case)]
+    result = two[ON_TWO.index(case)]
     check_equal(result, alone(case.model))
     # A layer's, in training and in validation, at least.
     assert result.graphs >= 2
@@ -299,21 +300,21 @@ def test_compiled_layers_that_nothing_cuts_have_a_time_for_communication(two: li
 def test_no_process_has_the_logits_of_all_words_or_tokens(two: list[Result]) -> None:
     whole, in_pieces = (case for case in TWO if case.model in ("qwen2", "qwen3-even") and "tensor" in case.mesh)
     words = meshes.MODELS["qwen2"].vocab_size // 2
-    assert two[len(HALVES + RESUMED) + TWO.index(whole)].logits == 4 * meshes.LENGTH * words
-    assert two[len(HALVES + RESUMED) + TWO.index(in_pieces)].logits == 64 // words * words
+    assert two[ON_TWO.index(whole)].logits == 4 * meshes.LENGTH * words
+    assert two[ON_TWO.index(in_pieces)].logits == 64 // words * words
 
 
 @pytest.mark.parametrize("case", [Case({"pipeline": 2}), Case(TIED, "qwen3-deep")], ids=name_of)
 def test_a_pipeline_resumes_to_the_same_bits(case: Case, two: list[Result]) -> None:
-    undisturbed = two[len(HALVES + RESUMED) + TWO.index(case)]
+    undisturbed = two[ON_TWO.index(case)]
     number = next(n for n, half in enumerate(HALVES) if (half.mesh, half.model) == (case.mesh, case.model))
-    resumed = two[len(HALVES) + RESUMED.index(replace(case, resume=number))]
+    resumed = two[ON_TWO.index(replace(case, resume=number))]
     assert resumed.losses == undisturbed.losses[5:]
     assert all(torch.equal(resumed.weights[name], weights) for name, weights in undisturbed.weights.items())
 
 
 def test_a_step_that_one_stage_spoils_is_skipped_by_all(two: list[Result]) -> None:
-    spoilt = two[-1]
+    spoilt = two[ON_TWO.index(SPOILT[0])]
     assert spoilt.skipped == [4, 4]
     check_weights(spoilt, alone("latent", 3))
 
