@@ -23,6 +23,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny project with a float model, for one module, which may change all but that."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny.write_params(folder)
+    tiny.write_shards(folder)
+    code, output = tiny.run("train", folder)
+    assert code == 0, output
+    return folder
+
+
 @pytest.fixture(scope="session")
 def candidate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project with a float and an INT8 model that nothing has measured yet. Nobody changes it; take a copy."""

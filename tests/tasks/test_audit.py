@@ -1,0 +1,331 @@
+"""The audit of a quantized graph finds what was planted, and nothing else."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from lm import hugging_face, onnx_model, per_token
+from lm.calibration import calibrate
+from lm.model import LanguageModel
+from lm.quantization import PLANS
+from lm.rotation import turn_hidden
+from tasks.errors import Refused
+from tasks.quantize.audit import audit, expected_products
+
+PLAN = PLANS["per-token-8"]
+
+
+@pytest.fixture
+def model(trained: Path) -> LanguageModel:
+    return hugging_face.load(trained / "models/float")
+
+
+@pytest.fixture
+def graph(model: LanguageModel, tmp_path: Path) -> Path:
+    onnx_model.export(model, PLAN, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_the_audit_counts_what_the_graph_holds(graph: Path, model: LanguageModel) -> None:
+    found = audit(graph, model, PLAN)
+    expected = expected_products(model, PLAN)
+    assert found.quantized_products == len(expected)
+    assert found.operators[per_token.OPERATOR] == [*expected.values()].count(per_token.OPERATOR)
+    # The expansion of the latents is absorbed by the products around it.
+    absorbed = [name for name, operator in expected.items() if operator == "Cast"]
+    assert absorbed == [f"model.layers.{layer}.self_attn.kv_b_proj.int8" for layer in range(2)]
+    assert found.float_products == ["model.layers.1.mlp.gate.weight"]
+    stored = {weight.name: weight for weight in found.weights}
+    assert stored["model.embed_tokens.int8"].type == "int8"
+    int8 = sum(weight.bytes for weight in found.weights if weight.type == "int8")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "gate.weight" not in name)
+    assert found.bytes_by_type["int8"] == int8 == matrices
+
+
+def _float_of(path: Path, name: str) -> onnx.ModelProto:
+    """The graph with the INT8 product by ``name`` replaced by one in float, as a careless exporter would leave it."""
+    model = onnx.load(path)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    weight = numpy_helper.to_array(tensor).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, f"{name}.float"))
+    node = next(node for node in model.graph.node if name in node.input)
+    node.op_type = "MatMul" if node.op_type == per_token.OPERATOR else node.op_type
+    node.input[list(node.input).index(name)] = f"{name}.float"
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.int8",
+        "model.layers.0.self_attn.q_proj+kv_a_proj_with_mqa.int8",
+        "model.layers.1.mlp.experts.2.down_proj.int8",
+        "model.layers.1.mlp.shared_experts.gate_proj+up_proj.int8",
+    ],
+)
+def test_a_layer_left_float_is_named(name: str, graph: Path, model: LanguageModel) -> None:
+    onnx.save(_float_of(graph, name), graph)
+    told = re.escape(name)
+    operator = per_token.OPERATOR
+    with pytest.raises(Refused, match=rf"{told}\.float is multiplied in float.*{told} is not read by {operator}"):
+        audit(graph, model, PLAN)
+
+
+def test_a_float_embedding_is_named(graph: Path, model: LanguageModel) -> None:
+    planted = onnx.load(graph)
+    name = "model.embed_tokens.int8"
+    tensor = next(tensor for tensor in planted.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), name))
+    onnx.save(planted, graph)
+    with pytest.raises(Refused, match=r"embed_tokens\.int8 is looked up in float"):
+        audit(graph, model, PLAN)
+
+
+def _tensor(planted: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in planted.graph.initializer if tensor.name == name)
+
+
+def _reader(planted: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in planted.graph.node if name in node.input)
+
+
+UP = "model.layers.0.mlp.gate_proj+up_proj"
+_UP = re.escape(UP)
+
+
+def _scale_a_tensor(planted: onnx.ModelProto) -> None:
+    # As quantize_dynamic has it: a token's result depends on its batch.
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    dynamic = onnx.helper.make_node("DynamicQuantizeLinear", [quantize.input[0]], ["whole", "scale", "zero"])
+    planted.graph.node.append(dynamic)
+    product.input[0] = "whole"
+
+
+def _one_constant_scale(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    planted.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "scale_of_all"))
+    quantize.input[1] = "scale_of_all"
+
+
+def _signed_activations(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    point = next(node for node in planted.graph.node if quantize.input[2] in node.output)
+    next(one for one in point.attribute if one.name == "output_dtype").i = onnx.TensorProto.INT8
+
+
+def _another_zero(planted: onnx.ModelProto) -> None:
+    # As a pass would have it that takes the middle of signed 8 bits for that of unsigned ones.
+    planted.graph.initializer.append(numpy_helper.from_array(np.array(127, np.uint8), "another_zero"))
+    _reader(planted, f"{UP}.int8").input[4] = "another_zero"
+
+
+def _a_scale_for_all(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "scale_for_all"))
+    _reader(planted, f"{UP}.int8").input[2] = "scale_for_all"
+
+
+def _unsigned_weight(planted: onnx.ModelProto) -> None:
+    tensor = _tensor(planted, f"{UP}.int8")
+    shifted = (numpy_helper.to_array(tensor).astype(np.int16) + 128).astype(np.uint8)
+    tensor.CopyFrom(numpy_helper.from_array(shifted, tensor.name))
+
+
+def _one_scale(name: str) -> Callable[[onnx.ModelProto], None]:
+    def plant(planted: onnx.ModelProto) -> None:
+        tensor = _tensor(planted, name)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).ravel()[:1], name))
+
+    return plant
+
+
+def _gemm(planted: onnx.ModelProto) -> None:
+    # What the quantizer for MatMulNBits passes over without a word.
+    tensor = _tensor(planted, f"{UP}.int8")
+    weight = numpy_helper.to_array(tensor).astype(np.float32)
+    planted.graph.initializer.append(numpy_helper.from_array(weight, f"{UP}.float"))
+    product = _reader(planted, tensor.name)
+    product.op_type = "Gemm"
+    product.input[1] = f"{UP}.float"
+
+
+def _dequantized(planted: onnx.ModelProto) -> None:
+    # Small on disk, and a product in float all the same.
+    product = _reader(planted, f"{UP}.int8")
+    planted.graph.node.append(onnx.helper.make_node("Cast", [f"{UP}.int8"], ["wide"], to=onnx.TensorProto.FLOAT))
+    product.op_type = "MatMul"
+    product.input[1] = "wide"
+
+
+def _router_in_int8(planted: onnx.ModelProto) -> None:
+    # Excluded by a name that another pass had changed; it chooses other experts then.
+    name = "model.layers.1.mlp.gate.weight"
+    tensor = _tensor(planted, name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), name))
+    _reader(planted, name).op_type = per_token.OPERATOR
+
+
+def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.zeros((4, 32, 32), np.float32), "experts.float"))
+    planted.graph.node.append(onnx.helper.make_node("MatMul", ["hidden", "experts.float"], ["experts"]))
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (_scale_a_tensor, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_one_constant_scale, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_signed_activations, rf"{_UP}\.int8 meets activations without a scale a token in unsigned 8 bits"),
+        (_another_zero, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_a_scale_for_all, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_unsigned_weight, rf"{_UP}\.int8 is not signed, so its product runs 3 times slower"),
+        (_one_scale(f"{UP}.scales"), rf"{_UP}\.scales holds 1 scales, not 96"),
+        (_one_scale("model.embed_tokens.scales"), r"model\.embed_tokens\.scales holds 1 scales, not 257"),
+        (_gemm, rf"{_UP}\.float is multiplied in float.*{_UP}\.int8 is not read by MatMulIntegerToFloat"),
+        (_dequantized, rf"{_UP}\.int8 is not read by MatMulIntegerToFloat"),
+        (_router_in_int8, r"model\.layers\.1\.mlp\.gate\.weight is not read by MatMul"),
+        (_stacked_experts_in_float, r"experts\.float is multiplied in float"),
+    ],
+)
+def test_what_quantizers_do_in_silence_is_refused(
+    plant: Callable[[onnx.ModelProto], None], told: str, graph: Path, model: LanguageModel
+) -> None:
+    planted = onnx.load(graph)
+    plant(planted)
+    onnx.save(planted, graph)
+    with pytest.raises(Refused, match=told):
+        audit(graph, model, PLAN)
+
+
+def test_a_weight_that_is_turned_meets_activations_that_are(model: LanguageModel, tmp_path: Path) -> None:
+    plain, path = copy.deepcopy(model), tmp_path / "model.onnx"
+    onnx_model.export(turn_hidden(model, PLAN), PLAN, path)
+    assert sorted(audit(path, model, PLAN).float_products) == ["model.layers.1.mlp.gate.weight", "turn_16", "turn_48"]
+    with pytest.raises(Refused, match=r"turn_16 is multiplied in float.*\.int8 meets .* turn_48, not nothing"):
+        audit(path, plain, PLAN)
+    # A pass that takes a product for one that changes nothing, because its matrix is orthogonal.
+    planted = onnx.load(path)
+    makers = {name: node for node in planted.graph.node for name in node.output}
+    product = _reader(planted, "turn_48")
+    unturned = makers[product.input[0]].input[0]
+    after = _reader(planted, product.output[0]).output[0]
+    for node in planted.graph.node:
+        node.input[:] = [unturned if name == after else name for name in node.input]
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=r"0\.mlp\.down_proj\.int8 meets activations turned by nothing, not turn_48"):
+        audit(path, model, PLAN)
+
+
+def _scale_a_token(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    planted.graph.node.append(onnx.helper.make_node("Abs", [quantize.input[0]], ["by_token"]))
+    quantize.input[1] = "by_token"
+
+
+def _zero_point_forgotten(planted: onnx.ModelProto) -> None:
+    del _reader(planted, f"{UP}.int8").input[4]
+
+
+def _signed_range(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    planted.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), "signed"))
+    quantize.input[2] = product.input[4] = "signed"
+
+
+@pytest.mark.parametrize(
+    "plant", [_scale_a_tensor, _one_constant_scale, _scale_a_token, _zero_point_forgotten, _signed_range]
+)
+def test_only_the_range_that_was_calibrated_is_right_for_static(
+    plant: Callable[[onnx.ModelProto], None], model: LanguageModel, tmp_path: Path
+) -> None:
+    ids = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
+    plan, path = calibrate(model, PLANS["static-8"], ids), tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    found = audit(path, model, plan)
+    assert found.operators[per_token.OPERATOR] == [*expected_products(model, plan).values()].count(per_token.OPERATOR)
+    assert found.float_products == ["model.layers.1.mlp.gate.weight"]
+    planted = onnx.load(path)
+    plant(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=rf"{_UP}\.int8 meets activations that are not unsigned 8 bits of its calibrated"):
+        audit(path, model, plan)
+
+
+def test_fixed_ranges_are_a_trap_where_no_range_was_asked_for(model: LanguageModel, tmp_path: Path) -> None:
+    ids = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
+    onnx_model.export(model, calibrate(model, PLANS["static-8"], ids), tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=rf"{_UP}\.int8 meets activations without a scale a token"):
+        audit(tmp_path / "model.onnx", model, PLAN)
+
+
+def test_blocks_that_are_multiplied_at_another_level_are_refused(model: LanguageModel, tmp_path: Path) -> None:
+    plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    planted = onnx.load(path)
+    product = _reader(planted, f"{UP}.int8")
+    next(one for one in product.attribute if one.name == "accuracy_level").i = 1
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=rf"{_UP}\.int8 is multiplied at accuracy level 1, not 4"):
+        audit(path, model, plan)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "told"),
+    [
+        ("accuracy_level", 0, "accuracy_level 0, not 4"),
+        ("swiglu_fusion", 2, "swiglu_fusion 2, not 1"),
+        ("activation_alpha", 1.702, r"activation_alpha 1\.70\d+, not 1\.0"),
+        ("normalize_routing_weights", 1, "normalize_routing_weights 1, not 0"),
+    ],
+)
+def test_experts_that_are_multiplied_otherwise_are_refused(
+    attribute: str, value: float, told: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    plan, path = PLANS["blockwise-4"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    found = audit(path, model, plan)
+    assert found.operators["QMoE"] == [*expected_products(model, plan).values()].count("QMoE") / 2 == 1
+    planted = onnx.load(path)
+    node = next(node for node in planted.graph.node if node.op_type == "QMoE")
+    kept = [one for one in node.attribute if one.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=rf"experts\.down_proj\.int4 is multiplied with {told}"):
+        audit(path, model, plan)
+
+
+def test_experts_that_lack_scales_are_refused(model: LanguageModel, tmp_path: Path) -> None:
+    plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    planted = onnx.load(path)
+    _one_scale("model.layers.1.mlp.experts.down_proj.scales")(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=r"mlp\.experts\.down_proj\.scales holds 1 scales, not \d+"):
+        audit(path, model, plan)
+
+
+def test_a_graph_of_another_scheme_is_refused(graph: Path, model: LanguageModel) -> None:
+    with pytest.raises(Refused, match=rf"{_UP}\.int4 is not read by MatMulNBits"):
+        audit(graph, model, PLANS["blockwise-4"])
+
+
+def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLANS["blockwise-8"], in_float=("*.down_proj",))
+    onnx_model.export(model, plan, tmp_path / "model.onnx")
+    found = audit(tmp_path / "model.onnx", model, plan)
+    assert "model.layers.0.mlp.down_proj.weight" in found.float_products
+    with pytest.raises(Refused, match=r"mlp\.down_proj\.weight is multiplied in float"):
+        audit(tmp_path / "model.onnx", model, PLANS["blockwise-8"])
