@@ -4,6 +4,8 @@ bits: LLM-QAT, arXiv 2305.17888).
 The text says one token, the float model how likely each is: more to learn from each window, and nothing to unlearn.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -15,27 +17,35 @@ def teach(student: LanguageModel, teacher: LanguageModel) -> None:
     """Makes ``student.loss`` in training the divergence of its predictions from ``teacher``'s, in place.
 
     That is the mean over all positions of KL(teacher || student) in nats, in fp32; in evaluation the loss stays that of
-    the text. ``teacher`` has to be on the device of ``student``; it is frozen, and no part of it.
+    the text. ``teacher`` has to be on the device of ``student``; it is frozen, and no part of it: copies of ``student``
+    have the same one.
     """
     teacher.requires_grad_(False).eval()
-    of_text = student.loss
+    student.taught = _Taught(teacher)
 
-    def divergence(logits_NV: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            wanted_NV = F.log_softmax(teacher.lm_head(theirs_ND).float(), dim=-1)
-        return F.kl_div(F.log_softmax(logits_NV.float(), dim=-1), wanted_NV, reduction="batchmean", log_target=True)
 
-    def projected(x_BTD: torch.Tensor, theirs_BTD: torch.Tensor) -> torch.Tensor:
-        x_ND, theirs_ND = x_BTD.flatten(0, 1), theirs_BTD.flatten(0, 1)
-        return projected_cross_entropy(student.lm_head, x_ND, theirs_ND, student.config.vocab_size, divergence)
+class _Taught:
+    def __init__(self, teacher: LanguageModel) -> None:
+        self._teacher = teacher
 
-    def loss(windows: torch.Tensor) -> torch.Tensor:
-        if not student.training:
-            return of_text(windows)
+    def __deepcopy__(self, _: dict[int, Any]) -> "_Taught":
+        return self
+
+    def __call__(self, student: LanguageModel, windows: torch.Tensor) -> torch.Tensor:
         windows, learned = (windows, None) if windows.dim() == 2 else windows.unbind(1)
         ids = windows[:, :-1]
         with torch.no_grad():
-            theirs = teacher.model(ids)
+            theirs = self._teacher.model(ids)
+
+        def projected(x_BTD: torch.Tensor, theirs_BTD: torch.Tensor) -> torch.Tensor:
+            x_ND, theirs_ND = x_BTD.flatten(0, 1), theirs_BTD.flatten(0, 1)
+            return projected_cross_entropy(
+                student.lm_head, x_ND, theirs_ND, student.config.vocab_size, self._divergence
+            )
+
         return over_learned(projected, student.model(ids), theirs, None if learned is None else learned[:, 1:])
 
-    student.loss = loss  # type: ignore[method-assign]
+    def _divergence(self, logits_NV: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted_NV = F.log_softmax(self._teacher.lm_head(theirs_ND).float(), dim=-1)
+        return F.kl_div(F.log_softmax(logits_NV.float(), dim=-1), wanted_NV, reduction="batchmean", log_target=True)

@@ -3,7 +3,7 @@
 Its state has the names of Hugging Face's layout, but for the stacked experts and the layers of multi-token prediction.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -102,6 +102,7 @@ class LanguageModel(nn.Module):
         if isinstance(config, LatentConfig):
             self.mtp.extend(FurtherToken(config, depth) for depth in range(config.num_nextn_predict_layers))
         self.mtp_loss_weight = 0.3
+        self.taught: Callable[[LanguageModel, torch.Tensor], torch.Tensor] | None = None
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -113,7 +114,10 @@ class LanguageModel(nn.Module):
         """Returns the mean cross-entropy in nats of predicting ``windows`` [B, T + 1] from their first T tokens.
 
         Of ``windows`` [B, 2, T + 1] the second row says with 1 which tokens count; the others add 0 to the same mean.
+        In training it is what ``taught`` says instead, where :mod:`lm.distillation` has set that.
         """
+        if self.training and self.taught is not None:
+            return self.taught(self, windows)
         ids = windows if windows.dim() == 2 else windows[:, 0]
         return self.loss_from(self.model(ids[:, :-1]), windows)
 

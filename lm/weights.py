@@ -46,6 +46,30 @@ def reads(value: torch.Tensor) -> Read:
     return lambda region: value[region].clone()
 
 
+def taken(model: nn.Module) -> Weights:
+    """Leaves the parameters of ``model`` on ``meta``, in place, and yields the numbers that they had.
+
+    Each is let go when the next one is asked for.
+    """
+    found = dict(model.named_parameters())
+    left = {
+        value: nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+        for value in found.values()
+    }
+    for module in model.modules():
+        for own, value in list(module._parameters.items()):
+            if value is not None:
+                module.register_parameter(own, left[value])
+    left.clear()
+    return _given(found)
+
+
+def _given(found: dict[str, nn.Parameter]) -> Weights:
+    while found:
+        name = next(iter(found))
+        yield name, reads(found.pop(name).detach())
+
+
 def whole_region(shape: Iterable[int]) -> Region:
     return tuple(slice(0, size) for size in shape)
 

@@ -106,7 +106,7 @@ def _held(parameters: Iterable[nn.Parameter], params: TrainingParams) -> int:
     """Returns how many numbers this process has of ``parameters``."""
     found = list(parameters)
     size = sum(whole.local(parameter).numel() for parameter in found)
-    if params.layout is not None and any(parameter.is_meta for parameter in found):
+    if any(parameter.is_meta for parameter in found):
         # They are being laid out.
         return size // (math.prod(params.layout.sizes) // params.layout.replicate)
     return size
@@ -114,7 +114,7 @@ def _held(parameters: Iterable[nn.Parameter], params: TrainingParams) -> int:
 
 def _more_shards(params: TrainingParams, size: float) -> list[str]:
     # Without replicas to take them from it would need more processes.
-    if params.layout is None or params.layout.replicate % 2:
+    if params.layout.replicate % 2:
         return []
     return [f"mesh.shard: {2 * params.layout.shard} makes it {gib(size / 2)}"]
 

@@ -5,14 +5,14 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.exchange_params import ExchangeParams
-from tasks.mesh import Mesh
+from tasks.mesh import Mesh, MeshParams, check_micro_batches
 from tasks.section import Section, operational
 
 
 class TrainingParams(Section):
     """One run of the optimizer over shards."""
 
-    CUT: ClassVar[tuple[str, ...]] = ("world_size", "threads_per_process")
+    CUT: ClassVar[tuple[str, ...]] = ("world_size", "threads_per_process", "mesh")
 
     seed: int = Field(ge=0, lt=2**63)
     steps: int = Field(ge=1)
@@ -36,6 +36,7 @@ class TrainingParams(Section):
     # The order of a sum depends on these two, so they are part of a version's identity.
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
+    mesh: MeshParams = MeshParams()
     # Gradients keep their bits.
     activation_checkpointing: Literal["none", "selective", "full"] = operational()
     checkpoint_every: int = operational(ge=1)
@@ -47,12 +48,12 @@ class TrainingParams(Section):
     @property
     def data_size(self) -> int:
         """Among how many the windows of a step are dealt out."""
-        return self.world_size
+        return self.layout.data
 
     @property
-    def layout(self) -> Mesh | None:
-        """How the processes share the model, None where each has the whole of it."""
-        return None
+    def layout(self) -> Mesh:
+        """How the processes share the model."""
+        return self.mesh.over(self.world_size)
 
     @property
     def exchange(self) -> ExchangeParams:
@@ -72,6 +73,17 @@ class TrainingParams(Section):
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x "
                 f"{dealt_to} {self.data_size}; make it {max(1, self.global_batch // per_pass) * per_pass}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_micro_batches_fit_the_mesh(self) -> Self:
+        mesh = self.layout
+        check_micro_batches(mesh, self.global_batch // (self.micro_batch * mesh.data))
+        if mesh.schedule == "zero-bubble" and mesh.pipeline > 1 and self.activation_checkpointing != "none":
+            raise ValueError(
+                "mesh.pipeline_schedule zero-bubble computes gradients in two passes, and activation_checkpointing "
+                f"{self.activation_checkpointing} keeps nothing for the second; set that to none, or take 1f1b"
             )
         return self
 

@@ -106,6 +106,12 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def from_first(self, value: torch.Tensor) -> torch.Tensor:
+        """Overwrites ``value``, which lies on the CPU, with what the first process has; of a mesh."""
+        assert self.mesh is not None
+        dist.broadcast(value, group=self.mesh.writers, group_src=0)
+        return value
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums ``values`` over all processes that take windows of their own, in place, and over a pipeline's stages.
 

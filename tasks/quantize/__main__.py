@@ -6,9 +6,12 @@ if __name__ == "__main__":
     # Before it takes the time to import torch.
     native.settle()
 
+from lm.hugging_face_config import Unusable, architecture_of
+from lm.hugging_face_files import read_config
 from tasks import paths, stage
-from tasks.errors import BadInput
+from tasks.errors import BadInput, BadParameter
 from tasks.launch import check_device, launch
+from tasks.mesh import check_fits
 from tasks.quantize.params import QuantizeParams
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
@@ -19,11 +22,22 @@ def main() -> None:
     if not any(paths.FLOAT.glob("*.safetensors")):
         raise BadInput(f"{paths.FLOAT / 'model.safetensors'}: no such file. Run the stage 'train' first.")
     check_device("quantize", params)
+    check_mesh(params)
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)
     for split in ("train", "valid"):
         Shards(paths.SHARDS, manifest, split)
     launch("tasks.quantize.worker", params)
+
+
+def check_mesh(params: QuantizeParams) -> None:
+    """Raises :class:`BadParameter` when the float model cannot be cut as ``params`` ask."""
+    try:
+        check_fits(params.layout, architecture_of(read_config(paths.FLOAT)))
+    except Unusable as error:
+        raise BadInput(f"{paths.FLOAT}: {error}. Run the stage 'train' again.") from None
+    except ValueError as error:
+        raise BadParameter(f"{paths.PARAMS}: quantize: {error}.") from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The section ``quantize`` of ``params.yaml``."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lm.hugging_face_files import weight_files
 from tasks import paths
@@ -37,6 +37,20 @@ class QuantizeParams(TrainingParams):
     calibration_windows: int = Field(ge=1)
     # What fine-tuning goes by: the text, or the float model's own predictions.
     objective: Objective = "text"
+
+    @model_validator(mode="after")
+    def _the_mesh_fits(self) -> Self:
+        if self.mesh.tensor > 1:
+            raise ValueError(
+                f"mesh.tensor {self.mesh.tensor} would round parts of products, and the graph rounds whole ones; set "
+                "it to 1, and cut by mesh.shard"
+            )
+        if self.mesh.pipeline > 1 and self.objective == "float":
+            raise ValueError(
+                f"objective float compares whole models, and mesh.pipeline {self.mesh.pipeline} cuts them into stages; "
+                "set it to 1, and cut by mesh.shard, or objective to text"
+            )
+        return self
 
     @property
     def candidates(self) -> tuple[SchemeName, ...]:

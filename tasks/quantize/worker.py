@@ -16,9 +16,12 @@ from lm.hugging_face_files import COMPANIONS
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
 from lm.rotation import rotate, turn_hidden
+from lm.weights import Weights, fill, reads, taken
 from tasks import atomic, heartbeat, inputs, out_of_memory, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.curve import Curve
+from tasks.heartbeat import Heartbeat
+from tasks.parallel.parallelize import Parallel
 from tasks.progress import Progress, progress
 from tasks.quantize import memory
 from tasks.quantize.audit import audit
@@ -34,7 +37,7 @@ COPIED = ("config.json", "tokenizer.json")
 
 def main() -> None:
     params = read_section("quantize", QuantizeParams)
-    with world.joined(params) as here, progress("quantize", here.is_first) as shown:
+    with world.joined(params, params.mesh) as here, progress("quantize", here.is_first) as shown:
         model, plan, found, curve = quantize(params, here, shown)
         if here.is_first:
             write(model.cpu(), plan, found, curve)
@@ -135,12 +138,36 @@ class _Schemes:
             readers = self._read, self._held_out
             with heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat:
                 self._checkpoints.moved = beat.move
-                # Not what it was laid out in, with room for its gradients.
-                curve = train(model, params, *readers, self._checkpoints, here, self._shown, "quantize", beat).curve
+                curve = fine_tuned(model, params, readers, self._checkpoints, here, self._shown, beat)
                 # Who has no checkpoint to write says as long as the first does that it lives.
                 here.lowest(0)
             trials.append(self.measure.trial(name, "fine-tuning", model))
         return Attempt(model, plan, plain, curve, tuple(trials))
+
+
+def fine_tuned(
+    model: LanguageModel,
+    params: QuantizeParams,
+    readers: tuple[WindowReader, WindowReader],
+    checkpoints: Checkpoints,
+    here: World,
+    shown: Progress,
+    beat: Heartbeat,
+) -> Curve:
+    """Trains the rounded ``model`` in place, whole in every process before and behind that; returns the curve."""
+    weights = None if here.mesh is None else taken(model)
+    run = train(model, params, *readers, checkpoints, here, shown, "quantize", beat, weights=weights)
+    if here.mesh is not None:
+        # Each process measures it on windows of its own.
+        fill(model, in_every_process(run.parallel, model, here))
+    return run.curve
+
+
+def in_every_process(parallel: Parallel, model: LanguageModel, here: World) -> Weights:
+    """Yields the weights and buffers of ``model``, which ``parallel`` has, one whole tensor at a time."""
+    for name, shape in [(name, value.shape) for name, value in model.state_dict().items()]:
+        value = parallel.whole(name)
+        yield name, reads(here.from_first(value if here.is_first else torch.empty(shape)))
 
 
 def calibration_windows(windows: WindowReader, params: QuantizeParams, here: World) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The section ``train`` of ``params.yaml``."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ from lm.config import Architecture, LatentArchitecture
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
-from tasks.mesh import Mesh, MeshParams, check_fits, check_micro_batches, check_tokens
+from tasks.mesh import check_fits, check_tokens
 from tasks.section import Section, validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
@@ -47,13 +47,10 @@ class LoraParams(Section):
 class TrainParams(TrainingParams):
     """Training from scratch, or on from the model that ``init`` names."""
 
-    CUT: ClassVar[tuple[str, ...]] = (*TrainingParams.CUT, "mesh")
-
     init: str = Field(default=init.SCRATCH, min_length=1)
     seq_len: int = Field(ge=2)
     # None: that of the model that training starts from.
     model: Annotated[Architecture, Field(discriminator="model_type")] | None
-    mesh: MeshParams
     compression: Compression = "none"
     compression_rank: int = Field(default=4, ge=1)
     diloco: DilocoParams = DilocoParams()
@@ -63,14 +60,6 @@ class TrainParams(TrainingParams):
     mtp_loss_weight: float = Field(default=0.3, ge=0)
     # None: all weights are trained.
     lora: LoraParams | None = None
-
-    @property
-    def data_size(self) -> int:
-        return self.layout.data
-
-    @property
-    def layout(self) -> Mesh:
-        return self.mesh.over(self.world_size)
 
     @property
     def exchange(self) -> ExchangeParams:
@@ -207,15 +196,8 @@ class TrainParams(TrainingParams):
         return self
 
     @model_validator(mode="after")
-    def _the_micro_batches_fit_the_mesh(self) -> Self:
-        mesh = self.layout
-        check_tokens(mesh, self.seq_len)
-        check_micro_batches(mesh, self.global_batch // (self.micro_batch * mesh.data))
-        if mesh.schedule == "zero-bubble" and mesh.pipeline > 1 and self.activation_checkpointing != "none":
-            raise ValueError(
-                "mesh.pipeline_schedule zero-bubble computes gradients in two passes, and activation_checkpointing "
-                f"{self.activation_checkpointing} keeps nothing for the second; set that to none, or take 1f1b"
-            )
+    def _the_windows_fit_the_mesh(self) -> Self:
+        check_tokens(self.layout, self.seq_len)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Quantization: schemes are tried, measured and kept by what they lose, and the stage resumes like training does."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -262,8 +263,9 @@ def test_while_the_last_checkpoint_is_written_nobody_is_taken_for_gone(tmp_path:
     )
 
 
-def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path) -> None:
-    tiny.write_params(trained)
+@pytest.mark.parametrize("shard", [1, 2])
+def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: int) -> None:
+    tiny.write_params(trained, quantize__mesh={"shard": shard})
     # As a model has it that was taught to converse.
     (trained / "models/float/chat_template.jinja").write_text(tiny.CHATML)
     code, output = tiny.run("quantize", trained)
@@ -274,8 +276,7 @@ def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path) -> None:
     report = json.loads(expected["audit.json"])
     assert report["quantized_share_of_bytes"] > 0.5
 
-    for path in trained.glob(".overnight/checkpoints/quantize/*/*"):
-        path.unlink()
+    shutil.rmtree(trained / ".overnight/checkpoints/quantize")
     process = tiny.stage("quantize", trained)
     deadline = time.monotonic() + 120
     while not list(trained.glob(".overnight/checkpoints/quantize/*/*.pt")):
