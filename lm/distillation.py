@@ -21,21 +21,23 @@ def teach(student: LanguageModel, teacher: LanguageModel) -> None:
     have the same one.
     """
     teacher.requires_grad_(False).eval()
-    student.taught = _Taught(teacher)
+    student.taught = Taught(teacher)
 
 
-class _Taught:
+class Taught:
+    """The loss of a student that has this ``teacher``."""
+
     def __init__(self, teacher: LanguageModel) -> None:
-        self._teacher = teacher
+        self.teacher = teacher
 
-    def __deepcopy__(self, _: dict[int, Any]) -> "_Taught":
+    def __deepcopy__(self, _: dict[int, Any]) -> "Taught":
         return self
 
     def __call__(self, student: LanguageModel, windows: torch.Tensor) -> torch.Tensor:
         windows, learned = (windows, None) if windows.dim() == 2 else windows.unbind(1)
         ids = windows[:, :-1]
         with torch.no_grad():
-            theirs = self._teacher.model(ids)
+            theirs = self.teacher.model(ids)
 
         def projected(x_BTD: torch.Tensor, theirs_BTD: torch.Tensor) -> torch.Tensor:
             x_ND, theirs_ND = x_BTD.flatten(0, 1), theirs_BTD.flatten(0, 1)
@@ -47,5 +49,5 @@ class _Taught:
 
     def _divergence(self, logits_NV: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            wanted_NV = F.log_softmax(self._teacher.lm_head(theirs_ND).float(), dim=-1)
+            wanted_NV = F.log_softmax(self.teacher.lm_head(theirs_ND).float(), dim=-1)
         return F.kl_div(F.log_softmax(logits_NV.float(), dim=-1), wanted_NV, reduction="batchmean", log_target=True)

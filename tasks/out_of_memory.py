@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lm.config import GroupedConfig, GroupedMixtureConfig
+from lm.distillation import Taught
 from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.loss import logits_held
@@ -79,6 +80,7 @@ def largest(model: LanguageModel, params: TrainingParams, length: int, precision
             _optimizer(model, params),
             _activations(model, params, length, precision),
             _logits(model, params, length, precision),
+            *_teacher(model),
         ],
         key=lambda use: -use.size,
     )
@@ -182,6 +184,13 @@ def _logits(model: LanguageModel, params: TrainingParams, length: int, precision
     if of_a_window >= most:
         return Use("logits", size, "whatever micro_batch is")
     return Use("logits", size, _fewer_windows(params, params.micro_batch * of_a_window * bytes_each, size))
+
+
+def _teacher(model: LanguageModel) -> list[Use]:
+    if not isinstance(model.taught, Taught):
+        return []
+    size = 4 * sum(parameter.numel() for parameter in model.taught.teacher.parameters())
+    return [Use("the float model that teaches", size, "objective: text needs none")]
 
 
 def _fewer_windows(params: TrainingParams, size: float, most: float = math.inf) -> str:

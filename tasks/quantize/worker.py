@@ -135,6 +135,9 @@ class _Schemes:
         if SCHEMES[name].fine_tuned:
             if params.objective == "float":
                 teach(model, self._original)
+            else:
+                # Nobody asks it before the next trial, and a GPU's memory is what fine-tuning is short of.
+                self._original.cpu()
             readers = self._read, self._held_out
             with heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat:
                 self._checkpoints.moved = beat.move

@@ -7,7 +7,7 @@ import torch
 from odd import make_grouped, make_model
 
 from lm import loss
-from lm.distillation import teach
+from lm.distillation import Taught, teach
 from lm.model import LanguageModel
 from lm.quantization import PLANS, prepare
 
@@ -72,9 +72,12 @@ def test_logits_come_in_pieces_where_they_are_many(windows: torch.Tensor, monkey
         torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-4)
 
 
-def test_the_teacher_is_no_part_of_what_is_trained() -> None:
+def test_the_teacher_is_no_part_of_what_is_trained_nor_copied_with_it() -> None:
     student, teacher = _pair()
     names = list(student.state_dict())
     teach(student, teacher)
     assert list(student.state_dict()) == names
+    copied = copy.deepcopy(student).taught
+    assert isinstance(copied, Taught)
+    assert copied.teacher is teacher
     assert not any(value.requires_grad for value in teacher.parameters())

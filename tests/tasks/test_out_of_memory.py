@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lm import compensation, low_rank
+from lm.distillation import teach
 from lm.model import LanguageModel
 from lm.quantization import PLANS
 from lm.weights import on_meta
@@ -77,6 +78,15 @@ def test_what_lora_leaves_as_it_is_has_neither_gradients_nor_moments(project: Pa
     assert sizes["weights and their gradients"] == 4 * (whole + factors) + 4 * factors
     assert sizes["state of the optimizer"] == 8 * factors
     assert "muon" not in " ".join(use.cure for use in largest(model, params, 16, "fp32"))
+
+
+def test_a_float_model_that_teaches_is_counted(project: Path) -> None:
+    model, teacher = odd.make_model(), odd.make_model()
+    assert "teaches" not in message(params_with(project), model, length=1)
+    teach(model, teacher)
+    (found,) = (use for use in largest(model, params_with(project), 1, "fp32") if "teaches" in use.what)
+    assert found.size == 4 * sum(value.numel() for value in teacher.parameters())
+    assert "objective: text" in found.cure
 
 
 def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None:
