@@ -56,7 +56,8 @@ def launch(module: str, params: TrainingParams) -> None:
     """
     os.environ.update(worker_environment(params.threads_per_process))
     if params.device == "cpu":
-        importlib.import_module(module)
+        with stage.importing():
+            importlib.import_module(module)
         start: type[BaseProcess] = multiprocessing.get_context("fork").Process
     else:
         start = multiprocessing.get_context("spawn").Process

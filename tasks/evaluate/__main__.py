@@ -1,9 +1,15 @@
 """``python -m tasks.evaluate``: measures float, INT8 and the champion on the test split, beside two baselines."""
 
+from tasks import stage
+
+if __name__ == "__main__":
+    # Before it takes the time to import torch.
+    stage.begin()
+
 from tokenizers import Tokenizer
 
 from lm import hugging_face
-from tasks import atomic, native, paths, stage
+from tasks import atomic, native, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
 from tasks.evaluate import baselines, champion, gate, report, texts

@@ -1,14 +1,15 @@
 """``python -m tasks.quantize``: checks everything that can be checked, then starts the fine-tuning processes."""
 
-from tasks import native
+from tasks import native, stage
 
 if __name__ == "__main__":
     # Before it takes the time to import torch.
     native.settle()
+    stage.begin()
 
 from lm.hugging_face_config import Unusable, architecture_of
 from lm.hugging_face_files import read_config
-from tasks import paths, stage
+from tasks import paths
 from tasks.errors import BadInput, BadParameter
 from tasks.launch import check_device, launch
 from tasks.mesh import check_fits

@@ -3,13 +3,14 @@
 import os
 import sys
 
-from tasks import native
+from tasks import native, stage
 
 if __name__ == "__main__":
     # Before it takes the time to import torch.
     native.settle()
+    stage.begin()
 
-from tasks import compiled, paths, stage
+from tasks import compiled, paths
 from tasks.errors import BadInput
 from tasks.launch import check_device, launch
 from tasks.section import read_section

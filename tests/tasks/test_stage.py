@@ -1,6 +1,7 @@
 """The frame of every stage: which fault ends with which exit code, and in how many words."""
 
 import errno
+import gc
 
 import pytest
 
@@ -15,6 +16,18 @@ def ends(capsys: pytest.CaptureFixture[str], error: Exception) -> tuple[object, 
     with pytest.raises(SystemExit) as caught:
         stage.run(fail)
     return caught.value.code, capsys.readouterr().err
+
+
+def test_garbage_is_collected_again_when_the_imports_are_done() -> None:
+    def collects() -> None:
+        assert gc.isenabled()
+
+    stage.begin()
+    assert not gc.isenabled()
+    stage.run(collects)
+    with stage.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(
