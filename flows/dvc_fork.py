@@ -6,7 +6,6 @@ ends with the flow, which has the other end of its socket.
 """
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import IO, Any, NoReturn
 
 from flows import supervise
 from flows.process import Child, Supervisor
+from tasks import stage
 
 PREFIX = (sys.executable, "-m", "dvc")
 REMOTELY = (sys.executable, "-m", "flows.remotely")
@@ -153,14 +153,13 @@ def serve(descriptor: int) -> None:
 
 
 def _import() -> None:
-    for name in _MODULES:
-        importlib.import_module(name)
-    from dvc.cli import parser
-
-    parser.get_main_parser()
-    gc.collect()
     # No fork looks through what was there before it, which would copy all of that.
-    gc.freeze()
+    with stage.importing():
+        for name in _MODULES:
+            importlib.import_module(name)
+        from dvc.cli import parser
+
+        parser.get_main_parser()
 
 
 def _supervise(request: Mapping[str, Any], alive: int, tell: int, output: int, *kept: int) -> None:
