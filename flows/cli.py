@@ -1,6 +1,5 @@
 """The command ``overnight``. Each command imports what it needs when it runs, so that ``--help`` is quick."""
 
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@app.callback()
-def begin() -> None:
-    # Prefect and DVC make hundreds of thousands of objects that stay: to look for garbage among them again and again
-    # is a fifth of the time that importing them takes.
-    gc.set_threshold(100_000, 50, 100)
 
 
 @contextmanager

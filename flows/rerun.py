@@ -12,6 +12,7 @@ from flows.git import commit_of, is_ancestor
 from flows.terminal import speaker
 from flows.termination import sigterm_raises
 from tasks.errors import UserMistake
+from tasks.stage import importing
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _WELL = ("completed", "unchanged", "skipped")
@@ -71,11 +72,12 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
     # The night itself takes the lock; the server's supervisor needs no part in it.
     nothing = os.open(os.devnull, os.O_RDONLY)
     with sigterm_raises(), server.serve(root, nothing) as serving:
-        # Importing Prefect takes a second, in which the server starts.
-        from flows import flow_runs
-        from flows.nightly import nightly
+        with importing():
+            # Importing Prefect takes a second, in which the server starts.
+            from flows import flow_runs
+            from flows.nightly import nightly
 
-        flow_runs.import_ahead()
+            flow_runs.import_ahead()
         serving.wait()
         if chosen.flow_run is None or not flow_runs.is_known(chosen.flow_run):
             raise UserMistake(

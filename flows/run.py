@@ -19,6 +19,7 @@ from flows.watch import All, StageRun
 from tasks import paths
 from tasks.errors import EXIT_USER_MISTAKE
 from tasks.params import Params
+from tasks.stage import importing
 
 EXIT_FAILED = 1
 _LAST_LINES = 15
@@ -78,16 +79,17 @@ def _run(
     err: Console,
 ) -> int:
     started = time.monotonic()
-    # Importing it imports Prefect, which must wait for the server's settings.
-    from flows import flow_runs
-    from flows.overnight import make_flow
+    with importing():
+        # It imports Prefect, which must wait for the server's settings.
+        from flows import flow_runs
+        from flows.overnight import make_flow
 
+        flow_runs.import_ahead()
     terminal = Terminal(err)
     known = {"from_stage": request.from_stage, "force": request.force}
     digest = hashlib.sha256((site.root / paths.PARAMS).read_bytes()).hexdigest()
     with runs.attempt(site.root, site.run, **known, params=digest) as kept:
         flow = make_flow(site, graph, params, All(record, kept, terminal), kept)
-        flow_runs.import_ahead()
         serving.wait()
         if not err.is_terminal:
             terminal.say(f"run {site.run} {'goes on' if request.again else 'starts'} in {site.root}")

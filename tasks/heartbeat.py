@@ -26,9 +26,17 @@ from tasks.errors import EXIT_TRY_AGAIN
 from tasks.parallel import traffic
 
 # What comes before the steps, what each of them consists of, and what comes after them, in this order.
-Part = Literal["the start", "the gradients", "the agreement", "the validation", "the checkpoint", "the model's writing"]
+Part = Literal[
+    "the start",
+    "the gradients",
+    "the agreement",
+    "the validation",
+    "the checkpoint",
+    "the model's gathering",
+    "the model's writing",
+]
 _PARTS: tuple[Part, ...] = get_args(Part)
-_OF_NO_STEP: tuple[Part, ...] = ("the start", "the model's writing")
+_OF_NO_STEP: tuple[Part, ...] = ("the start", "the model's gathering", "the model's writing")
 _PREFIX = "overnight/heartbeat"
 _SECONDS_TO_TELL = 2.0
 

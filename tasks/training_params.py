@@ -36,7 +36,7 @@ class TrainingParams(Section):
     # The order of a sum depends on these two, so they are part of a version's identity.
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
-    mesh: MeshParams = MeshParams()
+    mesh: MeshParams
     # Gradients keep their bits.
     activation_checkpointing: Literal["none", "selective", "full"] = operational()
     checkpoint_every: int = operational(ge=1)

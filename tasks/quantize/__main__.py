@@ -7,6 +7,7 @@ if __name__ == "__main__":
     native.settle()
     stage.begin()
 
+from lm.config import LatentArchitecture
 from lm.hugging_face_config import Unusable, architecture_of
 from lm.hugging_face_files import read_config
 from tasks import paths
@@ -34,7 +35,11 @@ def main() -> None:
 def check_mesh(params: QuantizeParams) -> None:
     """Raises :class:`BadParameter` when the float model cannot be cut as ``params`` ask."""
     try:
-        check_fits(params.layout, architecture_of(read_config(paths.FLOAT)))
+        architecture = architecture_of(read_config(paths.FLOAT))
+        if isinstance(architecture, LatentArchitecture):
+            # What predicts further tokens is for training alone.
+            architecture = architecture.model_copy(update={"num_nextn_predict_layers": 0})
+        check_fits(params.layout, architecture)
     except Unusable as error:
         raise BadInput(f"{paths.FLOAT}: {error}. Run the stage 'train' again.") from None
     except ValueError as error:

@@ -144,6 +144,7 @@ class _Schemes:
                 curve = fine_tuned(model, params, readers, self._checkpoints, here, self._shown, beat)
                 # Who has no checkpoint to write says as long as the first does that it lives.
                 here.lowest(0)
+            model.taught = None
             trials.append(self.measure.trial(name, "fine-tuning", model))
         return Attempt(model, plan, plain, curve, tuple(trials))
 
@@ -162,13 +163,20 @@ def fine_tuned(
     run = train(model, params, *readers, checkpoints, here, shown, "quantize", beat, weights=weights)
     if here.mesh is not None:
         # Each process measures it on windows of its own.
-        fill(model, in_every_process(run.parallel, model, here))
-    return run.curve
+        beat.at(params.steps, "the model's gathering")
+        fill(model, beat.along(in_every_process(run.parallel, model, here)))
+    curve = run.curve
+    # What it was laid out in is in circles, and would lie beside the whole model until Python looks for them.
+    del run
+    gc.collect()
+    return curve
 
 
 def in_every_process(parallel: Parallel, model: LanguageModel, here: World) -> Weights:
     """Yields the weights and buffers of ``model``, which ``parallel`` has, one whole tensor at a time."""
-    for name, shape in [(name, value.shape) for name, value in model.state_dict().items()]:
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name not in tied}
+    for name, shape in shapes.items():
         value = parallel.whole(name)
         yield name, reads(here.from_first(value if here.is_first else torch.empty(shape)))
 

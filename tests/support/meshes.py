@@ -202,7 +202,7 @@ def params_of(case: Case, world_size: int) -> Params:
         validate_every=5, validation_windows=5, device="cpu", precision="fp32", world_size=world_size,
         threads_per_process=1, checkpoint_every=5, optimizer=case.optimizer, muon_learning_rate=0.02, schedule="cosine",
         decay_fraction=0.2, activation_checkpointing=case.recomputed, inner_steps=case.inner_steps,
-        compiled=case.compiled,
+        compiled=case.compiled, mesh=MeshParams(),
     )  # fmt: skip
 
 

@@ -10,9 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from meshes import MODELS
 from onnx import numpy_helper
 
 from lm import hugging_face
+from tasks.quantize.__main__ import check_mesh
+from tasks.quantize.params import QuantizeParams
+from tasks.section import read_section
 
 
 class Made(NamedTuple):
@@ -75,6 +79,14 @@ def test_fine_tuning_on_a_mesh_is_that_of_replicas(
             assert (found.stored[name] != value).mean() < 0.01, name
         elif not name.endswith(".sums"):
             np.testing.assert_allclose(found.stored[name], value, atol=1e-4, rtol=1e-3, err_msg=name)
+
+
+def test_layers_that_only_training_has_do_not_stand_in_the_way(project: Path) -> None:
+    tiny.write_params(project, quantize__mesh={"pipeline": 2, "pipeline_schedule": "zero-bubble"})
+    (project / "models/float").mkdir(parents=True)
+    config = hugging_face.config_to_json(MODELS["latent-deep"])
+    (project / "models/float/config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    check_mesh(read_section("quantize", QuantizeParams))
 
 
 @pytest.mark.parametrize(

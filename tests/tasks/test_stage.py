@@ -28,6 +28,7 @@ def test_garbage_is_collected_again_when_the_imports_are_done() -> None:
     with stage.importing():
         assert not gc.isenabled()
     assert gc.isenabled()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
