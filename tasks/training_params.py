@@ -33,7 +33,7 @@ class TrainingParams(Section):
     validation_windows: int = Field(ge=1)
     device: Literal["cpu", "cuda"]
     precision: Literal["auto", "bf16", "fp16", "fp32"]
-    # The order of a sum depends on these two, so they are part of a version's identity.
+    # The order of a sum depends on these three, so they are part of a version's identity.
     world_size: int = Field(ge=1, le=4096)
     threads_per_process: int = Field(ge=1, le=1024)
     mesh: MeshParams

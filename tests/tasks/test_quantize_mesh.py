@@ -1,4 +1,4 @@
-"""Fine-tuning with roundings where a mesh cuts the model: what replicas of the whole model come to, and less memory."""
+"""Fine-tuning with roundings where a mesh cuts the model: what replicas of the whole model come to."""
 
 import csv
 import json

@@ -24,26 +24,16 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    tiny.write_params(folder)
-    tiny.write_shards(folder)
-    code, output = tiny.run("train", folder)
-    assert code == 0, output
-    return folder
-
-
-def test_the_loss_falls_and_the_reports_tell_it(undisturbed: Path) -> None:
-    curve = (undisturbed / "models/curve.csv").read_text().split()
+def test_the_loss_falls_and_the_reports_tell_it(trained: Path) -> None:
+    curve = (trained / "models/curve.csv").read_text().split()
     rows = [dict(zip(curve[0].split(","), map(float, row.split(",")), strict=True)) for row in curve[1:]]
     assert [row["step"] for row in rows] == [4, 8, 12]
     assert rows[-1]["valid_loss"] < rows[0]["valid_loss"] < 5.6
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    report = json.loads((undisturbed / "models/train.json").read_text())
+    report = json.loads((trained / "models/train.json").read_text())
     assert report["tokens"] == 12 * 8 * 16
     assert report["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], abs=1e-4)
-    model = hugging_face.load(undisturbed / "models/float")
+    model = hugging_face.load(trained / "models/float")
     assert report["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert report["active_parameters"] < report["parameters"]
 
@@ -54,10 +44,10 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_each_step_is_told_outside_the_version(undisturbed: Path) -> None:
-    steps = steps_of(undisturbed)
+def test_each_step_is_told_outside_the_version(trained: Path) -> None:
+    steps = steps_of(trained)
     assert [step["step"] for step in steps] == list(range(1, 13))
-    rows = [row.split(",") for row in (undisturbed / "models/curve.csv").read_text().split()[1:]]
+    rows = [row.split(",") for row in (trained / "models/curve.csv").read_text().split()[1:]]
     for row, last in zip(rows, (4, 8, 12), strict=True):
         assert float(row[1]) == pytest.approx(steps[last - 1]["learning_rate"], rel=1e-4)
         assert float(row[2]) == pytest.approx(sum(step["loss"] for step in steps[last - 4 : last]) / 4, rel=1e-4)
@@ -70,17 +60,17 @@ def test_each_step_is_told_outside_the_version(undisturbed: Path) -> None:
         assert step["expert_load"][0] >= 1
 
 
-def test_speed_is_measured_outside_the_version(undisturbed: Path) -> None:
-    measured = json.loads((undisturbed / ".overnight/measurements/train.json").read_text())
+def test_speed_is_measured_outside_the_version(trained: Path) -> None:
+    measured = json.loads((trained / ".overnight/measurements/train.json").read_text())
     assert measured["tokens_per_second"] > 0
     assert 0 < measured["share_of_time_waiting_for_data"] < 1
     assert 0 < measured["share_of_time_communicating"] < 1
     assert 0 < measured["mfu"] < 1
     assert measured["peak_is"].endswith("product measured here")
-    assert not {"tokens_per_second", "seconds"} & json.loads((undisturbed / "models/train.json").read_text()).keys()
+    assert not {"tokens_per_second", "seconds"} & json.loads((trained / "models/train.json").read_text()).keys()
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project: Path, undisturbed: Path) -> None:
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project: Path, trained: Path) -> None:
     # Kills as soon as the second checkpoint lies there, somewhere in the steps that follow.
     process = tiny.stage("train", project)
     deadline = time.monotonic() + 120
@@ -100,7 +90,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project
     assert first["done"] > 4, "it began again from the start"
     assert {"grad_norm", "tokens_per_second", "mfu", "waiting_for_data"} <= first["numbers"].keys()
     assert [step["step"] for step in steps_of(project)] == list(range(1, 13))
-    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
+    assert tiny.files_of(project / "models") == tiny.files_of(trained / "models")
 
 
 def test_no_worker_outlives_a_killed_launcher(project: Path) -> None:
@@ -119,7 +109,7 @@ def test_no_worker_outlives_a_killed_launcher(project: Path) -> None:
     assert not any(map(alive, left))
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(project: Path, undisturbed: Path) -> None:
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(project: Path, trained: Path) -> None:
     assert tiny.run("train", project)[0] == 0
     newest = max(project.glob(".overnight/checkpoints/train/*/*.pt"))
     content = bytearray(newest.read_bytes())
@@ -128,7 +118,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(project: Path, 
     code, output = tiny.run("train", project)
     assert code == 0, output
     assert f"{newest.name}: damaged checkpoint" in output
-    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
+    assert tiny.files_of(project / "models") == tiny.files_of(trained / "models")
 
 
 def test_checkpoints_of_other_inputs_are_not_continued(project: Path) -> None:
@@ -237,8 +227,8 @@ def test_muon_trains_and_resumes_to_the_same_bytes(project: Path) -> None:
     assert tiny.files_of(project / "models") == expected
 
 
-def test_activation_checkpointing_changes_no_byte(project: Path, undisturbed: Path) -> None:
+def test_activation_checkpointing_changes_no_byte(project: Path, trained: Path) -> None:
     tiny.write_params(project, train__activation_checkpointing="selective")
     code, output = tiny.run("train", project)
     assert code == 0, output
-    assert tiny.files_of(project / "models") == tiny.files_of(undisturbed / "models")
+    assert tiny.files_of(project / "models") == tiny.files_of(trained / "models")
