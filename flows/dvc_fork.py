@@ -134,7 +134,7 @@ class _Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int) -> NoReturn:
     """Forks a DVC command for each request that comes through the socket ``descriptor``, until its other end closes."""
     _import()
     # The kernel forgets the forks that have ended.
@@ -143,7 +143,8 @@ def serve(descriptor: int) -> None:
     while True:
         message, descriptors, _, _ = socket.recv_fds(commands, _MOST_BYTES, _MOST_DESCRIPTORS)
         if not message:
-            return
+            # At once: taking down all that was imported would outlive the flow by a tenth of a second.
+            os._exit(0)
         if os.fork() == 0:
             commands.close()
             os.setsid()

@@ -12,7 +12,7 @@ import command
 import psutil
 import publishing
 import pytest
-from processes import within
+from processes import left_within, within
 from publishing import Clone
 from ruamel.yaml import YAML
 from versioned import Versioned, make
@@ -131,7 +131,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     subprocess.run(["git", "init", "-q"], cwd=root, env=made.environment(), check=True)
     made.dvc("init", "-q")
     yield made
-    left = made.processes()
+    left = left_within(root)
     for process in left:
         process.kill()
     assert not left, f"left behind: {left}"

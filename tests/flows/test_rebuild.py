@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import page
 import pytest
 import tiny
-from processes import within
+from processes import left_within
 from ruamel.yaml import YAML
 
 from flows import virtual_environment
@@ -160,7 +160,7 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
     assert said.code == 0, said.err
     assert report.read_text().split()[::2] == ["measure"]
     assert certificate(versioned).attempts == 2
-    assert not within(versioned.root)
+    assert not left_within(versioned.root)
 
 
 def test_a_failing_stage_says_why(versioned: "Versioned") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import alive
+from processes import alive, left_within
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -203,7 +203,7 @@ def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Pr
         time.sleep(0.05)
     _, err = following.communicate(timeout=120)
     assert (following.returncode, nightly.ran()) == (0, ["second", "third"]), err
-    assert nightly.processes() == []
+    assert left_within(nightly.root) == []
 
 
 def test_a_source_that_is_gone_fails_collect_and_nothing_else_starts(nightly: "Project") -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import psutil
 import pytest
 from chain import Chain, Ended, seconds_of_stages
 from lay_out import lay_out
+from processes import left_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,7 @@ def _undisturbed(chain: Chain) -> Reference:
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
     yield
-    # What has been told to end may still be at it where cores are few.
-    _, left = psutil.wait_procs(Chain(tmp_path, tmp_path).processes(), timeout=5)
+    left = left_within(tmp_path)
     for process in left:
         process.kill()
     assert not left, f"left behind: {left}"
