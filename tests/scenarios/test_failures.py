@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_is_told_and_with_room_the_run_is_finished(
 def test_a_dvc_command_that_holds_the_lock_is_waited_for_and_changed_parameters_are_told(
     finished: Chain, server: str
 ) -> None:
-    undisturbed = finished.copy(finished.root.with_name("undisturbed"))
+    undisturbed = finished.at(server).copy(finished.root.with_name("undisturbed"))
     undisturbed.set("card.contact", "somebody else")
     assert undisturbed.overnight("run").code == 0
 

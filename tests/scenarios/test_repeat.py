@@ -15,8 +15,8 @@ def test_a_first_run_runs_every_stage(reference: "Reference") -> None:
     assert reference.ended.outcomes() == dict.fromkeys(["collect", *STAGES], "ran")
 
 
-def test_a_second_run_runs_no_stage(finished: Chain, reference: "Reference") -> None:
-    again = finished.overnight("run")
+def test_a_second_run_runs_no_stage(finished: Chain, server: str, reference: "Reference") -> None:
+    again = finished.at(server).overnight("run")
     assert again.code == 0, again.err
     assert again.outcomes() == dict.fromkeys(["collect", *STAGES], "cached")
     # Each command writes a log: but for collecting none was started.
