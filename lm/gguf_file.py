@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType, TokenType
 
 from lm.config import ModelConfig
 from lm.gguf_metadata import config_from
-from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
+from lm.gguf_tensors import EXPANDED, Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import Vocabulary, tokenizer_json
 from lm.hugging_face import layout_to_state
 from lm.model import LanguageModel
@@ -60,7 +60,7 @@ def _load(path: Path) -> Loaded:
         tied="output.weight" not in there,
         factors=None if factors is None else _dequantized(factors),
     )
-    wanted = parts(config)
+    wanted = parts(config, expanded=f"blk.0.{EXPANDED}.weight" in there)
     check_names({name for part in wanted for name in part.names}, there)
     layout = {}
     for part in wanted:

@@ -147,6 +147,10 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
     kind = kinds.get(family, GroupedConfig)
     if each := [key for key in _KEYS[kind] if isinstance(said.get(key), list)]:
         raise Unfit(f"its {each[0]} has a number for each layer; a model with one for all alone can be read")
+    if kind is LatentConfig:
+        # Until April 2025 llama.cpp had keys and values of a latent model expanded, and no other lengths of them.
+        older = {f"{key}_mla": said[key] for key in ("attention.key_length", "attention.value_length") if key in said}
+        said = {**older, **said}
     for key in ("embedding_length", "attention.head_count"):
         _check_number(said, family, key)
     values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in _KEYS[kind].items()}

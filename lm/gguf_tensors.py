@@ -17,6 +17,7 @@ from lm.config import GroupedMixtureConfig, GroupedShape, LatentConfig, Llama3Sc
 
 Array = npt.NDArray[np.float32]
 Change = Callable[[Sequence[Array]], list[Array]]
+EXPANDED = "attn_kv_b"
 
 
 class Unfit(ValueError):
@@ -35,14 +36,18 @@ class Part:
     in_float: tuple[str, ...] = ()
 
 
-def parts(config: ModelConfig) -> list[Part]:
-    """Returns all tensors of a model of the shape ``config``, in the order in which they are written."""
+def parts(config: ModelConfig, expanded: bool = False) -> list[Part]:
+    """Returns all tensors of a model of the shape ``config``, in the order in which they are written.
+
+    ``expanded`` is for latent models as llama.cpp's converter wrote them until April 2025: what expands latents to keys
+    and values is one tensor, ``EXPANDED``, as in Hugging Face's layout.
+    """
     found = [Part(("token_embd.weight",), ("model.embed_tokens.weight",))]
     if isinstance(config, GroupedShape) and isinstance(config.rope_scaling, Llama3Scaling):
         factors = rope_factors(config.head_dim, config.rope_theta, config.rope_scaling)
         found.append(Part(("rope_freqs.weight",), (), lambda _: [factors], lambda _: []))
     for layer in range(config.num_hidden_layers):
-        found += _layer(config, layer)
+        found += _layer(config, layer, expanded)
     found.append(Part(("output_norm.weight",), ("model.norm.weight",)))
     if not config.tie_word_embeddings:
         found.append(Part(("output.weight",), ("lm_head.weight",)))
@@ -71,8 +76,8 @@ def rope_factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> Array:
 _MOST_NAMED = 3
 
 
-def _layer(config: ModelConfig, layer: int) -> list[Part]:
-    attention = _latent(config) if isinstance(config, LatentConfig) else _grouped(config)
+def _layer(config: ModelConfig, layer: int, expanded: bool) -> list[Part]:
+    attention = _latent(config, expanded) if isinstance(config, LatentConfig) else _grouped(config)
     if isinstance(config, GroupedMixtureConfig) or (
         isinstance(config, LatentConfig) and layer >= config.first_k_dense_replace
     ):
@@ -106,7 +111,7 @@ def _grouped(config: GroupedShape) -> list[Part]:
     return found
 
 
-def _latent(config: LatentConfig) -> list[Part]:
+def _latent(config: LatentConfig, expanded: bool) -> list[Part]:
     if config.q_lora_rank is not None:
         queries = [
             _NORM,
@@ -133,7 +138,9 @@ def _latent(config: LatentConfig) -> list[Part]:
         *queries,
         _weight("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa"),
         _weight("attn_kv_a_norm", "self_attn.kv_a_layernorm"),
-        Part(("attn_k_b.weight", "attn_v_b.weight"), ("self_attn.kv_b_proj.weight",), split, joined),
+        _weight(EXPANDED, "self_attn.kv_b_proj")
+        if expanded
+        else Part(("attn_k_b.weight", "attn_v_b.weight"), ("self_attn.kv_b_proj.weight",), split, joined),
         _weight("attn_output", "self_attn.o_proj"),
     ]
 

@@ -26,6 +26,23 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
+# Letters that have cases, as DeepSeek's first tokenizer has them: single ones, and ranges by their ends.
+_CASED = (
+    *("A-Z", "a-z", "\u00b5", "\u00c0-\u00d6", "\u00d8-\u00f6", "\u00f8-\u01ba", "\u01bc-\u01bf", "\u01c4-\u0293"),
+    *("\u0295-\u02af", "\u0370-\u0373", "\u0376", "\u0377", "\u037b-\u037d", "\u037f", "\u0386", "\u0388-\u038a"),
+    *("\u038c", "\u038e-\u03a1", "\u03a3-\u03f5", "\u03f7-\u0481", "\u048a-\u052f", "\u0531-\u0556", "\u10a0-\u10c5"),
+    *("\u13a0-\u13f5", "\u13f8-\u13fd", "\u1c90-\u1cba", "\u1cbd-\u1cbf", "\u1d00-\u1d2b", "\u1d6b-\u1d77"),
+    *("\u1d79-\u1d9a", "\u1e00-\u1f15", "\u1f18-\u1f1d", "\u1f20-\u1f45", "\u1f48-\u1f4d", "\u1f50-\u1f57"),
+    *("\u1f59", "\u1f5b", "\u1f5d", "\u1f5f-\u1f7d", "\u1f80-\u1fb4", "\u1fb6-\u1fbc", "\u1fbe", "\u1fc2-\u1fc4"),
+    *("\u1fc6-\u1fcc", "\u1fd0-\u1fd3", "\u1fd6-\u1fdb", "\u1fe0-\u1fec", "\u1ff2-\u1ff4", "\u1ff6-\u1ffc"),
+    *("\u2102", "\u2107", "\u210a-\u2113", "\u2115", "\u2119-\u211d", "\u2124", "\u2126", "\u2128", "\u212a-\u212d"),
+    *("\u212f-\u2134", "\u2139", "\u213c-\u213f", "\u2145-\u2149", "\u214e", "\u2183", "\u2184", "\u2c00-\u2c7b"),
+    *("\u2c7e-\u2ce4", "\u2ceb-\u2cee", "\u2cf2", "\u2cf3", "\ua640-\ua66d", "\ua680-\ua69b", "\ua722-\ua76f"),
+    *("\ua771-\ua787", "\ua78b-\ua78e", "\uab70-\uabbf", "\ufb00-\ufb06", "\ufb13-\ufb17", "\uff21-\uff3a"),
+    *("\uff41-\uff5a", "\U00010400-\U0001044f", "\U000104b0-\U000104d3", "\U000104d8-\U000104fb"),
+    *("\U00010c80-\U00010cb2", "\U00010cc0-\U00010cf2", "\U000118a0-\U000118df", "\U0001e900-\U0001e943"),
+)
+
 # By llama.cpp's name, the steps in which the tokenizers of these families cut a text.
 PIECES: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": [_split(_CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST), _BYTES],
@@ -39,9 +56,20 @@ PIECES: dict[str, list[dict[str, Any]]] = {
         ),
         _BYTES,
     ],
+    "deepseek-llm": [
+        _split("[\r\n]"),
+        _split(rf"\s?[{''.join(_CASED)}]+"),
+        _split("\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"),
+        _split(r"\s+$"),
+        _split("[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
+        {"type": "Digits", "individual_digits": True},
+        _BYTES,
+    ],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT_2],
     "gpt-2": [_GPT_2],
 }
+# Other names for some of them, in files that llama.cpp's converter writes or wrote.
+_ALIASES = {"deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 # As Overnight's own tokenizer writes the first of these: it ignores no case, and takes spaces 100,000 at a time.
 _OURS = [
@@ -111,7 +139,8 @@ def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
 
     Raises :class:`Unfit` where merges are of no tokens.
     """
-    if known.pre not in PIECES:
+    pieces = PIECES.get(_ALIASES.get(known.pre, known.pre))
+    if pieces is None:
         return None
     vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != _UNUSED}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in known.merges)]
@@ -134,7 +163,7 @@ def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bos_token_id)]
         )
     parsed = json.loads(tokenizer.to_str())
-    parsed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PIECES[known.pre]}
+    parsed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pieces}
     return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
 
 

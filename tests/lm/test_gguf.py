@@ -2,8 +2,9 @@
 
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import llama_cpp
@@ -189,6 +190,17 @@ def test_llama_cpp_reads_texts_in_the_same_tokens(pre: str, tmp_path: Path) -> N
     assert [Tokenizer.from_str(content).encode(text).ids for text in HARD] == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "pre"), [("deepseek-r1-qwen", "qwen2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe")]
+)
+def test_llama_cpp_s_other_names_for_a_way_to_cut_texts_are_known(name: str, pre: str, tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, pre=pre)
+    path = edited(written(folder, "f16"), tmp_path / "other.gguf", {"tokenizer.ggml.pre": name})
+    content = gguf_file.load(path).tokenizer
+    assert content is not None
+    assert [Tokenizer.from_str(content).encode(text).ids for text in HARD] == llama_cpp.tokenized(path, HARD)
+
+
 def test_llama_cpp_reads_texts_in_the_tokens_of_our_own_tokenizer(tmp_path: Path) -> None:
     own = train([*HARD, "and it came to pass, in the 12 days; "], SIZE)
     hugging_face.save(odd.make_grouped(**IDS), write(tmp_path / "tokenizer", own.to_json()), tmp_path)
@@ -244,9 +256,14 @@ def test_ids_beyond_the_tokenizer_are_unused_ones(tmp_path: Path) -> None:
 
 
 def edited(
-    source: Path, path: Path, values: dict[str, object], without: tuple[str, ...] = (), drop: str = "", add: str = ""
+    source: Path,
+    path: Path,
+    values: dict[str, object],
+    without: Collection[str] = (),
+    drop: Collection[str] = (),
+    add: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Path:
-    """Copies a GGUF file with other metadata and ``without`` some, without the tensor ``drop`` and with one more."""
+    """Copies a GGUF file with other metadata and ``without`` some, without the tensors ``drop`` and with some more."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(
         path, str(values.pop("general.architecture", reader.fields["general.architecture"].contents()))
@@ -260,10 +277,10 @@ def edited(
         value = values[key]
         writer.add_key_value(key, value, GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.STRING)
     for tensor in reader.tensors:
-        if tensor.name != drop:
+        if tensor.name not in drop:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    if add:
-        writer.add_tensor(add, np.zeros(3, np.float32))
+    for name, tensor in add.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -308,10 +325,10 @@ def test_a_file_that_does_not_fit_is_named_with_its_fault(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     _, folder = make_checkpoint(tmp_path)
-    names = {name: str(changes[name]) for name in ("drop", "add") if name in changes}
-    without = (str(changes["without"]),) if "without" in changes else ()
+    without, drop, add = ([str(changes[what])] if what in changes else [] for what in ("without", "drop", "add"))
     values = {key: value for key, value in changes.items() if "." in key}
-    path = edited(written(folder), tmp_path / "other.gguf", values, without, **names)
+    more = dict.fromkeys(add, np.zeros(3, np.float32))
+    path = edited(written(folder), tmp_path / "other.gguf", values, without, drop, more)
     with pytest.raises(Unfit, match=rf"^{path}: {message}"):
         gguf_file.load(path)
 
@@ -394,6 +411,44 @@ def test_an_older_file_of_v2_says_nothing_of_scores(tmp_path: Path) -> None:
     ):
         with pytest.raises(Unfit, match=said):
             gguf_file.load(edited(written(folder), tmp_path / "other.gguf", dict(changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
+        {**V2, "num_hidden_layers": 27, "rope_scaling": DEEPSEEK_YARN},
+    ],
+    ids=["v3", "v2"],
+)
+def test_files_older_than_latent_attention_in_llama_cpp_are_read(changes: dict[str, object], tmp_path: Path) -> None:
+    model, folder = make_checkpoint(tmp_path, odd.make_model, **changes)
+    older = with_expanded_keys(model, written(folder), tmp_path / "older.gguf")
+    # llama.cpp still reads such files, and so tells whether this is one.
+    answers = llama_cpp.continued(older, PROMPTS, NEW)
+    assert answers == greedy(model, PROMPTS, answers)
+    loaded = gguf_file.load(older)
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state[name], tensor), name
+
+
+def with_expanded_keys(model: LanguageModel, source: Path, path: Path) -> Path:
+    """Writes the latent ``model`` in ``source`` as llama.cpp's converter did until April 2025."""
+    config, state, layers = model.config, model.state_dict(), range(model.config.num_hidden_layers)
+    lengths = {"key_length": config.qk_nope_head_dim + config.qk_rope_head_dim, "value_length": config.v_head_dim}
+    values = {**lengths, "head_count_kv": config.num_attention_heads}
+    return edited(
+        source,
+        path,
+        {f"deepseek2.attention.{key}": value for key, value in values.items()},
+        without=[f"deepseek2.attention.{key}_mla" for key in lengths],
+        drop=[f"blk.{layer}.attn_{name}_b.weight" for layer in layers for name in "kv"],
+        add={
+            f"blk.{layer}.attn_kv_b.weight": state[f"model.layers.{layer}.self_attn.kv_b_proj.weight"].numpy()
+            for layer in layers
+        },
+    )
 
 
 def test_keys_of_yarn_that_do_not_agree_are_named(tmp_path: Path) -> None:
