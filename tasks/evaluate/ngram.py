@@ -5,6 +5,7 @@ and types(h) counts the distinct characters seen after h. Below order 1 every se
 equally likely, and a character never seen is one of Unicode's 1,114,112.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 UNICODE = 0x110000
 Ints = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
 
@@ -35,45 +37,51 @@ class NGram:
         self._symbols = np.int64(self._unseen + 2)
         self._orders: list[_Order] = []
         columns = self._columns(texts, order)
-        context = np.zeros(len(columns[0]), dtype=np.int64)
+        own = columns(0)
+        context = np.zeros(len(own), dtype=np.int64)
         for back in range(order):
+            keys = np.zeros(1, dtype=np.int64)
             if back:
-                keys, context = np.unique(context * self._symbols + columns[back], return_inverse=True)
-            else:
-                keys = np.zeros(1, dtype=np.int64)
-            grams, gram_counts = np.unique(context * self._symbols + columns[0], return_counts=True)
+                # In place: a copy more of millions of characters is half a gigabyte.
+                context *= self._symbols
+                context += columns(back)
+                keys, context = np.unique(context, return_inverse=True)
+            grams, gram_counts = np.unique(context * self._symbols + own, return_counts=True)
             types = np.bincount(grams // self._symbols, minlength=len(keys))
             self._orders.append(_Order(keys, np.bincount(context, minlength=len(keys)), types, grams, gram_counts))
 
     def bits(self, texts: list[str]) -> Floats:
         """Returns the bits that each of ``texts`` costs under the model: [len(texts)]."""
         columns = self._columns(texts, len(self._orders))
-        probability = np.full(len(columns[0]), 1 / (self._unseen + 1))
-        context = np.zeros(len(columns[0]), dtype=np.int64)
+        own = columns(0)
+        probability = np.full(len(own), 1 / (self._unseen + 1))
+        context = np.zeros(len(own), dtype=np.int64)
         for back, order in enumerate(self._orders):
             if back:
-                context = _find(order.contexts, context * self._symbols + columns[back], known=context >= 0)
+                context = _find(order.contexts, context * self._symbols + columns(back), known=context >= 0)
             known = context >= 0
             here = context[known]
-            gram = _find(order.grams, here * self._symbols + columns[0][known], known=np.ones(len(here), dtype=bool))
+            gram = _find(order.grams, here * self._symbols + own[known], known=np.ones(len(here), dtype=bool))
             count = np.where(gram >= 0, order.gram_counts[gram], 0)
             types = order.types[here]
             probability[known] = (count + types * probability[known]) / (order.counts[here] + types)
-        probability[columns[0] == self._unseen] /= UNICODE
+        probability[own == self._unseen] /= UNICODE
         ends = np.cumsum([len(text) for text in texts])
         totals = np.concatenate([[0.0], np.cumsum(-np.log2(probability))])
         return np.diff(totals[np.concatenate([[0], ends])])
 
-    def _columns(self, texts: list[str], order: int) -> list[Ints]:
-        # columns[k][i]: the symbol k characters before character i, within its document.
-        padded = [np.concatenate([np.full(order - 1, self._start), self._encode(text)]) for text in texts]
-        return [np.concatenate([p[order - 1 - back : len(p) - back] for p in padded]) for back in range(order)]
+    def _columns(self, texts: list[str], order: int) -> Callable[[int], Codes]:
+        # What is returned gives for k, below order, the symbol k characters before each character, within its document.
+        before = np.full(order - 1, self._start, dtype=np.int32)
+        padded = np.concatenate([part for text in texts for part in (before, self._encode(text))])
+        inside = padded[order - 1 :] != self._start
+        return lambda back: padded[order - 1 - back : len(padded) - back][inside]
 
-    def _encode(self, text: str) -> Ints:
+    def _encode(self, text: str) -> Codes:
         codes = _codes(text)
         index = np.searchsorted(self._alphabet, codes)
         seen = self._alphabet[np.minimum(index, self._unseen - 1)] == codes
-        return np.where(seen, index, self._unseen)
+        return np.where(seen, index, self._unseen).astype(np.int32)
 
 
 def _codes(text: str) -> Ints:
