@@ -143,7 +143,7 @@ def serve(descriptor: int) -> NoReturn:
     while True:
         message, descriptors, _, _ = socket.recv_fds(commands, _MOST_BYTES, _MOST_DESCRIPTORS)
         if not message:
-            # At once: taking down all that was imported would outlive the flow by a tenth of a second.
+            # At once: taking down all that was imported would outlive the flow for a moment.
             os._exit(0)
         if os.fork() == 0:
             commands.close()
