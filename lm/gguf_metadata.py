@@ -164,7 +164,6 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         "bos_token_id": found.get("tokenizer.ggml.bos_token_id", end),
     }
     if kind is LatentConfig:
-        values["model_type"] = _latent_family(said)
         if found.get(f"{_OWN}plain_queries"):
             values["q_lora_rank"] = None
         values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)

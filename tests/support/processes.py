@@ -19,9 +19,9 @@ def within(folder: Path) -> list[psutil.Process]:
     return [one for one in psutil.process_iter() if one.pid != os.getpid() and _is_within(one, folder)]
 
 
-def left_within(folder: Path, seconds: float = 5.0) -> list[psutil.Process]:
-    """Those that have not ended ``seconds`` later: what ends with a run may still be at it where cores are few."""
-    return psutil.wait_procs(within(folder), timeout=seconds)[1]
+def left_within(folder: Path) -> list[psutil.Process]:
+    """Those that have not ended 5 seconds later: what ends with a run may still be at it where cores are few."""
+    return list(filter(alive, psutil.wait_procs(within(folder), timeout=5)[1]))
 
 
 def _is_within(process: psutil.Process, folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Fine-tuning with roundings where a mesh cuts the model: what replicas of the whole model come to."""
 
 import csv
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -51,14 +52,7 @@ def quantized(folder: Path, **changes: Any) -> Made:
 @pytest.fixture(scope="module")
 def replicas(trained: Path) -> Callable[..., Made]:
     """What two replicas come to with the changes that it is given; each is made once."""
-    made: dict[str, Made] = {}
-
-    def make(**changes: Any) -> Made:
-        if repr(changes) not in made:
-            made[repr(changes)] = quantized(trained, **changes)
-        return made[repr(changes)]
-
-    return make
+    return functools.cache(functools.partial(quantized, trained))
 
 
 TOWARDS_FLOAT = {"scheme": "weight-only-4", "objective": "float", "activation_checkpointing": "full"}
