@@ -1,10 +1,7 @@
 """GGUF: llama.cpp writes and reads the same tokens as the model that went in, and the same model comes out again."""
 
-import json
-import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import gguf
 import llama_cpp
@@ -12,19 +9,15 @@ import numpy as np
 import odd
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType, GGUFValueType
-from texts import HARD, write_trained_tokenizer
-from tokenizers import Tokenizer
+from gguf.constants import GGMLQuantizationType
+from gguf_files import SIZE, edited, make_checkpoint, written
 
-from lm import gguf_file, gguf_tokenizer, gguf_write, hugging_face
+from lm import gguf_file, gguf_write
 from lm.config import Llama3Scaling
 from lm.gguf_metadata import config_from, metadata
 from lm.gguf_tensors import Unfit, rope_factors
 from lm.model import LanguageModel
-from tasks.shard.tokenizer import BytePairTokenizer, train
 
-SIZE = 330
-IDS = {"vocab_size": SIZE, "bos_token_id": SIZE - 1, "eos_token_id": SIZE - 1}
 LLAMA_3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -68,29 +61,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(tmp_path_factory.mktemp("model"), make, **changes)
 
 
-def make_checkpoint(folder: Path, make=odd.make_grouped, pre="llama-bpe", **changes) -> tuple[LanguageModel, Path]:
-    model = make(**{**IDS, **changes})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter *= torch.linspace(0.5, 1.5, len(parameter))
-    write_trained_tokenizer(folder / "tokenizer", gguf_tokenizer.PIECES[pre], SIZE)
-    hugging_face.save(model, folder / "tokenizer", folder)
-    return model, folder
-
-
 def greedy(model: LanguageModel, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
     """The likeliest token of ``model`` after each prompt and each beginning of its answer."""
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad():
         likeliest = model(torch.tensor(texts))[:, len(prompts[0]) - 1 : -1].argmax(dim=-1)
     return likeliest.tolist()
-
-
-def written(folder: Path, kind: gguf_write.Kind = "f32") -> Path:
-    path = folder / f"{kind}.gguf"
-    gguf_write.write(folder, path, kind, {"general.name": "tiny"})
-    return path
 
 
 def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]) -> None:
@@ -178,116 +154,6 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written(folder, "q8_0").read_bytes() == first
 
 
-@pytest.mark.parametrize("pre", gguf_tokenizer.PIECES)
-def test_llama_cpp_reads_texts_in_the_same_tokens(pre: str, tmp_path: Path) -> None:
-    _, folder = make_checkpoint(tmp_path, pre=pre)
-    path = written(folder, "f16")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    expected = [tokenizer.encode(text).ids for text in HARD]
-    assert llama_cpp.tokenized(path, HARD) == expected
-    content = gguf_file.load(path).tokenizer
-    assert content is not None
-    assert [Tokenizer.from_str(content).encode(text).ids for text in HARD] == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "pre"), [("deepseek-r1-qwen", "qwen2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe")]
-)
-def test_llama_cpp_s_other_names_for_a_way_to_cut_texts_are_known(name: str, pre: str, tmp_path: Path) -> None:
-    _, folder = make_checkpoint(tmp_path, pre=pre)
-    path = edited(written(folder, "f16"), tmp_path / "other.gguf", {"tokenizer.ggml.pre": name})
-    content = gguf_file.load(path).tokenizer
-    assert content is not None
-    assert [Tokenizer.from_str(content).encode(text).ids for text in HARD] == llama_cpp.tokenized(path, HARD)
-
-
-def test_llama_cpp_reads_texts_in_the_tokens_of_our_own_tokenizer(tmp_path: Path) -> None:
-    own = train([*HARD, "and it came to pass, in the 12 days; "], SIZE)
-    hugging_face.save(odd.make_grouped(**IDS), write(tmp_path / "tokenizer", own.to_json()), tmp_path)
-    expected = [[SIZE - 1, *ids] for ids in own.encode(HARD)]
-    assert llama_cpp.tokenized(written(tmp_path), HARD) == expected
-
-
-def write(path: Path, content: str) -> Path:
-    path.write_text(content)
-    return path
-
-
-def test_llama_cpp_and_tiktoken_agree_on_what_is_a_letter_a_digit_and_a_space(tmp_path: Path) -> None:
-    # As in tests/tasks/test_shard.py: a merge shows whether a character joined its neighbour's piece.
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for neighbour in b"a1! ":
-        for lead in range(0x80, 0x100):
-            ranks[bytes([neighbour, lead])] = len(ranks)
-    probe = BytePairTokenizer(ranks)
-    size = {"vocab_size": len(ranks) + 1, "bos_token_id": len(ranks), "eos_token_id": len(ranks)}
-    hugging_face.save(odd.make_grouped(**size), write(tmp_path / "tokenizer", probe.to_json()), tmp_path)
-    # What Python's Unicode does not know yet, llama.cpp may know or not.
-    known = [char for char in map(chr, range(0x80, 0x32000, 5)) if unicodedata.category(char) not in ("Cn", "Cs")]
-    texts = ["".join(f"{neighbour}{char}x\n" for char in known) for neighbour in "a1! "]
-    expected = [[len(ranks), *ids] for ids in probe.encode(texts)]
-    assert llama_cpp.tokenized(written(tmp_path), texts) == expected
-
-
-def changed(tokenizer: Path, **changes: object) -> str:
-    return json.dumps({**json.loads(tokenizer.read_text()), **changes})
-
-
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
-    _, folder = make_checkpoint(tmp_path)
-    path = folder / "tokenizer.json"
-    other = {"type": "Sequence", "pretokenizers": [gguf_tokenizer.PIECES["llama-bpe"][1]]}
-    for content, message in (
-        (changed(path, pre_tokenizer=other), "it cuts texts as none of the ways that llama.cpp knows does; known are "),
-        (changed(path, normalizer={"type": "Lowercase"}), "it changes texts before it cuts them"),
-        ("{}", "it is no tokenizer"),
-    ):
-        path.write_text(content)
-        with pytest.raises(Unfit, match=f"^{path}: {message}"):
-            written(folder)
-
-
-def test_ids_beyond_the_tokenizer_are_unused_ones(tmp_path: Path) -> None:
-    _, folder = make_checkpoint(tmp_path, vocab_size=SIZE + 2)
-    loaded = gguf_file.load(written(folder))
-    assert loaded.config.vocab_size == SIZE + 2
-    assert loaded.tokenizer is not None
-    assert Tokenizer.from_str(loaded.tokenizer).get_vocab_size() == SIZE
-
-
-def edited(
-    source: Path,
-    path: Path,
-    values: dict[str, object],
-    without: Collection[str] = (),
-    drop: Collection[str] = (),
-    add: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Path:
-    """Copies a GGUF file with other metadata and ``without`` some, without the tensors ``drop`` and with some more."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(
-        path, str(values.pop("general.architecture", reader.fields["general.architecture"].contents()))
-    )
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", *without):
-            kind, sub = field.types[0], field.types[-1]
-            value = values.get(key, field.contents())
-            writer.add_key_value(key, value, kind, sub if len(field.types) > 1 else None)
-    for key in values.keys() - reader.fields.keys():
-        value = values[key]
-        writer.add_key_value(key, value, GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.STRING)
-    for tensor in reader.tensors:
-        if tensor.name not in drop:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, tensor in add.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -340,17 +206,6 @@ def test_a_number_for_each_layer_is_refused(key: str, tmp_path: Path) -> None:
     found = {name: field.contents() for name, field in reader.fields.items()}
     with pytest.raises(Unfit, match=f"its {key} has a number for each layer; a model with one for all alone"):
         config_from({**found, f"llama.{key}": [6, 6, 6]}, (SIZE, 42), tied=False, factors=None)
-
-
-def test_a_file_need_not_say_what_tokens_are_for(tmp_path: Path) -> None:
-    _, folder = make_checkpoint(tmp_path)
-    bare = edited(written(folder), tmp_path / "bare.gguf", {}, ("tokenizer.ggml.token_type",))
-    found = gguf_file.load(bare).tokenizer
-    assert found is not None
-    read, expected = Tokenizer.from_str(found), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text = f"Light, 1234 lights.{expected.id_to_token(SIZE - 1)}"
-    assert read.encode(text).ids == expected.encode(text).ids
-    assert read.encode(text).ids[-1] == SIZE - 1
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
