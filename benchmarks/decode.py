@@ -51,7 +51,7 @@ SHAPES = {
         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "vocab_size": 8192, **_COMMON, **_TOKENS,
     },
 }  # fmt: skip
-OURS = {"per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8", "blocks, 4 bits": "blockwise-4"}
+OURS = {"per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8-wide", "blocks, 4 bits": "blockwise-4"}
 # What ours are compared with, and the goals for the first shape: decode and prefill.
 GOALS = {"llama.cpp Q8_0": (2.0, 3.0)}
 LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}

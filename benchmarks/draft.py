@@ -11,6 +11,7 @@ line is one JSON object.
 """
 
 import argparse
+import copy
 import heapq
 import inspect
 import json
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 THREADS, WRITTEN, MOST_TOKENS = 2, 160, 1024
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-OURS = {"per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8", "blocks, 4 bits": "blockwise-4"}
+OURS = {"per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8-wide", "blocks, 4 bits": "blockwise-4"}
 DRAFTED = {f"{side}, guessing": side for side in OURS}
 PLAIN, LOOKUP = "llama.cpp Q8_0", "llama.cpp Q8_0, lookup"
 # Of the ids of a prompt: how many tokens were written after the first, and in how many seconds.
@@ -117,10 +118,12 @@ def write(folder: Path, sides: list[str]) -> None:
 
     from lm import gguf_write, hugging_face
     from lm.quantization import PLANS
+    from lm.rotation import rotate, turn_hidden
 
     model, _, _ = unpack(folder / "origin")
     for side, plan in OURS.items():
-        by_graph(model, PLANS[plan], folder / side, folder / "origin")
+        # As the stage does it: the turns that are left while the model runs take their time.
+        by_graph(turn_hidden(rotate(copy.deepcopy(model)), PLANS[plan]), PLANS[plan], folder / side, folder / "origin")
     if PLAIN in sides:
         (folder / "checkpoint").mkdir()
         hugging_face.save(model, folder / "origin/tokenizer.json", folder / "checkpoint")

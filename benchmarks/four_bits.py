@@ -24,7 +24,7 @@ from lm.compensation import compensate
 from lm.distillation import teach
 from lm.model import LanguageModel
 from lm.quantization import PLANS
-from lm.rotation import rotate
+from lm.rotation import rotate, turn_hidden
 from tasks.optimizers import make_optimizer
 from tasks.quantize.params import QuantizeParams
 from tasks.schedule import learning_rate_at
@@ -52,7 +52,7 @@ def main() -> None:
         _, _, pages = unpack(place / "pages", asked.steps * asked.batch, LENGTH + 1)
         with torch.no_grad():
             exact = torch.cat([F.log_softmax(model(window[None, :-1]), dim=-1) for window in torch.from_numpy(ids)])
-        started = compensate(rotate(copy.deepcopy(model)), PLAN, torch.from_numpy(calibration))
+        started = compensate(turn_hidden(rotate(copy.deepcopy(model)), PLAN), PLAN, torch.from_numpy(calibration))
 
         def measure(model: LanguageModel, what: str) -> dict[str, object]:
             graph = by_graph(model, PLAN, place / what, place / "origin")

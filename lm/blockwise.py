@@ -1,6 +1,6 @@
-"""Products of weights and activations that share a scale in blocks of 32: as close as 8 bits come, or in 4 bits.
+"""Products of weights and activations that share a scale in blocks of inputs: as close as 8 bits come, or in 4 bits.
 
-Weights: 8 or 4 bits, symmetric, a scale a block of 32 inputs. Activations: signed 8 bits, symmetric, a scale a block,
+Weights: 8 or 4 bits, symmetric, a scale a block. Activations: signed 8 bits, symmetric, a scale a block,
 rounded when they are multiplied. This is what onnxruntime's ``MatMulNBits`` computes at ``accuracy_level`` 4, and
 llama.cpp with its Q8_0 and Q4_0 weights (ggml-quants.c); ``QMoE`` does it for all experts of a layer. Gradients pass
 straight through (arXiv 1308.3432).
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from lm.graph import FLOAT, Graph
 from lm.scheme import Levels, Operand
 
-BLOCK = 32
 # onnxruntime's operator for all experts of a layer.
 MIXTURE = "QMoE"
 # Of MatMulNBits: activations are rounded to 8 bits.
@@ -26,76 +25,77 @@ ACCURACY_LEVEL = 4
 _SMALLEST_SCALE = 1e-12
 
 
-def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``weight`` [..., in] as integers [..., blocks, 32] and their scales [..., blocks, 1], both fp32.
+def quantize_weight(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``weight`` [..., in] as integers [..., blocks, size] and their scales [..., blocks, 1], both fp32.
 
     The last block is filled up with zeros. 8 bits hold -127 ... 127, 4 bits -7 ... 7.
     """
-    blocks = _blocks(weight.float())
+    blocks = _blocks(weight.float(), size)
     scales = (blocks.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=_SMALLEST_SCALE)
     return (blocks / scales).round(), scales
 
 
 class _FakeQuantWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, bits: int) -> torch.Tensor:
-        integers, scales = quantize_weight(weight, bits)
+    def forward(ctx: Any, weight: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+        integers, scales = quantize_weight(weight, bits, size)
         return (integers * scales).flatten(-2)[..., : weight.shape[-1]]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
 
 
 class _FakeQuantActivations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        blocks = _blocks(x.float())
+    def forward(ctx: Any, x: torch.Tensor, size: int) -> torch.Tensor:
+        blocks = _blocks(x.float(), size)
         scales = blocks.abs().amax(dim=-1, keepdim=True) / 127
         # By the reciprocal, as the kernel does it: a quotient may round to the other side.
         inverse = torch.where(scales > 0, 1 / scales, 0)
         return ((blocks * inverse).round() * scales).flatten(-2)[..., : x.shape[-1]]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
-def _blocks(x: torch.Tensor) -> torch.Tensor:
-    return F.pad(x, [0, -x.shape[-1] % BLOCK]).unflatten(-1, (-1, BLOCK))
+def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    return F.pad(x, [0, -x.shape[-1] % size]).unflatten(-1, (-1, size))
 
 
-def fake_quant_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns ``weight`` [out, in] rounded block by block, in fp32. Twin of what :meth:`Blockwise.lower` stores."""
-    result: torch.Tensor = _FakeQuantWeight.apply(weight, bits)
+def fake_quant_weight(weight: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Returns ``weight`` [out, in] rounded in blocks of ``size``, in fp32. Twin of what ``Blockwise.lower`` stores."""
+    result: torch.Tensor = _FakeQuantWeight.apply(weight, bits, size)
     return result
 
 
-def fake_quant_activations(x: torch.Tensor) -> torch.Tensor:
-    """Returns ``x`` [..., K] rounded block by block to 8 bits, in fp32. Twin of what ``MatMulNBits`` does with it."""
-    result: torch.Tensor = _FakeQuantActivations.apply(x)
+def fake_quant_activations(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns ``x`` [..., K] rounded to 8 bits in blocks of ``size``, in fp32. Twin of what ``MatMulNBits`` does."""
+    result: torch.Tensor = _FakeQuantActivations.apply(x, size)
     return result
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """onnxruntime's ``MatMulNBits`` with weights of ``bits`` bits."""
+    """onnxruntime's ``MatMulNBits``: weights of ``bits`` bits in blocks of ``size`` inputs, a power of 2 from 32 on."""
 
     bits: Literal[4, 8]
+    size: int
     operator: str = "MatMulNBits"
 
     @property
     def levels(self) -> Levels:
-        return Levels(2 ** (self.bits - 1) - 1, BLOCK)
+        return Levels(2 ** (self.bits - 1) - 1, self.size)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(fake_quant_activations(x), fake_quant_weight(weight, self.bits))
+        return F.linear(fake_quant_activations(x, self.size), fake_quant_weight(weight, self.bits, self.size))
 
     def operand(self, graph: Graph, x: str) -> Operand:
         return (x,)
 
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
-        integers, scales = quantize_weight(weight.detach(), self.bits)
+        integers, scales = self._quantize(weight)
         outputs, inputs = weight.shape
         return graph.op(
             self.operator,
@@ -106,7 +106,7 @@ class Blockwise:
             N=outputs,
             K=inputs,
             bits=self.bits,
-            block_size=BLOCK,
+            block_size=self.size,
             accuracy_level=ACCURACY_LEVEL,
         )
 
@@ -115,15 +115,15 @@ class Blockwise:
     ) -> str:
         """Returns [N, D] in the graph: what the experts ``gate_up`` [E, 2F, D] and ``down`` [E, D, F] make of ``x``.
 
-        ``gates`` [N, E] weighs them, 0 but for the ``chosen`` of each token. D must be a multiple of 32. Computes for
-        each expert what :meth:`lower` does, in one node, which reads the weights of those alone that were chosen.
+        ``gates`` [N, E] weighs them, 0 but for the ``chosen`` of each token. D must be a multiple of ``size``. Computes
+        for each expert what :meth:`lower` does, in one node, which reads the weights of those alone that were chosen.
         """
-        missing = -down.shape[-1] % BLOCK
+        missing = -down.shape[-1] % self.size
         # Rows of gate and up in turns. What fills up the blocks gives 0 and meets 0.
         pairs = F.pad(gate_up.detach().unflatten(1, (2, -1)), [0, 0, 0, missing]).transpose(1, 2).flatten(1, 2)
         operands = []
         for part, weight in (("gate_up_proj", pairs), ("down_proj", F.pad(down.detach(), [0, missing]))):
-            integers, scales = quantize_weight(weight, self.bits)
+            integers, scales = self._quantize(weight)
             packed = self._pack(integers).reshape(*weight.shape[:-1], -1)
             operands += [
                 graph.weight(self.stored(f"{name}.{part}"), packed),
@@ -139,7 +139,7 @@ class Blockwise:
         """The attributes that decide what ``QMoE`` computes with given weights."""
         return {
             "expert_weight_bits": self.bits,
-            "block_size": BLOCK,
+            "block_size": self.size,
             "accuracy_level": ACCURACY_LEVEL,
             "quant_type": "int",
             "activation_type": "swiglu",
@@ -152,9 +152,9 @@ class Blockwise:
     def rounded(self, graph: Graph, x: str) -> str:
         width = graph.op("Shape", x, start=1, end=2)
         # Filled up to whole blocks, as the kernel does it.
-        missing = graph.op("Mod", graph.op("Neg", width), graph.ints(BLOCK))
+        missing = graph.op("Mod", graph.op("Neg", width), graph.ints(self.size))
         padded = graph.op("Pad", x, graph.op("Concat", graph.ints(0, 0, 0), missing, axis=0))
-        blocks = graph.op("Reshape", padded, graph.ints(0, -1, BLOCK))
+        blocks = graph.op("Reshape", padded, graph.ints(0, -1, self.size))
         scales = graph.op("ReduceMax", graph.op("Abs", blocks), graph.ints(-1), keepdims=1)
         scales = graph.op("Div", scales, graph.number(127.0))
         inverse = graph.op("Div", graph.number(1.0), graph.op("Max", scales, graph.number(_SMALLEST_SCALE)))
@@ -163,12 +163,15 @@ class Blockwise:
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:
         # A byte a number whatever the weight has: the graph knows no product of blocks that could be sliced into heads.
-        integers, scales = quantize_weight(weight.detach(), self.bits)
+        integers, scales = self._quantize(weight)
         values = graph.op("Cast", graph.weight(self.stored(name), integers.to(torch.int8).numpy()), to=FLOAT)
         rounded = graph.op("Mul", values, graph.weight(f"{name}.scales", scales.numpy()))
         return graph.op(
             "Slice", graph.op("Flatten", rounded), graph.ints(0), graph.ints(weight.shape[1]), graph.ints(1)
         )
+
+    def _quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_weight(weight.detach(), self.bits, self.size)
 
     def stored(self, name: str) -> str:
         return f"{name}.int{self.bits}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lm.blockwise import BLOCK, Blockwise
+from lm.blockwise import Blockwise
 from lm.feed_forward import Experts, SwiGLU
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
@@ -51,6 +51,6 @@ def mixture_scheme(plan: Plan, name: str, experts: Experts) -> Blockwise | None:
     """Returns the scheme in which all experts of the layer ``name`` are one node, or None where they are not."""
     schemes = {plan.of(name, product) for product in products(name, experts)}
     scheme = schemes.pop()
-    if schemes or not isinstance(scheme, Blockwise) or experts.down_proj.shape[1] % BLOCK or experts.turn is not None:
+    if schemes or not isinstance(scheme, Blockwise) or experts.turn is not None:
         return None
-    return scheme
+    return None if experts.down_proj.shape[1] % scheme.size else scheme

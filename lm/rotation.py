@@ -59,12 +59,16 @@ def rotate(model: LanguageModel) -> LanguageModel:
 def turn_hidden(model: LanguageModel, plan: Plan) -> LanguageModel:
     """Has what each ``down_proj`` reads turned while ``model`` runs, and its weight with it, in place. Returns it.
 
-    Only where ``plan`` has one scale for all inputs of a product: blocks of few hold little beside a large value. The
-    turn is as wide as the largest divisor of the inputs up to 128; with none from 8 on a layer stays as it is.
+    Not where ``plan`` keeps it float, nor experts whose scales are of blocks: they are one operator, which turns
+    nothing. The turn is as wide as the largest divisor of the inputs up to 128; with none from 8 on a layer stays as it
+    is.
     """
     for name, layer in layers(model).items():
         product = products(name, layer)[-1]
-        if not product.endswith(".down_proj") or not _share_a_scale(plan, name, product):
+        levels = plan.of(name, product).levels
+        if not product.endswith(".down_proj") or levels is None:
+            continue
+        if isinstance(layer, Experts) and levels.group is not None:
             continue
         weight = layer.down_proj if isinstance(layer, Experts) else layer.weight
         width = _width(weight.shape[-1])
@@ -73,11 +77,6 @@ def turn_hidden(model: LanguageModel, plan: Plan) -> LanguageModel:
             _turn_reads([weight.unflatten(-1, (-1, width))], turn)
             layer.turn = turn.to(weight)
     return model
-
-
-def _share_a_scale(plan: Plan, name: str, product: str) -> bool:
-    levels = plan.of(name, product).levels
-    return levels is not None and levels.group is None
 
 
 def _width(size: int) -> int:

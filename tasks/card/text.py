@@ -258,18 +258,18 @@ _FIXED = (
     "Activations: unsigned 8 bits, one scale and zero point a layer, with the least squared error on calibration "
     "windows of the training split; what lies outside is clipped."
 )
-_IN_BLOCKS = "Activations: signed 8 bits, one scale a block of 32."
-_SCHEMES = {
-    "dynamic": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} No fine-tuning.",
-    "static": f"Weights: signed 8 bits, one scale an output channel. {_FIXED} No fine-tuning.",
-    "weight-only-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS} No fine-tuning.",
-    "qat": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS} ",
-    "weight-only-4": f"Weights: 4 bits, one scale a block of 32 inputs; 8 bits in the head. {_IN_BLOCKS} ",
+_IN_BLOCKS = "Activations: signed 8 bits, one scale a block of as many."
+_PLANS = {
+    "per-token-8": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS}",
+    "static-8": f"Weights: signed 8 bits, one scale an output channel. {_FIXED}",
+    "blockwise-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS}",
+    "blockwise-8-wide": f"Weights: 8 bits, one scale a block of 64 inputs. {_IN_BLOCKS}",
+    "blockwise-4": f"Weights: 4 bits, one scale a block of 32 inputs; in the head 8 bits, of 64. {_IN_BLOCKS}",
 }
 _BEFORE_ROUNDING = {
-    "rotated": "Before that the spaces between its layers were turned, and where all inputs of a product share a "
-    "scale, what `down_proj` reads is turned while the model runs: the function stays as it was, and no channel is "
-    "larger than all others (QuaRot, arXiv 2404.00456).",
+    "rotated": "Before that the spaces between its layers were turned, and what `down_proj` reads is turned while the "
+    "model runs (but for experts whose scales are of blocks): the function stays as it was, and no channel is larger "
+    "than all others (QuaRot, arXiv 2404.00456).",
     "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
     "training split bring into the layer (GPTQ, arXiv 2210.17323).",
 }
@@ -284,7 +284,7 @@ _FINE_TUNED = {
 def _quantization(evidence: Evidence) -> str:
     report, audit, found = evidence.evaluation, evidence.audit, evidence.quantization
     products = audit.tell("float_products", lambda names: ", ".join(f"`{name}`" for name in names) or "none")
-    told = found.tell("scheme", _SCHEMES.__getitem__)
+    trained = found.tell("objective", _FINE_TUNED.__getitem__) if found.get("fine_tuned") else "No fine-tuning."
     trials = [
         [
             f"`{trial['scheme']}` after {trial['after']}",
@@ -295,7 +295,7 @@ def _quantization(evidence: Evidence) -> str:
     ]
     return "\n\n".join(
         [
-            told + (found.tell("objective", _FINE_TUNED.__getitem__) if told.endswith(" ") else ""),
+            f"{found.tell('plan', _PLANS.__getitem__)} {trained}",
             *(text for key, text in _BEFORE_ROUNDING.items() if found.get(key)),
             table(
                 ["", ""],

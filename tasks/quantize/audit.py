@@ -287,7 +287,7 @@ def _of_experts(name: str, experts: Experts, plan: Plan) -> dict[str, _Product]:
         else:
             if part == "gate_up_proj":
                 # Filled up to whole blocks of what `down_proj` reads.
-                outputs = 2 * blockwise.BLOCK * math.ceil(outputs / 2 / blockwise.BLOCK)
+                outputs = 2 * one_node.size * math.ceil(outputs / 2 / one_node.size)
             found[f"{name}.{part}"] = _Product(one_node, blockwise.MIXTURE, count * outputs, inputs)
     return found
 

@@ -25,16 +25,17 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Scheme:
-    """``plan`` names one of :data:`lm.quantization.PLANS`."""
+    """``plan`` names one of :data:`lm.quantization.PLANS`, and ``rotated`` another for a model that is rotated."""
 
     plan: str
     fine_tuned: bool
+    rotated: str | None = None
 
 
 SCHEMES: dict[SchemeName, Scheme] = {
     "dynamic": Scheme("per-token-8", fine_tuned=False),
     "static": Scheme("static-8", fine_tuned=False),
-    "weight-only-8": Scheme("blockwise-8", fine_tuned=False),
+    "weight-only-8": Scheme("blockwise-8", fine_tuned=False, rotated="blockwise-8-wide"),
     "qat": Scheme("per-token-8", fine_tuned=True),
     "weight-only-4": Scheme("blockwise-4", fine_tuned=True),
 }
@@ -78,9 +79,15 @@ class Quantization(BaseModel):
     trials: tuple[Trial, ...]
 
 
+def plan_name(name: SchemeName, params: QuantizeParams) -> str:
+    """Returns which of :data:`lm.quantization.PLANS` the scheme ``name`` is."""
+    scheme = SCHEMES[name]
+    return (scheme.rotated if params.rotate else None) or scheme.plan
+
+
 def plan_of(name: SchemeName, params: QuantizeParams) -> Plan:
     """Returns the scheme of each layer, without the ranges that ``static`` needs."""
-    return dataclasses.replace(PLANS[SCHEMES[name].plan], in_float=params.in_float)
+    return dataclasses.replace(PLANS[plan_name(name, params)], in_float=params.in_float)
 
 
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:

@@ -26,7 +26,7 @@ from tasks.progress import Progress, progress
 from tasks.quantize import memory
 from tasks.quantize.audit import audit
 from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
-from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_of
+from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_name, plan_of
 from tasks.section import read_section
 from tasks.shards import SEEN, Shards, WindowReader, read_manifest
 from tasks.training import train
@@ -81,7 +81,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     found = Quantization(
         asked=params.scheme,
         scheme=name,
-        plan=SCHEMES[name].plan,
+        plan=plan_name(name, params),
         rotated=params.rotate,
         compensated=params.compensate,
         fine_tuned=SCHEMES[name].fine_tuned,

@@ -16,8 +16,8 @@ from lm.scheme import Float, Levels
 
 KINDS = {
     "rows": (Levels(127, None), fake_quant_rows),
-    "blocks of 8 bits": (Levels(127, 32), lambda weight: fake_quant_weight(weight, 8)),
-    "blocks of 4 bits": (Levels(7, 32), lambda weight: fake_quant_weight(weight, 4)),
+    "blocks of 8 bits": (Levels(127, 64), lambda weight: fake_quant_weight(weight, 8, 64)),
+    "blocks of 4 bits": (Levels(7, 32), lambda weight: fake_quant_weight(weight, 4, 32)),
 }
 CALIBRATION = torch.randint(0, 100, (6, 24), generator=torch.Generator().manual_seed(8))
 
@@ -49,7 +49,7 @@ def test_the_product_is_nearer_and_the_weight_lies_on_its_levels(
 def test_weights_that_met_nothing_are_rounded_to_the_nearest_level() -> None:
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(9))
     found = compensated(weight, torch.zeros(40, 40, dtype=torch.float64), Levels(7, 32))
-    torch.testing.assert_close(found, fake_quant_weight(weight, 4))
+    torch.testing.assert_close(found, fake_quant_weight(weight, 4, 32))
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def test_every_layer_is_rounded_but_those_that_stay_float(ids: torch.Tensor) -> 
             same = torch.equal(weight, before[f"{name}.{part}"])
             assert same == (name.endswith("o_proj") or name == "lm_head"), name
             if not same:
-                torch.testing.assert_close(fake_quant_weight(weight.flatten(0, -2), 4), weight.flatten(0, -2))
+                torch.testing.assert_close(fake_quant_weight(weight.flatten(0, -2), 4, 32), weight.flatten(0, -2))
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from lm.static import Range, Static
 EIGHT = PLANS["per-token-8"]
 SCHEMES = {
     "per token": PerToken(),
-    "blocks of 8 bits": Blockwise(8),
-    "blocks of 4 bits": Blockwise(4),
+    "blocks of 8 bits": Blockwise(8, 32),
+    "wide blocks of 8 bits": Blockwise(8, 64),
+    "blocks of 4 bits": Blockwise(4, 32),
     # Most of what the test multiplies lies within, and some beyond either end.
     "fixed ranges": Static(Range.over(-40.0, 900.0)),
     "float": Float(),
@@ -172,7 +173,7 @@ def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
     assert np.abs(floating - expected).max() > 1e-3 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("scheme", ["per-token-8", "static-8"])
+@pytest.mark.parametrize("scheme", ["per-token-8", "static-8", "blockwise-8-wide"])
 @pytest.mark.parametrize("make", [make_model, make_grouped])
 @torch.no_grad()
 def test_what_is_turned_while_the_model_runs_is_turned_in_the_graph(
@@ -267,12 +268,11 @@ def test_an_expert_without_tokens_does_no_harm(
     assert np.abs(logits - expected).mean() < 0.2 * np.abs(floating - expected).mean()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scheme", [Blockwise(4, 32), Blockwise(8, 32), Blockwise(8, 64)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_all_experts_in_one_node_are_each_the_product_of_fake_quantization(
-    tokens: int, bits: int, tmp_path: Path
+    tokens: int, scheme: Blockwise, tmp_path: Path
 ) -> None:
-    scheme = Blockwise(bits)
     generator = torch.Generator().manual_seed(3)
     # 22 inputs of down_proj do not fill a block.
     x, gate_up = torch.randn(tokens, 64, generator=generator), torch.randn(5, 44, 64, generator=generator)
@@ -294,11 +294,11 @@ def test_all_experts_in_one_node_are_each_the_product_of_fake_quantization(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_gradient_passes_straight_through_the_rounding_of_blocks(bits: int) -> None:
     x, weight = torch.randn(5, 40, requires_grad=True), torch.randn(3, 40, requires_grad=True)
-    Blockwise(bits).project(x, weight).sum().backward()
+    Blockwise(bits, 32).project(x, weight).sum().backward()
     assert x.grad is not None
     assert weight.grad is not None
-    torch.testing.assert_close(x.grad, blockwise.fake_quant_weight(weight, bits).sum(dim=0).expand(5, 40))
-    torch.testing.assert_close(weight.grad, blockwise.fake_quant_activations(x).sum(dim=0).expand(3, 40))
+    torch.testing.assert_close(x.grad, blockwise.fake_quant_weight(weight, bits, 32).sum(dim=0).expand(5, 40))
+    torch.testing.assert_close(weight.grad, blockwise.fake_quant_activations(x, 32).sum(dim=0).expand(3, 40))
 
 
 def test_the_gradient_passes_straight_through_the_rounding() -> None:
@@ -329,7 +329,7 @@ def test_rounding_to_int8_is_within_half_a_level() -> None:
 def test_rounding_blocks_is_within_half_a_level_of_each(bits: int, levels: int) -> None:
     weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6).unsqueeze(1)
     weight[2, :32] = 0
-    integers, scales = blockwise.quantize_weight(weight, bits)
+    integers, scales = blockwise.quantize_weight(weight, bits, 32)
     assert integers.shape == (6, 2, 32)
     assert integers.abs().max() == levels
     assert ((integers * scales).flatten(1)[:, :40] - weight).abs().max() <= scales.max() / 2 * 1.0001

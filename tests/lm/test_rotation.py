@@ -78,7 +78,7 @@ def test_a_turn_while_the_model_runs_changes_nothing_in_float(model: LanguageMod
     assert not [name for name in model.state_dict() if name.endswith("turn")]
 
 
-def test_what_is_turned_while_the_model_runs_shares_a_scale() -> None:
+def test_what_is_turned_while_the_model_runs_is_rounded_and_not_of_experts_in_one_node() -> None:
     def make() -> LanguageModel:
         return make_model(intermediate_size=260, moe_intermediate_size=254, n_shared_experts=1)
 
@@ -88,8 +88,9 @@ def test_what_is_turned_while_the_model_runs_shares_a_scale() -> None:
     assert found[f"{first}.down_proj"] == 65
     assert found[f"{shared}.down_proj"] == found[experts] == 127
     assert _turned(make(), PLANS["static-8"]) == found
-    # Blocks hold little beside a large value; a float layer has nothing to win; a prime number has no narrow turn.
-    assert not _turned(make(), PLANS["blockwise-8"])
+    dense = {name: width for name, width in found.items() if not name.endswith(".experts")}
+    assert _turned(make(), PLANS["blockwise-8-wide"]) == _turned(make(), PLANS["blockwise-4"]) == dense
+    # A float layer has nothing to win; a prime number has no narrow turn.
     in_float = Plan(PLANS["per-token-8"].others, PLANS["per-token-8"].head, ("*.experts", "model.layers.0.*"))
     float_now = {name for name in found if name.endswith(".experts") or name.startswith("model.layers.0.")}
     assert _turned(make(), in_float).keys() == found.keys() - float_now
@@ -97,8 +98,12 @@ def test_what_is_turned_while_the_model_runs_shares_a_scale() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [make_model, make_grouped])
-def test_large_hidden_values_cost_less_once_they_are_turned(make: type[LanguageModel], ids: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("make", "plan"), [(make_model, "per-token-8"), (make_grouped, "per-token-8"), (make_grouped, "blockwise-8-wide")]
+)
+def test_large_hidden_values_cost_less_once_they_are_turned(
+    make: type[LanguageModel], plan: str, ids: torch.Tensor
+) -> None:
     def with_large_values() -> LanguageModel:
         model = make(intermediate_size=128)
         for block in model.model.layers:
@@ -111,9 +116,9 @@ def test_large_hidden_values_cost_less_once_they_are_turned(make: type[LanguageM
         return model
 
     # Attention has losses of its own.
-    plan, expected = replace(PLANS["per-token-8"], in_float=("*.self_attn.*", "lm_head")), with_large_values()(ids)
+    alone, expected = replace(PLANS[plan], in_float=("*.self_attn.*", "lm_head")), with_large_values()(ids)
     plain, turned = (
-        (prepare(model, plan)(ids) - expected).square().mean()
-        for model in (with_large_values(), turn_hidden(with_large_values(), plan))
+        (prepare(model, alone)(ids) - expected).square().mean()
+        for model in (with_large_values(), turn_hidden(with_large_values(), alone))
     )
     assert turned < 0.5 * plain

@@ -124,7 +124,7 @@ def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_
     evidence = evidence_of(
         config={"model_type": "llama", "num_key_value_heads": 3, "head_dim": 64},
         train={"started_from": "v1.3.0", "expert_imbalance": 1.0, "valid_loss_before": 3.25},
-        quantization={"scheme": "weight-only-8", "asked": "auto", "fine_tuned": False},
+        quantization={"scheme": "weight-only-8", "plan": "blockwise-8-wide", "asked": "auto", "fine_tuned": False},
         audit={"float_products": []},
     )
     card = text.body(evidence, PARAMS)
@@ -134,6 +134,7 @@ def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_
     assert "What it knows comes from v1.3.0 and from its corpus" in card
     assert "knows nothing else" not in card
     assert "| left in float on purpose | none |" in card
+    assert "one scale a block of 64 inputs. Activations: signed 8 bits, one scale a block of as many. No fine-" in card
     assert "quantization-aware-training" not in text.front_matter(evidence, PARAMS)
 
 
@@ -141,7 +142,7 @@ def test_a_mixture_from_scratch_that_was_fine_tuned_says_so() -> None:
     evidence = evidence_of(
         config={"model_type": "deepseek_v3", "kv_lora_rank": 48, "qk_rope_head_dim": 16, "num_experts_per_tok": 2},
         train={"expert_imbalance": 1.25},
-        quantization={"scheme": "qat", "objective": "text", "fine_tuned": True},
+        quantization={"scheme": "qat", "plan": "per-token-8", "objective": "text", "fine_tuned": True},
         audit={"float_products": ["lm_head"]},
     )
     card = text.body(evidence, PARAMS)

@@ -192,12 +192,13 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
     # A turned model's norms have no weights of their own; a weight that is only rounded is that of the float model.
     assert (stored["model.layers.0.input_layernorm.weight"] == 1).all() == rotated
-    # What shares a scale over all inputs is turned while the model runs, too.
-    assert ("turn_48" in stored) == (rotated and scheme == "dynamic")
+    # What `down_proj` reads is turned while the model runs, too.
+    assert ("turn_48" in stored) == rotated
     if scheme == "weight-only-8":
         name = "model.layers.0.mlp.down_proj"
         weight = hugging_face.load(trained / "models/float").model.layers[0].mlp.down_proj.weight
-        integers, _ = blockwise.quantize_weight(weight.detach(), 8)
+        integers, _ = blockwise.quantize_weight(weight.detach(), 8, 64 if rotated else 32)
+        assert stored[f"{name}.int8"].shape == integers.shape
         same = (stored[f"{name}.int8"] == integers.numpy() + 128).all()
         assert same == (not rotated and not compensated)
 
