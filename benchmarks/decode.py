@@ -3,7 +3,8 @@
 Two shapes with random weights, since speed does not depend on what they hold: SmolLM2-135M's (Llama: 30 layers, 576
 wide), and the default model's scaled to 90 million parameters (latent attention, mixture of experts). A prefill of 512
 tokens, then 64 tokens one by one; and 64 tokens of 8 texts side by side after 64 tokens each; two threads. Each
-measurement is a process of its own, in turns; ratios are taken round by round. The roof is how often a second memory
+measurement is a process of its own, in turns; ratios are taken round by round. Where it says so, our threads spin
+while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's do. The roof is how often a second memory
 can be read for what one token needs: the active weights and the cache. The last line is one JSON object.
 """
 
@@ -12,6 +13,7 @@ import copy
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,7 +53,14 @@ SHAPES = {
         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "vocab_size": 8192, **_COMMON, **_TOKENS,
     },
 }  # fmt: skip
-OURS = {"per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8-wide", "blocks, 4 bits": "blockwise-4"}
+SPINNING = ", spinning"
+OURS = {
+    f"{name}{how}": plan
+    for name, plan in {
+        "per token, 8 bits": "per-token-8", "blocks, 8 bits": "blockwise-8-wide", "blocks, 4 bits": "blockwise-4",
+    }.items()
+    for how in ("", SPINNING)
+}  # fmt: skip
 # What ours are compared with, and the goals for the first shape: decode and prefill.
 GOALS = {"llama.cpp Q8_0": (2.0, 3.0)}
 LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
@@ -64,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
     parser.add_argument("--only", action="append", metavar="SIDE", help="only this side; may be given several times")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="while N other processes compute")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -73,8 +83,14 @@ def main() -> None:
     read = peers.bandwidth(THREADS)
     print(f"memory is read at {read / 1e9:.1f} GB/s by {THREADS} threads", file=sys.stderr)
     shapes = [arguments.shape] if arguments.shape else list(SHAPES)
-    result = {shape: compare(shape, arguments.rounds, read, arguments.only) for shape in shapes}
-    print(json.dumps({"rounds": arguments.rounds, "threads": THREADS, "GB/s": round(read / 1e9, 1), **result}))
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(arguments.beside)]
+    try:
+        result = {shape: compare(shape, arguments.rounds, read, arguments.only) for shape in shapes}
+    finally:
+        for other in others:
+            other.kill()
+    told = {"rounds": arguments.rounds, "threads": THREADS, "beside": len(others), "GB/s": round(read / 1e9, 1)}
+    print(json.dumps({**told, **result}))
 
 
 def sides_of(shape: str, only: list[str] | None) -> list[str]:
@@ -128,11 +144,11 @@ def compare(shape: str, rounds: int, read: float, only: list[str] | None) -> dic
 def show(shape: str, rounds: int, table: dict[str, dict[str, float]]) -> None:
     """Prints the medians."""
     print(f"\n{shape}, {THREADS} threads, tokens a second, medians of {rounds} rounds")
-    print(f"{'':<24} {'decode':>8} {'prefill':>8} {f'{BATCH} texts':>8} {'peak':>8} {'files':>7}  of the roof")
+    print(f"{'':<27} {'decode':>8} {'prefill':>8} {f'{BATCH} texts':>8} {'peak':>8} {'files':>7}  of the roof")
     for side, row in table.items():
         roof = f"{row['share of the roof']:.0%}" if side in OURS else ""
         print(
-            f"{side:<24} {row['decode']:8.1f} {row['prefill']:8.0f} {row[f'decode of {BATCH}']:8.1f} "
+            f"{side:<27} {row['decode']:8.1f} {row['prefill']:8.0f} {row[f'decode of {BATCH}']:8.1f} "
             f"{row['peak']:5.0f} MB {row['files']:4.0f} MB  {roof}"
         )
 
@@ -159,8 +175,8 @@ def active_bytes(shape: str, side: str) -> float:
     if not config.tie_word_embeddings:
         # One row of the embedding is read; tied, it is the head as well.
         active -= config.vocab_size * config.hidden_size
-    # A block of 32 has a scale of 4 bytes.
-    bits = {"per token, 8 bits": 8, "blocks, 8 bits": 9, "blocks, 4 bits": 5}[side]
+    # A block has a scale of 4 bytes.
+    bits = {"per-token-8": 8, "blockwise-8-wide": 8.5, "blockwise-4": 5}[OURS[side]]
     grouped = isinstance(config, GroupedShape)
     width = 2 * config.num_key_value_heads * config.head_dim if grouped else config.cache_width
     return active * bits / 8 + config.num_hidden_layers * width * 4 * (PREFILL + DECODE / 2)
@@ -225,7 +241,7 @@ def make(side: str, folder: Path, batch: int) -> peers.Writer:
         return peers.Generate(folder, THREADS)
     if side in TRANSFORMERS:
         return peers.Transformers(folder, THREADS, *TRANSFORMERS[side], most_tokens=MOST_TOKENS)
-    return peers.Graph(folder, THREADS)
+    return peers.Graph(folder, THREADS, side.endswith(SPINNING))
 
 
 def run_side(side: str, folder: Path) -> dict[str, float]:

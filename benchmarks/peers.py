@@ -34,10 +34,10 @@ class Writer(Protocol):
 class Graph:
     """Ours: a quantized graph, or the same graph in fp32, in onnxruntime."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, spin: bool = False) -> None:
         from lm.runtime import Generator
 
-        self._generator = Generator(folder, threads)
+        self._generator = Generator(folder, threads, spin=spin)
 
     def read(self, prompts: Ids) -> None:
         self._cache = self._generator.new_cache(len(prompts))

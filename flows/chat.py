@@ -19,12 +19,16 @@ from tasks.errors import BadInput, UserMistake
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to converse: what the model is told at first, how long an answer may be, how it is drawn and what ends it."""
+    """How to converse: what the model is told at first, how long an answer may be, how it is drawn and what ends it.
+
+    ``spin`` is that of :class:`lm.runtime.Generator`.
+    """
 
     system: str | None
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    spin: bool = False
 
 
 class Conversation:
@@ -108,7 +112,7 @@ def chat(root: Path, settings: Settings, source: TextIO, out: TextIO, err: TextI
 
 def _begin(root: Path, settings: Settings, err: TextIO) -> Conversation:
     folder = place(root, lambda line: err.write(f"{line}\n"))
-    model = load(folder)
+    model = load(folder, settings.spin)
     template = load_template(folder, model)
     if template is None:
         raise UserMistake(

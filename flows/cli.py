@@ -152,6 +152,9 @@ _RepetitionPenalty = Annotated[
 ]
 _Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")]
+_Spin = Annotated[
+    bool, typer.Option("--spin", help="Threads wait for each other awake: faster alone, slower beside other work.")
+]
 
 
 @app.command()
@@ -164,6 +167,7 @@ def generate(
     repetition_penalty: _RepetitionPenalty = 1.0,
     stop: _Stop = None,
     seed: _Seed = 0,
+    spin: _Spin = False,
 ) -> None:
     """Continue TEXT with the project's INT8 model.
 
@@ -176,7 +180,7 @@ def generate(
 
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         stops = tuple(filter(None, stop or []))
-        generation.write(project.find(), text, max_new_tokens, sampling, stops, sys.stdout, sys.stderr)
+        generation.write(project.find(), text, max_new_tokens, sampling, stops, sys.stdout, sys.stderr, spin)
 
 
 @app.command()
@@ -189,6 +193,7 @@ def chat(
     repetition_penalty: _RepetitionPenalty = 1.0,
     stop: _Stop = None,
     seed: _Seed = 0,
+    spin: _Spin = False,
 ) -> None:
     """Converse with the project's INT8 model, if it has a chat template; a line is a message.
 
@@ -200,7 +205,7 @@ def chat(
         from lm.sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-        settings = conversing.Settings(system, max_new_tokens, sampling, tuple(filter(None, stop or [])))
+        settings = conversing.Settings(system, max_new_tokens, sampling, tuple(filter(None, stop or [])), spin)
         code = conversing.chat(project.find(), settings, sys.stdin, sys.stdout, sys.stderr)
     raise typer.Exit(code)
 
@@ -211,6 +216,7 @@ def serve(
         str, typer.Option(help="Where to listen; others than this machine need OVERNIGHT_API_KEY.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    spin: _Spin = False,
 ) -> None:
     """Serve the project's INT8 model by OpenAI's protocol, completions and chat, until it is stopped.
 
@@ -220,7 +226,7 @@ def serve(
         from flows import project
         from flows.serve.command import serve as serve_model
 
-        code = serve_model(project.find(), host, port, Console())
+        code = serve_model(project.find(), host, port, Console(), spin)
     raise typer.Exit(code)
 
 

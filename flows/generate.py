@@ -29,18 +29,19 @@ def write(
     stop: tuple[str, ...],
     out: TextIO,
     err: TextIO,
+    spin: bool = False,
 ) -> None:
     """Writes ``prompt`` and what the INT8 model of the project in ``root`` writes after it to ``out``, as it comes.
 
     While a run makes the model, or after one that was stopped, the last one that was finished writes. That, and a text
-    that ends because the model's context is full, is told in one line on ``err``. Raises
-    :class:`tasks.errors.UserMistake` as :func:`continue_text` does.
+    that ends because the model's context is full, is told in one line on ``err``. ``spin`` is that of
+    :class:`lm.runtime.Generator`. Raises :class:`tasks.errors.UserMistake` as :func:`continue_text` does.
     """
     if isinstance(out, io.TextIOWrapper):
         # A terminal of another encoding shows what it can.
         out.reconfigure(errors="replace")
     folder = place(root, lambda line: err.write(f"{line}\n"))
-    pieces = continue_text(folder, prompt, max_new_tokens, sampling, stop)
+    pieces = continue_text(folder, prompt, max_new_tokens, sampling, stop, spin)
     # The prompt goes out with the first piece: one that is refused is not written.
     waiting = prompt
     try:
@@ -68,7 +69,7 @@ def place(root: Path, tell: Callable[[str], object]) -> Path:
     return folder
 
 
-def load(folder: Path) -> "Generator":
+def load(folder: Path, spin: bool = False) -> "Generator":
     """Returns the model in ``folder``. Raises :class:`BadInput` where there is none, or a damaged one."""
     for name in (paths.INT8_GRAPH.name, "tokenizer.json", "config.json"):
         if not (folder / name).is_file():
@@ -77,7 +78,7 @@ def load(folder: Path) -> "Generator":
     from lm.runtime import Generator, OtherInterface, Unloadable
 
     try:
-        return Generator(folder)
+        return Generator(folder, spin=spin)
     except (Unloadable, OtherInterface) as error:
         raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
 
@@ -96,7 +97,12 @@ def load_template(folder: Path, model: "Generator") -> "ChatTemplate | None":
 
 
 def continue_text(
-    folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling = DEFAULT, stop: tuple[str, ...] = ()
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling = DEFAULT,
+    stop: tuple[str, ...] = (),
+    spin: bool = False,
 ) -> abc.Generator[str, None, str]:
     """Yields what the model in ``folder`` writes after ``prompt``; returns why it had to stop early, or nothing.
 
@@ -105,7 +111,7 @@ def continue_text(
     """
     check_text(prompt, "TEXT")
     check_sampling(sampling)
-    model = load(folder)
+    model = load(folder, spin)
     from lm.runtime import PromptTooLong, Request
 
     try:

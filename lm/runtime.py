@@ -130,16 +130,20 @@ class Held:
 class Generator:
     """Continues texts: one graph run over the prompts, then one for each token of all rows, or for several of a row."""
 
-    def __init__(self, folder: Path, threads: int | None = None, graph: bytes | None = None) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None = None, graph: bytes | None = None, spin: bool = False
+    ) -> None:
         """Loads ``model.onnx`` with its ``tokenizer.json`` and ``config.json``; ``threads`` None takes all cores.
 
-        ``graph``: what is run in place of ``model.onnx``, with the weights that lie beside that.
+        ``graph``: what is run in place of ``model.onnx``, with the weights that lie beside that. ``spin``: within a
+        run, threads that wait for each other stay awake. Quicker where nothing else computes, slower beside it.
         Raises :class:`Unloadable` that names the file in ``folder`` that is at fault, and :class:`OtherInterface`.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        # A thread that spins while it waits takes its core from whatever else runs there.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+        # Between runs they sleep.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         ask_for_exact_products(options)
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3

@@ -21,11 +21,12 @@ KEY = "OVERNIGHT_API_KEY"
 _SECONDS_TO_END = 2
 
 
-def serve(root: Path, host: str, port: int, out: Console) -> int:
+def serve(root: Path, host: str, port: int, out: Console, spin: bool = False) -> int:
     """Serves the INT8 model of the project in ``root`` until Ctrl-C; returns the exit code, 130.
 
-    Raises :class:`UserMistake` for an address that is not this machine's own without a key in the environment, or one
-    that is taken, and as :func:`flows.generate.load` and :func:`load_template` do.
+    ``spin`` is that of :class:`lm.runtime.Generator`. Raises :class:`UserMistake` for an address that is not this
+    machine's own without a key in the environment, or one that is taken, and as :func:`flows.generate.load` and
+    :func:`load_template` do.
     """
     key = os.environ.get(KEY) or None
     if key is None and not _is_loopback(host):
@@ -34,7 +35,7 @@ def serve(root: Path, host: str, port: int, out: Console) -> int:
             "Bearer ...', or serve on 127.0.0.1."
         )
     folder = place(root, lambda line: out.print(line, highlight=False, soft_wrap=True))
-    generator = load(folder)
+    generator = load(folder, spin)
     template = load_template(folder, generator)
     with _listen(host, port) as listening:
         asked = f"with the key in {KEY}" if key else "without a key"

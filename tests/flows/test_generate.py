@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from odd import export_over_bytes
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.generate import write
 from lm.sampling import Sampling
 from tasks.errors import BadInput, UserMistake
@@ -44,6 +46,24 @@ def test_a_terminal_of_another_encoding_shows_what_it_can(root: Path) -> None:
     terminal = io.TextIOWrapper(shown, "ascii")
     write(root, "café", 1, Sampling(0), (), terminal, io.StringIO())
     assert shown.getvalue().startswith(b"caf?")
+
+
+@pytest.mark.parametrize("command", [["generate", "light"], ["chat"], ["serve"]], ids=" ".join)
+@pytest.mark.parametrize("spin", [False, True])
+def test_the_commands_load_a_model_whose_threads_spin_where_that_is_asked_for(
+    root: Path, command: list[str], spin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded(Exception):
+        """With how it was asked to."""
+
+    def load(folder: Path, *, spin: bool) -> None:
+        raise Loaded(folder, spin)
+
+    monkeypatch.setattr("lm.runtime.Generator", load)
+    monkeypatch.setattr("flows.project.find", lambda: root)
+    found = CliRunner().invoke(app, [*command, *(["--spin"] if spin else [])]).exception
+    assert isinstance(found, Loaded)
+    assert found.args == (root / "models/int8", spin)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,15 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(folder: Path) -> None:
     assert expected.startswith(written)
 
 
+@pytest.mark.parametrize("spin", [False, True])
+def test_threads_wait_awake_only_where_that_is_asked_for_and_write_the_same(folder: Path, spin: bool) -> None:
+    generator = Generator(folder, spin=spin)
+    options = generator.session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert write(generator, "sea", 12, GREEDY) == write(Generator(folder), "sea", 12, GREEDY)
+
+
 def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(folder)
     ids = np.array([[256, *b"and it came to pass in those days"]])
