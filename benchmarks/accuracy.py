@@ -7,9 +7,9 @@ over windows. Install the package without what it depends on: ``python -m pip in
 
 Of each scheme: what it adds to the loss, the Kullback-Leibler divergence from float (mean and 99th percentile, nats a
 token), how often both choose the same token first, and the graph's bytes. "Turned": rotated, and what `down_proj`
-reads turned while the model runs, as `quantize.rotate` does where all inputs share a scale. "Both": turned so, and
-compensated by other pages of the same manual. llama.cpp, where it is installed (see benchmarks/peers.py), quantizes
-the same weights itself. The last line is one JSON object.
+reads turned while the model runs, as `quantize.rotate` has it. "Both": turned so, and compensated by other pages of
+the same manual. llama.cpp, where it is installed (see benchmarks/peers.py), quantizes the same weights itself. The
+last line is one JSON object.
 """
 
 import argparse
