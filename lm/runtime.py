@@ -25,7 +25,7 @@ Ending = Literal["end of text", "stop", "length", "context"]
 # Room for this many more tokens is made at a time: rarely enough to copy little, often enough to attend to little room.
 _GROWTH = 64
 # So many tokens of a prompt are read at once: enough for products of matrices, and they stay in a core's cache.
-_PIECE = 128
+_PIECE = 256
 _LONGEST_REASON = 200
 
 
