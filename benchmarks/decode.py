@@ -89,6 +89,7 @@ def main() -> None:
     finally:
         for other in others:
             other.kill()
+            other.wait()
     told = {"rounds": arguments.rounds, "threads": THREADS, "beside": len(others), "GB/s": round(read / 1e9, 1)}
     print(json.dumps({**told, **result}))
 
@@ -175,11 +176,12 @@ def active_bytes(shape: str, side: str) -> float:
     if not config.tie_word_embeddings:
         # One row of the embedding is read; tied, it is the head as well.
         active -= config.vocab_size * config.hidden_size
-    # A block has a scale of 4 bytes.
-    bits = {"per-token-8": 8, "blockwise-8-wide": 8.5, "blockwise-4": 5}[OURS[side]]
+    # A block has a scale of 4 bytes. The head of 4 bits has 8, in wide blocks.
+    bits, of_head = {"per-token-8": (8, 8), "blockwise-8-wide": (8.5, 8.5), "blockwise-4": (5, 8.5)}[OURS[side]]
+    head = config.vocab_size * config.hidden_size
     grouped = isinstance(config, GroupedShape)
     width = 2 * config.num_key_value_heads * config.head_dim if grouped else config.cache_width
-    return active * bits / 8 + config.num_hidden_layers * width * 4 * (PREFILL + DECODE / 2)
+    return ((active - head) * bits + head * of_head) / 8 + config.num_hidden_layers * width * 4 * (PREFILL + DECODE / 2)
 
 
 def config_of(shape: str) -> "ModelConfig":

@@ -1,9 +1,9 @@
 """Products of weights and activations that share a scale in blocks of inputs: as close as 8 bits come, or in 4 bits.
 
-Weights: 8 or 4 bits, symmetric, a scale a block. Activations: signed 8 bits, symmetric, a scale a block,
-rounded when they are multiplied. This is what onnxruntime's ``MatMulNBits`` computes at ``accuracy_level`` 4, and
-llama.cpp with its Q8_0 and Q4_0 weights (ggml-quants.c); ``QMoE`` does it for all experts of a layer. Gradients pass
-straight through (arXiv 1308.3432).
+Weights: 8 or 4 bits, symmetric, a scale a block. Activations: signed 8 bits, symmetric, a scale a block, rounded when
+they are multiplied. This is what onnxruntime's ``MatMulNBits`` computes at ``accuracy_level`` 4, and llama.cpp, in
+blocks of 32, with its Q8_0 and Q4_0 weights (ggml-quants.c); ``QMoE`` does it for all experts of a layer. Gradients
+pass straight through (arXiv 1308.3432).
 """
 
 from dataclasses import dataclass

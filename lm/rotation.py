@@ -59,9 +59,9 @@ def rotate(model: LanguageModel) -> LanguageModel:
 def turn_hidden(model: LanguageModel, plan: Plan) -> LanguageModel:
     """Has what each ``down_proj`` reads turned while ``model`` runs, and its weight with it, in place. Returns it.
 
-    Not where ``plan`` keeps it float, nor experts whose scales are of blocks: they are one operator, which turns
-    nothing. The turn is as wide as the largest divisor of the inputs up to 128; with none from 8 on a layer stays as it
-    is.
+    Not where ``plan`` keeps it float, nor experts whose scales are of blocks: as a rule they are one operator, which
+    turns nothing. The turn is as wide as the largest divisor of the inputs up to 128; with none from 8 on a layer stays
+    as it is.
     """
     for name, layer in layers(model).items():
         product = products(name, layer)[-1]

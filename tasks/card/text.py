@@ -267,9 +267,9 @@ _PLANS = {
     "blockwise-4": f"Weights: 4 bits, one scale a block of 32 inputs; in the head 8 bits, of 64. {_IN_BLOCKS}",
 }
 _BEFORE_ROUNDING = {
-    "rotated": "Before that the spaces between its layers were turned, and what `down_proj` reads is turned while the "
-    "model runs (but for experts whose scales are of blocks): the function stays as it was, and no channel is larger "
-    "than all others (QuaRot, arXiv 2404.00456).",
+    "rotated": "Before that the spaces between its layers were turned: the function stays as it was, and no channel is "
+    "larger than all others (QuaRot, arXiv 2404.00456). Where what `down_proj` reads is turned too, that is done while "
+    "the model runs, by the matrices `turn_...` that the table names.",
     "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
     "training split bring into the layer (GPTQ, arXiv 2210.17323).",
 }
@@ -284,7 +284,9 @@ _FINE_TUNED = {
 def _quantization(evidence: Evidence) -> str:
     report, audit, found = evidence.evaluation, evidence.audit, evidence.quantization
     products = audit.tell("float_products", lambda names: ", ".join(f"`{name}`" for name in names) or "none")
-    trained = found.tell("objective", _FINE_TUNED.__getitem__) if found.get("fine_tuned") else "No fine-tuning."
+    trained = found.tell(
+        "fine_tuned", lambda done: found.tell("objective", _FINE_TUNED.__getitem__) if done else "No fine-tuning."
+    )
     trials = [
         [
             f"`{trial['scheme']}` after {trial['after']}",

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
+from lm.config import ModelConfig
 from lm.loss import logits_held
 from lm.model import LanguageModel
-from lm.quantization import PLANS, Plan, layers
+from lm.quantization import PLANS, WIDE, Plan, layers
 from lm.static import Range
 from tasks import paths
 from tasks.bootstrap import Bootstrap, Estimate, Values
@@ -79,15 +80,19 @@ class Quantization(BaseModel):
     trials: tuple[Trial, ...]
 
 
-def plan_name(name: SchemeName, params: QuantizeParams) -> str:
-    """Returns which of :data:`lm.quantization.PLANS` the scheme ``name`` is."""
+def plan_name(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> str:
+    """Returns which of :data:`lm.quantization.PLANS` the scheme ``name`` is for a model of ``config``.
+
+    A hidden size that is not whole wide blocks has narrow ones: filled up it would be no smaller, and a layer's experts
+    no single operator.
+    """
     scheme = SCHEMES[name]
-    return (scheme.rotated if params.rotate else None) or scheme.plan
+    return scheme.rotated if scheme.rotated and params.rotate and config.hidden_size % WIDE == 0 else scheme.plan
 
 
-def plan_of(name: SchemeName, params: QuantizeParams) -> Plan:
+def plan_of(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> Plan:
     """Returns the scheme of each layer, without the ranges that ``static`` needs."""
-    return dataclasses.replace(PLANS[plan_name(name, params)], in_float=params.in_float)
+    return dataclasses.replace(PLANS[plan_name(name, params, config)], in_float=params.in_float)
 
 
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:

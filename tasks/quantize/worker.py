@@ -81,7 +81,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
     found = Quantization(
         asked=params.scheme,
         scheme=name,
-        plan=plan_name(name, params),
+        plan=plan_name(name, params, attempt.model.config),
         rotated=params.rotate,
         compensated=params.compensate,
         fine_tuned=SCHEMES[name].fine_tuned,
@@ -128,7 +128,7 @@ class _Schemes:
 
     def _attempt(self, name: SchemeName) -> Attempt:
         params, here, seen = self._params, self._here, self._seen
-        plain = calibrate(self._original.to(here.device), plan_of(name, params), seen)
+        plain = calibrate(self._original.to(here.device), plan_of(name, params, self._original.config), seen)
         model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, self._shown)
         trials = [self.measure.trial(name, "post-training", model)]
         curve = Curve()

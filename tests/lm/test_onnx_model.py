@@ -154,7 +154,7 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("hidden_size", [16, 32], ids=["a node an expert", "a node for all experts"])
+@pytest.mark.parametrize("hidden_size", [16, 64], ids=["a node an expert", "a node for all experts"])
 def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
     hidden_size: int, plan: Plan, tmp_path: Path
 ) -> None:

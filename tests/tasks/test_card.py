@@ -225,6 +225,7 @@ def test_what_no_report_holds_is_not_assessed(tmp_path: Path) -> None:
     assert code == 0, output
     card = _card(tmp_path)
     assert "| parameters, total | not assessed |" in card
+    assert "fine-tun" not in card
     assert "float not assessed, INT8 not assessed" in card
     assert not re.search(r"\bNone\b|\bnan\b", card)
     ModelCard.load(tmp_path / "models/card/README.md")

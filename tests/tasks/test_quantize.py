@@ -197,7 +197,7 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
     if scheme == "weight-only-8":
         name = "model.layers.0.mlp.down_proj"
         weight = hugging_face.load(trained / "models/float").model.layers[0].mlp.down_proj.weight
-        integers, _ = blockwise.quantize_weight(weight.detach(), 8, 64 if rotated else 32)
+        integers, _ = blockwise.quantize_weight(weight.detach(), 8, 32)
         assert stored[f"{name}.int8"].shape == integers.shape
         same = (stored[f"{name}.int8"] == integers.numpy() + 128).all()
         assert same == (not rotated and not compensated)
@@ -221,15 +221,20 @@ def test_layers_that_cannot_stay_float_are_told_before_anything_is_trained(
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "told", "block", "node"),
     [
-        (tiny.LLAMA, ["A Qwen3-style language model of"]),
-        (tiny.QWEN3_MOE, ["A Qwen3-MoE-style language model of", "| busiest expert's tokens over the mean's | "]),
+        (tiny.LLAMA, ["A Qwen3-style language model of"], 32, "MatMulNBits"),
+        (
+            {**tiny.QWEN3_MOE, "hidden_size": 64},
+            ["A Qwen3-MoE-style language model of", "| busiest expert's tokens over the mean's | "],
+            64,
+            "QMoE",
+        ),
     ],
     ids=["dense", "experts"],
 )
 def test_families_with_grouped_queries_go_through_all_stages_of_the_model(
-    model: dict[str, Any], told: list[str], tmp_path: Path
+    model: dict[str, Any], told: list[str], block: int, node: str, tmp_path: Path
 ) -> None:
     tiny.write_params(tmp_path, **tiny.ALONE, train__model=model, quantize__scheme="weight-only-8")
     tiny.write_shards(tmp_path)
@@ -240,7 +245,9 @@ def test_families_with_grouped_queries_go_through_all_stages_of_the_model(
     evaluation = json.loads((tmp_path / "models/evaluation.json").read_text())
     assert abs(evaluation["gate"]["relative_loss"]["value"]) < 0.01
     card = (tmp_path / "models/card/README.md").read_text()
-    assert all(words in card for words in told)
+    # Wide blocks are whole ones.
+    assert all(words in card for words in (*told, f"one scale a block of {block} inputs"))
+    assert node in json.loads((tmp_path / "models/int8/audit.json").read_text())["operators"]
     assert "| cache a token and layer (numbers) | 64 |" in card
     assert "| scheme (`quantize.scheme`) | `weight-only-8` (asked: `weight-only-8`) |" in card
 
