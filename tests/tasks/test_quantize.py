@@ -18,8 +18,8 @@ from onnx import numpy_helper
 from lm import blockwise, hugging_face
 from lm.quantization import PLANS, prepare
 from tasks.errors import EXIT_TRY_AGAIN
-from tasks.quantize.params import QuantizeParams
-from tasks.quantize.schemes import Measure
+from tasks.quantize.params import QuantizeParams, SchemeName
+from tasks.quantize.schemes import Measure, plan_name, plan_of
 from tasks.section import read_section
 from tasks.shards import WindowReader
 from tasks.world import World
@@ -157,6 +157,24 @@ def test_a_trial_is_what_a_plain_loop_over_windows_says(
     assert trial.relative_loss.value == pytest.approx(losses[0] / losses[1] - 1, abs=2e-6)
     assert trial.kl_divergence.value == pytest.approx(divergence / mask[1:381].sum(), abs=2e-6)
     assert 1e-4 < trial.kl_divergence.low < trial.kl_divergence.value < trial.kl_divergence.high
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rotate", "hidden_size", "plan"),
+    [
+        ("weight-only-8", True, 128, "blockwise-8-wide"),
+        ("weight-only-8", True, 96, "blockwise-8"),
+        ("weight-only-8", False, 128, "blockwise-8"),
+        ("weight-only-4", True, 128, "blockwise-4"),
+    ],
+)
+def test_blocks_are_wide_where_a_rotated_model_is_whole_ones_wide(
+    scheme: SchemeName, rotate: bool, hidden_size: int, plan: str, trained: Path
+) -> None:
+    params = read_section("quantize", QuantizeParams, tiny.ROOT / "params.yaml").model_copy(update={"rotate": rotate})
+    config = hugging_face.load(trained / "models/float").config.model_copy(update={"hidden_size": hidden_size})
+    assert plan_name(scheme, params, config) == plan
+    assert plan_of(scheme, params, config).others == PLANS[plan].others
 
 
 # Compensation after rotation is all there is, so it is done twice.
