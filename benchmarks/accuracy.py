@@ -74,7 +74,7 @@ SIDES: dict[str, Side] = {
     "static, both": Side(PLANS["static-8"], rotated=True, hidden_turned=True, compensated=True),
     "weight-only-8": Side(PLANS["blockwise-8"]),
     "weight-only-8, compensated": Side(PLANS["blockwise-8"], compensated=True),
-    "weight-only-8, rotated": Side(PLANS["blockwise-8-wide"], rotated=True),
+    "weight-only-8, rotated": Side(PLANS["blockwise-8"], rotated=True),
     "weight-only-8, both": Side(PLANS["blockwise-8-wide"], rotated=True, hidden_turned=True, compensated=True),
     "weight-only-4": Side(PLANS["blockwise-4"]),
     "weight-only-4, both": Side(PLANS["blockwise-4"], rotated=True, hidden_turned=True, compensated=True),

@@ -170,11 +170,11 @@ class Blockwise:
             "Slice", graph.op("Flatten", rounded), graph.ints(0), graph.ints(weight.shape[1]), graph.ints(1)
         )
 
-    def _quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return quantize_weight(weight.detach(), self.bits, self.size)
-
     def stored(self, name: str) -> str:
         return f"{name}.int{self.bits}"
+
+    def _quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_weight(weight.detach(), self.bits, self.size)
 
     def _pack(self, integers: torch.Tensor) -> npt.NDArray[np.uint8]:
         # Unsigned around half the range; of two 4-bit numbers the first lies in the low half of its byte.
