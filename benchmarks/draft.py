@@ -158,8 +158,9 @@ def run_side(side: str, folder: Path, temperature: float) -> dict[str, float]:
 def by_graph_of(side: str, folder: Path, temperature: float) -> Write:
     """Ours, with guesses or without."""
     from lm.drafting import MOST
-    from lm.runtime import Done, Generator, Request
+    from lm.runtime import Generator
     from lm.sampling import Sampling
+    from lm.text import Done, Request
 
     generator = Generator(folder / DRAFTED.get(side, side), THREADS)
     most = MOST if side in DRAFTED else 0

@@ -40,8 +40,13 @@ class Graph:
         self._generator = Generator(folder, threads, spin=spin)
 
     def read(self, prompts: Ids) -> None:
+        from lm.batch import PIECE
+
         self._cache = self._generator.new_cache(len(prompts))
-        self._step(prompts)
+        # As the runtime does it for one text.
+        size = PIECE if len(prompts) == 1 else prompts.shape[1]
+        for piece in np.split(prompts, range(size, prompts.shape[1], size), axis=1):
+            self._step(piece)
 
     def write(self, count: int) -> None:
         for _ in range(count):

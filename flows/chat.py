@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TextIO
 
 from flows.generate import EXIT_INTERRUPTED, check_sampling, check_text, load, load_template, place
+from lm.batch import Batch
 from lm.chat_template import ChatTemplate, Message, Unrenderable
-from lm.runtime import Done, Held, PromptTooLong, Request
 from lm.runtime import Generator as Model
+from lm.runtime import PromptTooLong
 from lm.sampling import Sampling
+from lm.text import Done, Request
 from tasks.errors import BadInput, UserMistake
 
 
@@ -36,7 +38,7 @@ class Conversation:
 
     def __init__(self, model: Model, template: ChatTemplate, settings: Settings) -> None:
         self._model, self._template, self._settings = model, template, settings
-        self._held = Held()
+        self._held = Batch(model, 1)
         self.messages: tuple[Message, ...] = (Message("system", settings.system),) if settings.system else ()
 
     @property

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flows.serve import PARALLEL
 from tasks.atomic import disk_full_is_told
 from tasks.errors import TryAgain, UserMistake
 
@@ -216,6 +217,9 @@ def serve(
         str, typer.Option(help="Where to listen; others than this machine need OVERNIGHT_API_KEY.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="So many texts are written side by side; more wait their turn.")
+    ] = PARALLEL,
     spin: _Spin = False,
 ) -> None:
     """Serve the project's INT8 model by OpenAI's protocol, completions and chat, until it is stopped.
@@ -226,7 +230,7 @@ def serve(
         from flows import project
         from flows.serve.command import serve as serve_model
 
-        code = serve_model(project.find(), host, port, Console(), spin)
+        code = serve_model(project.find(), host, port, Console(), parallel, spin)
     raise typer.Exit(code)
 
 

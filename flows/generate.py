@@ -112,7 +112,8 @@ def continue_text(
     check_text(prompt, "TEXT")
     check_sampling(sampling)
     model = load(folder, spin)
-    from lm.runtime import PromptTooLong, Request
+    from lm.runtime import PromptTooLong
+    from lm.text import Request
 
     try:
         done = yield from model.generate(Request(prompt, max_new_tokens, sampling, stop))

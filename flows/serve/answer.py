@@ -14,10 +14,11 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from flows.serve.engine import Chunk
 from flows.serve.refused import Refused
 from flows.serve.request import WritingRequest
-from flows.serve.writing import Chunk, Chunks
-from lm.runtime import Done
+from flows.serve.writing import Chunks
+from lm.text import Done
 
 # As nginx counts those who left before there was an answer; nobody receives it.
 _LEFT = 499

@@ -1,27 +1,33 @@
 """The server's application: its paths, its key, and what it says where it does not answer."""
 
+import contextlib
 import hmac
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from flows.serve import PARALLEL
 from flows.serve.answer import answer
 from flows.serve.chat import ChatForm, ChatRequest
 from flows.serve.completions import CompletionForm, CompletionRequest
+from flows.serve.engine import MOST_WAITING
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused, invalid
-from flows.serve.turns import MOST_WAITING
 from flows.serve.writing import Writer
 from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
+
+# A token that is being written is waited for, unless it takes longer.
+_SECONDS_TO_END = 2
 
 
 def make_app(
@@ -29,13 +35,23 @@ def make_app(
     template: ChatTemplate | None,
     name: str,
     key: str | None,
+    parallel: int = PARALLEL,
     most_waiting: int = MOST_WAITING,
     stopped: threading.Event | None = None,
 ) -> FastAPI:
-    """Returns the application; requests must bring ``key`` where there is one. Once ``stopped``, it writes no more."""
-    app = FastAPI(title="Overnight", docs_url=None, redoc_url=None, openapi_url=None)
+    """Returns the application; requests must bring ``key`` where there is one. Once ``stopped``, it writes no more.
+
+    ``parallel`` and ``most_waiting`` are those of :class:`flows.serve.engine.Engine`.
+    """
     metrics = Metrics.new()
-    writer = Writer(generator, name, metrics, most_waiting, stopped or threading.Event())
+    writer = Writer(generator, name, metrics, parallel, most_waiting, stopped or threading.Event())
+
+    @contextlib.asynccontextmanager
+    async def living(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(writer.wait, _SECONDS_TO_END)
+
+    app = FastAPI(title="Overnight", docs_url=None, redoc_url=None, openapi_url=None, lifespan=living)
     created = int(time.time())
 
     @app.middleware("http")

@@ -10,7 +10,7 @@ from flows.serve.refused import bad_request
 from flows.serve.request import Body, Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.chat_template import ChatTemplate, Message, Role, Unrenderable
-from lm.runtime import Done, Request
+from lm.text import Done, Request
 
 # Newer models of OpenAI have developers where older ones have the system; templates know the system.
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

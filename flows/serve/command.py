@@ -21,12 +21,12 @@ KEY = "OVERNIGHT_API_KEY"
 _SECONDS_TO_END = 2
 
 
-def serve(root: Path, host: str, port: int, out: Console, spin: bool = False) -> int:
+def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: bool) -> int:
     """Serves the INT8 model of the project in ``root`` until Ctrl-C; returns the exit code, 130.
 
-    ``spin`` is that of :class:`lm.runtime.Generator`. Raises :class:`UserMistake` for an address that is not this
-    machine's own without a key in the environment, or one that is taken, and as :func:`flows.generate.load` and
-    :func:`load_template` do.
+    ``parallel`` texts are written side by side; ``spin`` is that of :class:`lm.runtime.Generator`. Raises
+    :class:`UserMistake` for an address that is not this machine's own without a key in the environment, or one that is
+    taken, and as :func:`flows.generate.load` and :func:`load_template` do.
     """
     key = os.environ.get(KEY) or None
     if key is None and not _is_loopback(host):
@@ -43,7 +43,7 @@ def serve(root: Path, host: str, port: int, out: Console, spin: bool = False) ->
         what = "completions and chat" if template else "completions"
         out.print(f"Serving {folder} at {address}: {what}, {asked}. Ctrl-C stops it.", highlight=False, soft_wrap=True)
         stopped = threading.Event()
-        app = make_app(generator, template, root.name, key, stopped=stopped)
+        app = make_app(generator, template, root.name, key, parallel, stopped=stopped)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END)
         with contextlib.suppress(KeyboardInterrupt):
             _Server(config, stopped).run(sockets=[listening])

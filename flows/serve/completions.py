@@ -9,7 +9,7 @@ from flows.serve.answer import Choice, Form, finish_reason
 from flows.serve.refused import bad_request
 from flows.serve.request import MOST_TEXTS, Text, WritingRequest
 from flows.serve.writing import Asked
-from lm.runtime import Done, Request
+from lm.text import Done, Request
 
 _Ids = Annotated[list[StrictInt], Field(min_length=1)]
 _Several = Field(min_length=1, max_length=MOST_TEXTS)

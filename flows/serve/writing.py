@@ -1,6 +1,7 @@
-"""The texts that requests ask for, written one request after another."""
+"""The texts that a request asks for, piece by piece as they are written."""
 
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Generator
@@ -8,11 +9,14 @@ from dataclasses import dataclass
 
 from anyio.from_thread import check_cancelled
 
+from flows.serve.engine import Chunk, Engine
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused, bad_request
-from flows.serve.turns import Turns
-from lm.runtime import Done, Held, PromptTooLong, Request
 from lm.runtime import Generator as Model
+from lm.runtime import PromptTooLong
+from lm.text import Request, Text
+
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,22 @@ class Asked:
     parameter: str
 
 
-# Of each text its next piece, and with the last one how it ended.
-Chunk = tuple[int, str, Done | None]
 Chunks = Generator[Chunk, None, None]
 
 
 class Writer:
-    """Writes what is asked for with ``model``, which is called ``name``, until it is ``stopped``."""
+    """Writes what is asked for with ``model``, which is called ``name``, until it is ``stopped``.
 
-    def __init__(self, model: Model, name: str, metrics: Metrics, most_waiting: int, stopped: threading.Event) -> None:
+    ``parallel`` and ``most_waiting`` are those of :class:`flows.serve.engine.Engine`.
+    """
+
+    def __init__(
+        self, model: Model, name: str, metrics: Metrics, parallel: int, most_waiting: int, stopped: threading.Event
+    ) -> None:
         self._model, self._name, self._metrics, self._stopped = model, name, metrics, stopped
-        self._turns = Turns(most_waiting)
-        # A text that begins as the last one did, as in a conversation, is not read anew. Sums are then taken in another
-        # order, and a text may turn where two tokens are nearly alike: who gives a seed asks for the very same text.
-        self._held = Held()
+        # Beside others, or after a beginning that is there already, sums are taken in another order, and a text may
+        # turn where two tokens are nearly alike: who gives a seed asks for the very same text.
+        self._engine = Engine(model, parallel, most_waiting, self._count)
 
     def chunks(self, asked: Asked) -> Chunks:
         """Yields (number of the text, next piece of it, how it ended or None). Raises :class:`Refused`.
@@ -51,29 +57,32 @@ class Writer:
         if asked.model not in (None, self._name):
             message = f"there is no model '{asked.model}', but '{self._name}'"
             raise Refused(404, "invalid_request_error", message, "model")
+        try:
+            texts = [self._model.text(request) for request in asked.texts]
+        except PromptTooLong as error:
+            raise bad_request(f"{error}.", asked.parameter) from None
         started = time.monotonic()
-        with self._metrics.active.track_inprogress(), self._turns.take(self._look):
-            # One request writes at a time: what the model has had more at its end is of this one, and of all its texts,
-            # those that were left too.
-            tally = self._model.tally
-            prompt, new = tally.prompt, tally.new
-            # Between the pieces of a long prompt too.
-            self._model.look = self._look
+        with self._metrics.active.track_inprogress():
+            job = self._engine.take(texts, asked.repeatable)
             try:
-                with contextlib.closing(self._write(asked.texts, None if asked.repeatable else self._held)) as pieces:
-                    for number, piece, done in pieces:
-                        self._look()
-                        if done is not None:
-                            self._metrics.drafted.labels("true").inc(done.accepted)
-                            self._metrics.drafted.labels("false").inc(done.drafted - done.accepted)
-                        yield number, piece, done
-            except PromptTooLong as error:
-                raise bad_request(f"{error}.", asked.parameter) from None
+                missing = len(texts)
+                while missing:
+                    chunk: Chunk | Exception | None = None
+                    with contextlib.suppress(queue.Empty):
+                        chunk = job.chunks.get(timeout=_SECONDS_BETWEEN_LOOKS)
+                    self._look()
+                    if isinstance(chunk, Exception):
+                        raise chunk
+                    if chunk is not None:
+                        missing -= chunk[2] is not None
+                        yield chunk
             finally:
-                self._model.look = lambda: None
-                self._metrics.tokens.labels("prompt").inc(tally.prompt - prompt)
-                self._metrics.tokens.labels("completion").inc(tally.new - new)
+                self._engine.leave(job)
                 self._metrics.seconds.observe(time.monotonic() - started)
+
+    def wait(self, seconds: float) -> None:
+        """Returns when nothing is written any more, or after ``seconds``."""
+        self._engine.wait(seconds)
 
     def _look(self) -> None:
         """Raises where what is asked for is not to be written any more."""
@@ -81,14 +90,8 @@ class Writer:
             raise Refused(503, "server_error", "the server is being stopped; ask again when it is back")
         check_cancelled()
 
-    def _write(self, texts: list[Request], held: Held | None) -> Chunks:
-        if len(texts) > 1:
-            yield from self._model.generate_batch(texts)
-            return
-        with contextlib.closing(self._model.generate(texts[0], held)) as pieces:
-            while True:
-                try:
-                    yield 0, next(pieces), None
-                except StopIteration as end:
-                    yield 0, "", end.value
-                    return
+    def _count(self, text: Text) -> None:
+        self._metrics.tokens.labels("prompt").inc(len(text.ids))
+        self._metrics.tokens.labels("completion").inc(text.new_tokens)
+        self._metrics.drafted.labels("true").inc(text.accepted)
+        self._metrics.drafted.labels("false").inc(text.drafted - text.accepted)

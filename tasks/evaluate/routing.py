@@ -14,10 +14,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from lm.cache import Cache
 from lm.feed_forward import Router
 from lm.model import LanguageModel
 from lm.onnx_model import choices
-from lm.runtime import Cache, Generator
+from lm.runtime import Generator
 from tasks.errors import BadInput
 
 Ids = npt.NDArray[np.int64]

@@ -21,8 +21,9 @@ from serving import lay_out_project
 
 from flows.chat import Conversation, Settings, chat
 from lm.chat_template import ChatTemplate, Message
-from lm.runtime import Generator, Request
+from lm.runtime import Generator
 from lm.sampling import Sampling
+from lm.text import Request
 from tasks.errors import BadInput, UserMistake
 
 GREEDY = Settings(None, 8, Sampling(0))

@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from odd import export_over_bytes
-from serving import Server, lay_out_project, until
+from serving import Server, lay_out_project
 
 from flows.serve.app import make_app
+from flows.serve.engine import Engine
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused
-from flows.serve.turns import Turns
 from flows.serve.writing import Asked, Writer
-from lm.runtime import Generator, Request
+from lm.runtime import Generator
 from lm.sampling import Sampling
+from lm.text import Request, Text
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "prompt": "sea"}
 
@@ -182,10 +182,10 @@ def test_a_wrong_request_is_told_by_its_parameter(
 def test_what_nobody_expected_is_an_error_of_the_protocol_and_counted(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Generator, "generate", fail)
+    monkeypatch.setattr(Generator, "run", fail)
     app = TestClient(make_app(Generator(root / "models/int8"), None, "m", None), raise_server_exceptions=False)
     for stream in (False, True):
         answer = app.post("/v1/completions", json={**GREEDY, "stream": stream})
@@ -231,40 +231,31 @@ def test_parallel_requests_each_get_their_own_text(server: Server) -> None:
     assert [answers[number] for number in range(4)] == [write(body) for body in asked]
 
 
-def take_one(turns: Turns) -> None:
-    with turns.take(lambda: None):
-        pass
+def test_whoever_comes_first_is_written_first_and_too_many_that_wait_are_told_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let, ended = threading.Event(), list[Text]()
+    model = Generator(root / "models/int8")
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda *ids, **how: let.wait(20) and run(*ids, **how))
+    engine = Engine(model, 2, 3, ended.append)
+    texts = [model.text(Request("sea", 1 + number % 2)) for number in range(5)]
+    jobs = [engine.take([text], repeatable=False) for text in texts]
+    with pytest.raises(Refused, match="3 requests wait already"):
+        engine.take([model.text(Request("sea", 1))], repeatable=False)
+    let.set()
+    engine.wait(20)
+    assert [job.chunks.qsize() > 0 and not job.open for job in jobs] == [True] * 5
+    # Two side by side: of the first two the one that is longer ends later.
+    assert [texts.index(text) for text in ended] == [0, 1, 2, 3, 4]
+    # There is room again.
+    last = engine.take([model.text(Request("sea", 1))], repeatable=False)
+    engine.wait(20)
+    assert not last.open
 
 
-def test_who_comes_first_is_served_first() -> None:
-    turns, served = Turns(most=5), list[int]()
-
-    def take(number: int) -> None:
-        with turns.take(lambda: None):
-            served.append(number)
-
-    threads = [threading.Thread(target=take, args=[number]) for number in range(5)]
-    with turns.take(lambda: None):
-        for number, thread in enumerate(threads):
-            thread.start()
-            until(lambda number=number: turns.waiting == number + 2)  # type: ignore[misc]
-        # Longer than they wait between two looks.
-        time.sleep(0.25)
-    for thread in threads:
-        thread.join(timeout=10)
-    assert served == [0, 1, 2, 3, 4]
-
-
-def test_too_many_that_wait_are_told_so_and_room_is_made_again(root: Path) -> None:
-    turns = Turns(most=1)
-    with turns.take(lambda: None):
-        waiting = threading.Thread(target=take_one, args=[turns])
-        waiting.start()
-        until(lambda: turns.waiting == 2)
-        with pytest.raises(Refused, match="1 requests wait already"), turns.take(lambda: None):
-            pass
-    waiting.join(timeout=10)
-    full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, most_waiting=-1))
+def test_too_many_that_wait_are_an_error_of_the_protocol(root: Path) -> None:
+    full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, parallel=0, most_waiting=0))
     answer = full.post("/v1/completions", json=GREEDY)
     assert answer.status_code == 429
     assert answer.headers["retry-after"]
@@ -304,7 +295,7 @@ def test_the_metrics_count_the_tokens_of_texts_that_were_left(
     monkeypatch.setattr(Sampling, "draw", note)
     metrics = Metrics.new()
     model = Generator(root / "models/int8")
-    writer = Writer(model, "m", metrics, 1, threading.Event())
+    writer = Writer(model, "m", metrics, 8, 1, threading.Event())
     texts = [Request("sea", 40, Sampling(1.5, 0, seed=seed)) for seed in range(count)]
 
     def leave() -> None:
@@ -314,6 +305,7 @@ def test_the_metrics_count_the_tokens_of_texts_that_were_left(
         chunks.close()
 
     anyio.run(anyio.to_thread.run_sync, leave)
+    writer.wait(20)
     assert not model.ends.intersection(drawn)
     for kind, expected in (("prompt", 4 * count), ("completion", len(drawn))):
         assert metrics.registry.get_sample_value("overnight_tokens_total", {"kind": kind}) == expected

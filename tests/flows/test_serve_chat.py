@@ -15,8 +15,9 @@ from serving import Server, lay_out_project
 
 from flows.serve.app import make_app
 from lm.chat_template import ChatTemplate, Message
-from lm.runtime import Done, Generator, Request
+from lm.runtime import Generator
 from lm.sampling import Sampling
+from lm.text import Done, Request
 
 SEA = [{"role": "user", "content": "sea"}]
 GREEDY: dict[str, Any] = {"messages": SEA, "temperature": 0, "max_tokens": 9}
@@ -266,7 +267,7 @@ def test_the_metrics_count_both_kinds(root: Path, model: Generator) -> None:
         assert f'overnight_requests_total{{path="{path}",status="{status}"}} 1.0' in counted
     assert 'overnight_tokens_total{kind="completion"} 11.0' in counted
     assert "overnight_completion_seconds_count 2.0" in counted
-    full = TestClient(make_app(model, template, "m", None, most_waiting=-1))
+    full = TestClient(make_app(model, template, "m", None, parallel=0, most_waiting=0))
     assert full.post("/v1/chat/completions", json=GREEDY).status_code == 429
 
 

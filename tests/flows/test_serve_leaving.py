@@ -5,51 +5,51 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from odd import export_over_bytes
 from serving import PATIENCE, in_this_process, until
 
 from flows.serve.app import make_app
-from lm.runtime import Done, Request, Tally
+from lm.cache import Cache
+from lm.runtime import Generator
+from lm.sampling import Logits
+from lm.text import Ids
 
 
-class Stub:
-    """A model that writes an "a" for each token that it is let, and notes the prompts whose texts were closed."""
+class Letters(Generator):
+    """Writes one letter after the other, each when it is let."""
 
-    context, vocab_size = 64, 256
+    let: threading.Semaphore
 
-    def __init__(self) -> None:
-        self.let, self.written, self.closed = threading.Semaphore(0), 0, list[str]()
-        self.tally = Tally()
+    def run(self, ids: Ids, cache: Cache, last: bool = False) -> Logits:
+        assert last
+        assert self.let.acquire(timeout=PATIENCE)
+        cache.lengths += ids.shape[1]
+        logits = np.zeros((len(ids), 1, self.vocab_size), np.float32)
+        # By how long each text is. The prompts here have four tokens or five.
+        logits[np.arange(len(ids)), 0, ord("a") + (cache.lengths - 4) % 26] = 1e9
+        return logits
 
-    def generate(self, request: Request, _: object = None) -> Iterator[str]:
-        try:
-            for _ in range(request.max_new_tokens):
-                assert self.let.acquire(timeout=PATIENCE)
-                self.written += 1
-                yield "a"
-        except GeneratorExit:
-            self.closed.append(str(request.prompt))
-            raise
-        return Done("length", 1, request.max_new_tokens)
 
-    def generate_batch(self, requests: list[Request]) -> Iterator[tuple[int, str, Done | None]]:
-        for piece in self.generate(requests[0]):
-            for number in range(len(requests)):
-                yield number, piece, None
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_over_bytes(tmp_path_factory.mktemp("int8"))
 
 
 @pytest.fixture
-def model() -> Stub:
-    return Stub()
+def model(folder: Path) -> Letters:
+    model = Letters(folder)
+    model.let, model.context = threading.Semaphore(0), 100_000
+    return model
 
 
 @pytest.fixture
-def url(model: Stub) -> Iterator[str]:
-    stub: Any = model
-    with in_this_process(make_app(stub, None, "m", None)) as url:
+def url(model: Letters) -> Iterator[str]:
+    with in_this_process(make_app(model, None, "m", None, parallel=2)) as url:
         yield url
         # Nobody is left waiting for a token.
         model.let.release(100_000)
@@ -57,16 +57,6 @@ def url(model: Stub) -> Iterator[str]:
 
 def body(prompt: str, **others: object) -> dict[str, object]:
     return {"prompt": prompt, "max_tokens": 100_000, **others}
-
-
-def until_nobody_waits(url: str, model: Stub) -> None:
-    """Lets the model write until the server has noticed who left."""
-
-    def nobody() -> bool:
-        model.let.release()
-        return active(url) == 0
-
-    until(nobody)
 
 
 def measured(url: str, name: str) -> float:
@@ -87,52 +77,91 @@ def listening(url: str, prompt: str) -> Iterator[Iterator[str]]:
 
 
 @contextlib.contextmanager
-def asking(url: str, asked: dict[str, object]) -> Iterator[None]:
-    """Sends a request; its client leaves at the end, and has read nothing."""
+def asking(url: str, asked: dict[str, object]) -> Iterator[http.client.HTTPConnection]:
+    """Sends a request; its client leaves at the end, and has read nothing unless a test does."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
     connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
     try:
-        yield
+        yield connection
     finally:
         connection.close()
 
 
-def test_an_event_is_sent_before_the_next_token_is_written(url: str, model: Stub) -> None:
+def written(url: str) -> float:
+    """How many tokens there are of texts that have ended or were left."""
+    return measured(url, 'overnight_tokens_total{kind="completion"}')
+
+
+def test_an_event_is_sent_before_the_next_token_is_written(url: str, model: Letters) -> None:
     model.let.release()
     with listening(url, "sea") as events:
-        for count in range(1, 4):
-            assert '"text": "a"' in next(events)
-            assert model.written == count
+        for letter in "abc":
+            assert f'"text": "{letter}"' in next(events)
             model.let.release()
 
 
-def test_a_stream_whose_client_leaves_is_closed(url: str, model: Stub) -> None:
+def test_a_stream_whose_client_leaves_is_closed(url: str, model: Letters) -> None:
     model.let.release()
-    with listening(url, "sea"):
+    with listening(url, "sea") as events:
+        next(events)
         assert active(url) == 1
-    until_nobody_waits(url, model)
-    assert model.closed == ["sea"]
+    until(lambda: active(url) == 0)
+    # The token that was being written.
+    model.let.release()
+    until(lambda: written(url) == 2)
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_whole_answer_whose_client_leaves_is_closed(url: str, model: Stub, n: int) -> None:
+def test_a_whole_answer_whose_client_leaves_is_closed(url: str, model: Letters, n: int) -> None:
     with asking(url, body("sea", n=n)):
         until(lambda: active(url) == 1)
-    until_nobody_waits(url, model)
-    assert model.closed == ["sea"]
+    until(lambda: active(url) == 0)
+    model.let.release()
+    until(lambda: written(url) == 1)
     assert measured(url, 'overnight_requests_total{path="/v1/completions",status="499"}') == 1
     model.let.release(2)
-    answer = httpx.post(f"{url}/v1/completions", json=body("land", max_tokens=2))
-    assert answer.json()["choices"][0]["text"] == "aa"
+    answer = httpx.post(f"{url}/v1/completions", json=body("sea", max_tokens=2))
+    assert answer.json()["choices"][0]["text"] == "ab"
+
+
+def test_whoever_comes_later_is_written_beside_the_others_and_may_end_before_them(url: str, model: Letters) -> None:
+    model.let.release()
+    with listening(url, "sea") as events:
+        assert '"text": "a"' in next(events)
+        with asking(url, body("isle", max_tokens=2)) as connection:
+            until(lambda: active(url) == 2)
+            # More than both need: tokens of the first until the second is there, its prompt, and tokens of both.
+            model.let.release(10)
+            assert json.load(connection.getresponse())["choices"][0]["text"] == "bc"
+        for letter in "bcdefghij":
+            assert f'"text": "{letter}"' in next(events)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_whoever_leaves_while_waiting_waits_no_more(url: str, model: Stub, stream: bool) -> None:
-    model.let.release()
-    with listening(url, "sea"):
+def test_whoever_leaves_while_waiting_waits_no_more(url: str, model: Letters, stream: bool) -> None:
+    with asking(url, body("sea")), asking(url, body("sea")):
+        until(lambda: active(url) == 2)
         with asking(url, body("land", stream=stream)):
-            until(lambda: active(url) == 2)
+            until(lambda: active(url) == 3)
+        until(lambda: active(url) == 2)
+        model.let.release(4)
+    until(lambda: active(url) == 0)
+    model.let.release()
+    # Nothing of the one that had to wait.
+    until(lambda: measured(url, 'overnight_tokens_total{kind="prompt"}') == 8)
+
+
+def test_whoever_leaves_while_the_prompt_is_read_makes_room(
+    url: str, model: Letters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.batch.PIECE", 2)
+    with asking(url, body("sea")):
         until(lambda: active(url) == 1)
-        assert model.closed == []
-    until_nobody_waits(url, model)
-    assert model.closed == ["sea"]
+    until(lambda: active(url) == 0)
+    model.let.release()
+    until(lambda: measured(url, 'overnight_tokens_total{kind="prompt"}') == 4)
+    assert written(url) == 0
+    # One piece is read already.
+    model.let.release()
+    answer = httpx.post(f"{url}/v1/completions", json=body("sea", max_tokens=1))
+    assert answer.json()["choices"][0]["text"] == "a"

