@@ -218,7 +218,8 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     parallel: Annotated[
-        int, typer.Option(min=1, max=64, help="So many texts are written side by side; more wait their turn.")
+        int,
+        typer.Option(min=1, max=64, help="So many texts are written side by side, each cached in memory; more wait."),
     ] = PARALLEL,
     spin: _Spin = False,
 ) -> None:

@@ -48,6 +48,9 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def living(_: FastAPI) -> AsyncIterator[None]:
+        # Each request has a thread that waits for its text; others ask for metrics meanwhile.
+        threads = anyio.to_thread.current_default_thread_limiter()
+        threads.total_tokens += parallel + most_waiting
         yield
         await anyio.to_thread.run_sync(writer.wait, _SECONDS_TO_END)
 

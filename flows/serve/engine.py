@@ -80,6 +80,20 @@ class Engine:
             self._jobs.append(self._waiting.popleft())
 
     def _work(self) -> None:
+        try:
+            self._write()
+        except Exception as error:
+            # Nobody is left waiting, and the next request begins anew.
+            with self._change:
+                for job in (*self._jobs, *self._waiting):
+                    job.open.clear()
+                    job.chunks.put(error)
+                self._jobs, self._left, self._thread = [], [], None
+                self._waiting.clear()
+                self._shared = Batch(self._model, self._parallel)
+                self._change.notify_all()
+
+    def _write(self) -> None:
         while True:
             with self._change:
                 left, self._left = self._left, []

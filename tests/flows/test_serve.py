@@ -254,6 +254,20 @@ def test_whoever_comes_first_is_written_first_and_too_many_that_wait_are_told_so
     assert not last.open
 
 
+def test_a_fault_of_the_thread_that_writes_is_told_to_all_and_the_next_request_is_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Generator(root / "models/int8")
+    engine = Engine(model, 1, 3, lambda text: None)
+    with monkeypatch.context() as broken:
+        broken.setattr(Engine, "_begin", lambda *_: 1 / 0)
+        jobs = [engine.take([model.text(Request("sea", 1))], repeatable=False) for _ in range(2)]
+        assert [type(job.chunks.get(timeout=20)) for job in jobs] == [ZeroDivisionError] * 2
+        engine.wait(20)
+    last = engine.take([model.text(Request("sea", 1))], repeatable=False)
+    assert last.chunks.get(timeout=20)[2].new_tokens == 1
+
+
 def test_too_many_that_wait_are_an_error_of_the_protocol(root: Path) -> None:
     full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, parallel=0, most_waiting=0))
     answer = full.post("/v1/completions", json=GREEDY)

@@ -124,6 +124,15 @@ def test_a_whole_answer_whose_client_leaves_is_closed(url: str, model: Letters, 
     assert answer.json()["choices"][0]["text"] == "ab"
 
 
+def test_there_is_a_thread_for_whoever_asks_while_many_texts_are_written(model: Letters) -> None:
+    with in_this_process(make_app(model, None, "m", None, parallel=48)) as url, contextlib.ExitStack() as stack:
+        for _ in range(48):
+            stack.enter_context(asking(url, body("sea")))
+        until(lambda: active(url) == 48)
+        assert httpx.get(f"{url}/health", timeout=PATIENCE / 2).json() == {"status": "ok"}
+        model.let.release(1000)
+
+
 def test_whoever_comes_later_is_written_beside_the_others_and_may_end_before_them(url: str, model: Letters) -> None:
     model.let.release()
     with listening(url, "sea") as events:
