@@ -40,8 +40,8 @@ class _Row:
 class Batch:
     """At most ``most`` texts side by side; others wait, the first come first.
 
-    While prompts are read, piece by piece, the other texts go on. A text that is alone has guesses at its next tokens
-    (:mod:`lm.drafting`). What a text has in common with one before or beside it is not computed again.
+    While prompts are read, piece by piece, the other texts go on. Where a single text is written it has guesses at its
+    next tokens (:mod:`lm.drafting`). A beginning that a text has in common with what a row holds is not computed again.
     """
 
     def __init__(self, model: Model, most: int) -> None:
@@ -70,17 +70,24 @@ class Batch:
         elif text in self._waiting:
             self._waiting.remove(text)
 
-    def step(self) -> list[tuple[Text, str]]:
-        """Writes the next token of each text, and reads a piece of a prompt; returns what can be told now of which.
+    @property
+    def reads(self) -> bool:
+        """Whether there is a prompt to read, and room for it."""
+        return self._reading is not None or bool(self._waiting and len(self._writing) < self._most)
 
-        Empty while only a prompt is read. A text that was told the last of is ``done``, and has left.
+    def step(self, read: bool = True) -> list[tuple[Text, str]]:
+        """Writes the next token of each text, and reads a piece of a prompt where there is one and ``read`` is true.
+
+        Returns what can be told now of which text; nothing of one whose prompt is read. A text that was told the last
+        of is ``done``, and has left.
         """
         told = self._write() if self._writing else []
-        if self._reading is None and self._waiting and len(self._writing) < self._most:
+        if not (read and self.reads):
+            return told
+        if self._reading is None:
             self._begin(self._waiting.popleft())
-        if self._reading is not None:
-            told += self._read(self._reading)
-        return told
+        assert self._reading is not None
+        return told + self._read(self._reading)
 
     def _begin(self, text: Text) -> None:
         text.begun = True
@@ -89,8 +96,8 @@ class Batch:
         idle = range(len(self._writing), self._most)
         nearest = max(range(self._most), key=lambda row: (common[row], row in idle))
         row, shared = nearest, common[nearest]
-        # Unless most of what a row holds is this text's beginning, it stays, and the row that was left first is taken.
-        if nearest not in idle or 2 * shared < len(self._rows[nearest].ids):
+        # Unless nearly all that it holds is this text's beginning, a row stays; the one that was left first is taken.
+        if nearest not in idle or 10 * shared < 9 * len(self._rows[nearest].ids):
             row = min(idle, key=lambda one: self._rows[one].left)
         self._cache.copy(nearest, row, shared)
         self._rows[row].ids = text.ids[:shared]

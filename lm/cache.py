@@ -29,16 +29,16 @@ class Cache:
         """Makes room for ``tokens`` tokens a row, and for some more, but not for more than ``limit``."""
         if tokens <= self.capacity:
             return
-        self.capacity = max(tokens, min(-(-tokens // _GROWTH) * _GROWTH, limit))
-        sizes = {"batch": len(self.lengths), "capacity": self.capacity}
-        old, self._buffers = self._buffers, {}
+        capacity = max(tokens, min(-(-tokens // _GROWTH) * _GROWTH, limit))
+        sizes = {"batch": len(self.lengths), "capacity": capacity}
+        larger = {}
         for name, shape in self._shapes.items():
             # Zeros and not just memory: a weight of zero times what is no number would be no number. The system brings
             # their memory when they are first written: a row that no text has had takes none.
-            self._buffers[name] = np.zeros([sizes.get(axis, axis) for axis in shape], np.float32)
-            if old:
-                for row, length in enumerate(self.lengths):
-                    self._tokens(name, row, length)[...] = self._tokens(name, row, length, old)
+            larger[name] = np.zeros([sizes.get(axis, axis) for axis in shape], np.float32)
+            for row, length in enumerate(self.lengths if self._buffers else ()):
+                self._tokens(name, row, length, larger)[...] = self._tokens(name, row, length)
+        self._buffers, self.capacity = larger, capacity
         self._bind()
 
     def part(self, first: int, stop: int) -> "Cache":

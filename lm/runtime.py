@@ -86,6 +86,11 @@ class Generator:
         # follows.
         self._beginning = (begins or ends)[:1]
         self.ends = frozenset((*begins, *ends))
+        self._run_options = onnxruntime.RunOptions()
+
+    def stop(self) -> None:
+        """Ends a run that is under way, between two of its operators, and any later one, by an exception of its own."""
+        self._run_options.terminate = True
 
     def new_cache(self, batch: int = 1) -> Cache:
         """Returns the cache before the first token of ``batch`` texts."""
@@ -111,7 +116,7 @@ class Generator:
         binding.bind_cpu_input("logits_to_keep", kept)
         for name in ("logits", *names):
             binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, self._run_options)
         cache.lengths += length
         found = binding.get_outputs()
         logits, *others = (found[self._outputs.index(name)].numpy() for name in ("logits", *names))

@@ -39,7 +39,7 @@ class Request:
 class Done:
     """How a text ended, and how many tokens were its prompt's and its own.
 
-    ``drafted`` tokens were guessed and ``accepted`` of these came true; none where texts are written side by side.
+    ``drafted`` tokens were guessed and ``accepted`` of these came true; none while texts are written side by side.
     """
 
     ending: Ending

@@ -26,9 +26,6 @@ from flows.serve.writing import Writer
 from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
 
-# A token that is being written is waited for, unless it takes longer.
-_SECONDS_TO_END = 2
-
 
 def make_app(
     generator: Generator,
@@ -41,7 +38,8 @@ def make_app(
 ) -> FastAPI:
     """Returns the application; requests must bring ``key`` where there is one. Once ``stopped``, it writes no more.
 
-    ``parallel`` and ``most_waiting`` are those of :class:`flows.serve.engine.Engine`.
+    Its ``state.writer`` is to be stopped before the process ends. ``parallel`` and ``most_waiting`` are those of
+    :class:`flows.serve.engine.Engine`.
     """
     metrics = Metrics.new()
     writer = Writer(generator, name, metrics, parallel, most_waiting, stopped or threading.Event())
@@ -52,9 +50,9 @@ def make_app(
         threads = anyio.to_thread.current_default_thread_limiter()
         threads.total_tokens += parallel + most_waiting
         yield
-        await anyio.to_thread.run_sync(writer.wait, _SECONDS_TO_END)
 
     app = FastAPI(title="Overnight", docs_url=None, redoc_url=None, openapi_url=None, lifespan=living)
+    app.state.writer = writer
     created = int(time.time())
 
     @app.middleware("http")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from flows.serve.app import make_app
 from tasks.errors import UserMistake
 
 KEY = "OVERNIGHT_API_KEY"
-# What is written ends at its next token, unless that takes longer.
+# Answers end within this, or are cut off.
 _SECONDS_TO_END = 2
 
 
@@ -47,6 +48,9 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END)
         with contextlib.suppress(KeyboardInterrupt):
             _Server(config, stopped).run(sockets=[listening])
+        # A second Ctrl-C comes to nothing: Python must not end while the graph runs.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        app.state.writer.stop()
     out.print("Stopped.")
     return EXIT_INTERRUPTED
 

@@ -29,20 +29,21 @@ class Job:
 
 
 class Engine:
-    """Writes with ``model`` at most ``parallel`` texts at a time; ``most_waiting`` requests wait.
+    """Writes with ``model``; a request begins where fewer than ``parallel`` texts are written, else it waits.
 
-    ``count`` is told each text that has been begun, once it has ended or was left. The thread is there while there is
-    something to write.
+    A batch has at most ``parallel`` texts side by side. ``most_waiting`` requests wait. ``count`` is told each text
+    that has been begun, once it has ended or was left. The thread is there while there is something to write.
     """
 
     def __init__(self, model: Generator, parallel: int, most_waiting: int, count: Callable[[Text], None]) -> None:
         self._model, self._parallel, self._most_waiting, self._count = model, parallel, most_waiting, count
-        self._shared = Batch(model, parallel)
+        self._shared: Batch | None = None
         self._change = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._jobs: list[Job] = []
         self._left: list[Job] = []
         self._thread: threading.Thread | None = None
+        self._rounds = 0
 
     def take(self, texts: list[Text], repeatable: bool) -> Job:
         """Has ``texts`` written as soon as there is room. Raises :class:`Refused` where too many wait.
@@ -51,15 +52,16 @@ class Engine:
         """
         job = Job(texts, repeatable)
         with self._change:
+            if self._thread is None:
+                # It ends when it finds nothing to write.
+                thread = threading.Thread(target=self._work, name="engine", daemon=True)
+                thread.start()
+                self._thread = thread
             self._waiting.append(job)
             self._admit()
             if len(self._waiting) > self._most_waiting:
                 self._waiting.pop()
                 raise Refused(429, "rate_limit_error", f"{self._most_waiting} requests wait already; try again later.")
-            if self._thread is None:
-                # Python does not wait for it at its end: the server does, for a while.
-                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-                self._thread.start()
         return job
 
     def leave(self, job: Job) -> None:
@@ -71,7 +73,7 @@ class Engine:
                 self._left.append(job)
 
     def wait(self, seconds: float) -> None:
-        """Returns when nothing is written, or after ``seconds``."""
+        """Returns when nothing is written any more, or after ``seconds``."""
         with self._change:
             self._change.wait_for(lambda: self._thread is None, seconds)
 
@@ -81,53 +83,54 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            self._write()
+            while jobs := self._next():
+                self._write(jobs)
         except Exception as error:
             # Nobody is left waiting, and the next request begins anew.
             with self._change:
-                for job in (*self._jobs, *self._waiting):
-                    job.open.clear()
-                    job.chunks.put(error)
+                self._fail([*self._jobs, *self._waiting], error)
                 self._jobs, self._left, self._thread = [], [], None
                 self._waiting.clear()
-                self._shared = Batch(self._model, self._parallel)
                 self._change.notify_all()
 
-    def _write(self) -> None:
-        while True:
-            with self._change:
-                left, self._left = self._left, []
-                for job in left:
-                    self._end(job)
-                self._jobs = [job for job in self._jobs if job.open]
-                self._admit()
-                if not self._jobs:
-                    self._thread = None
-                    self._change.notify_all()
-                    return
-                jobs = list(self._jobs)
-            for job in jobs:
+    def _next(self) -> list[Job]:
+        """Returns the requests to go on with; none, and the thread is to end."""
+        with self._change:
+            left, self._left = self._left, []
+            for job in left:
+                self._end(job)
+            self._jobs = [job for job in self._jobs if job.open]
+            self._admit()
+            if not self._jobs:
+                self._thread = None
+                self._change.notify_all()
+            return list(self._jobs)
+
+    def _write(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.batch is None:
                 self._begin(job)
-            for batch in {id(job.batch): job.batch for job in jobs}.values():
-                assert batch is not None
-                self._step(batch, [job for job in jobs if job.batch is batch])
+        batches = list({id(job.batch): job.batch for job in jobs if job.batch is not None}.values())
+        # A single piece of a prompt comes between two tokens of a text, however many prompts there are.
+        readers = [batch for batch in batches if batch.reads]
+        reader = readers[self._rounds % len(readers)] if readers else None
+        self._rounds += 1
+        for batch in batches:
+            self._step(batch, [job for job in jobs if job.batch is batch], batch is reader)
 
     def _begin(self, job: Job) -> None:
-        if job.batch is None:
-            job.batch = Batch(self._model, len(job.texts)) if job.repeatable else self._shared
-            for text in job.texts:
-                job.batch.add(text)
+        if job.repeatable:
+            job.batch = Batch(self._model, min(len(job.texts), self._parallel))
+        else:
+            self._shared = job.batch = self._shared or Batch(self._model, self._parallel)
+        for text in job.texts:
+            job.batch.add(text)
 
-    def _step(self, batch: Batch, jobs: list[Job]) -> None:
+    def _step(self, batch: Batch, jobs: list[Job], read: bool) -> None:
         try:
-            told = batch.step()
+            told = batch.step(read)
         except Exception as error:
-            # What the batch holds is half of something.
-            if batch is self._shared:
-                self._shared = Batch(self._model, self._parallel)
-            for job in jobs:
-                self._end(job)
-                job.chunks.put(error)
+            self._fail(jobs, error)
             return
         for text, piece in told:
             job = next(job for job in jobs if text in job.open)
@@ -136,6 +139,15 @@ class Engine:
                 self._count(text)
             if piece or text.done:
                 job.chunks.put((job.texts.index(text), piece, text.done))
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        """Ends ``jobs`` by ``error``; what their batch holds is half of something, and nobody goes on with it."""
+        for job in jobs:
+            if job.batch is self._shared:
+                self._shared = None
+            job.batch = None
+            self._end(job)
+            job.chunks.put(error)
 
     def _end(self, job: Job) -> None:
         for text in job.open:

@@ -31,5 +31,9 @@ class Metrics:
             Counter("overnight_tokens", "Tokens read and written.", ["kind"], registry=registry),
             Counter("overnight_drafted_tokens", "Guesses, by whether they came.", ["accepted"], registry=registry),
             Histogram("overnight_completion_seconds", "From a request's arrival to its last token.", registry=registry),
-            Gauge("overnight_active_requests", "Texts being written or waiting for their turn.", registry=registry),
+            Gauge(
+                "overnight_active_requests",
+                "Requests whose texts are written or wait for their turn.",
+                registry=registry,
+            ),
         )

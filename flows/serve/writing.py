@@ -17,6 +17,8 @@ from lm.runtime import PromptTooLong
 from lm.text import Request, Text
 
 _SECONDS_BETWEEN_LOOKS = 0.1
+# So long one operator of the graph does not take.
+_SECONDS_TO_STOP = 10
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class Writer:
         if asked.model not in (None, self._name):
             message = f"there is no model '{asked.model}', but '{self._name}'"
             raise Refused(404, "invalid_request_error", message, "model")
+        started = time.monotonic()
         try:
             texts = [self._model.text(request) for request in asked.texts]
         except PromptTooLong as error:
             raise bad_request(f"{error}.", asked.parameter) from None
-        started = time.monotonic()
         with self._metrics.active.track_inprogress():
             job = self._engine.take(texts, asked.repeatable)
             try:
@@ -80,9 +82,10 @@ class Writer:
                 self._engine.leave(job)
                 self._metrics.seconds.observe(time.monotonic() - started)
 
-    def wait(self, seconds: float) -> None:
-        """Returns when nothing is written any more, or after ``seconds``."""
-        self._engine.wait(seconds)
+    def stop(self) -> None:
+        """Ends what is written, also in the middle of a token, and returns when the model is at rest."""
+        self._model.stop()
+        self._engine.wait(_SECONDS_TO_STOP)
 
     def _look(self) -> None:
         """Raises where what is asked for is not to be written any more."""

@@ -1,5 +1,7 @@
 """A model behind OpenAI's protocol, as the openai client and plain requests meet it."""
 
+import contextlib
+import itertools
 import json
 import os
 import threading
@@ -17,13 +19,14 @@ from odd import export_over_bytes
 from serving import Server, lay_out_project
 
 from flows.serve.app import make_app
-from flows.serve.engine import Engine
+from flows.serve.engine import Engine, Job
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused
 from flows.serve.writing import Asked, Writer
+from lm.cache import Cache
 from lm.runtime import Generator
-from lm.sampling import Sampling
-from lm.text import Request, Text
+from lm.sampling import Logits, Sampling
+from lm.text import Ids, Request, Text
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "prompt": "sea"}
 
@@ -254,6 +257,136 @@ def test_whoever_comes_first_is_written_first_and_too_many_that_wait_are_told_so
     assert not last.open
 
 
+class Noted(Generator):
+    """Notes how many texts each run has, and of how many tokens; it runs when ``let``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.runs: list[tuple[int, ...]] = []
+        self.let = threading.Event()
+
+    def run(self, ids: Ids, cache: Cache, last: bool = False) -> Logits:
+        assert self.let.wait(20)
+        self.runs.append(ids.shape)
+        return super().run(ids, cache, last)
+
+
+@contextlib.contextmanager
+def held(model: Noted) -> Iterator[None]:
+    model.let.clear()
+    yield
+    model.let.set()
+
+
+def text_of(job: Job) -> str:
+    """Returns what comes of a text of ``job``, waiting for its end."""
+    text = ""
+    while True:
+        found = job.chunks.get(timeout=20)
+        assert isinstance(found, tuple), found
+        text += found[1]
+        if found[2]:
+            return text
+
+
+def test_texts_with_a_seed_have_runs_of_their_own(root: Path, expected: str) -> None:
+    model = Noted(root / "models/int8")
+    engine = Engine(model, 4, 3, lambda text: None)
+    request = Request("sea", 8, Sampling(temperature=0))
+    for repeatable in (False, True):
+        model.runs.clear()
+        with held(model):
+            jobs = [engine.take([model.text(request)], repeatable) for _ in range(2)]
+        assert [text_of(job) for job in jobs] == [expected] * 2
+        engine.wait(20)
+        assert (max(rows for rows, _ in model.runs) == 1) == repeatable
+    # And no more of them side by side than others have.
+    texts = [model.text(request) for _ in range(9)]
+    model.runs.clear()
+    engine.take(texts, repeatable=True)
+    engine.wait(20)
+    assert max(rows for rows, _ in model.runs) == 4
+    assert all(text.done for text in texts)
+
+
+def test_a_request_waits_until_there_is_room_for_a_text_of_it(root: Path) -> None:
+    model = Noted(root / "models/int8")
+    engine = Engine(model, 3, 3, lambda text: None)
+    texts = [model.text(Request("sea", 20, Sampling(temperature=0))) for _ in range(4)]
+    with held(model):
+        engine.take(texts[:3], repeatable=True)
+        engine.take(texts[3:], repeatable=True)
+    engine.wait(20)
+    assert all(text.done for text in texts)
+    # The last one's prompt is read when one of the others has ended.
+    reads = [place for place, (_, tokens) in enumerate(model.runs) if tokens > 2]
+    assert reads[-1] > 15
+
+
+def test_a_piece_of_one_prompt_alone_comes_between_two_tokens_of_a_text(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.batch.PIECE", 4)
+    model = Noted(root / "models/int8")
+    engine = Engine(model, 8, 3, lambda text: None)
+    with held(model):
+        text = model.text(Request("sea", 50, Sampling(temperature=0), most_drafted=0))
+        jobs = [engine.take([text], repeatable=False)]
+        jobs += [engine.take([model.text(Request("a" * 30, 1))], repeatable=True) for _ in range(4)]
+    for job in jobs:
+        text_of(job)
+    pieces = [tokens > 1 for _, tokens in model.runs]
+    # Its own prompt, and four of 31 tokens.
+    assert sum(pieces) == 1 + 4 * 8
+    assert not any(one and other for one, other in itertools.pairwise(pieces[1:]))
+
+
+def test_what_a_batch_held_when_it_failed_is_not_used_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted = Generator(root / "models/int8"), list[Text]()
+    engine = Engine(model, 2, 3, counted.append)
+    request = Request("sea", 8, Sampling(temperature=0))
+    run = model.run
+
+    def half(ids: Ids, cache: Cache, last: bool = False) -> Logits:
+        run(ids, cache, last)
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "run", half)
+        failed = engine.take([model.text(request)], repeatable=False)
+        assert isinstance(failed.chunks.get(timeout=20), MemoryError)
+        engine.wait(20)
+    assert [text.new_tokens for text in counted] == [0]
+    job = engine.take([model.text(request)], repeatable=False)
+    assert text_of(job) == "".join(model.generate(request))
+
+
+SPIED = """
+from flows.cli import app
+from lm.runtime import Generator
+
+run = Generator.run
+
+def spied(self, ids, cache, last=False):
+    print("rows", len(ids), flush=True)
+    return run(self, ids, cache, last)
+
+Generator.run = spied
+app(prog_name="overnight")
+"""
+
+
+def test_so_many_texts_are_written_side_by_side_as_the_command_is_told(root: Path) -> None:
+    server = Server(root, "--parallel", "1", program=("-c", SPIED))
+    try:
+        body = {"prompt": ["sea", "night"], "max_tokens": 4}
+        assert httpx.post(f"{server.url}/completions", json=body, timeout=60).status_code == 200
+    finally:
+        _, output = server.stop()
+    assert "rows 1\n" in output
+    assert "rows 2\n" not in output
+
+
 def test_a_fault_of_the_thread_that_writes_is_told_to_all_and_the_next_request_is_written(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +452,7 @@ def test_the_metrics_count_the_tokens_of_texts_that_were_left(
         chunks.close()
 
     anyio.run(anyio.to_thread.run_sync, leave)
-    writer.wait(20)
+    writer._engine.wait(20)
     assert not model.ends.intersection(drawn)
     for kind, expected in (("prompt", 4 * count), ("completion", len(drawn))):
         assert metrics.registry.get_sample_value("overnight_tokens_total", {"kind": kind}) == expected

@@ -133,6 +133,15 @@ def test_there_is_a_thread_for_whoever_asks_while_many_texts_are_written(model: 
         model.let.release(1000)
 
 
+def test_of_the_texts_of_a_request_that_is_left_those_count_that_were_begun(url: str, model: Letters) -> None:
+    with asking(url, body("sea", n=2)):
+        until(lambda: active(url) == 1)
+    until(lambda: active(url) == 0)
+    model.let.release()
+    until(lambda: written(url) == 1)
+    assert measured(url, 'overnight_tokens_total{kind="prompt"}') == 4
+
+
 def test_whoever_comes_later_is_written_beside_the_others_and_may_end_before_them(url: str, model: Letters) -> None:
     model.let.release()
     with listening(url, "sea") as events:
@@ -154,6 +163,8 @@ def test_whoever_leaves_while_waiting_waits_no_more(url: str, model: Letters, st
             until(lambda: active(url) == 3)
         until(lambda: active(url) == 2)
         model.let.release(4)
+        # Until both are written, and the one that waits for its next token is let.
+        until(lambda: model.let._value == 0)
     until(lambda: active(url) == 0)
     model.let.release()
     # Nothing of the one that had to wait.

@@ -76,8 +76,12 @@ class Written:
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
 @pytest.mark.parametrize("between", [0, 1, 5])
-def test_each_text_is_the_one_that_it_is_alone(model: Noted, most: int, between: int) -> None:
+def test_each_text_is_the_one_that_it_is_alone(
+    model: Noted, most: int, between: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = write(model, *REQUESTS)
+    # So that the cache grows while texts are in it.
+    monkeypatch.setattr("lm.cache._GROWTH", 7)
     written = Written(model, most)
     for request in REQUESTS:
         written.add(request)
@@ -100,6 +104,23 @@ def test_a_text_that_comes_later_is_read_beside_those_that_are_written(
     # The 32 tokens of its prompt that are its own, while each of the two others has its next.
     assert model.runs == [(2, 1), (1, 16), (2, 1), (1, 16), (3, 1), (3, 1)]
     assert len(written.texts[0].tokens) - len(written.texts[0].ids) == 7
+
+
+def test_no_prompt_is_read_where_that_is_left_to_others(model: Noted) -> None:
+    written = Written(model, 2)
+    written.add(REQUESTS[0])
+    assert written.batch.reads
+    assert written.batch.step(read=False) == []
+    assert model.runs == []
+    written.step()
+    assert not written.batch.reads
+    written.add(*REQUESTS[1:4])
+    model.runs.clear()
+    written.batch.step(read=False)
+    assert model.runs == [(1, 1)]
+    written.step()
+    # Both rows are taken.
+    assert not written.batch.reads
 
 
 def test_guesses_are_made_for_a_text_that_is_alone_alone(model: Noted) -> None:
@@ -169,6 +190,41 @@ def test_what_conversations_have_said_stays_while_others_are_answered(model: Not
     written.add(Request("something else", 4), Request(f"{said[1]}light", 4))
     written.finish()
     assert [shape for shape in model.runs if shape[0] == 1][:2] == [(1, len("something else") + 1 - 1), (1, 1)]
+
+
+def test_a_row_whose_text_was_dropped_is_not_the_next_to_make_room(
+    model: Noted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.batch.PIECE", 8)
+    written = Written(model, 2)
+    first, second = "the first of all; ", "and what came second; "
+    written.add(Request(first, 4, Sampling(temperature=0)))
+    written.finish()
+    written.add(Request(second, 4))
+    written.step(2)
+    written.batch.drop(written.texts[1])
+    written.add(Request("another", 4))
+    written.step(2)
+    model.runs.clear()
+    written.add(Request(second, 4))
+    while not all(text.done for text in written.texts[2:]):
+        written.step()
+    # Two pieces were read before, and the token that all begin with was there.
+    assert (1, len(second) - 16) in model.runs
+    assert (1, 8) not in model.runs
+
+
+def test_conversations_that_begin_alike_each_have_a_row(model: Noted) -> None:
+    written = Written(model, 3)
+    said = [f"all are told this at first; {name}: " for name in ("one", "two")]
+    for turn in range(3):
+        for number in range(2):
+            model.runs.clear()
+            written.add(Request(said[number], 1, Sampling(temperature=0)))
+            written.finish()
+            # What is new alone.
+            assert turn == 0 or model.runs == [(1, len("more "))]
+            said[number] += "more "
 
 
 def test_rows_change_places_with_all_that_they_hold(model: Noted) -> None:

@@ -62,9 +62,7 @@ def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_text(folder: Path, mon
     assert sizes[:6] == [8, 8, 8, 8, 2, 1]
 
 
-def test_between_the_pieces_of_a_prompt_somebody_may_end_the_text(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_may_be_dropped_between_the_pieces_of_its_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm.batch.PIECE", 8)
     generator = Generator(folder)
     expected = write(generator, "a" * 40, 5, GREEDY)
@@ -235,6 +233,13 @@ def test_no_copy_of_the_cache_is_made_for_a_token(folder: Path) -> None:
         assert cache._buffers[name] is buffer
         rows = (before != buffer).any(axis=(0, 2) if buffer.ndim == 3 else (0, 1, 3))
         assert rows.nonzero()[0].tolist() == [6]
+
+
+def test_a_run_is_ended_between_two_of_its_operators(folder: Path) -> None:
+    generator = Generator(folder)
+    generator.stop()
+    with pytest.raises(Exception, match="terminate"):
+        write(generator, "light", 1)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "generation_config.json"])
