@@ -99,9 +99,13 @@ class Batch:
         # Unless nearly all that it holds is this text's beginning, a row stays; the one that was left first is taken.
         if nearest not in idle or 10 * shared < 9 * len(self._rows[nearest].ids):
             row = min(idle, key=lambda one: self._rows[one].left)
-        self._cache.copy(nearest, row, shared)
-        self._rows[row].ids = text.ids[:shared]
-        self._reading, self._read_into = text, row
+        # It is read where it will be written. What is there goes where the other text was.
+        place = len(self._writing)
+        self._cache.lengths[row] = common[row]
+        self._swap(row, place)
+        self._cache.copy({row: place, place: row}.get(nearest, nearest), place, shared)
+        self._rows[place].ids = text.ids[:shared]
+        self._reading, self._read_into = text, place
 
     def _read(self, text: Text) -> list[tuple[Text, str]]:
         row, held = self._read_into, self._rows[self._read_into].ids

@@ -63,10 +63,11 @@ class Cache:
 
     def swap(self, one: int, other: int) -> None:
         """Has two rows change places."""
-        longest = int(self.lengths[[one, other]].max())
+        left, right = self.lengths[[one, other]]
         for name in self._buffers:
-            left, right = self._tokens(name, one, longest), self._tokens(name, other, longest)
-            left[...], right[...] = right.copy(), left.copy()
+            kept = self._tokens(name, one, left).copy()
+            self._tokens(name, one, right)[...] = self._tokens(name, other, right)
+            self._tokens(name, other, left)[...] = kept
         self.lengths[[one, other]] = self.lengths[[other, one]]
 
     def _tokens(
