@@ -152,19 +152,6 @@ class Generator:
             batch.drop(text)
         return text.done
 
-    def generate_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str, Done | None]]:
-        """Yields (number of the request, next piece of its text, how that ended or None), all texts side by side.
-
-        Each is as :meth:`generate` says. Raises :class:`PromptTooLong`.
-        """
-        batch, texts = Batch(self, len(requests)), [self.text(request) for request in requests]
-        for text in texts:
-            batch.add(text)
-        while any(text.done is None for text in texts):
-            for text, piece in batch.step():
-                if piece or text.done:
-                    yield texts.index(text), piece, text.done
-
 
 def ask_for_exact_products(options: onnxruntime.SessionOptions) -> None:
     """Has products of unsigned and signed 8 bits not overflow, as they do on x86 without VNNI or AMX.

@@ -1,7 +1,5 @@
 """A model behind OpenAI's protocol, as the openai client and plain requests meet it."""
 
-import contextlib
-import itertools
 import json
 import os
 import threading
@@ -17,16 +15,14 @@ import pytest
 from fastapi.testclient import TestClient
 from odd import export_over_bytes
 from serving import Server, lay_out_project
+from together import written_together
 
 from flows.serve.app import make_app
-from flows.serve.engine import Engine, Job
 from flows.serve.metrics import Metrics
-from flows.serve.refused import Refused
 from flows.serve.writing import Asked, Writer
-from lm.cache import Cache
 from lm.runtime import Generator
-from lm.sampling import Logits, Sampling
-from lm.text import Ids, Request, Text
+from lm.sampling import Sampling
+from lm.text import Request
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "prompt": "sea"}
 
@@ -82,9 +78,7 @@ def test_several_prompts_and_choices_come_in_their_order(client: openai.OpenAI, 
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     prompts = ("sea", "sea", "in the night", "in the night")
     requests = [Request(prompt, 6, Sampling(1.0, 0, seed=5 + number), ("q",)) for number, prompt in enumerate(prompts)]
-    texts = [""] * 4
-    for number, piece, _ in Generator(root / "models/int8").generate_batch(requests):
-        texts[number] += piece
+    texts = [text for text, _ in written_together(Generator(root / "models/int8"), requests)]
     assert [choice.text for choice in answer.choices] == texts
     assert len(set(texts)) == 4
 
@@ -234,133 +228,6 @@ def test_parallel_requests_each_get_their_own_text(server: Server) -> None:
     assert [answers[number] for number in range(4)] == [write(body) for body in asked]
 
 
-def test_whoever_comes_first_is_written_first_and_too_many_that_wait_are_told_so(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    let, ended = threading.Event(), list[Text]()
-    model = Generator(root / "models/int8")
-    run = model.run
-    monkeypatch.setattr(model, "run", lambda *ids, **how: let.wait(20) and run(*ids, **how))
-    engine = Engine(model, 2, 3, ended.append)
-    texts = [model.text(Request("sea", 1 + number % 2)) for number in range(5)]
-    jobs = [engine.take([text], repeatable=False) for text in texts]
-    with pytest.raises(Refused, match="3 requests wait already"):
-        engine.take([model.text(Request("sea", 1))], repeatable=False)
-    let.set()
-    engine.wait(20)
-    assert [job.chunks.qsize() > 0 and not job.open for job in jobs] == [True] * 5
-    # Two side by side: of the first two the one that is longer ends later.
-    assert [texts.index(text) for text in ended] == [0, 1, 2, 3, 4]
-    # There is room again.
-    last = engine.take([model.text(Request("sea", 1))], repeatable=False)
-    engine.wait(20)
-    assert not last.open
-
-
-class Noted(Generator):
-    """Notes how many texts each run has, and of how many tokens; it runs when ``let``."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.runs: list[tuple[int, ...]] = []
-        self.let = threading.Event()
-
-    def run(self, ids: Ids, cache: Cache, last: bool = False) -> Logits:
-        assert self.let.wait(20)
-        self.runs.append(ids.shape)
-        return super().run(ids, cache, last)
-
-
-@contextlib.contextmanager
-def held(model: Noted) -> Iterator[None]:
-    model.let.clear()
-    yield
-    model.let.set()
-
-
-def text_of(job: Job) -> str:
-    """Returns what comes of a text of ``job``, waiting for its end."""
-    text = ""
-    while True:
-        found = job.chunks.get(timeout=20)
-        assert isinstance(found, tuple), found
-        text += found[1]
-        if found[2]:
-            return text
-
-
-def test_texts_with_a_seed_have_runs_of_their_own(root: Path, expected: str) -> None:
-    model = Noted(root / "models/int8")
-    engine = Engine(model, 4, 3, lambda text: None)
-    request = Request("sea", 8, Sampling(temperature=0))
-    for repeatable in (False, True):
-        model.runs.clear()
-        with held(model):
-            jobs = [engine.take([model.text(request)], repeatable) for _ in range(2)]
-        assert [text_of(job) for job in jobs] == [expected] * 2
-        engine.wait(20)
-        assert (max(rows for rows, _ in model.runs) == 1) == repeatable
-    # And no more of them side by side than others have.
-    texts = [model.text(request) for _ in range(9)]
-    model.runs.clear()
-    engine.take(texts, repeatable=True)
-    engine.wait(20)
-    assert max(rows for rows, _ in model.runs) == 4
-    assert all(text.done for text in texts)
-
-
-def test_a_request_waits_until_there_is_room_for_a_text_of_it(root: Path) -> None:
-    model = Noted(root / "models/int8")
-    engine = Engine(model, 3, 3, lambda text: None)
-    texts = [model.text(Request("sea", 20, Sampling(temperature=0))) for _ in range(4)]
-    with held(model):
-        engine.take(texts[:3], repeatable=True)
-        engine.take(texts[3:], repeatable=True)
-    engine.wait(20)
-    assert all(text.done for text in texts)
-    # The last one's prompt is read when one of the others has ended.
-    reads = [place for place, (_, tokens) in enumerate(model.runs) if tokens > 2]
-    assert reads[-1] > 15
-
-
-def test_a_piece_of_one_prompt_alone_comes_between_two_tokens_of_a_text(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lm.batch.PIECE", 4)
-    model = Noted(root / "models/int8")
-    engine = Engine(model, 8, 3, lambda text: None)
-    with held(model):
-        text = model.text(Request("sea", 50, Sampling(temperature=0), most_drafted=0))
-        jobs = [engine.take([text], repeatable=False)]
-        jobs += [engine.take([model.text(Request("a" * 30, 1))], repeatable=True) for _ in range(4)]
-    for job in jobs:
-        text_of(job)
-    pieces = [tokens > 1 for _, tokens in model.runs]
-    # Its own prompt, and four of 31 tokens.
-    assert sum(pieces) == 1 + 4 * 8
-    assert not any(one and other for one, other in itertools.pairwise(pieces[1:]))
-
-
-def test_what_a_batch_held_when_it_failed_is_not_used_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, counted = Generator(root / "models/int8"), list[Text]()
-    engine = Engine(model, 2, 3, counted.append)
-    request = Request("sea", 8, Sampling(temperature=0))
-    run = model.run
-
-    def half(ids: Ids, cache: Cache, last: bool = False) -> Logits:
-        run(ids, cache, last)
-        raise MemoryError
-
-    with monkeypatch.context() as broken:
-        broken.setattr(model, "run", half)
-        failed = engine.take([model.text(request)], repeatable=False)
-        assert isinstance(failed.chunks.get(timeout=20), MemoryError)
-        engine.wait(20)
-    assert [text.new_tokens for text in counted] == [0]
-    job = engine.take([model.text(request)], repeatable=False)
-    assert text_of(job) == "".join(model.generate(request))
-
-
 SPIED = """
 from flows.cli import app
 from lm.runtime import Generator
@@ -385,20 +252,6 @@ def test_so_many_texts_are_written_side_by_side_as_the_command_is_told(root: Pat
         _, output = server.stop()
     assert "rows 1\n" in output
     assert "rows 2\n" not in output
-
-
-def test_a_fault_of_the_thread_that_writes_is_told_to_all_and_the_next_request_is_written(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = Generator(root / "models/int8")
-    engine = Engine(model, 1, 3, lambda text: None)
-    with monkeypatch.context() as broken:
-        broken.setattr(Engine, "_begin", lambda *_: 1 / 0)
-        jobs = [engine.take([model.text(Request("sea", 1))], repeatable=False) for _ in range(2)]
-        assert [type(job.chunks.get(timeout=20)) for job in jobs] == [ZeroDivisionError] * 2
-        engine.wait(20)
-    last = engine.take([model.text(Request("sea", 1))], repeatable=False)
-    assert last.chunks.get(timeout=20)[2].new_tokens == 1
 
 
 def test_too_many_that_wait_are_an_error_of_the_protocol(root: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from odd import export_over_bytes, make_grouped, make_model
+from together import written_together
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lm.batch import Batch
@@ -181,15 +182,9 @@ PROMPTS = [
 
 def test_texts_side_by_side_are_those_of_each_alone(folder: Path) -> None:
     generator = Generator(folder)
-    texts, endings = [""] * len(PROMPTS), dict[int, str]()
-    for number, piece, ended in generator.generate_batch(PROMPTS):
-        assert number not in endings
-        texts[number] += piece
-        if ended:
-            endings[number] = ended.ending
-    assert texts == ["".join(generator.generate(request)) for request in PROMPTS]
-    assert (endings[1], endings[2]) == ("length", "context")
-    assert len(endings) == len(PROMPTS)
+    texts, endings = zip(*written_together(generator, PROMPTS), strict=True)
+    assert list(texts) == ["".join(generator.generate(request)) for request in PROMPTS]
+    assert (endings[1].ending, endings[2].ending) == ("length", "context")
 
 
 def test_what_a_text_has_in_common_with_the_last_one_is_not_read_again(
