@@ -92,7 +92,7 @@ class Batch:
     def _begin(self, text: Text) -> None:
         text.begun = True
         # At least the last token is read: its logits are needed.
-        common = [_common(row.ids, text.ids[:-1]) for row in self._rows]
+        common = [_common(row.ids, [] if text.scores_prompt else text.ids[:-1]) for row in self._rows]
         idle = range(len(self._writing), self._most)
         nearest = max(range(self._most), key=lambda row: (common[row], row in idle))
         row, shared = nearest, common[nearest]
@@ -110,14 +110,16 @@ class Batch:
     def _read(self, text: Text) -> list[tuple[Text, str]]:
         row, held = self._read_into, self._rows[self._read_into].ids
         piece = text.ids[len(held) : len(held) + PIECE]
-        logits = self._run(row, [piece], last=True)
+        logits = self._run(row, [piece], last=not text.scores_prompt)
+        if text.scores_prompt:
+            text.read(len(held), logits[0])
         held += piece
         if len(held) < len(text.ids):
             return []
         self._reading = None
         self._swap(row, len(self._writing))
         self._writing.append(text)
-        return [self._take(len(self._writing) - 1, [], logits[0])]
+        return [self._take(len(self._writing) - 1, [], logits[0, -1:])]
 
     def _write(self) -> list[tuple[Text, str]]:
         # The last token that was drawn is not in the cache yet. Several tokens of several rows would be a batch of

@@ -131,7 +131,7 @@ class Generator:
             ids = list(prompt) or self._beginning
         if len(ids) >= self.context:
             raise PromptTooLong(len(ids), self.context)
-        written = Detokenizer(self.tokenizer, [] if request.is_answer else ids)
+        written = Detokenizer(self.tokenizer, [] if request.is_answer or request.echo else ids)
         return Text(request, ids, written, self.ends, self.context - len(ids))
 
     def generate(self, request: Request, held: Batch | None = None) -> Pieces[str, None, Done]:

@@ -19,6 +19,8 @@ class Sampling:
     A ``temperature`` of 0 takes the likeliest token. Others are drawn from the ``top_k`` likeliest (0: from all), and
     of these from the fewest that together have the probability ``top_p`` (nucleus sampling, arXiv 1904.09751). Tokens
     that the text has already are made less likely by ``repetition_penalty`` above 1 (arXiv 1909.05858, section 4.1).
+    From the logit of a token that was written, and not given, ``presence_penalty`` is taken once and
+    ``frequency_penalty`` for each time; ``bias`` is what is added to the logits of single tokens (as OpenAI has them).
     """
 
     temperature: float = 0.8
@@ -26,14 +28,16 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
 
-    def draw(self, logits: Logits, text: npt.NDArray[np.int64], random: np.random.Generator) -> int:
-        """Returns a token for ``logits`` [vocabulary] after the tokens ``text`` [length]."""
-        if self.repetition_penalty != 1:
-            logits = self._penalize(logits, text)
+    def draw(self, logits: Logits, text: npt.NDArray[np.int64], random: np.random.Generator, given: int = 0) -> int:
+        """Returns a token for ``logits`` [vocabulary] after ``text`` [length], ``given`` of which are the prompt."""
+        logits = self._adjusted(logits, text, text[given:])
         if self.temperature < _COLDEST:
             return int(logits.argmax())
-        kept = self._likeliest(logits)
+        kept = likeliest(logits, self.top_k)
         weights = np.exp((logits[kept] - logits[kept[0]]).astype(np.float64) / self.temperature)
         shares = weights / weights.sum()
         if self.top_p < 1:
@@ -42,19 +46,30 @@ class Sampling:
             kept, shares = kept[:count], shares[:count] / shares[:count].sum()
         return int(random.choice(kept, p=shares))
 
-    def _likeliest(self, logits: Logits) -> npt.NDArray[np.int64]:
-        if not 0 < self.top_k < len(logits):
-            return np.argsort(-logits, kind="stable")
-        # Sorting a vocabulary for each token would cost as much as a small model.
-        some = np.sort(np.argpartition(-logits, self.top_k - 1)[: self.top_k])
-        return some[np.argsort(-logits[some], kind="stable")]
-
-    def _penalize(self, logits: Logits, text: npt.NDArray[np.int64]) -> Logits:
+    def _adjusted(self, logits: Logits, text: npt.NDArray[np.int64], written: npt.NDArray[np.int64]) -> Logits:
+        again = self.presence_penalty or self.frequency_penalty
+        if self.repetition_penalty == 1 and not again and not self.bias:
+            return logits
         logits = logits.copy()
-        seen = np.unique(text)
-        penalty = np.float32(self.repetition_penalty)
-        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        if self.repetition_penalty != 1:
+            seen = np.unique(text)
+            penalty = np.float32(self.repetition_penalty)
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        if again:
+            tokens, counts = np.unique(written, return_counts=True)
+            logits[tokens] -= (self.presence_penalty + self.frequency_penalty * counts).astype(np.float32)
+        for token, added in self.bias:
+            logits[token] += np.float32(added)
         return logits
+
+
+def likeliest(logits: Logits, count: int) -> npt.NDArray[np.int64]:
+    """Returns the ``count`` likeliest tokens by ``logits`` [vocabulary], best first; all for 0."""
+    if not 0 < count < len(logits):
+        return np.argsort(-logits, kind="stable")
+    # Sorting a vocabulary for each token would cost as much as a small model.
+    some = np.sort(np.argpartition(-logits, count - 1)[:count])
+    return some[np.argsort(-logits[some], kind="stable")]
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> int:

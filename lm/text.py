@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm.drafting import MOST, Drafter
+from lm.logprobs import Scored, Token, logprobs
 from lm.sampling import Logits, Sampling, held_back
 from lm.tokenizer import Detokenizer
 
@@ -24,7 +25,8 @@ class Request:
 
     ``prompt`` is the text, or its tokens where these do not follow from one, as in a conversation. ``most_drafted``:
     so many tokens are guessed from the text and read at once with the one before them (see :mod:`lm.drafting`).
-    ``is_answer``: what comes is a text of its own, and its first word has no space before it.
+    ``is_answer``: what comes is a text of its own, and its first word has no space before it. ``echo``: what is told
+    begins with the prompt. ``logprobs``: each token that is told is scored, and so many of the likeliest in its place.
     """
 
     prompt: str | tuple[int, ...]
@@ -33,6 +35,8 @@ class Request:
     stop: tuple[str, ...] = ()
     most_drafted: int = MOST
     is_answer: bool = False
+    echo: bool = False
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,10 @@ class Text:
     """
 
     def __init__(self, request: Request, ids: list[int], written: Detokenizer, ends: frozenset[int], room: int) -> None:
-        """``written`` tells what comes after ``ids``; one of ``ends`` ends the text, and so do ``room`` more tokens."""
+        """``written`` tells what comes after ``ids``; one of ``ends`` ends the text, and so do ``room`` more tokens.
+
+        An echo begins with ``ids``, and ``written`` is at its beginning.
+        """
         self.ids = ids
         self.begun = False
         self.done: Done | None = None
@@ -70,6 +77,16 @@ class Text:
         self.new_tokens = 0
         # The text so far, and how much of it is told.
         self._written, self._told = written, 0
+        # The tokens that are not told yet, if they are scored.
+        self._scores: list[Scored] = []
+        if request.echo:
+            for token in ids[:1] if self.scores_prompt else ids:
+                self._append(token, None)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's tokens are scored: :meth:`read` wants the logits of each."""
+        return self._request.echo and self._request.logprobs is not None
 
     @property
     def tokens(self) -> Ids:
@@ -90,6 +107,11 @@ class Text:
         """Returns guesses at what comes after the next token that is drawn: there is room for that one too."""
         return self._drafter.draft(self.tokens, self._room - 1)
 
+    def read(self, first: int, logits: Logits) -> None:
+        """Scores the prompt's tokens behind its ``first``, by ``logits`` [tokens, vocabulary] from that one on."""
+        for token, line in zip(self.ids[first + 1 :], logits, strict=False):
+            self._append(token, line)
+
     def take(self, guesses: Sequence[int], logits: Logits) -> tuple[int, str]:
         """Writes a token for each line of ``logits`` [guesses + 1, vocabulary], until one is not what was guessed.
 
@@ -97,6 +119,11 @@ class Text:
         told now.
         """
         accepted, told = 0, ""
+        if self._request.echo and self.new_tokens == 0:
+            told = self._tell(len(self._text))
+        if self._room == 0:
+            # Nothing was to be written.
+            return accepted, told + self._end(self._full, len(self._text))
         for guess, line in zip([*guesses, None], logits, strict=True):
             token, piece = self._advance(line)
             told += piece
@@ -112,18 +139,36 @@ class Text:
 
     def _advance(self, logits: Logits) -> tuple[int, str]:
         """Returns the next token for ``logits`` [vocabulary], and what can be told now."""
-        token = self._request.sampling.draw(logits, self.tokens, self._random)
+        token = self._request.sampling.draw(logits, self.tokens, self._random, len(self.ids))
         if token in self._ends:
             return token, self._end("end of text", len(self._text))
         self._tokens[len(self.tokens)] = token
         self.new_tokens += 1
-        self._written.append(token)
+        self._append(token, logits)
         stop = self._request.stop
         if found := [place for one in stop if (place := self._text.find(one, self._told)) >= 0]:
             return token, self._end("stop", min(found))
         if self._room == 0:
             return token, self._end(self._full, len(self._text))
         return token, self._tell(len(self._text) - held_back(self._text, stop))
+
+    def take_scores(self) -> tuple[Scored, ...]:
+        """Returns the scores of what was told since they were last taken, if tokens are scored.
+
+        Of what a string to stop at took from the text there are none.
+        """
+        whole = self.done is not None and self.done.ending != "stop"
+        count = len(self._scores) if whole else sum(one.at < self._told for one in self._scores)
+        taken, self._scores = self._scores[:count], self._scores[count:]
+        return tuple(taken)
+
+    def _append(self, token: int, logits: Logits | None) -> None:
+        if self._request.logprobs is not None:
+            text, at = self._written.behind(token), len(self._text)
+            own, best = (None, []) if logits is None else logprobs(logits, token, self._request.logprobs)
+            likeliest = tuple(Token(self._written.behind(one), share) for one, share in best)
+            self._scores.append(Scored(text, own, at, likeliest))
+        self._written.append(token)
 
     @property
     def _text(self) -> str:

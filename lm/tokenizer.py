@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 # What decoders write for half a character.
-_HALF = "\ufffd"
+HALF = "\ufffd"
 # So many tokens before a text hold a whole character and more.
 _MOST_BEFORE = 16
 
@@ -41,7 +41,7 @@ class Detokenizer:
     def append(self, token: int) -> None:
         self._open.append(token)
         piece = self._tokenizer.decode([*self._before, *self._open])[len(self._told) :]
-        whole = piece.rstrip(_HALF)
+        whole = piece.rstrip(HALF)
         self.text = self._closed + whole
         # Tokens without a text, as special ones are, are nothing to look back to.
         if piece and whole == piece:
@@ -49,10 +49,14 @@ class Detokenizer:
             self._before, self._open = self._open, []
             self._told = self._tokenizer.decode(self._before)
 
+    def behind(self, token: int) -> str:
+        """Returns what ``token`` would come to here by itself; a part of a character comes to U+FFFD."""
+        return self._tokenizer.decode([*self._before, token])[len(self._told) :]
+
     def _end_of(self, tokens: Sequence[int]) -> tuple[list[int], str]:
         """Returns the last tokens that come to whole characters, and these."""
         for count in range(1, min(len(tokens), _MOST_BEFORE) + 1):
             last = list(tokens[-count:])
-            if (told := self._tokenizer.decode(last)) and _HALF not in told:
+            if (told := self._tokenizer.decode(last)) and HALF not in told:
                 return last, told
         return [], ""

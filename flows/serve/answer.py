@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import anyio
@@ -18,6 +18,7 @@ from flows.serve.engine import Chunk
 from flows.serve.refused import Refused
 from flows.serve.request import WritingRequest
 from flows.serve.writing import Chunks
+from lm.logprobs import Scored
 from lm.text import Done
 
 # As nginx counts those who left before there was an answer; nobody receives it.
@@ -25,6 +26,7 @@ _LEFT = 499
 _FINISH = {"end of text": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 Choice = dict[str, object]
+Scores = Sequence[Scored]
 
 
 class Form(ABC):
@@ -36,11 +38,11 @@ class Form(ABC):
     event: ClassVar[str]
 
     @abstractmethod
-    def choice(self, number: int, text: str, done: Done) -> Choice:
-        """Returns a choice of a whole answer."""
+    def choice(self, number: int, text: str, done: Done, scores: Scores) -> Choice:
+        """Returns a choice of a whole answer; ``scores`` are those of its tokens, if they were asked for."""
 
     @abstractmethod
-    def piece(self, number: int, text: str, done: Done | None) -> Choice:
+    def piece(self, number: int, text: str, done: Done | None, scores: Scores) -> Choice:
         """Returns a choice of an event."""
 
     def opening(self, count: int) -> list[Choice]:
@@ -109,12 +111,14 @@ async def _unless_left(begin: Callable[[], Response], receive: Receive) -> Respo
 
 def _whole(form: Form, chunks: Chunks, n: int) -> dict[str, object]:
     texts: dict[int, str] = {}
+    scored: dict[int, list[Scored]] = {}
     ended: dict[int, Done] = {}
-    for number, piece, done in chunks:
+    for number, piece, done, scores in chunks:
         texts[number] = texts.get(number, "") + piece
+        scored.setdefault(number, []).extend(scores)
         if done is not None:
             ended[number] = done
-    choices = [form.choice(number, texts[number], ended[number]) for number in sorted(texts)]
+    choices = [form.choice(number, texts[number], ended[number], scored[number]) for number in sorted(texts)]
     return {"choices": choices, "usage": _usage(ended, n)}
 
 
@@ -127,10 +131,10 @@ def _events(
     for choice in form.opening(request.n):
         yield _event({**known, "choices": [choice], **counted})
     try:
-        for number, piece, done in itertools.chain([first], others):
+        for number, piece, done, scores in itertools.chain([first], others):
             if done is not None:
                 ended[number] = done
-            yield _event({**known, "choices": [form.piece(number, piece, done)], **counted})
+            yield _event({**known, "choices": [form.piece(number, piece, done, scores)], **counted})
     except Refused as refused:
         yield _event(refused.content)
         return

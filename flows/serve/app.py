@@ -107,10 +107,12 @@ def make_app(
 
     @app.post("/v1/completions")
     def complete(request: CompletionRequest) -> Response:
-        return answer(CompletionForm(), name, request, writer.chunks(request.asked(generator.vocab_size)))
+        chunks = writer.chunks(request.asked(generator.vocab_size))
+        return answer(CompletionForm(request.logprobs), name, request, chunks)
 
     @app.post("/v1/chat/completions")
     def converse(request: ChatRequest) -> Response:
-        return answer(ChatForm(), name, request, writer.chunks(request.asked(template, generator.context)))
+        chunks = writer.chunks(request.asked(template, generator.context, generator.vocab_size))
+        return answer(ChatForm(request.logprobs), name, request, chunks)
 
     return app

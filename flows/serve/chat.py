@@ -2,15 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from flows.serve.answer import Choice, Form, finish_reason
+from flows.serve.answer import Choice, Form, Scores, finish_reason
 from flows.serve.refused import bad_request
-from flows.serve.request import Body, Text, WritingRequest
+from flows.serve.request import MOST_LIKELIEST, Body, Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.chat_template import ChatTemplate, Message, Role, Unrenderable
+from lm.logprobs import Token
 from lm.text import Done, Request
+from lm.tokenizer import HALF
 
 # Newer models of OpenAI have developers where older ones have the system; templates know the system.
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -39,13 +41,11 @@ class ChatRequest(WritingRequest):
     """The body of a request. ``max_tokens`` is the older name; with neither, the answer may fill the context."""
 
     neutral = {
-        **WritingRequest.neutral,
         "response_format": ({"type": "text"},),
         "tools": ([],),
         "tool_choice": ("none",),
         "parallel_tool_calls": (False, True),
         "store": (False,),
-        "top_logprobs": (0,),
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -53,6 +53,15 @@ class ChatRequest(WritingRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     # Goes with what a server keeps; this one keeps nothing.
     metadata: dict[str, str] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MOST_LIKELIEST)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_scored_tokens(cls, count: int, request: ValidationInfo) -> int:
+        if count and not request.data.get("logprobs"):
+            raise PydanticCustomError("not_scored", "goes with logprobs: true alone")
+        return count
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -61,8 +70,11 @@ class ChatRequest(WritingRequest):
             raise PydanticCustomError("both", "max_tokens is the same by its older name; give one of them")
         return tokens
 
-    def asked(self, template: ChatTemplate | None, context: int) -> Asked:
-        """Returns the answers to write after the conversation. Raises :class:`flows.serve.refused.Refused`."""
+    def asked(self, template: ChatTemplate | None, context: int, vocabulary: int) -> Asked:
+        """Returns the answers to write after the conversation; a model has ``vocabulary`` tokens.
+
+        Raises :class:`flows.serve.refused.Refused`.
+        """
         if template is None:
             raise bad_request(
                 "this model has no chat template, so it continues texts and does not converse: use /v1/completions"
@@ -72,8 +84,10 @@ class ChatRequest(WritingRequest):
         except Unrenderable as error:
             raise bad_request(str(error), "messages") from None
         most = self.max_completion_tokens or self.max_tokens or context
+        logprobs = self.top_logprobs if self.logprobs else None
         texts = [
-            Request(tuple(prompt), most, sampling, self.stops, is_answer=True) for sampling in self.samplings(self.n)
+            Request(tuple(prompt), most, sampling, self.stops, is_answer=True, logprobs=logprobs)
+            for sampling in self.samplings(self.n, vocabulary)
         ]
         return Asked(texts, self.model, self.seed is not None, "messages")
 
@@ -85,15 +99,27 @@ class ChatForm(Form):
     whole = "chat.completion"
     event = "chat.completion.chunk"
 
-    def choice(self, number: int, text: str, done: Done) -> Choice:
-        message = {"role": "assistant", "content": text}
-        return {"index": number, "message": message, "logprobs": None, "finish_reason": finish_reason(done)}
+    def __init__(self, logprobs: bool) -> None:
+        """``logprobs``: tokens are told with theirs."""
+        self._logprobs = logprobs
 
-    def piece(self, number: int, text: str, done: Done | None) -> Choice:
-        return self._delta(number, {"content": text} if text else {}, done)
+    def choice(self, number: int, text: str, done: Done, scores: Scores) -> Choice:
+        return self._choice(number, {"message": {"role": "assistant", "content": text}}, done, scores)
+
+    def piece(self, number: int, text: str, done: Done | None, scores: Scores) -> Choice:
+        return self._choice(number, {"delta": {"content": text} if text else {}}, done, scores)
 
     def opening(self, count: int) -> list[Choice]:
-        return [self._delta(number, {"role": "assistant", "content": ""}, None) for number in range(count)]
+        delta = {"role": "assistant", "content": ""}
+        return [self._choice(number, {"delta": delta}, None, ()) for number in range(count)]
 
-    def _delta(self, number: int, delta: dict[str, str], done: Done | None) -> Choice:
-        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": finish_reason(done)}
+    def _choice(self, number: int, said: dict[str, dict[str, str]], done: Done | None, scores: Scores) -> Choice:
+        tokens = [{**_token(one), "top_logprobs": [_token(other) for other in one.likeliest]} for one in scores]
+        told = {"content": tokens, "refusal": None} if self._logprobs else None
+        return {"index": number, **said, "logprobs": told, "finish_reason": finish_reason(done)}
+
+
+def _token(one: Token) -> dict[str, object]:
+    # What is a part of a character has no text of its own, and its bytes are not known here.
+    read = None if HALF in one.text else list(one.text.encode())
+    return {"token": one.text, "logprob": one.logprob, "bytes": read}

@@ -5,9 +5,9 @@ from typing import Annotated
 from pydantic import Field, StrictInt, field_validator
 from pydantic_core import PydanticCustomError
 
-from flows.serve.answer import Choice, Form, finish_reason
+from flows.serve.answer import Choice, Form, Scores, finish_reason
 from flows.serve.refused import bad_request
-from flows.serve.request import MOST_TEXTS, Text, WritingRequest
+from flows.serve.request import MOST_LIKELIEST, MOST_TEXTS, Text, WritingRequest, refuse_unknown
 from flows.serve.writing import Asked
 from lm.text import Done, Request
 
@@ -16,12 +16,17 @@ _Several = Field(min_length=1, max_length=MOST_TEXTS)
 
 
 class CompletionRequest(WritingRequest):
-    """The body of a request. A prompt is a text, or its tokens as they are."""
+    """The body of a request. A prompt is a text, or its tokens as they are.
 
-    neutral = {**WritingRequest.neutral, "echo": (False,), "best_of": (1,), "suffix": ("",)}
+    With ``echo``, ``logprobs`` and no tokens to write, it is the prompt that is scored.
+    """
+
+    neutral = {"logprobs": (False,), "best_of": (1,), "suffix": ("",)}
 
     prompt: Text | Annotated[list[Text], _Several] | _Ids | Annotated[list[_Ids], _Several]
-    max_tokens: int = Field(default=16, ge=1)
+    max_tokens: int = Field(default=16, ge=0)
+    echo: bool = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LIKELIEST)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -38,8 +43,7 @@ class CompletionRequest(WritingRequest):
         """
         prompts = self._prompts()
         for one in (one for prompt in prompts if not isinstance(prompt, str) for one in prompt):
-            if not 0 <= one < vocabulary:
-                raise bad_request(f"prompt: there is no token {one}; the model's are 0 to {vocabulary - 1}", "prompt")
+            refuse_unknown("prompt", one, vocabulary)
         if len(prompts) * self.n > MOST_TEXTS:
             raise bad_request(
                 f"n: {self.n} texts for each prompt of {len(prompts)} in prompt are more than {MOST_TEXTS}; ask for "
@@ -48,8 +52,8 @@ class CompletionRequest(WritingRequest):
             )
         wanted = [prompt for prompt in prompts for _ in range(self.n)]
         texts = [
-            Request(prompt, self.max_tokens, sampling, self.stops)
-            for prompt, sampling in zip(wanted, self.samplings(len(wanted)), strict=True)
+            Request(prompt, self.max_tokens, sampling, self.stops, echo=self.echo, logprobs=self.logprobs)
+            for prompt, sampling in zip(wanted, self.samplings(len(wanted), vocabulary), strict=True)
         ]
         return Asked(texts, self.model, self.seed is not None, "prompt")
 
@@ -67,8 +71,26 @@ class CompletionForm(Form):
     prefix = "cmpl"
     whole = event = "text_completion"
 
-    def choice(self, number: int, text: str, done: Done) -> Choice:
-        return self.piece(number, text, done)
+    def __init__(self, logprobs: int | None) -> None:
+        """``logprobs``: so many of the likeliest tokens are told in the place of each; None: nothing of the kind."""
+        self._logprobs = logprobs
 
-    def piece(self, number: int, text: str, done: Done | None) -> Choice:
-        return {"index": number, "text": text, "logprobs": None, "finish_reason": finish_reason(done)}
+    def choice(self, number: int, text: str, done: Done, scores: Scores) -> Choice:
+        return self.piece(number, text, done, scores)
+
+    def piece(self, number: int, text: str, done: Done | None, scores: Scores) -> Choice:
+        told = None if self._logprobs is None else self._told(scores)
+        return {"index": number, "text": text, "logprobs": told, "finish_reason": finish_reason(done)}
+
+    def _told(self, scores: Scores) -> dict[str, object]:
+        # By their texts, the token that is there among them; of those that look alike, the likeliest.
+        likeliest = [
+            None if one.logprob is None else {token.text: token.logprob for token in (*reversed(one.likeliest), one)}
+            for one in scores
+        ]
+        return {
+            "tokens": [one.text for one in scores],
+            "token_logprobs": [one.logprob for one in scores],
+            "top_logprobs": likeliest if self._logprobs else None,
+            "text_offset": [one.at for one in scores],
+        }

@@ -4,17 +4,28 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from flows.serve.refused import Refused
 from lm.batch import Batch
+from lm.logprobs import Scored
 from lm.runtime import Generator
 from lm.text import Done, Text
 
 # So many requests may wait until there is room for them; at a few seconds each, the last one waits a minute.
 MOST_WAITING = 16
 
-# Of each text its next piece, and with the last one how it ended.
-Chunk = tuple[int, str, Done | None]
+
+class Chunk(NamedTuple):
+    """The next ``piece`` of the text ``number`` of a request, and with the last one how it ended.
+
+    ``scores``: of the piece's tokens, where they were asked for.
+    """
+
+    number: int
+    piece: str
+    done: Done | None
+    scores: tuple[Scored, ...]
 
 
 class Job:
@@ -138,7 +149,7 @@ class Engine:
                 job.open.remove(text)
                 self._count(text)
             if piece or text.done:
-                job.chunks.put((job.texts.index(text), piece, text.done))
+                job.chunks.put(Chunk(job.texts.index(text), piece, text.done, text.take_scores()))
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
         """Ends ``jobs`` by ``error``; what their batch holds is half of something, and nobody goes on with it."""

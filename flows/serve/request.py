@@ -2,15 +2,19 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from flows.serve.refused import bad_request
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 
 # So many texts are written for one request, side by side.
 MOST_TEXTS = 32
+# So many of the likeliest tokens are told in the place of each.
+MOST_LIKELIEST = 20
 
 
 def _utf8(text: str) -> str:
@@ -58,18 +62,14 @@ class StreamOptions(Body):
 class WritingRequest(Body):
     """How to write, and how to answer; ``top_k`` and ``repetition_penalty`` are ours."""
 
-    neutral = {
-        "presence_penalty": (0, 0.0),
-        "frequency_penalty": (0, 0.0),
-        "logprobs": (False,),
-        "logit_bias": ({},),
-    }
-
     model: Text | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     seed: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_TEXTS)
@@ -77,14 +77,25 @@ class WritingRequest(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    def samplings(self, count: int) -> list[Sampling]:
-        """Returns how to draw each of ``count`` texts: by a seed of its own."""
+    def samplings(self, count: int, vocabulary: int) -> list[Sampling]:
+        """Returns how to draw each of ``count`` texts: by a seed of its own; a model has ``vocabulary`` tokens.
+
+        Raises :class:`flows.serve.refused.Refused`.
+        """
+        for token in self.logit_bias:
+            refuse_unknown("logit_bias", token, vocabulary)
         # numpy takes no seeds below 0.
         first = secrets.randbits(31) if self.seed is None else self.seed % 2**64
-        return [
-            Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, first + number)
-            for number in range(count)
-        ]
+        sampling = Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            bias=tuple(self.logit_bias.items()),
+        )
+        return [replace(sampling, seed=first + number) for number in range(count)]
 
     @field_validator("stream_options")
     @classmethod
@@ -103,3 +114,10 @@ class WritingRequest(Body):
     def streams_usage(self) -> bool:
         """Whether a stream ends with what was counted."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+def refuse_unknown(parameter: str, token: int, vocabulary: int) -> None:
+    """Raises :class:`flows.serve.refused.Refused` where ``token`` in ``parameter`` is none of the ``vocabulary``."""
+    if not 0 <= token < vocabulary:
+        message = f"{parameter}: there is no token {token}; the model's are 0 to {vocabulary - 1}"
+        raise bad_request(message, parameter)

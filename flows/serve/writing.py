@@ -52,7 +52,7 @@ class Writer:
         self._engine = Engine(model, parallel, most_waiting, self._count)
 
     def chunks(self, asked: Asked) -> Chunks:
-        """Yields (number of the text, next piece of it, how it ended or None). Raises :class:`Refused`.
+        """Yields what comes of the texts. Raises :class:`Refused`.
 
         It is run in a thread of anyio's: where the task that waits for it is cancelled, it ends.
         """
@@ -76,7 +76,7 @@ class Writer:
                     if isinstance(chunk, Exception):
                         raise chunk
                     if chunk is not None:
-                        missing -= chunk[2] is not None
+                        missing -= chunk.done is not None
                         yield chunk
             finally:
                 self._engine.leave(job)

@@ -299,3 +299,27 @@ def test_what_is_there_already_is_less_likely() -> None:
     draw = Sampling(0.0, repetition_penalty=2.0).draw
     assert draw(logits, np.array([0]), np.random.default_rng(0)) == 1
     assert logits.tolist() == [2.0, 1.5, -1.0]
+
+
+def test_what_was_written_is_less_likely_once_or_for_each_time_and_what_was_given_is_not() -> None:
+    logits = np.array([2.0, 1.5, 1.4, -1.0], np.float32)
+
+    def drawn(text: list[int], given: int, **how: Any) -> int:
+        return Sampling(0.0, **how).draw(logits, np.array(text), np.random.default_rng(0), given)
+
+    assert drawn([0, 0], 0, presence_penalty=0.3) == 0
+    assert drawn([0, 0], 0, frequency_penalty=0.3) == 1
+    assert drawn([0], 0, presence_penalty=0.6) == drawn([0], 0, frequency_penalty=0.6) == 1
+    assert drawn([0], 1, presence_penalty=0.6) == drawn([0, 0], 2, frequency_penalty=0.6) == 0
+    # 1 was given, 0 was written.
+    assert drawn([1, 0], 1, presence_penalty=0.6) == 1
+    assert drawn([0, 1, 2], 0, presence_penalty=4.0) == 3
+    assert drawn([2], 0, presence_penalty=-0.7) == drawn([2, 2], 0, frequency_penalty=-0.4) == 2
+    assert logits.tolist() == [2.0, 1.5, np.float32(1.4), -1.0]
+
+
+def test_a_bias_makes_single_tokens_likelier_and_no_others() -> None:
+    assert shares(Sampling(1.0, 0, bias=((1, -100.0),)), []) == pytest.approx([0.25, 0, 0.625, 0.125], abs=0.03)
+    assert shares(Sampling(0.0, bias=((3, 100.0),)), []) == [0, 0, 0, 1]
+    even = tuple((token, float(-np.log(share))) for token, share in enumerate((0.1, 0.6, 0.25, 0.05)))
+    assert shares(Sampling(1.0, 0, bias=even), []) == pytest.approx([0.25] * 4, abs=0.03)
