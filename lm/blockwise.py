@@ -19,6 +19,8 @@ from lm.scheme import Levels, Operand
 
 # onnxruntime's operator for all experts of a layer.
 MIXTURE = "QMoE"
+# Which of its inputs weighs what each expert gives.
+GATES = 14
 # Of MatMulNBits: activations are rounded to 8 bits.
 ACCURACY_LEVEL = 4
 # A block of zeros has this scale, and stays a block of zeros.
@@ -96,18 +98,13 @@ class Blockwise:
 
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
         integers, scales = self._quantize(weight)
-        outputs, inputs = weight.shape
         return graph.op(
             self.operator,
             *x,
             graph.weight(self.stored(name), self._pack(integers)),
             graph.weight(f"{name}.scales", scales.squeeze(-1).numpy()),
             domain="com.microsoft",
-            N=outputs,
-            K=inputs,
-            bits=self.bits,
-            block_size=self.size,
-            accuracy_level=ACCURACY_LEVEL,
+            **self.product_attributes(*weight.shape),
         )
 
     def mixture(
@@ -130,10 +127,20 @@ class Blockwise:
                 graph.weight(f"{name}.{part}.scales", scales.squeeze(-1).numpy()),
                 "",
             ]
-        nothing = [""] * 6
+        nothing = [""] * (GATES - 2 - len(operands))
         # Those whose gates are largest are those that the router chose, and no others.
         attributes = {"domain": "com.microsoft", "k": chosen, **self.mixture_attributes()}
         return graph.op(MIXTURE, x, gates, *operands, *nothing, gates, **attributes)
+
+    def product_attributes(self, outputs: int, inputs: int) -> dict[str, int | float | str]:
+        """The attributes that decide what ``MatMulNBits`` computes with a given weight [outputs, inputs]."""
+        return {
+            "N": outputs,
+            "K": inputs,
+            "bits": self.bits,
+            "block_size": self.size,
+            "accuracy_level": ACCURACY_LEVEL,
+        }
 
     def mixture_attributes(self) -> dict[str, int | float | str]:
         """The attributes that decide what ``QMoE`` computes with given weights."""

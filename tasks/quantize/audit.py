@@ -5,29 +5,23 @@ Reads the file itself, not what the exporter believes it wrote: tools that quant
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict
 
-from lm import blockwise, per_token
-from lm.blockwise import Blockwise
-from lm.feed_forward import Experts
-from lm.graph import nodes_of
 from lm.linear import Embedding
 from lm.model import LanguageModel
-from lm.packing import mixture_scheme, packed_products
 from lm.planned_graph import turn_name
 from lm.quantization import Plan, layers
-from lm.scheme import Float, Scheme
-from lm.static import Range, Static
+from lm.scheme import Float
 from tasks.errors import Refused
+from tasks.quantize.numerics import Nodes, other_numerics
+from tasks.quantize.products import products
 
 _FLOAT_PRODUCTS = {"MatMul", "Gemm"}
-_SCALE_AND_POINT = (TensorProto.FLOAT, TensorProto.UINT8)
 
 
 class Weight(BaseModel):
@@ -61,22 +55,22 @@ def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
         product.scheme.stored(name): "Cast"
         if name.endswith(".kv_b_proj") and not isinstance(product.scheme, Float)
         else product.operator
-        for name, product in _products(model, plan).items()
+        for name, product in products(model, plan).items()
     }
 
 
 def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     """Returns the audit of the graph at ``path``. Raises :class:`Refused` that names each layer unlike its plan."""
-    graph = onnx.load(path, load_external_data=False).graph
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = Nodes(onnx.load(path, load_external_data=False).graph)
+    tensors = nodes.tensors
     expected = expected_products(model, plan)
     in_float = [*sorted(_routers(model)), *_turns(model)]
     meant = {*in_float} | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
-    faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(graph, tensors)) - meant)]
-    faults += _missing_products(graph, tensors, expected | dict.fromkeys(in_float, "MatMul"))
-    faults += _unturned(graph, model, plan)
-    faults += _other_numerics(graph, tensors, model, plan) + _coarse_scales(tensors, model, plan)
-    faults += _float_embeddings(graph, tensors, model)
+    faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(nodes)) - meant)]
+    faults += _missing_products(nodes, expected | dict.fromkeys(in_float, "MatMul"))
+    faults += _unturned(nodes, model, plan)
+    faults += other_numerics(nodes, model, plan) + _coarse_scales(tensors, model, plan)
+    faults += _float_embeddings(nodes, model)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
     weights = [_weight(tensor) for tensor in tensors.values()]
@@ -84,12 +78,12 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     for weight in weights:
         sizes[weight.type] += weight.bytes
     return Audit(
-        operators=dict(sorted(Counter(node.op_type for node in nodes_of(graph)).items())),
+        operators=dict(sorted(Counter(node.op_type for node in nodes.all).items())),
         bytes_by_type=dict(sorted(sizes.items())),
         quantized_share_of_bytes=round((sizes["int8"] + sizes["uint8"]) / sizes.total(), 4),
         quantized_products=sum(operator not in _FLOAT_PRODUCTS for operator in expected.values()),
         # What turns is one tensor for all layers, and each has a product with it.
-        float_products=[*dict.fromkeys(_float_weights(graph, tensors))],
+        float_products=[*dict.fromkeys(_float_weights(nodes))],
         weights=weights,
     )
 
@@ -107,18 +101,17 @@ def _turns(model: LanguageModel) -> list[str]:
     return sorted({turn_name(len(turn)) for turn in _turned(model).values()})
 
 
-def _unturned(graph: onnx.GraphProto, model: LanguageModel, plan: Plan) -> list[str]:
+def _unturned(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
     """Products whose weights are turned and whose activations are not, or the other way round."""
-    makers = {output: node for node in nodes_of(graph) for output in node.output}
     turned = _turned(model)
     expected = {}
-    for name, product in _products(model, plan).items():
+    for name, product in products(model, plan).items():
         layer = next((one for one in turned if f"{name}.".startswith(f"{one}.") and name.endswith("down_proj")), None)
         expected[product.scheme.stored(name)] = None if layer is None else turn_name(len(turned[layer]))
     faults = []
-    for node in nodes_of(graph):
+    for node in nodes.all:
         for weight in expected.keys() & set(node.input):
-            found, wanted = _turn_before(makers, node), expected[weight]
+            found, wanted = _turn_before(nodes.makers, node), expected[weight]
             if found != wanted:
                 faults.append(f"{weight} meets activations turned by {found or 'nothing'}, not {wanted or 'nothing'}")
     return sorted(faults)
@@ -133,108 +126,33 @@ def _turn_before(makers: dict[str, onnx.NodeProto], product: onnx.NodeProto) -> 
     return node.input[1]
 
 
-def _float_weights(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> list[str]:
+def _float_weights(nodes: Nodes) -> list[str]:
+    return [name for name, _ in _float_products(nodes)]
+
+
+def _float_products(nodes: Nodes) -> list[tuple[str, str]]:
+    # Each weight and what multiplies by it; also where that is a part of it, or its transpose.
     return [
-        name
-        for node in nodes_of(graph)
+        (name, node.op_type)
+        for node in nodes.all
         if node.op_type in _FLOAT_PRODUCTS
-        for name in node.input
-        if name in tensors and tensors[name].data_type == TensorProto.FLOAT and len(tensors[name].dims) >= 2
+        for name in map(nodes.source, node.input)
+        if name in nodes.tensors
+        and nodes.tensors[name].data_type == TensorProto.FLOAT
+        and len(nodes.tensors[name].dims) >= 2
     ]
 
 
-def _missing_products(
-    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], expected: dict[str, str]
-) -> list[str]:
-    multiplied = {
+def _missing_products(nodes: Nodes, expected: dict[str, str]) -> list[str]:
+    multiplied = {*_float_products(nodes)} | {
         (name, node.op_type)
-        for node in nodes_of(graph)
+        for node in nodes.all
         for name in node.input
-        if name in tensors and (node.op_type in _FLOAT_PRODUCTS or tensors[name].data_type != TensorProto.FLOAT)
+        if name in nodes.tensors and nodes.tensors[name].data_type != TensorProto.FLOAT
     }
     return [
         f"{name} is not read by {operator}" for name, operator in expected.items() if (name, operator) not in multiplied
     ]
-
-
-def _other_numerics(
-    graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan
-) -> list[str]:
-    """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
-    makers = {output: node for node in nodes_of(graph) for output in node.output}
-    schemes = {product.scheme.stored(name): product.scheme for name, product in _products(model, plan).items()}
-    faults = []
-    for node in nodes_of(graph):
-        for weight in schemes.keys() & set(node.input):
-            scheme = schemes[weight]
-            if node.op_type == per_token.OPERATOR:
-                if tensors[weight].data_type != TensorProto.INT8:
-                    faults.append(f"{weight} is not signed, so its product runs 3 times slower")
-                if isinstance(scheme, Static):
-                    if not _lies_within(scheme.within, makers, tensors, node):
-                        faults.append(
-                            f"{weight} meets activations that are not unsigned 8 bits of its calibrated range"
-                        )
-                elif not _has_a_scale_a_token(makers, tensors, node):
-                    faults.append(f"{weight} meets activations without a scale a token in unsigned 8 bits")
-            if node.op_type == "MatMulNBits":
-                level = next((one.i for one in node.attribute if one.name == "accuracy_level"), 0)
-                if level != blockwise.ACCURACY_LEVEL:
-                    faults.append(f"{weight} is multiplied at accuracy level {level}, not {blockwise.ACCURACY_LEVEL}")
-            if node.op_type == blockwise.MIXTURE and isinstance(scheme, Blockwise):
-                given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-                for name, value in scheme.mixture_attributes().items():
-                    if given.get(name) != (value.encode() if isinstance(value, str) else value):
-                        faults.append(f"{weight} is multiplied with {name} {given.get(name)}, not {value}")
-    return sorted(faults)
-
-
-def _has_a_scale_a_token(
-    makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], product: onnx.NodeProto
-) -> bool:
-    node = _quantizes(makers, product.input[0])
-    if node is None:
-        return False
-    point = makers.get(node.input[2])
-    by_token = any(one.name == "axis" and one.i == 0 for one in node.attribute) and node.input[1] not in tensors
-    types = [] if point is None else [one.i for one in point.attribute if one.name == "output_dtype"]
-    # The tokens' own scales and zero points come behind the product.
-    return by_token and types == [TensorProto.UINT8] and _constants_of(product, tensors) == [1.0, per_token.MIDDLE]
-
-
-def _lies_within(
-    within: Range | None,
-    makers: dict[str, onnx.NodeProto],
-    tensors: dict[str, onnx.TensorProto],
-    product: onnx.NodeProto,
-) -> bool:
-    node = _quantizes(makers, product.input[0])
-    if node is None or within is None:
-        return False
-    # The product takes out the scale and the zero point that the activations were given.
-    given = [_number(tensors, name, kind) for name, kind in zip(node.input[1:], _SCALE_AND_POINT, strict=False)]
-    return given == _constants_of(product, tensors) == [within.scale, within.zero]
-
-
-def _constants_of(product: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> list[float | None]:
-    """The scale of activations and their zero point that ``product`` itself takes out."""
-    names = (product.input[index] if index < len(product.input) else "" for index in (2, 4))
-    return [_number(tensors, name, kind) for name, kind in zip(names, _SCALE_AND_POINT, strict=True)]
-
-
-def _number(tensors: dict[str, onnx.TensorProto], name: str, kind: int) -> float | None:
-    tensor = tensors.get(name)
-    if tensor is None or tensor.dims or tensor.data_type != kind:
-        return None
-    return float(numpy_helper.to_array(tensor))
-
-
-def _quantizes(makers: dict[str, onnx.NodeProto], activations: str) -> onnx.NodeProto | None:
-    node = makers.get(activations)
-    while node is not None and node.op_type == "Gather":
-        # An expert takes its tokens from those that are quantized already.
-        node = makers.get(node.input[0])
-    return node if node is not None and node.op_type == "QuantizeLinear" else None
 
 
 def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan) -> list[str]:
@@ -242,7 +160,7 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     wanted = {
         f"{name}.scales": len(module.weight) for name, module in model.named_modules() if isinstance(module, Embedding)
     }
-    for name, product in _products(model, plan).items():
+    for name, product in products(model, plan).items():
         if (levels := product.scheme.levels) is not None:
             wanted[f"{name}.scales"] = product.outputs * math.ceil(product.inputs / (levels.group or product.inputs))
     return [
@@ -252,53 +170,13 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     ]
 
 
-@dataclass(frozen=True)
-class _Product:
-    scheme: Scheme
-    operator: str
-    outputs: int
-    inputs: int
-
-
-def _products(model: LanguageModel, plan: Plan) -> dict[str, _Product]:
-    """What the graph multiplies by: a layer, layers that are packed into one, and each expert's two parts."""
-    found: dict[str, _Product] = {}
-    for name, layer in layers(model).items():
-        if isinstance(layer, Experts):
-            found |= _of_experts(name, layer, plan)
-        else:
-            scheme = plan.of(name)
-            found[name] = _Product(scheme, scheme.operator, *layer.weight.shape)
-    for name, parts in packed_products(model, plan).items():
-        packed = [found.pop(part) for part in parts]
-        found[name] = replace(packed[0], outputs=sum(part.outputs for part in packed))
-    return found
-
-
-def _of_experts(name: str, experts: Experts, plan: Plan) -> dict[str, _Product]:
-    found: dict[str, _Product] = {}
-    one_node = mixture_scheme(plan, name, experts)
-    for part in ("gate_up_proj", "down_proj"):
-        count, outputs, inputs = getattr(experts, part).shape
-        if one_node is None:
-            scheme = plan.of(name, f"{name}.{part}")
-            each = _Product(scheme, scheme.operator, outputs, inputs)
-            found |= {f"{name}.{index}.{part}": each for index in range(count)}
-        else:
-            if part == "gate_up_proj":
-                # Filled up to whole blocks of what `down_proj` reads.
-                outputs = 2 * one_node.size * math.ceil(outputs / 2 / one_node.size)
-            found[f"{name}.{part}"] = _Product(one_node, blockwise.MIXTURE, count * outputs, inputs)
-    return found
-
-
-def _float_embeddings(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], model: LanguageModel) -> list[str]:
-    shapes = [list(module.weight.shape) for module in model.modules() if isinstance(module, Embedding)]
+def _float_embeddings(nodes: Nodes, model: LanguageModel) -> list[str]:
+    widths = [module.weight.shape[1] for module in model.modules() if isinstance(module, Embedding)]
     return [
         f"{node.input[0]} is looked up in float"
-        for node in nodes_of(graph)
-        if node.op_type == "Gather" and node.input[0] in tensors
-        if tensors[node.input[0]].data_type == TensorProto.FLOAT and list(tensors[node.input[0]].dims) in shapes
+        for node in nodes.all
+        if node.op_type == "Gather" and (tensor := nodes.tensors.get(node.input[0])) is not None
+        if tensor.data_type == TensorProto.FLOAT and list(tensor.dims[1:]) in [[width] for width in widths]
     ]
 
 

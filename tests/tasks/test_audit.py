@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from odd import make_grouped
 from onnx import numpy_helper
 
 from lm import hugging_face, onnx_model, per_token
@@ -135,6 +136,62 @@ def _a_scale_for_all(planted: onnx.ModelProto) -> None:
     _reader(planted, f"{UP}.int8").input[2] = "scale_for_all"
 
 
+def _one_range_a_batch(planted: onnx.ModelProto) -> None:
+    # Given to each token as if it were its own.
+    planted.graph.initializer.append(numpy_helper.from_array(np.array([0, 1], np.int64), "all_axes"))
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    for node in [node for node in planted.graph.node if node.op_type in ("ReduceMin", "ReduceMax")]:
+        if node.input[0] == quantize.input[0]:
+            name = node.output[0]
+            node.input[1], node.output[0] = "all_axes", f"{name}.whole"
+            length = onnx.helper.make_node("Shape", [node.input[0]], [f"{name}.length"], start=0, end=1)
+            planted.graph.node.extend(
+                [length, onnx.helper.make_node("Expand", [f"{name}.whole", f"{name}.length"], [name])]
+            )
+
+
+def _axis(planted: onnx.ModelProto) -> None:
+    # A scale a channel, where there are as many tokens as channels.
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    next(one for one in quantize.attribute if one.name == "axis").i = 1
+
+
+def _another_tokens_scale(planted: onnx.ModelProto) -> None:
+    # Of the values before the norm.
+    product = _reader(planted, f"{UP}.int8")
+    quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
+    norm = next(node for node in planted.graph.node if quantize.input[0] in node.output)
+    for node in [node for node in planted.graph.node if node.op_type in ("ReduceMin", "ReduceMax")]:
+        if node.input[0] == quantize.input[0]:
+            node.input[0] = norm.input[0]
+
+
+def _zero_points_kept(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    sub = _reader(planted, product.output[0])
+    _reader(planted, sub.output[0]).input[0] = product.output[0]
+
+
+def _scales_kept(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    sub = _reader(planted, product.output[0])
+    scaled = _reader(planted, sub.output[0])
+    _reader(planted, scaled.output[0]).input[0] = sub.output[0]
+
+
+def _float_embedding_of_more_rows(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.zeros((300, 32), np.float32), "wide.float"))
+    _reader(planted, "model.embed_tokens.int8").input[0] = "wide.float"
+
+
+def _transposed_in_float(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.zeros((32, 32), np.float32), "tied.float"))
+    planted.graph.node.append(onnx.helper.make_node("Transpose", ["tied.float"], ["tied"]))
+    planted.graph.node.append(onnx.helper.make_node("MatMul", ["hidden", "tied"], ["more"]))
+
+
 def _unsigned_weight(planted: onnx.ModelProto) -> None:
     tensor = _tensor(planted, f"{UP}.int8")
     shifted = (numpy_helper.to_array(tensor).astype(np.int16) + 128).astype(np.uint8)
@@ -195,6 +252,13 @@ def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
         (_dequantized, rf"{_UP}\.int8 is not read by MatMulIntegerToFloat"),
         (_router_in_int8, r"model\.layers\.1\.mlp\.gate\.weight is not read by MatMul"),
         (_stacked_experts_in_float, r"experts\.float is multiplied in float"),
+        (_transposed_in_float, r"tied\.float is multiplied in float"),
+        (_float_embedding_of_more_rows, r"wide\.float is looked up in float"),
+        (_one_range_a_batch, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_axis, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_another_tokens_scale, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_zero_points_kept, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
+        (_scales_kept, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
     ],
 )
 def test_what_quantizers_do_in_silence_is_refused(
@@ -270,14 +334,25 @@ def test_fixed_ranges_are_a_trap_where_no_range_was_asked_for(model: LanguageMod
         audit(tmp_path / "model.onnx", model, PLAN)
 
 
-def test_blocks_that_are_multiplied_at_another_level_are_refused(model: LanguageModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attribute", "value", "told"),
+    [
+        ("accuracy_level", 1, "accuracy_level 1, not 4"),
+        ("block_size", 16, "block_size 16, not 32"),
+        ("bits", 4, "bits 4, not 8"),
+        ("K", 31, "K 31, not 32"),
+    ],
+)
+def test_blocks_that_are_multiplied_otherwise_are_refused(
+    attribute: str, value: int, told: str, model: LanguageModel, tmp_path: Path
+) -> None:
     plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
     onnx_model.export(model, plan, path)
     planted = onnx.load(path)
     product = _reader(planted, f"{UP}.int8")
-    next(one for one in product.attribute if one.name == "accuracy_level").i = 1
+    next(one for one in product.attribute if one.name == attribute).i = value
     onnx.save(planted, path)
-    with pytest.raises(Refused, match=rf"{_UP}\.int8 is multiplied at accuracy level 1, not 4"):
+    with pytest.raises(Refused, match=rf"{_UP}\.int8 is multiplied with {told}"):
         audit(path, model, plan)
 
 
@@ -288,6 +363,7 @@ def test_blocks_that_are_multiplied_at_another_level_are_refused(model: Language
         ("swiglu_fusion", 2, "swiglu_fusion 2, not 1"),
         ("activation_alpha", 1.702, r"activation_alpha 1\.70\d+, not 1\.0"),
         ("normalize_routing_weights", 1, "normalize_routing_weights 1, not 0"),
+        ("k", 1, "k 1, not 2"),
     ],
 )
 def test_experts_that_are_multiplied_otherwise_are_refused(
@@ -307,6 +383,17 @@ def test_experts_that_are_multiplied_otherwise_are_refused(
         audit(path, model, plan)
 
 
+def test_experts_that_the_routers_gates_do_not_weigh_are_refused(model: LanguageModel, tmp_path: Path) -> None:
+    plan, path = PLANS["blockwise-4"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    planted = onnx.load(path)
+    # The operator makes weights of its own then, of a softmax over the gates.
+    del next(node for node in planted.graph.node if node.op_type == "QMoE").input[14:]
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=r"experts\.down_proj\.int4 is not weighed by the router's gates"):
+        audit(path, model, plan)
+
+
 def test_experts_that_lack_scales_are_refused(model: LanguageModel, tmp_path: Path) -> None:
     plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
     onnx_model.export(model, plan, path)
@@ -322,10 +409,34 @@ def test_a_graph_of_another_scheme_is_refused(graph: Path, model: LanguageModel)
         audit(graph, model, PLANS["blockwise-4"])
 
 
-def test_a_layer_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp_path: Path) -> None:
-    plan = dataclasses.replace(PLANS["blockwise-8"], in_float=("*.down_proj",))
+@pytest.mark.parametrize("name", ["per-token-8", "blockwise-8", "blockwise-4"])
+@pytest.mark.parametrize(
+    ("pattern", "layer"),
+    [
+        ("*.down_proj", "model.layers.0.mlp.down_proj"),
+        # Absorbed: what is multiplied are its heads.
+        ("*.kv_b_proj", "model.layers.1.self_attn.kv_b_proj"),
+        ("*.o_proj", "model.layers.1.self_attn.o_proj"),
+        ("*.self_attn.*", "model.layers.0.self_attn.q_proj+kv_a_proj_with_mqa"),
+        ("*.layers.0.*", "model.layers.0.mlp.gate_proj+up_proj"),
+        ("*.experts", "model.layers.1.mlp.experts.2.down_proj"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_a_layer_that_is_meant_to_be_float_is_no_fault(
+    name: str, pattern: str, layer: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(PLANS[name], in_float=(pattern,))
     onnx_model.export(model, plan, tmp_path / "model.onnx")
     found = audit(tmp_path / "model.onnx", model, plan)
-    assert "model.layers.0.mlp.down_proj.weight" in found.float_products
-    with pytest.raises(Refused, match=r"mlp\.down_proj\.weight is multiplied in float"):
-        audit(tmp_path / "model.onnx", model, PLANS["blockwise-8"])
+    assert f"{layer}.weight" in found.float_products
+    with pytest.raises(Refused, match=rf"{re.escape(layer)}\.weight is multiplied in float"):
+        audit(tmp_path / "model.onnx", model, PLANS[name])
+
+
+@pytest.mark.parametrize("pattern", ["*.q_proj", "*.self_attn.*", "*.layers.1.*", "*.up_proj", "lm_head"])
+def test_layers_of_the_other_family_are_kept_float_as_well(pattern: str, tmp_path: Path) -> None:
+    grouped = make_grouped()
+    plan = dataclasses.replace(PLANS["blockwise-8"], in_float=(pattern,))
+    onnx_model.export(grouped, plan, tmp_path / "model.onnx")
+    assert audit(tmp_path / "model.onnx", grouped, plan).float_products

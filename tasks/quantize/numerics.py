@@ -1,0 +1,157 @@
+"""Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lm import blockwise, per_token
+from lm.blockwise import Blockwise
+from lm.graph import nodes_of
+from lm.model import LanguageModel
+from lm.quantization import Plan
+from lm.static import Range, Static
+from tasks.quantize.products import Product, products
+
+_SCALE_AND_POINT = (TensorProto.FLOAT, TensorProto.UINT8)
+# What a range of single tokens is computed with; whatever else stands there may mix them.
+_OF_A_TOKEN = {"Div", "Sub", "Min", "Max", "Neg", "QuantizeLinear"}
+# What gives on a matrix as it is, or a part of it, or its transpose.
+_PASSED = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Split", "Identity"}
+
+
+class Nodes:
+    """A graph's nodes and tensors, by what they are called."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.all = list(nodes_of(graph))
+        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self.makers = {output: node for node in self.all for output in node.output}
+
+    def readers(self, name: str) -> list[onnx.NodeProto]:
+        """Returns the nodes that read ``name``."""
+        return [node for node in self.all if name in node.input]
+
+    def source(self, name: str) -> str:
+        """Returns the tensor, or whatever else, that ``name`` is as it was stored, a part of it or its transpose."""
+        node = self.makers.get(name)
+        return name if node is None or node.op_type not in _PASSED else self.source(node.input[0])
+
+    def number(self, name: str, kind: int) -> float | None:
+        """Returns the constant ``name`` of one number of the type ``kind``, if it is that."""
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.dims or tensor.data_type != kind:
+            return None
+        return float(numpy_helper.to_array(tensor))
+
+
+def other_numerics(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
+    """Returns what is told of each product that differs from its plan's."""
+    expected = {product.scheme.stored(name): product for name, product in products(model, plan).items()}
+    most = getattr(model.config, "num_experts_per_tok", 0)
+    faults = []
+    for node in nodes.all:
+        for weight in expected.keys() & set(node.input):
+            product = expected[weight]
+            if node.op_type == per_token.OPERATOR:
+                faults += [f"{weight} {fault}" for fault in _of_integers(nodes, node, product)]
+            elif node.op_type == "MatMulNBits" and isinstance(product.scheme, Blockwise):
+                wanted = product.scheme.product_attributes(product.outputs, product.inputs)
+                faults += [f"{weight} is multiplied with {fault}" for fault in _attributes(node, wanted)]
+            elif node.op_type == blockwise.MIXTURE and isinstance(product.scheme, Blockwise):
+                wanted = {"k": most, **product.scheme.mixture_attributes()}
+                faults += [f"{weight} is multiplied with {fault}" for fault in _attributes(node, wanted)]
+                if list(node.input[blockwise.GATES : blockwise.GATES + 1]) != [node.input[1]]:
+                    faults.append(f"{weight} is not weighed by the router's gates")
+    return sorted(faults)
+
+
+def _of_integers(nodes: Nodes, product: onnx.NodeProto, expected: Product) -> Iterator[str]:
+    weight = product.input[1]
+    if weight in nodes.tensors and nodes.tensors[weight].data_type != TensorProto.INT8:
+        yield "is not signed, so its product runs 3 times slower"
+    if isinstance(expected.scheme, Static):
+        if not _lies_within(expected.scheme.within, nodes, product):
+            yield "meets activations that are not unsigned 8 bits of its calibrated range"
+        return
+    if not _has_a_scale_a_token(nodes, product):
+        yield "meets activations without a scale a token in unsigned 8 bits"
+    if not _takes_out_the_zero_points(nodes, product):
+        yield "does not take out its tokens' zero points and scales"
+
+
+def _has_a_scale_a_token(nodes: Nodes, product: onnx.NodeProto) -> bool:
+    node = _quantizes(nodes, product.input[0])
+    if node is None or not any(one.name == "axis" and one.i == 0 for one in node.attribute):
+        return False
+    point = nodes.makers.get(node.input[2])
+    types = [] if point is None else [one.i for one in point.attribute if one.name == "output_dtype"]
+    # The tokens' own scales and zero points come behind the product.
+    return (
+        types == [TensorProto.UINT8]
+        and _constants_of(nodes, product) == [1.0, per_token.MIDDLE]
+        and all(_is_of_a_token(nodes, name, node.input[0]) for name in node.input[1:])
+    )
+
+
+def _is_of_a_token(nodes: Nodes, name: str, x: str) -> bool:
+    """Whether ``name`` is computed of the least and the largest value of each row of ``x``, and of constants."""
+    reduced: set[str] = set()
+
+    def looks_at_rows(name: str) -> bool:
+        node = nodes.makers.get(name)
+        if node is None:
+            return name in nodes.tensors
+        if node.op_type in ("ReduceMin", "ReduceMax"):
+            reduced.add(node.op_type)
+            return node.input[0] == x and _axes(nodes, node) == [-1]
+        return node.op_type in _OF_A_TOKEN and all(map(looks_at_rows, node.input))
+
+    return looks_at_rows(name) and "ReduceMin" in reduced
+
+
+def _axes(nodes: Nodes, node: onnx.NodeProto) -> list[int]:
+    axes = nodes.tensors.get(node.input[1]) if len(node.input) > 1 else None
+    return [] if axes is None else numpy_helper.to_array(axes).tolist()
+
+
+def _takes_out_the_zero_points(nodes: Nodes, product: onnx.NodeProto) -> bool:
+    """Whether all that reads ``product`` takes the zero points' share from it, and multiplies by the tokens' scales."""
+    sums = f"{product.input[1].removesuffix('.int8')}.sums"
+    for node in nodes.readers(product.output[0]):
+        zeros = nodes.makers.get(node.input[1]) if node.op_type == "Sub" else None
+        if zeros is None or zeros.op_type != "Mul" or sums not in zeros.input:
+            return False
+        if any(reader.op_type != "Mul" for reader in nodes.readers(node.output[0])):
+            return False
+    return True
+
+
+def _lies_within(within: Range | None, nodes: Nodes, product: onnx.NodeProto) -> bool:
+    node = _quantizes(nodes, product.input[0])
+    if node is None or within is None:
+        return False
+    # The product takes out the scale and the zero point that the activations were given.
+    given = [nodes.number(name, kind) for name, kind in zip(node.input[1:], _SCALE_AND_POINT, strict=False)]
+    return given == _constants_of(nodes, product) == [within.scale, within.zero]
+
+
+def _constants_of(nodes: Nodes, product: onnx.NodeProto) -> list[float | None]:
+    """The scale of activations and their zero point that ``product`` itself takes out."""
+    names = (product.input[index] if index < len(product.input) else "" for index in (2, 4))
+    return [nodes.number(name, kind) for name, kind in zip(names, _SCALE_AND_POINT, strict=True)]
+
+
+def _quantizes(nodes: Nodes, activations: str) -> onnx.NodeProto | None:
+    node = nodes.makers.get(activations)
+    while node is not None and node.op_type == "Gather":
+        # An expert takes its tokens from those that are quantized already.
+        node = nodes.makers.get(node.input[0])
+    return node if node is not None and node.op_type == "QuantizeLinear" else None
+
+
+def _attributes(node: onnx.NodeProto, wanted: dict[str, int | float | str]) -> Iterator[str]:
+    given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    for name, value in wanted.items():
+        if given.get(name) != (value.encode() if isinstance(value, str) else value):
+            yield f"{name} {given.get(name)}, not {value}"

@@ -1,0 +1,53 @@
+"""What the graph of a model has to multiply by, as its plan says."""
+
+import math
+from dataclasses import dataclass, replace
+
+from lm import blockwise
+from lm.feed_forward import Experts
+from lm.model import LanguageModel
+from lm.packing import mixture_scheme, packed_products
+from lm.quantization import Plan, layers
+from lm.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight [outputs, inputs] and the operator that multiplies by it."""
+
+    scheme: Scheme
+    operator: str
+    outputs: int
+    inputs: int
+
+
+def products(model: LanguageModel, plan: Plan) -> dict[str, Product]:
+    """What the graph multiplies by: a layer, layers that are packed into one, and each expert's two parts."""
+    found: dict[str, Product] = {}
+    for name, layer in layers(model).items():
+        if isinstance(layer, Experts):
+            found |= _of_experts(name, layer, plan)
+        else:
+            scheme = plan.of(name)
+            found[name] = Product(scheme, scheme.operator, *layer.weight.shape)
+    for name, parts in packed_products(model, plan).items():
+        packed = [found.pop(part) for part in parts]
+        found[name] = replace(packed[0], outputs=sum(part.outputs for part in packed))
+    return found
+
+
+def _of_experts(name: str, experts: Experts, plan: Plan) -> dict[str, Product]:
+    found: dict[str, Product] = {}
+    one_node = mixture_scheme(plan, name, experts)
+    for part in ("gate_up_proj", "down_proj"):
+        count, outputs, inputs = getattr(experts, part).shape
+        if one_node is None:
+            scheme = plan.of(name, f"{name}.{part}")
+            each = Product(scheme, scheme.operator, outputs, inputs)
+            found |= {f"{name}.{index}.{part}": each for index in range(count)}
+        else:
+            if part == "gate_up_proj":
+                # Filled up to whole blocks of what `down_proj` reads.
+                outputs = 2 * one_node.size * math.ceil(outputs / 2 / one_node.size)
+            found[f"{name}.{part}"] = Product(one_node, blockwise.MIXTURE, count * outputs, inputs)
+    return found
