@@ -153,12 +153,11 @@ class Generator:
         return text.done
 
 
-def ask_for_exact_products(options: onnxruntime.SessionOptions) -> None:
+def ask_for_exact_products(options: onnxruntime.SessionOptions, cpu: Path = Path("/proc/cpuinfo")) -> None:
     """Has products of unsigned and signed 8 bits not overflow, as they do on x86 without VNNI or AMX.
 
-    Not asked for elsewhere: those products pass AMX by.
+    Not asked for elsewhere: those products pass AMX by. What it is lies in ``cpu``, where the system says it.
     """
-    cpu = Path("/proc/cpuinfo")
     if not (cpu.is_file() and any(feature in cpu.read_text() for feature in ("vnni", "amx_int8"))):
         options.add_session_config_entry("session.x64quantprecision", "1")
 

@@ -48,6 +48,26 @@ def test_a_terminal_of_another_encoding_shows_what_it_can(root: Path) -> None:
     assert shown.getvalue().startswith(b"caf?")
 
 
+@pytest.mark.parametrize(("command", "place"), [(["generate", "light"], 3), (["chat"], 1)], ids=["generate", "chat"])
+def test_the_commands_draw_as_they_are_told(
+    command: list[str], place: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        """With all that the command asked for."""
+
+    def note(*asked: object) -> None:
+        raise Asked(*asked)
+
+    monkeypatch.setattr("flows.generate.write", note)
+    monkeypatch.setattr("flows.chat.chat", note)
+    monkeypatch.setattr("flows.project.find", lambda: root)
+    how = ["--temperature", "1.5", "--top-k", "7", "--top-p", "0.5", "--repetition-penalty", "1.2", "--seed", "9"]
+    found = CliRunner().invoke(app, [*command, *how]).exception
+    assert isinstance(found, Asked)
+    asked = found.args[place]
+    assert getattr(asked, "sampling", asked) == Sampling(1.5, 7, 0.5, 1.2, 9)
+
+
 @pytest.mark.parametrize("command", [["generate", "light"], ["chat"], ["serve"]], ids=" ".join)
 @pytest.mark.parametrize("spin", [False, True])
 def test_the_commands_load_a_model_whose_threads_spin_where_that_is_asked_for(

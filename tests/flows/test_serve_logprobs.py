@@ -126,6 +126,7 @@ def test_penalties_keep_a_text_from_repeating_itself(client: openai.OpenAI, mode
         return max(text.count(letter) for letter in "abcdefgh")
 
     plain = write()
+    assert write(extra_body={"repetition_penalty": 50.0}) != plain
     assert write(presence_penalty=0.0, frequency_penalty=0) == plain
     assert repeated(write(frequency_penalty=2.0)) < repeated(plain)
     assert write(presence_penalty=2.0) != plain

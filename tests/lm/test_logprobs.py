@@ -113,10 +113,21 @@ def test_penalties_are_for_what_was_written_and_not_for_the_prompt(model: Genera
     letters = "abcdefgh"
     bias = tuple((model.tokenizer.token_to_id(letter), 100.0) for letter in letters)
     sampling = Sampling(0.0, bias=bias, frequency_penalty=1000.0)
-    # Each is there once, and then there are none left.
+    # Each is written once, and then there are none left.
     text = "".join(model.generate(Request(letters, 9, sampling)))
     assert sorted(text[:8]) == list(letters)
     assert len(text) < 9 or text[8] not in letters
+
+
+def test_a_repetition_is_one_of_the_prompt_too(model: Generator) -> None:
+    # The prompt has every token but one, and they count for less.
+    spared = model.tokenizer.token_to_id("e")
+    prompt = tuple(token for token in range(model.vocab_size) if token != spared)[-60:]
+    text = model.text(Request(prompt, 1, Sampling(0.0, repetition_penalty=100.0)))
+    logits = np.full((1, model.vocab_size), -9.0, np.float32)
+    logits[0, list(prompt)], logits[0, spared] = 2.0, 1.0
+    text.take([], logits)
+    assert text.tokens[-1] == spared
 
 
 def test_half_a_character_has_no_text_of_its_own_and_is_scored(model: Generator) -> None:

@@ -1,14 +1,16 @@
 """The graph against its twin in floating point, for each scheme."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from odd import make_grouped, make_model
+from odd import make_grouped, make_grouped_mixture, make_model
 
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
@@ -106,6 +108,13 @@ def test_a_product_is_that_of_fake_quantization(scheme: Scheme, shape: tuple[int
     assert ((computed - expected) / size).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+def test_ranges_are_taken_in_fp32_whatever_is_multiplied(scheme: Scheme) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(size, 48, generator=generator).bfloat16() for size in (9, 24))
+    assert torch.equal(scheme.project(x.float(), weight.float()).to(x.dtype), scheme.project(x, weight).to(x.dtype))
+
+
 def test_the_graph_computes_what_fake_quantization_learned(
     model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
 ) -> None:
@@ -152,24 +161,41 @@ SMALL = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 6, "qk_nope_head_dim": 4,
     "qk_rope_head_dim": 2, "v_head_dim": 5, "intermediate_size": 12, "moe_intermediate_size": 6,
 }  # fmt: skip
+SMALL_GROUPED = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("hidden_size", [16, 64], ids=["a node an expert", "a node for all experts"])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (make_model, SMALL),
+        (make_model, {**SMALL, "hidden_size": 64}),
+        (make_grouped, SMALL_GROUPED),
+        (make_grouped, {**SMALL_GROUPED, "model_type": "qwen2", "tie_word_embeddings": True}),
+        (make_grouped, {**SMALL_GROUPED, "model_type": "qwen3"}),
+        (make_grouped_mixture, {**SMALL_GROUPED, "moe_intermediate_size": 6}),
+        (make_grouped_mixture, {**SMALL_GROUPED, "moe_intermediate_size": 6, "hidden_size": 64}),
+    ],
+    ids=[
+        *("latent, a node an expert", "latent, a node for all experts", "llama", "qwen2, tied", "qwen3"),
+        *("qwen3_moe, a node an expert", "qwen3_moe, a node for all experts"),
+    ],
+)
 def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
-    hidden_size: int, plan: Plan, tmp_path: Path
+    make: Callable[..., LanguageModel], sizes: dict[str, Any], plan: Plan, tmp_path: Path
 ) -> None:
-    model = make_model(**{**SMALL, "hidden_size": hidden_size})
-    # So few values that none of them lies on a boundary.
-    ids = torch.tensor([[3, 77, 12]])
-    plan = calibrate(model, plan, ids)
+    model = make(**sizes)
+    # So few values that in most of these texts none lies on a boundary.
+    texts = torch.tensor([[3, 77, 12], [5, 41, 90], [66, 8, 30], [9, 99, 54], [71, 2, 18]])
+    plan = calibrate(model, plan, texts)
     session = _session(model, tmp_path, plan)
     with torch.no_grad():
-        floating = model(ids).numpy()
-        expected = prepare(model, plan)(ids).numpy()
+        floating = model(texts).numpy()
+        expected = prepare(model, plan)(texts).numpy()
     # With spare room latents are read as they are, absorbed; without it the prompt's keys and values are expanded.
-    computed, expanded = (_run(session, ids, capacity=capacity)[0] for capacity in (40, ids.shape[1]))
-    assert np.abs(expanded - expected).max() < 1e-5 * np.abs(expected).max()
-    assert np.abs(computed - expected).max() < 1e-5 * np.abs(expected).max()
+    for capacity in (40, texts.shape[1]):
+        computed = np.concatenate([_run(session, ids[None], capacity=capacity)[0] for ids in texts])
+        apart = np.abs(computed - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
+        assert np.median(apart) < 1e-5
     assert np.abs(floating - expected).max() > 1e-3 * np.abs(expected).max()
 
 
@@ -194,7 +220,7 @@ def test_what_is_turned_while_the_model_runs_is_turned_in_the_graph(
 
 
 def test_a_layer_that_is_named_stays_float(model: LanguageModel, ids: torch.Tensor, tmp_path: Path) -> None:
-    plan = Plan(PerToken(), PerToken(), ("*.down_proj", "*.q_proj", "*.experts"))
+    plan = Plan(PerToken(), PerToken(), ("*.down_proj", "*.q_proj", "*.experts", "*.kv_b_proj"))
     computed, _ = _run(_session(model, tmp_path, plan), ids)
     with torch.no_grad():
         all_quantized = prepare(model, EIGHT)(ids).numpy()

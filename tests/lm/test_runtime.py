@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import tiny
 from odd import export_over_bytes, make_grouped, make_model
@@ -15,7 +16,7 @@ from together import written_together
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lm.batch import Batch
-from lm.runtime import Generator, PromptTooLong, Unloadable
+from lm.runtime import Generator, PromptTooLong, Unloadable, ask_for_exact_products
 from lm.sampling import Sampling, held_back
 from lm.text import Request
 
@@ -235,6 +236,31 @@ def test_a_run_is_ended_between_two_of_its_operators(folder: Path) -> None:
     generator.stop()
     with pytest.raises(Exception, match="terminate"):
         write(generator, "light", 1)
+
+
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [
+        ("flags : fpu sse4_2 avx2", True),
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+        ("flags : fpu avx2 avx_vnni", False),
+        ("flags : fpu avx512f amx_int8", False),
+        (None, True),
+    ],
+)
+def test_exact_products_are_asked_for_where_those_of_8_bits_overflow(
+    told: str | None, asked: bool, tmp_path: Path
+) -> None:
+    options, cpu = onnxruntime.SessionOptions(), tmp_path / "cpuinfo"
+    if told is not None:
+        cpu.write_text(told)
+    ask_for_exact_products(options, cpu)
+    try:
+        found = options.get_session_config_entry("session.x64quantprecision")
+    except Exception:
+        # onnxruntime's own, of a key that was not set.
+        found = "0"
+    assert found == str(int(asked))
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "generation_config.json"])
