@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flows.serve.engine import Chunk
-from flows.serve.refused import Refused
+from flows.serve.refused import Refused, failed
 from flows.serve.request import WritingRequest
 from flows.serve.writing import Chunks
 from lm.logprobs import Scored
@@ -138,6 +138,10 @@ def _events(
     except Refused as refused:
         yield _event(refused.content)
         return
+    except Exception as error:
+        # The status is sent already; without this, a text that broke off would look like one that ended.
+        yield _event(failed(error).content)
+        raise
     if request.streams_usage:
         yield _event({**known, "choices": [], "usage": _usage(ended, request.n)})
     yield "data: [DONE]\n\n"

@@ -21,7 +21,7 @@ from flows.serve.chat import ChatForm, ChatRequest
 from flows.serve.completions import CompletionForm, CompletionRequest
 from flows.serve.engine import MOST_WAITING
 from flows.serve.metrics import Metrics
-from flows.serve.refused import Refused, invalid
+from flows.serve.refused import Refused, failed, invalid
 from flows.serve.writing import Writer
 from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
@@ -88,9 +88,8 @@ def make_app(
         return Refused(error.status_code, "invalid_request_error", f"{what}: {told}").response()
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        told = f"the server failed ({type(error).__name__}); where it was started, it says more"
-        return Refused(500, "server_error", told).response()
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return failed(error).response()
 
     @app.get("/health")
     def health() -> dict[str, str]:

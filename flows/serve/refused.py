@@ -24,6 +24,12 @@ class Refused(Exception):
         return JSONResponse(self.content, self.status, headers)
 
 
+def failed(error: Exception) -> Refused:
+    """Returns what says that the fault is the server's own."""
+    told = f"the server failed ({type(error).__name__}); where it was started, it says more"
+    return Refused(500, "server_error", told)
+
+
 def bad_request(message: str, parameter: str | None = None) -> Refused:
     """Returns what says that ``parameter`` cannot be answered as it is."""
     return Refused(400, "invalid_request_error", message, parameter)

@@ -14,7 +14,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from odd import export_over_bytes
-from serving import Server, lay_out_project
+from serving import Server, in_this_process, lay_out_project
 from together import written_together
 
 from flows.serve.app import make_app
@@ -197,6 +197,32 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_counted(
     counted = app.get("/metrics").text
     assert 'overnight_requests_total{path="/v1/completions",status="500"} 2.0' in counted
     assert "overnight_active_requests 0.0" in counted
+
+
+class Breaking(Generator):
+    """Its fifth run fails."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.runs = 0
+
+    def run(self, *arguments: Any, **how: Any) -> Any:
+        self.runs += 1
+        if self.runs == 5:
+            raise MemoryError
+        return super().run(*arguments, **how)
+
+
+def test_a_stream_that_breaks_off_says_so_and_the_fault_is_shown_where_the_server_was_started(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with in_this_process(make_app(Breaking(root / "models/int8"), None, "m", None)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIError, match=r"the server failed \(MemoryError\)"):
+            list(client.completions.create(model="m", stream=True, **GREEDY))
+        # And the next one is written.
+        assert client.completions.create(model="m", **GREEDY).choices[0].finish_reason == "length"
+    assert "\nMemoryError\n" in capfd.readouterr().err
 
 
 def test_malformed_json_another_model_and_unknown_paths_are_errors_of_the_protocol(
