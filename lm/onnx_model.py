@@ -83,9 +83,11 @@ def _kept(graph: PlannedGraph, kept: str, ids: str) -> str:
 
 
 def _embed(graph: PlannedGraph, model: LanguageModel, ids: str) -> str:
-    integers, scales = quantize_weight(model.model.embed_tokens.weight.detach())
-    name = "model.embed_tokens"
+    name, weight = "model.embed_tokens", model.model.embed_tokens.weight
     flat = graph.op("Reshape", ids, graph.ints(-1))
+    if graph.plan.matches(name, graph.plan.in_float):
+        return graph.op("Gather", graph.weight(f"{name}.weight", array(weight)), flat)
+    integers, scales = quantize_weight(weight.detach())
     rows = graph.op("Gather", graph.weight(f"{name}.int8", integers.numpy()), flat)
     return graph.op(
         "Mul",

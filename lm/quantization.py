@@ -21,7 +21,8 @@ class Plan:
     """The scheme of each layer: of ``head``, of those that a pattern in ``in_float`` matches, and of all ``others``.
 
     Patterns are those of a shell, over names as in ``model.layers.0.mlp.down_proj``; a layer's routed experts are one
-    name, ``model.layers.1.mlp.experts``. Routers are float in any case; embeddings are INT8, a scale a row.
+    name, ``model.layers.1.mlp.experts``. Routers are float in any case; the embedding, ``model.embed_tokens``, is INT8,
+    a scale a row, unless a pattern matches it.
     ``ranges`` are those of :class:`lm.static.Static`, by the names of :func:`products`; other schemes need none.
     """
 
@@ -87,7 +88,7 @@ def prepare(model: LanguageModel, plan: Plan) -> LanguageModel:
     """Makes each linear layer, expert and embedding of ``model`` compute as its graph will; the routers stay float."""
     for name, layer in layers(model).items():
         replace(name, layer, lambda product, _: plan.of(name, product).project)  # noqa: B023
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Embedding):
-            module.table = fake_quant_rows
+            module.table = None if plan.matches(name, plan.in_float) else fake_quant_rows
     return model

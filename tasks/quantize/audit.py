@@ -70,7 +70,7 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     faults += _missing_products(nodes, expected | dict.fromkeys(in_float, "MatMul"))
     faults += _unturned(nodes, model, plan)
     faults += other_numerics(nodes, model, plan) + _coarse_scales(tensors, model, plan)
-    faults += _float_embeddings(nodes, model)
+    faults += _float_embeddings(nodes, model, plan)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
     weights = [_weight(tensor) for tensor in tensors.values()]
@@ -158,7 +158,9 @@ def _missing_products(nodes: Nodes, expected: dict[str, str]) -> list[str]:
 def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, plan: Plan) -> list[str]:
     """Weights with fewer scales than their plan has: those of a whole matrix share one where a tool has it so."""
     wanted = {
-        f"{name}.scales": len(module.weight) for name, module in model.named_modules() if isinstance(module, Embedding)
+        f"{name}.scales": len(module.weight)
+        for name, module in _embeddings(model).items()
+        if not plan.matches(name, plan.in_float)
     }
     for name, product in products(model, plan).items():
         if (levels := product.scheme.levels) is not None:
@@ -170,13 +172,19 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
     ]
 
 
-def _float_embeddings(nodes: Nodes, model: LanguageModel) -> list[str]:
-    widths = [module.weight.shape[1] for module in model.modules() if isinstance(module, Embedding)]
+def _embeddings(model: LanguageModel) -> dict[str, Embedding]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Embedding)}
+
+
+def _float_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
+    widths = [module.weight.shape[1] for module in _embeddings(model).values()]
+    meant = {f"{name}.weight" for name in _embeddings(model) if plan.matches(name, plan.in_float)}
     return [
         f"{node.input[0]} is looked up in float"
         for node in nodes.all
         if node.op_type == "Gather" and (tensor := nodes.tensors.get(node.input[0])) is not None
         if tensor.data_type == TensorProto.FLOAT and list(tensor.dims[1:]) in [[width] for width in widths]
+        if node.input[0] not in meant
     ]
 
 

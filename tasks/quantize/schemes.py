@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
 from lm.config import ModelConfig
+from lm.linear import Embedding
 from lm.loss import logits_held
 from lm.model import LanguageModel
 from lm.quantization import PLANS, WIDE, Plan, layers
@@ -98,17 +99,18 @@ def plan_of(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> Pl
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:
     """Raises :class:`BadParameter` for a pattern that no layer matches, or when every layer stays float."""
     names = list(layers(model))
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, Embedding)]
     kept: set[str] = set()
     for pattern in params.in_float:
-        matched = {name for name in names if Plan.matches(name, (pattern,))}
+        matched = {name for name in (*names, *embeddings) if Plan.matches(name, (pattern,))}
         if not matched:
-            examples = ", ".join(names[1:4])
+            examples = ", ".join([*names[1:3], *embeddings])
             raise BadParameter(
                 f"params.yaml: quantize.in_float: no layer's name matches '{pattern}'. Names are {examples} and so on, "
                 "and * stands for anything."
             )
         kept |= matched
-    if kept == set(names):
+    if kept.issuperset(names):
         raise BadParameter("params.yaml: quantize.in_float leaves no layer to quantize. Take a pattern out.")
 
 

@@ -142,6 +142,12 @@ def test_where_nothing_is_rounded_every_number_of_the_graph_is_its_twins(
     session = _session(model, tmp_path, UNROUNDED)
     expected = prepare(copy.deepcopy(model), UNROUNDED)(ids).numpy()
     leeway = 1e-5 * np.abs(expected).max()
+    # Nothing but the embedding is rounded, and not even that where it is named.
+    kept = Plan(Float(), Float(), ("model.embed_tokens",))
+    floating = model(ids).numpy()
+    computed, _ = _run(_session(model, tmp_path, kept), ids)
+    assert np.abs(computed - floating).max() < leeway < np.abs(expected - floating).max()
+    session = _session(model, tmp_path, UNROUNDED)
     # With spare room latents are absorbed, without it expanded.
     for capacity in (40, ids.shape[1]):
         computed, _ = _run(session, ids, capacity=capacity)
@@ -220,7 +226,7 @@ def test_what_is_turned_while_the_model_runs_is_turned_in_the_graph(
 
 
 def test_a_layer_that_is_named_stays_float(model: LanguageModel, ids: torch.Tensor, tmp_path: Path) -> None:
-    plan = Plan(PerToken(), PerToken(), ("*.down_proj", "*.q_proj", "*.experts", "*.kv_b_proj"))
+    plan = Plan(PerToken(), PerToken(), ("*.down_proj", "*.q_proj", "*.experts", "*.kv_b_proj", "*.embed_tokens"))
     computed, _ = _run(_session(model, tmp_path, plan), ids)
     with torch.no_grad():
         all_quantized = prepare(model, EIGHT)(ids).numpy()

@@ -434,6 +434,17 @@ def test_a_layer_that_is_meant_to_be_float_is_no_fault(
         audit(tmp_path / "model.onnx", model, PLANS[name])
 
 
+def test_an_embedding_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, in_float=("model.embed_tokens",))
+    onnx_model.export(model, plan, tmp_path / "model.onnx")
+    assert audit(tmp_path / "model.onnx", model, plan).bytes_by_type["float32"] > 257 * 32 * 4
+    with pytest.raises(Refused, match=r"embed_tokens\.weight is looked up in float"):
+        audit(tmp_path / "model.onnx", model, PLAN)
+    onnx_model.export(model, PLAN, tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=r"embed_tokens\.scales"):
+        audit(tmp_path / "model.onnx", model, plan)
+
+
 @pytest.mark.parametrize("pattern", ["*.q_proj", "*.self_attn.*", "*.layers.1.*", "*.up_proj", "lm_head"])
 def test_layers_of_the_other_family_are_kept_float_as_well(pattern: str, tmp_path: Path) -> None:
     grouped = make_grouped()
