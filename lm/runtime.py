@@ -1,6 +1,7 @@
 """Text from an INT8 model with onnxruntime, tokenizers and numpy alone. Imports no torch."""
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Generator as Pieces
@@ -24,10 +25,11 @@ _LONGEST_REASON = 200
 class PromptTooLong(ValueError):
     """A prompt leaves no room for an answer."""
 
-    def __init__(self, tokens: int, context: int) -> None:
+    def __init__(self, tokens: int, context: int, more: bool = False) -> None:
+        """``more``: ``tokens`` are the fewest that it may have."""
         super().__init__(
-            f"the prompt has {tokens} tokens, and the model reads at most {context}, its answer included; "
-            "shorten the prompt"
+            f"the prompt has {tokens} tokens{' or more' if more else ''}, and the model reads at most {context}, its "
+            "answer included; shorten the prompt"
         )
         self.tokens, self.context = tokens, context
 
@@ -126,6 +128,7 @@ class Generator:
         """Returns the text that ``request`` asks for, of which nothing is read yet. Raises :class:`PromptTooLong`."""
         prompt = request.prompt
         if isinstance(prompt, str):
+            self.check_characters(len(prompt))
             ids = [*self._beginning, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         else:
             ids = list(prompt) or self._beginning
@@ -133,6 +136,19 @@ class Generator:
             raise PromptTooLong(len(ids), self.context)
         written = Detokenizer(self.tokenizer, [] if request.is_answer or request.echo else ids)
         return Text(request, ids, written, self.ends, self.context - len(ids))
+
+    def check_characters(self, count: int) -> None:
+        """Raises :class:`PromptTooLong` where a text of ``count`` characters has too many tokens whichever they are.
+
+        Before it is cut into tokens, which takes a minute for 20 MB.
+        """
+        if count > self.context * self._most_characters:
+            raise PromptTooLong(-(-count // self._most_characters), self.context, more=True)
+
+    @functools.cached_property
+    def _most_characters(self) -> int:
+        # What a token is called has a character for each of its text's, or for each byte of it.
+        return max(len(name) for name in self.tokenizer.get_vocab())
 
     def generate(self, request: Request, held: Batch | None = None) -> Pieces[str, None, Done]:
         """Yields the continuation of one prompt piece by piece and returns how it ended.

@@ -76,7 +76,10 @@ def held_back(text: str, stops: tuple[str, ...]) -> int:
     """Returns how many characters at the end of ``text`` may be the beginning of one of ``stops``."""
     longest = 0
     for stop in stops:
-        for length in range(longest + 1, min(len(stop), len(text) + 1)):
-            if text.endswith(stop[:length]):
-                longest = length
+        # The first place where the rest of the text begins a stop.
+        place = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while place >= 0 and not stop.startswith(text[place:]):
+            place = text.find(stop[0], place + 1)
+        if place >= 0:
+            longest = max(longest, len(text) - place)
     return longest

@@ -21,7 +21,7 @@ from flows.serve.chat import ChatForm, ChatRequest
 from flows.serve.completions import CompletionForm, CompletionRequest
 from flows.serve.engine import MOST_WAITING
 from flows.serve.metrics import Metrics
-from flows.serve.refused import Refused, failed, invalid
+from flows.serve.refused import Refused, bad_request, failed, invalid, unknown_model
 from flows.serve.writing import Writer
 from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
@@ -76,7 +76,11 @@ def make_app(
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def misunderstood(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "")
+        if "json" not in kind:
+            told = f"the body is of the Content-Type '{kind}', and no request; send it as application/json"
+            return bad_request(told).response()
         return invalid(error).response()
 
     @app.exception_handler(HTTPException)
@@ -99,10 +103,18 @@ def make_app(
     def measured() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    def model() -> dict[str, object]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "overnight"}
+
     @app.get("/v1/models")
     def models() -> dict[str, object]:
-        model = {"id": name, "object": "model", "created": created, "owned_by": "overnight"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{wanted:path}")
+    def one_model(wanted: str) -> dict[str, object]:
+        if wanted != name:
+            raise unknown_model(wanted, name)
+        return model()
 
     @app.post("/v1/completions")
     def complete(request: CompletionRequest) -> Response:
@@ -111,7 +123,7 @@ def make_app(
 
     @app.post("/v1/chat/completions")
     def converse(request: ChatRequest) -> Response:
-        chunks = writer.chunks(request.asked(template, generator.context, generator.vocab_size))
+        chunks = writer.chunks(request.asked(template, generator))
         return answer(ChatForm(request.logprobs), name, request, chunks)
 
     return app

@@ -11,6 +11,7 @@ from flows.serve.request import MOST_LIKELIEST, Body, Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.chat_template import ChatTemplate, Message, Role, Unrenderable
 from lm.logprobs import Token
+from lm.runtime import Generator, PromptTooLong
 from lm.text import Done, Request
 from lm.tokenizer import HALF
 
@@ -70,24 +71,25 @@ class ChatRequest(WritingRequest):
             raise PydanticCustomError("both", "max_tokens is the same by its older name; give one of them")
         return tokens
 
-    def asked(self, template: ChatTemplate | None, context: int, vocabulary: int) -> Asked:
-        """Returns the answers to write after the conversation; a model has ``vocabulary`` tokens.
-
-        Raises :class:`flows.serve.refused.Refused`.
-        """
+    def asked(self, template: ChatTemplate | None, model: Generator) -> Asked:
+        """Returns the answers to write after the conversation. Raises :class:`flows.serve.refused.Refused`."""
         if template is None:
             raise bad_request(
                 "this model has no chat template, so it continues texts and does not converse: use /v1/completions"
             )
+        messages = [message.message() for message in self.messages]
         try:
-            prompt = template.encode([message.message() for message in self.messages])
+            model.check_characters(sum(len(message.content) for message in messages))
+            prompt = template.encode(messages)
+        except PromptTooLong as error:
+            raise bad_request(f"{error}.", "messages") from None
         except Unrenderable as error:
             raise bad_request(str(error), "messages") from None
-        most = self.max_completion_tokens or self.max_tokens or context
+        most = self.max_completion_tokens or self.max_tokens or model.context
         logprobs = self.top_logprobs if self.logprobs else None
         texts = [
             Request(tuple(prompt), most, sampling, self.stops, is_answer=True, logprobs=logprobs)
-            for sampling in self.samplings(self.n, vocabulary)
+            for sampling in self.samplings(self.n, model.vocab_size)
         ]
         return Asked(texts, self.model, self.seed is not None, "messages")
 

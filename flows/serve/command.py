@@ -40,7 +40,7 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
     template = load_template(folder, generator)
     with _listen(host, port) as listening:
         asked = f"with the key in {KEY}" if key else "without a key"
-        address = f"http://{host}:{listening.getsockname()[1]}/v1"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         what = "completions and chat" if template else "completions"
         out.print(f"Serving {folder} at {address}: {what}, {asked}. Ctrl-C stops it.", highlight=False, soft_wrap=True)
         stopped = threading.Event()

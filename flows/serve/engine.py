@@ -127,7 +127,9 @@ class Engine:
         reader = readers[self._rounds % len(readers)] if readers else None
         self._rounds += 1
         for batch in batches:
-            self._step(batch, [job for job in jobs if job.batch is batch], batch is reader)
+            if batch is reader or batch is self._shared or not batch.reads:
+                self._step(batch, [job for job in jobs if job.batch is batch], batch is reader)
+            # What is repeatable is written in the same steps whoever else is there: it waits for its turn to read.
 
     def _begin(self, job: Job) -> None:
         if job.repeatable:

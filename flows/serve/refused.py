@@ -24,6 +24,11 @@ class Refused(Exception):
         return JSONResponse(self.content, self.status, headers)
 
 
+def unknown_model(asked: str, name: str) -> Refused:
+    """Returns what says that there is no model ``asked``, but ``name``."""
+    return Refused(404, "invalid_request_error", f"there is no model '{asked}', but '{name}'", "model")
+
+
 def failed(error: Exception) -> Refused:
     """Returns what says that the fault is the server's own."""
     told = f"the server failed ({type(error).__name__}); where it was started, it says more"

@@ -11,7 +11,7 @@ from anyio.from_thread import check_cancelled
 
 from flows.serve.engine import Chunk, Engine
 from flows.serve.metrics import Metrics
-from flows.serve.refused import Refused, bad_request
+from flows.serve.refused import Refused, bad_request, unknown_model
 from lm.runtime import Generator as Model
 from lm.runtime import PromptTooLong
 from lm.text import Request, Text
@@ -57,8 +57,7 @@ class Writer:
         It is run in a thread of anyio's: where the task that waits for it is cancelled, it ends.
         """
         if asked.model not in (None, self._name):
-            message = f"there is no model '{asked.model}', but '{self._name}'"
-            raise Refused(404, "invalid_request_error", message, "model")
+            raise unknown_model(asked.model, self._name)
         started = time.monotonic()
         try:
             texts = [self._model.text(request) for request in asked.texts]

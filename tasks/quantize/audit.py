@@ -70,7 +70,7 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     faults += _missing_products(nodes, expected | dict.fromkeys(in_float, "MatMul"))
     faults += _unturned(nodes, model, plan)
     faults += other_numerics(nodes, model, plan) + _coarse_scales(tensors, model, plan)
-    faults += _float_embeddings(nodes, model, plan)
+    faults += _other_embeddings(nodes, model, plan)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
     weights = [_weight(tensor) for tensor in tensors.values()]
@@ -176,15 +176,19 @@ def _embeddings(model: LanguageModel) -> dict[str, Embedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Embedding)}
 
 
-def _float_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
+def _other_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
+    """Embeddings that are looked up in float and are not meant to be, and the other way round."""
     widths = [module.weight.shape[1] for module in _embeddings(model).values()]
-    meant = {f"{name}.weight" for name in _embeddings(model) if plan.matches(name, plan.in_float)}
-    return [
-        f"{node.input[0]} is looked up in float"
+    looked_up = {
+        node.input[0]
         for node in nodes.all
         if node.op_type == "Gather" and (tensor := nodes.tensors.get(node.input[0])) is not None
         if tensor.data_type == TensorProto.FLOAT and list(tensor.dims[1:]) in [[width] for width in widths]
-        if node.input[0] not in meant
+    }
+    meant = {f"{name}.weight" for name in _embeddings(model) if plan.matches(name, plan.in_float)}
+    return [
+        *(f"{name} is looked up in float" for name in sorted(looked_up - meant)),
+        *(f"{name} is not looked up in float" for name in sorted(meant - looked_up)),
     ]
 
 

@@ -61,6 +61,9 @@ def test_it_completes_as_generate_does(client: openai.OpenAI, root: Path, expect
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 8)
     assert [model.id for model in client.models.list()] == [root.name]
+    assert client.models.retrieve(root.name).id == root.name
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other', but"):
+        client.models.retrieve("other")
 
 
 def test_it_streams_the_same_text_in_pieces(client: openai.OpenAI, root: Path, expected: str) -> None:
@@ -128,6 +131,7 @@ def test_equal_seeds_write_equal_text_and_no_seed_does_not(client: openai.OpenAI
         ({"max_tokens": "many"}, "max_tokens", "max_tokens: Input should be a valid integer"),
         ({"logprobs": 21}, "logprobs", "logprobs: Input should be less than or equal to 20"),
         ({"prompt": "a" * 64}, "prompt", "the prompt has 65 tokens, and the model reads at most 64"),
+        ({"prompt": "a" * 10**6}, "prompt", " tokens or more, and the model reads at most 64"),
         ({"prompt": "a" * 64, "stream": True}, "prompt", "the prompt has 65 tokens"),
         ({"prompt": []}, "prompt", "prompt: "),
         ({"prompt": ["a"] * 11, "n": 3}, "n", "n: 3 texts for each prompt of 11 in prompt are more than 32"),
@@ -197,6 +201,16 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_counted(
     counted = app.get("/metrics").text
     assert 'overnight_requests_total{path="/v1/completions",status="500"} 2.0' in counted
     assert "overnight_active_requests 0.0" in counted
+
+
+def test_a_body_that_is_sent_as_something_else_is_told_what_it_is_to_be_sent_as(server: Server) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    told = httpx.post(f"{server.url}/completions", content=json.dumps(GREEDY), headers=form)
+    assert told.status_code == 400
+    assert told.json()["error"]["message"] == (
+        "the body is of the Content-Type 'application/x-www-form-urlencoded', and no request; send it as "
+        "application/json"
+    )
 
 
 class Breaking(Generator):

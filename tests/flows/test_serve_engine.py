@@ -11,6 +11,7 @@ from odd import export_over_bytes
 
 from flows.serve.engine import Engine, Job
 from flows.serve.refused import Refused
+from lm.batch import Batch
 from lm.cache import Cache
 from lm.runtime import Generator
 from lm.sampling import Logits, Sampling
@@ -96,6 +97,36 @@ def test_texts_with_a_seed_have_runs_of_their_own(folder: Path) -> None:
     engine.wait(20)
     assert max(rows for rows, _ in model.runs) == 4
     assert all(text.done for text in texts)
+
+
+def test_texts_with_a_seed_are_written_in_the_same_steps_whoever_else_asks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.batch.PIECE", 4)
+    steps: dict[Batch, list[tuple[bool, int]]] = {}
+
+    class Watched(Batch):
+        def step(self, read: bool = True) -> list[tuple[Text, str]]:
+            reads, told = self.reads and read, super().step(read)
+            steps.setdefault(self, []).append((reads, len(told)))
+            return told
+
+    monkeypatch.setattr("flows.serve.engine.Batch", Watched)
+    model, written = Noted(folder), []
+    for others in (0, 5):
+        steps.clear()
+        engine = Engine(model, 8, 8, lambda text: None)
+        with held(model):
+            # The first has many tokens to write, beside which the second is read.
+            texts = [model.text(Request("ab", 30)), model.text(Request("q" + "a" * 30, 9))]
+            job = engine.take(texts, repeatable=True)
+            for number in range(others):
+                engine.take([model.text(Request(f"{number}" + "z" * 40, 5))], repeatable=number % 2 == 0)
+        engine.wait(20)
+        assert not job.open
+        assert job.batch is not None
+        written.append(steps[job.batch])
+    assert written[0] == written[1]
 
 
 def test_a_request_waits_until_there_is_room_for_a_text_of_it(folder: Path) -> None:
