@@ -51,7 +51,8 @@ def _muon(model: LanguageModel, params: TrainingParams) -> "Together":
     for module in model.modules():
         if isinstance(module, Embedding | Router):
             kept.update(id(parameter) for parameter in module.parameters(recurse=False))
-    hidden = [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in kept]
+    every = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hidden = [parameter for parameter in every if parameter.dim() > 1 and id(parameter) not in kept]
     chosen = {id(parameter) for parameter in hidden}
     optimizers: list[torch.optim.Optimizer] = [
         _adamw((parameter for parameter in model.parameters() if id(parameter) not in chosen), params)

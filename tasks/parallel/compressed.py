@@ -34,7 +34,8 @@ class Compressed(Exchange):
         self.in_parts = True
         self.reads = self.writes = world.rank
         self._model = model
-        self._parameters = list(model.parameters())
+        # What is frozen has no gradient to exchange.
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # No broadcast, which would cost as much as a step does without compression.
         self._check_equal("models/init or the packages differ between machines; make them equal and start again.")
 

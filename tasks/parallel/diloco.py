@@ -82,7 +82,8 @@ class Diloco(Exchange):
         self.in_parts = self.apart = True
         self.reads = near.number
         self.writes = near.number if near.is_first else None
-        self._parameters = list(model.parameters())
+        # What is frozen differs nowhere.
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._biases = [
             router.e_score_correction_bias for router in model.routers() if router.e_score_correction_bias is not None
         ]

@@ -134,16 +134,12 @@ class TrainParams(TrainingParams):
             return self
         if self.init == init.SCRATCH:
             raise ValueError("lora adapts a model that is there, and init: scratch has none; name a checkpoint in init")
-        if self.optimizer != "adamw":
-            raise ValueError(f"lora trains with adamw, and optimizer is {self.optimizer}; set optimizer to adamw")
         mesh = self.layout
         if mesh.expert > 1 and self.lora.rank % mesh.shard:
             raise ValueError(
                 f"lora.rank {self.lora.rank} does not divide over mesh.shard {mesh.shard}, as it must with mesh.expert "
                 "above 1; change one of them"
             )
-        if self.compression != "none" or self.diloco.inner_steps:
-            raise ValueError("lora's gradients are small as they are; set compression: none and diloco.inner_steps: 0")
         return self
 
     @model_validator(mode="after")
