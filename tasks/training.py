@@ -13,6 +13,7 @@ import time
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lm.model import LanguageModel
@@ -293,11 +294,14 @@ class _Run:
         self.losses.copy_(means[0])
         self.steps_since_row, self.told_to_stop = means[1].item(), means[2].item() > 0
         load.copy_(means[4].view_as(load))
+        told = {*self.curve.skipped}
         self.curve.skipped = [step for step in self.curve.skipped if step <= self.met]
         self.curve.skipped += [self.met + 1 + number for number, share in enumerate(means[3].tolist()) if share]
         self.met = done
+        for step in sorted({*self.curve.skipped} - told):
+            self.progress.notice(f"skipped {self._named(step)} in another replica: the gradient is not finite")
         if any(means[3].tolist()):
-            self._end_if_too_many(f"step {self.curve.skipped[-1]:,}")
+            self._end_if_too_many(self._named(self.curve.skipped[-1]))
 
     def _skip(self, step: int, loss: float) -> None:
         """Leaves all as it was before ``step``; in fp16 the factor of its ``loss`` may have been too large."""
@@ -306,13 +310,20 @@ class _Run:
             self.curve.overflows = self.scale.overflows
             return
         self.curve.skipped.append(step + 1)
-        batch = batch_of_rank(
-            step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch, 0, 1
-        )
-        where = f"step {step + 1:,} (loss {loss:.4g}, windows {', '.join(map(str, sorted(batch.flatten().tolist())))})"
+        where = self._named(step + 1, f"loss {loss:.4g}, ")
         if not self.exchange.apart:
             self._end_if_too_many(where)
         self.progress.notice(f"skipped {where}: the gradient is not finite")
+
+    def _named(self, step: int, more: str = "") -> str:
+        """Returns ``step``, counted from 1, with ``more`` and the windows of all processes in words."""
+        windows = map(str, sorted(self._batch(step - 1).flatten().tolist()))
+        return f"step {step:,} ({more}windows {', '.join(windows)})"
+
+    def _batch(self, step: int) -> npt.NDArray[np.int64]:
+        """Returns the windows of all processes in ``step``, counted from 0."""
+        params = self.params
+        return batch_of_rank(step, len(self.train_windows), params.seed, params.global_batch, params.micro_batch, 0, 1)
 
     def _end_if_too_many(self, where: str) -> None:
         """Raises :class:`BadParameter` on all processes when a step was skipped once too often, ``where``."""
@@ -409,10 +420,7 @@ class _Run:
         """Returns :func:`share_learned` of the windows of all processes: the loss is the mean over what is learned."""
         if self.train_windows.learned is None:
             return 1.0
-        batch = batch_of_rank(
-            step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch, 0, 1
-        )
-        return share_learned(self.train_windows, batch.flatten())
+        return share_learned(self.train_windows, self._batch(step).flatten())
 
     def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
         batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()

@@ -77,6 +77,21 @@ def test_too_many_in_a_row_name_the_batch_and_are_counted_across_a_resume(projec
     assert tiny.error_line(train(project, spoilt)[1]) == complaint
 
 
+def test_replicas_that_train_apart_tell_of_each_others_steps_when_they_meet(project: Path) -> None:
+    apart = {"train__diloco": {"inner_steps": 4}, "train__validate_every": 4, "train__checkpoint_every": 4}
+    tiny.write_params(project, train__max_skipped_steps=2, **apart)
+    spoilt = [windows_of(step, 1)[0] for step in (3, 6, 7, 8)]
+    codes, told = train(project, spoilt)
+    assert codes == [2, 2]
+    windows = {step: ", ".join(map(str, sorted(windows_of(step, 0) + windows_of(step, 1)))) for step in (3, 6, 7, 8)}
+    assert f"not finite at step 8 (windows {windows[8]}), step 3 of a row" in tiny.error_line(told)
+    notices = [event["notice"] for event in map(json.loads, (project / "events").open()) if event["notice"]]
+    assert notices == [
+        f"skipped step {step} (windows {windows[step]}) in another replica: the gradient is not finite"
+        for step in (3, 6, 7, 8)
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "cure"),
     [
