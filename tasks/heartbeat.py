@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NoReturn, TypeVar, get_args
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from tasks.errors import EXIT_TRY_AGAIN
 from tasks.parallel import traffic
+from tasks.parallel import waits as waits_for
 
 # What comes before the steps, what each of them consists of, and what comes after them, in this order.
 Part = Literal[
@@ -123,16 +124,78 @@ class Heartbeat:
 def beating(rank: int, size: int, seconds: float) -> Iterator[Heartbeat]:
     """Yields a :class:`Heartbeat` of one of ``size`` processes, which ends when it makes no move for ``seconds``."""
     here, over = Heartbeat(), threading.Event()
-    # A connection of its own: the group's is busy as long as somebody waits in it.
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
-    thread = threading.Thread(target=_Watch(store, here, over, rank, size, seconds).run, name="heartbeat", daemon=True)
+    watch = _Watch(_connect(seconds), here, over, rank, size, seconds)
+    thread = threading.Thread(target=watch.run, name="heartbeat", daemon=True)
     thread.start()
+    threading.Thread(target=watch.run_without_answers, name="patience", daemon=True).start()
     try:
         yield here
     finally:
         over.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def joining(rank: int, size: int, seconds: float) -> Iterator[None]:
+    """In this ``with`` block a process joins the others, which is ended where that takes more than ``seconds``.
+
+    Who is missing then is told: each says into the store that it is there, as soon as that is.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        try:
+            store = _connect(seconds)
+            store.set(f"{_PREFIX}/joins/{rank}", "")
+            if over.wait(seconds):
+                return
+            missing = [other for other in range(size) if not store.check([f"{_PREFIX}/joins/{other}"])]
+            told = f"{_ranks(missing)} did not join" if missing else "the processes have not joined"
+            first = store.add(f"{_PREFIX}/told", 1) == 1
+        except DistError:
+            return
+        if first:
+            print(
+                f"error: {told} the others within {seconds:g} s (hang_timeout_seconds): stopped, or the network "
+                "between the machines does not let them. Run again to go on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            time.sleep(_SECONDS_TO_TELL)
+        os._exit(EXIT_TRY_AGAIN)
+
+    threading.Thread(target=watch, name="joining", daemon=True).start()
+    # Where the store does not answer, the other one has told nothing until then.
+    patience = threading.Timer(seconds + 2 * _SECONDS_TO_TELL, _tell_of_the_store, [rank, seconds])
+    patience.daemon = True
+    patience.start()
+    try:
+        yield
+    finally:
+        over.set()
+        patience.cancel()
+
+
+def _connect(seconds: float) -> TCPStore:
+    # A connection of its own: the group's is busy as long as somebody waits in it.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+
+
+def _tell_of_the_store(rank: int, seconds: float) -> NoReturn:
+    """Ends this process because the store does not answer, in a line that one of the others tells first if it lives."""
+    if rank > 1:
+        time.sleep(_SECONDS_TO_TELL)
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    print(
+        f"error: rank {rank}: rank 0, or the launcher beside it, does not answer at {place}, where all meet: stopped, "
+        f"or gone; nothing has moved for {seconds:g} s (hang_timeout_seconds). Run again to go on from the last "
+        "checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_TRY_AGAIN)
 
 
 class _Watch:
@@ -143,16 +206,28 @@ class _Watch:
         self.rank, self.size, self.seconds = rank, size, seconds
         self.interval = min(1.0, seconds / 5)
         self.beats = 0
+        self.turned = time.monotonic()
 
     def run(self) -> None:
         # Without the store, whoever keeps it is gone: the next collective fails by itself, and the launcher sees it.
         with contextlib.suppress(DistError):
             while True:
+                self.turned = time.monotonic()
                 self.beat()
-                if time.monotonic() - self.here.moved > self.seconds:
+                if self.stands_still:
                     self.look()
                 if self.over.wait(self.interval):
                     return
+
+    def run_without_answers(self) -> None:
+        # Or it is stopped: the other thread is not answered then, and no collective ends.
+        while not self.over.wait(self.interval):
+            if self.stands_still and time.monotonic() - self.turned > self.seconds + _SECONDS_TO_TELL:
+                _tell_of_the_store(self.rank, self.seconds)
+
+    @property
+    def stands_still(self) -> bool:
+        return time.monotonic() - self.here.moved > self.seconds
 
     def beat(self) -> None:
         self.beats += 1
@@ -174,7 +249,7 @@ class _Watch:
             where = ""
             # Whatever the record of the collectives holds: this line must be told.
             with contextlib.suppress(Exception):
-                waits = traffic.waits_in()
+                waits = traffic.waits_in() or waits_for.a_message()
                 where = f" (rank {self.rank} waits in {waits})" if waits else ""
             print(
                 f"error: {told}{where}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "

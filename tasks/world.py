@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tasks import native
+from tasks import heartbeat, native
 from tasks.errors import EXIT_PEER_LOST, UserMistake
 from tasks.mesh import AXES, Mesh, MeshParams
 from tasks.parallel import traffic
@@ -150,8 +150,9 @@ def joined(
     size = int(os.environ["WORLD_SIZE"])
     try:
         # Another one that has joined may have found a mistake, and be gone, before all have.
-        dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
-        meshes = device_mesh(mesh.over(size), device, patience)
+        with heartbeat.joining(rank, size, params.hang_timeout_seconds):
+            dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
+            meshes = device_mesh(mesh.over(size), device, patience)
         yield World(rank, size, device, resolve_precision(params), meshes)
     except RuntimeError as error:
         if not _is_lost_peer(error):

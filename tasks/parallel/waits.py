@@ -16,6 +16,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
+# Whether a thread is in one of the waits that are seen.
+_waiting = False
+
+
+def a_message() -> str | None:
+    """Returns, in words, that this process waits; what is on no record then are the messages between two processes."""
+    return "a message from or to another process" if _waiting else None
+
 
 @contextlib.contextmanager
 def within(measured: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
@@ -26,8 +34,15 @@ def within(measured: Callable[[], AbstractContextManager[None]]) -> Iterator[Non
         @functools.wraps(wait)
         def waiting(*arguments: Any, **named: Any) -> Any:
             # A checkpoint is written in a thread of its own, and holds up nobody.
-            with measured() if threading.get_ident() == thread else contextlib.nullcontext():
+            if threading.get_ident() != thread:
                 return wait(*arguments, **named)
+            global _waiting
+            _waiting = True
+            try:
+                with measured():
+                    return wait(*arguments, **named)
+            finally:
+                _waiting = False
 
         return waiting
 

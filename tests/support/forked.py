@@ -171,13 +171,16 @@ def linger() -> None:
 
 
 def stand_still() -> None:
-    """Stops rank 1 where it calls the function that the variable ``STANDS_STILL_AT`` names with its module."""
+    """Stops rank 1 where it calls the function that the variable ``STANDS_STILL_AT`` names with its module.
+
+    Or the rank that ``STANDS_STILL`` says.
+    """
     place, _, name = os.environ["STANDS_STILL_AT"].rpartition(".")
     module = importlib.import_module(place)
     found = getattr(module, name)
 
     def standing(*arguments: object, **more: object) -> Any:
-        if os.environ["RANK"] == "1":
+        if os.environ["RANK"] == os.environ.get("STANDS_STILL", "1"):
             os.kill(os.getpid(), signal.SIGSTOP)
         return found(*arguments, **more)
 

@@ -124,6 +124,56 @@ def test_a_process_that_stops_before_or_after_the_steps_is_named_with_the_collec
     assert told.startswith(f"rank 1 did not come through {part}: stopped, or gone (rank 0 waits in "), told
 
 
+@pytest.mark.parametrize(
+    ("mesh", "wait"),
+    [
+        ({}, "all_reduce of "),
+        ({"shard": 2}, "all"),
+        ({"tensor": 2}, "all"),
+        ({"pipeline": 2}, "a message from or to another process)"),
+    ],
+    ids=str,
+)
+def test_a_process_that_stops_within_a_step_is_named_with_what_is_waited_for(
+    mesh: dict[str, int], wait: str, tmp_path: Path
+) -> None:
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=4, train__mesh=mesh)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    place = "tasks.training.batch_of_rank"
+    codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT=place), 60)
+    assert codes == [EXIT_TRY_AGAIN, -signal.SIGKILL]
+    told = tiny.error_line(log.read_text())
+    assert told.startswith("rank 1 did not come through the gradients of step 1: stopped, or gone (rank 0 waits in ")
+    assert f"waits in {wait}" in told
+
+
+def test_a_process_that_stops_before_it_has_joined_is_named(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    ranks = forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT="tasks.world.tell_apart")
+    ranks[0].join(30)
+    ranks[1].kill()
+    assert ranks[0].exitcode == EXIT_TRY_AGAIN, log.read_text()
+    ranks[1].join()
+    assert tiny.error_line(log.read_text()).startswith("rank 1 did not join the others within 2 s")
+
+
+@pytest.mark.parametrize("place", ["tasks.world.tell_apart", "tasks.training.batch_of_rank"])
+def test_the_first_process_which_keeps_the_store_is_named_too(place: str, tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=4)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    how = {"STANDS_STILL_AT": place, "STANDS_STILL": "0"}
+    ranks = forked.start([tmp_path, tmp_path], log, forked.stand_still, **how)
+    ranks[1].join(30)
+    ranks[0].kill()
+    assert ranks[1].exitcode == EXIT_TRY_AGAIN, log.read_text()
+    ranks[0].join()
+    assert tiny.error_line(log.read_text()).startswith("rank 1: rank 0, or the launcher beside it, does not answer at ")
+
+
 def test_a_lost_process_is_one_line_for_those_that_remain(tmp_path: Path) -> None:
     tiny.write_params(tmp_path, train__steps=100000)
     tiny.write_shards(tmp_path)
