@@ -31,6 +31,11 @@ def _no_sum_over_replicas(run: _Run) -> Callable[[], None]:
     return replaced(dist, "all_reduce", skipping)
 
 
+def _no_sum_at_all(run: _Run) -> None:
+    reduce = run.parallel.reduce_in_backward
+    run.parallel.reduce_in_backward = lambda _: reduce(False)  # type: ignore[method-assign]
+
+
 def _no_mean(run: _Run) -> None:
     run.parallel.weight = 1.0
 
@@ -110,6 +115,7 @@ def _each_part_by_itself(run: _Run) -> Callable[[], None]:
 
 MISTAKES: dict[str, Callable[[_Run], Callable[[], None] | None]] = {
     "the replicas' gradients are not summed": _no_sum_over_replicas,
+    "the gradients are each process's own": _no_sum_at_all,
     "the gradients are summed, not averaged": _no_mean,
     "each process clips by the norm of its part": _norm_of_a_part,
     "parts of an output are not summed over tensor": _no_sum_over_tensor,

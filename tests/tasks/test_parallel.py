@@ -145,6 +145,7 @@ SLOW = [
 ]
 SPOILT = [Case({"pipeline": 2}, steps=4, spoilt=3)]
 WRONG = [
+    Case({}, steps=2, mistake="the gradients are each process's own"),
     Case({"shard": 2}, steps=2, mistake="the replicas' gradients are not summed"),
     Case({"shard": 4}, steps=2, mistake="the gradients are summed, not averaged"),
     Case({"shard": 4}, steps=2, mistake="each process clips by the norm of its part"),
@@ -155,18 +156,33 @@ WRONG = [
     Case({"expert": 4}, steps=2, mistake="each process counts its own tokens alone"),
     Case({"shard": 2, "tensor": 2}, "qwen3-moe", steps=2, mistake="a sequence's tokens are not summed over tensor"),
     Case({"pipeline": 2}, steps=2, mistake="the gradient of one micro-batch is missing"),
+    Case(
+        {"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"},
+        "latent-deep",
+        micro_batch=1,
+        steps=2,
+        mistake="the gradient of one micro-batch is missing",
+    ),
+    Case(
+        {"pipeline": 2, "pipeline_schedule": "zero-bubble"},
+        "latent-deep",
+        steps=2,
+        mistake="the gradient of one micro-batch is missing",
+    ),
     Case({"pipeline": 2}, steps=2, mistake="the pipeline's answers are not counted over the batch", answers=True),
     Case({"pipeline": 2}, "latent-further", steps=2, mistake="the copies of tied weights have gradients of their own"),
     Case({"pipeline": 4}, "qwen3-deep", steps=2, mistake="the copies of tied weights have gradients of their own"),
     Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=2, mistake="each part is orthogonalized", optimizer="muon"),
     Case({"tensor": 2}, "latent-lora", steps=2, mistake="the other factors' gradients are not summed over tensor"),
 ]
+# The same without their mistakes.
+RIGHT = [replace(case, mistake="") for case in WRONG]
 # Two replicas that meet after every fifth step: of one process, and of two that share the weights.
 APART = Case({}, micro_batch=4, inner_steps=5)
 APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
 APART_ON_ANSWERS = Case({}, micro_batch=4, inner_steps=5, answers=True)
 ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SLOW, APART_ON_ANSWERS, *SPOILT]
-ON_FOUR = [*FOUR, *WRONG, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
+ON_FOUR = [*FOUR, *WRONG, *RIGHT, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
 _alone = functools.lru_cache(one_process.alone)
 
 
@@ -268,6 +284,7 @@ def check_resumed(case: Case, halves: list[Case], result: Result) -> None:
 def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None:
     with pytest.raises(AssertionError):
         check_like(case, four[ON_FOUR.index(case)])
+    check_like(case, four[ON_FOUR.index(RIGHT[WRONG.index(case)])])
 
 
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:

@@ -1,10 +1,12 @@
 """Quantization: schemes are tried, measured and kept by what they lose, and the stage resumes like training does."""
 
+import itertools
 import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import forked
 import numpy as np
@@ -17,14 +19,71 @@ from onnx import numpy_helper
 
 from lm import blockwise, hugging_face
 from lm.quantization import PLANS, prepare
+from tasks.bootstrap import Estimate
+from tasks.curve import Curve
 from tasks.errors import EXIT_TRY_AGAIN
+from tasks.quantize import worker
 from tasks.quantize.params import QuantizeParams, SchemeName
-from tasks.quantize.schemes import Measure, plan_name, plan_of
+from tasks.quantize.schemes import Measure, Trial, plan_name, plan_of
 from tasks.section import read_section
 from tasks.shards import WindowReader
 from tasks.world import World
 
 PLAN = PLANS["per-token-8"]
+
+
+def _trial(
+    scheme: SchemeName, after: Literal["post-training", "fine-tuning"], value: float, high: float | None
+) -> Trial:
+    loss = Estimate(value=value, low=None if high is None else value - 0.01, high=high)
+    return Trial(scheme=scheme, after=after, relative_loss=loss, kl_divergence=loss)
+
+
+BLOCKS = _trial("weight-only-8", "post-training", 0.001, 0.003)
+ROUNDED = _trial("qat", "post-training", 0.0005, 0.0009)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tuned", "kept", "attempts"),
+    [
+        # The interval's upper end decides, and of what is fine-tuned what comes of that.
+        (_trial("weight-only-8", "post-training", 0.001, 0.0019), None, "weight-only-8", ["weight-only-8"]),
+        (BLOCKS, _trial("qat", "fine-tuning", 0.0015, 0.0019), "qat", ["weight-only-8", "qat"]),
+        (BLOCKS, _trial("qat", "fine-tuning", 0.0019, 0.0021), "weight-only-8", ["weight-only-8", "qat"]),
+        (BLOCKS, _trial("qat", "fine-tuning", 0.0009, 0.0021), "qat", ["weight-only-8", "qat"]),
+        # Of one window there is no interval, and nothing is known.
+        (
+            _trial("weight-only-8", "post-training", 0.0, None),
+            _trial("qat", "fine-tuning", 0.001, 0.0015),
+            *("qat", ["weight-only-8", "qat"]),
+        ),
+    ],
+)
+def test_auto_keeps_the_first_whose_loss_is_surely_below_the_limit_or_the_least(
+    blocks: Trial, tuned: Trial | None, kept: str, attempts: list[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = {"weight-only-8": (blocks,), "qat": (ROUNDED, tuned)}
+    asked: list[str] = []
+
+    class MadeUp:
+        def __init__(self, *_: object) -> None:
+            self.measure = SimpleNamespace(count=8)
+
+        def attempt(self, name: str) -> Any:
+            asked.append(name)
+            model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
+            return worker.Attempt(model, PLAN, PLAN, Curve(), trials[name])  # type: ignore[arg-type]
+
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(worker, "_Schemes", MadeUp)
+    tiny.write_params(trained, quantize__scheme="auto", quantize__max_relative_loss=0.002)
+    params = read_section("quantize", QuantizeParams)
+    _, _, found, _ = worker.quantize(params, None, None)  # type: ignore[arg-type]
+    assert found.scheme == kept
+    assert found.fine_tuned == (kept == "qat")
+    # The one that is kept after others were tried is made once more.
+    assert asked == attempts + ([kept] if attempts[-1] != kept else [])
+    assert found.trials == tuple(itertools.chain.from_iterable(trials[name] for name in attempts))
 
 
 def test_fine_tuning_towards_the_float_model_stays_with_it(trained: Path) -> None:
@@ -311,5 +370,7 @@ def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: i
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert tiny.run("quantize", trained)[0] == 0
+    code, output = tiny.run("quantize", trained)
+    assert code == 0, output
+    assert "goes on after step" in output
     assert tiny.files_of(trained / "models/int8") == expected
