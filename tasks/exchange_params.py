@@ -10,10 +10,7 @@ Compression = Literal["none", "powersgd", "int8"]
 
 
 class DilocoParams(Section):
-    """Local steps between exchanges (DiLoCo, arXiv 2311.08105).
-
-    A run that is told to end goes on to the next exchange first: only then do all replicas have the same weights.
-    """
+    """Local steps between exchanges (DiLoCo, arXiv 2311.08105)."""
 
     # 0: the replicas exchange gradients in each step.
     inner_steps: int = Field(default=0, ge=0)

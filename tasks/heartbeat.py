@@ -32,6 +32,7 @@ Part = Literal[
     "the gradients",
     "the agreement",
     "the validation",
+    "the stop",
     "the checkpoint",
     "the model's gathering",
     "the model's writing",
@@ -39,6 +40,8 @@ Part = Literal[
 _PARTS: tuple[Part, ...] = get_args(Part)
 _OF_NO_STEP: tuple[Part, ...] = ("the start", "the model's gathering", "the model's writing")
 _PREFIX = "overnight/heartbeat"
+# There once a process was told to end.
+_STOP = f"{_PREFIX}/stop"
 _SECONDS_TO_TELL = 2.0
 
 
@@ -98,6 +101,9 @@ class Heartbeat:
     def __init__(self) -> None:
         self.step, self.part, self.batches = 0, 0, 0
         self.moves, self.moved = 0, time.monotonic()
+        # Whether one of all was told to end; the others know within a second.
+        self.told = False
+        self.watch: _Watch | None = None
 
     def at(self, step: int, part: Part) -> None:
         """Says that this process begins ``part`` of ``step``, counted from 1."""
@@ -113,6 +119,28 @@ class Heartbeat:
         """Says that it gets on."""
         self.moves, self.moved = self.moves + 1, time.monotonic()
 
+    def tell(self) -> None:
+        """Says to all that this process was told to end."""
+        self.told = True
+        if self.watch:
+            self.watch.store.set(_STOP, "")
+
+    def settled(self, step: int) -> bool:
+        """Returns whether all stop after ``step`` steps, which they have not taken together: once that is certain.
+
+        False where another one has begun a further step, which is then to be taken too.
+        """
+        self.at(step, "the stop")
+        while self.watch:
+            self.watch.beat()
+            beats = self.watch.beats_of_all().values()
+            if any(beat is not None and beat.step > step for beat in beats):
+                return False
+            if all(beat is not None and beat.position >= (step, self.part, 0) for beat in beats):
+                break
+            time.sleep(self.watch.interval / 10)
+        return True
+
     def along(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """Yields ``items``, and says with each that it gets on."""
         for item in items:
@@ -124,7 +152,7 @@ class Heartbeat:
 def beating(rank: int, size: int, seconds: float) -> Iterator[Heartbeat]:
     """Yields a :class:`Heartbeat` of one of ``size`` processes, which ends when it makes no move for ``seconds``."""
     here, over = Heartbeat(), threading.Event()
-    watch = _Watch(_connect(seconds), here, over, rank, size, seconds)
+    here.watch = watch = _Watch(_connect(seconds), here, over, rank, size, seconds)
     thread = threading.Thread(target=watch.run, name="heartbeat", daemon=True)
     thread.start()
     threading.Thread(target=watch.run_without_answers, name="patience", daemon=True).start()
@@ -214,6 +242,7 @@ class _Watch:
             while True:
                 self.turned = time.monotonic()
                 self.beat()
+                self.here.told = self.here.told or self.store.check([_STOP])
                 if self.stands_still:
                     self.look()
                 if self.over.wait(self.interval):

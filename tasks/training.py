@@ -105,6 +105,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
         while done < params.steps:
             report = run.step(done, stop)
             done += 1
+            if run.exchange.apart and done < params.steps:
+                run.agree_to_stop(done, stop)
             if log:
                 sent = run.traffic.after_step(done == params.steps or run.told_to_stop)
                 log.write(dataclasses.replace(report, bytes_sent=sent))
@@ -283,6 +285,13 @@ class _Run:
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
         return self.meter.end(step + 1, float(mean), float(norm), rate, load)
 
+    def agree_to_stop(self, done: int, stop: Stop) -> None:
+        """Sets ``told_to_stop`` where one of the replicas was told to, and each has taken ``done`` steps."""
+        if stop.told and not self.here.told:
+            self.here.tell()
+        if self.here.told and not self.told_to_stop:
+            self.told_to_stop = self.here.settled(done)
+
     def _meet(self, done: int, stop: Stop) -> None:
         """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps."""
         skipped = [float(step in self.curve.skipped) for step in range(self.met + 1, done + 1)]
@@ -376,24 +385,27 @@ class _Run:
     def state(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
         """Returns what one process writes after ``step`` steps, and what this one does where each writes a part."""
         kept = self.parallel.state(self.optimizer)
-        own = self.exchange.own_state(kept.optimizer)
-        if self.exchange.writes:
-            return {"step": step, "own": own, "scale": self.scale.state()}, None
-        state = {
-            "step": step,
-            "own": own,
-            "scale": self.scale.state(),
+        between = self.exchange.apart and self.met < step
+        own = self.exchange.own_state(kept.optimizer, between)
+        state = {"step": step, "own": own, "scale": self.scale.state()}
+        # What replicas that train apart have in common when they have met.
+        common = {
             "model": kept.model,
-            "optimizer": kept.optimizer,
-            "curve": self.curve.rows,
             "skipped": self.curve.skipped,
-            "processes": self.curve.processes,
-            "before": self.curve.before,
             "losses": self.losses,
             "load": self.balance.load,
             "steps_since_row": self.steps_since_row,
+            "met": self.met,
         }
-        return state, kept.tensors
+        if self.exchange.writes:
+            return (state | common if between else state), None
+        of_all = {
+            "optimizer": kept.optimizer,
+            "curve": self.curve.rows,
+            "processes": self.curve.processes,
+            "before": self.curve.before,
+        }
+        return state | common | of_all, kept.tensors
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Takes over ``state``; returns how many steps are done."""
@@ -407,7 +419,7 @@ class _Run:
         self.exchange.load_state(own)
         self.scale.load_state(state["scale"])
         self.curve.overflows = self.scale.overflows
-        self.met = state["step"]
+        self.met = state.get("met", state["step"])
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.curve.before = state.get("before")

@@ -53,7 +53,7 @@ class Compressed(Exchange):
     def _reduce(self, gradients: list[torch.Tensor], loss: torch.Tensor) -> bool:
         """Averages ``gradients`` in place and keeps the error, or returns False where one is not finite."""
 
-    def own_state(self, optimizer_state: State) -> State:
+    def own_state(self, optimizer_state: State, between: bool = False) -> State:
         self._check_equal("kinds of processors that round differently cannot train together with train.compression.")
         return self._own_state()
 

@@ -3,8 +3,9 @@
 The mean of the differences is the gradient of an outer optimizer, SGD with Nesterov's momentum, which moves the weights
 that all had when they last met. A replica may be cut over several processes (FSDP2), of which each exchanges its part
 with those in its place in the other replicas. Replicas meet every ``inner_steps`` and after the last step; only then is
-anything validated or kept, so what they last met with is the weights in the checkpoint. The differences may be sent as
-bytes (``train.compression: int8``).
+anything validated or kept, so what they last met with is the weights in the checkpoint. Where one is told to end, all
+stop between two meetings, and each keeps its own weights beside those. The differences may be sent as bytes
+(``train.compression: int8``).
 """
 
 import dataclasses
@@ -124,15 +125,20 @@ class Diloco(Exchange):
     def _means(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return averaged(tensors, self._replica.replicas, self._replica.twins)[1]
 
-    def own_state(self, optimizer_state: State) -> State:
+    def own_state(self, optimizer_state: State, between: bool = False) -> State:
         # Each replica has moments of its own. Its first process keeps them.
         state: dict[str, Any] = {"outer": whole.optimizer_state(self._outer, self.writes is not None)}
+        if between:
+            # What they last met with is not the weights any more.
+            anchors = [whole.whole(anchor) for anchor in self._anchors]
+            state |= {"anchors": anchors} if self.writes is not None else {}
         return state if self._replica.number == 0 else {**state, "optimizer": optimizer_state}
 
     @torch.no_grad()
     def load_state(self, state: State) -> None:
-        for anchor, own in zip(self._anchors, self._parameters, strict=True):
-            whole.local(anchor).copy_(whole.local(own))
+        met_with = state.get("anchors") or self._parameters
+        for anchor, own in zip(self._anchors, met_with, strict=True):
+            whole.local(anchor).copy_(whole.local(own if isinstance(own, DTensor) else whole.part(own, anchor)))
         whole.load_optimizer_state(self._outer, state["outer"])
 
 

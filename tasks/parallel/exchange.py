@@ -45,8 +45,11 @@ class Exchange:
         """Makes the weights of all replicas equal; returns the mean of their ``statistics`` [n], float64."""
         return statistics
 
-    def own_state(self, optimizer_state: State) -> State:
-        """Returns what this process's part of a checkpoint holds of the exchange. Collective."""
+    def own_state(self, optimizer_state: State, between: bool = False) -> State:
+        """Returns what this process's part of a checkpoint holds of the exchange. Collective.
+
+        ``between``: steps have been taken since the replicas met.
+        """
         return {}
 
     def load_state(self, state: State) -> None:

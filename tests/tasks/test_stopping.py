@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,32 @@ def test_all_stop_at_one_step_when_one_is_told(project: Path, undisturbed: dict[
     assert "Traceback" not in log.read_text()
     assert forked.end(forked.start([project, project], log)) == [0, 0], log.read_text()
     assert tiny.files_of(project / "models") == undisturbed
+
+
+@pytest.mark.parametrize("mesh", [{}, {"shard": 2}], ids=str)
+def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int], tmp_path: Path) -> None:
+    count = 2 * mesh.get("shard", 1)
+    apart = {"train__diloco": {"inner_steps": 80}, "train__validate_every": 80, "train__checkpoint_every": 80}
+    tiny.write_params(tmp_path, train__steps=160, train__world_size=count, train__mesh=mesh, **apart)
+    tiny.write_shards(tmp_path)
+    log, folders = tmp_path / "log", [tmp_path] * count
+    assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
+    undisturbed = tiny.files_of(tmp_path / "models")
+    shutil.rmtree(tmp_path / "models")
+    shutil.rmtree(tmp_path / ".overnight")
+    ranks = forked.start(folders, log, OVERNIGHT_EVENTS="events")
+    await_step(tmp_path / "events", 5)
+    # Not the one that is told of in the log.
+    ranks[-1].terminate()
+    assert forked.end(ranks, 30) == [EXIT_STOPPED] * count, log.read_text()
+    steps = saved(tmp_path)
+    assert len({*steps}) == 1
+    assert len(steps) == 2
+    assert 5 <= steps[0] < 80
+    log.unlink()
+    assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
+    assert f"goes on after step {steps[0]} of 160" in log.read_text()
+    assert tiny.files_of(tmp_path / "models") == undisturbed
 
 
 STUCK = """
