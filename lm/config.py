@@ -93,7 +93,7 @@ class LatentArchitecture(_Shape):
     qk_nope_head_dim: int = Field(ge=1)
     qk_rope_head_dim: int = Field(ge=2)
     v_head_dim: int = Field(ge=1)
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=1)
     rope_scaling: YarnScaling | None = None
     # Feed-forward: the first layers dense, the others mixtures of experts.
     intermediate_size: int = Field(ge=1)
@@ -178,7 +178,7 @@ class GroupedShape(_Shape):
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=1)
     rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None
     tie_word_embeddings: bool
     initializer_range: float = Field(gt=0)

@@ -193,6 +193,14 @@ def _read(files: _Files, pieces: list[Piece], region: Region) -> torch.Tensor:
     return found
 
 
+def left_out(folder: Path) -> int:
+    """Returns how many tensors of the checkpoint in ``folder`` are of layers that predict further tokens."""
+    files = _Files(folder)
+    config = config_from_json(files.config)
+    depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
+    return sum(is_of_mtp(name, config.num_hidden_layers, depths) for name in files.tensors)
+
+
 def _built(config: ModelConfig, there: Mapping[str, _Tensor], mtp: bool) -> ModelConfig:
     depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
     # transformers passes these layers over, and what it writes says that they are there.

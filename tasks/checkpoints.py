@@ -123,7 +123,7 @@ class Checkpoints:
         A file that is damaged or foreign, or cannot be read, is passed over, which one process of each machine reports.
         In a state whose tensors lie in parts, ``parts`` is their folder.
         """
-        own = self.folder.name
+        own, passed_over = self.folder.name, False
         found = sorted(
             self._stage.glob(f"{self._pattern()}/{_prefix(part)}*.pt"),
             key=lambda file: (_step(file), file.parent.name == own),
@@ -139,6 +139,9 @@ class Checkpoints:
             # Of parts, each process has looked at others.
             if bad.name.startswith("__") or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"warning: {bad}: {fault}; going back to the one before", file=sys.stderr, flush=True)
+                passed_over = True
+        if passed_over:
+            print(f"warning: {self.folder}: there is none before; it begins anew", file=sys.stderr, flush=True)
         return None
 
     def _pattern(self) -> str:

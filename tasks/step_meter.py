@@ -39,7 +39,7 @@ class StepReport:
     ``mfu`` counts 6 operations for each parameter that works on a token, 4 for a frozen one (attention's own products
     are left out), against the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at
     most, else resident. ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
-    ``bytes_sent`` are those of the first process since it started, as they were last counted
+    ``bytes_sent`` are those of the first process in the whole run, as they were last counted
     (:mod:`tasks.parallel.traffic`); ``seconds_for_communication`` is None where not all of it can be seen.
     """
 

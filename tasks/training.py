@@ -404,6 +404,7 @@ class _Run:
             "curve": self.curve.rows,
             "processes": self.curve.processes,
             "before": self.curve.before,
+            "sent": self.traffic.so_far() if self.world.is_first else None,
         }
         return state | common | of_all, kept.tensors
 
@@ -423,6 +424,7 @@ class _Run:
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
         self.curve.before = state.get("before")
+        self.traffic.go_on(state.get("sent"))
         self.losses.copy_(state["losses"])
         self.balance.load.copy_(state["load"])
         self.steps_since_row = state["steps_since_row"]
@@ -452,6 +454,15 @@ def _shown(report: StepReport) -> dict[str, float]:
     }
 
 
+def _share_of_whole_gradients(run: _Run, sent: int | None) -> float | None:
+    """Returns ``sent`` over what all-reduces of the gradients alone would have sent; None where a mesh cuts these."""
+    world = run.world
+    if sent is None or world.mesh is not None or world.size == 1:
+        return None
+    gradients = sum(4 * value.numel() for value in run.model.parameters() if value.requires_grad)
+    return round(sent / (run.params.steps * 2 * gradients * (world.size - 1) / world.size), 4)
+
+
 def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> None:
     measured = {
         "tokens_per_second": round(tokens / seconds, 1),
@@ -460,6 +471,7 @@ def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> N
         "peak_memory_of_a_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "processes": run.world.size,
         "device": run.world.device.type,
-        "bytes_sent": run.traffic.after_step(last=True),
+        "bytes_sent": (sent := run.traffic.so_far()),
+        "share_of_whole_gradients": _share_of_whole_gradients(run, sent),
     }
     atomic.write_json(paths.MEASUREMENTS / f"{stage}.json", measured)

@@ -26,7 +26,7 @@ def record() -> None:
 
 
 class Traffic:
-    """Counts what this process sends from now on."""
+    """Counts what this process sends from now on, and what was sent before a resume."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -47,6 +47,15 @@ class Traffic:
             self._between = max(1, ENTRIES // 2 * self._steps // max(1, new))
             self._steps = 0
         return self._sent
+
+    def so_far(self) -> int | None:
+        """Returns the bytes sent so far, those of :meth:`go_on` among them."""
+        self._read()
+        return self._sent
+
+    def go_on(self, sent: int | None) -> None:
+        """Counts ``sent`` too, which earlier processes of this run sent up to the checkpoint that it goes on from."""
+        self._sent = None if sent is None or self._sent is None else self._sent + sent
 
     def _read(self) -> int:
         entries = [entry for entry in _entries(self._device) if entry["record_id"] > self._seen]

@@ -49,6 +49,9 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
         checkpoints.forget_others()
         beat.move()
     model, weights = start.begun(origin, params, manifest)
+    if origin is not None and not params.trains_mtp and (count := hugging_face.left_out(origin)):
+        why = "lora does not train them" if params.lora else "mtp_loss_weight is 0"
+        shown.notice(f"{count} tensors of multi-token prediction are left out: {why}, and {paths.FLOAT} has none")
     unread: Weights | None = weights
     if here.mesh is None:
         # Every process holds the whole model.

@@ -86,7 +86,8 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
     params = params_of(kind)
     checkpoints = Checkpoints("train", "key-2-1", params.keep_checkpoints, root=folder / "checkpoints")
     readers = [WindowReader([tokens_of(seed, count)], LENGTH) for seed, count in ((1, 4000), (2, 200))]
-    progress = Progress("train", Lines(lambda line: None))
+    said: list[str] = []
+    progress = Progress("train", Lines(said.append))
     calls = [0]
 
     def spoilt(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -102,8 +103,9 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
     digest = xxhash.xxh3_128_hexdigest(b"".join(value.numpy().tobytes() for value in model.state_dict().values()))
     digests: list[Any] = [None] * world.size
     dist.all_gather_object(digests, digest)
-    sent = json.loads((folder / ".overnight/measurements/train.json").read_text())["bytes_sent"]
-    return {"weights": digests, "rows": curve.rows, "skipped": curve.skipped, "sent": sent}
+    measured = json.loads((folder / ".overnight/measurements/train.json").read_text())
+    told = {"sent": measured["bytes_sent"], "share": measured["share_of_whole_gradients"], "said": said}
+    return {"weights": digests, "rows": curve.rows, "skipped": curve.skipped, **told}
 
 
 def work(folder: Path) -> None:

@@ -54,6 +54,10 @@ def test_the_last_ones_are_kept_and_the_newest_intact_one_is_loaded(
     assert (state["step"], state["model"]["weight"].tolist()) == (3, [3] * 4)
     told = capsys.readouterr().err.splitlines()
     assert told == [f"warning: {file}: damaged checkpoint; going back to the one before" for file in (newest, before)]
+    flip_a_bit(min(checkpoints.folder.iterdir()))
+    assert checkpoints.load_latest() is None
+    anew = f"warning: {checkpoints.folder}: there is none before; it begins anew"
+    assert capsys.readouterr().err.splitlines()[-1] == anew
 
 
 def test_reading_one_is_told_block_by_block(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ def test_whole_gradients_are_what_they_weigh(trained: dict[str, dict[str, Any]])
 )
 def test_the_whole_run_sends_a_fraction(kind: str, share: float, trained: dict[str, dict[str, Any]]) -> None:
     assert 0 < trained[kind]["sent"] < share * trained["none"]["sent"]
+    assert 0 < trained[kind]["share"] < share
+    assert 1 < trained["none"]["share"] < 1.05
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,10 @@ def test_replicas_end_with_equal_bytes_again_and_after_a_resume(kind: str, train
     for other in ("again", "resumed"):
         assert trained[f"{kind} {other}"]["weights"] == first["weights"]
         assert trained[f"{kind} {other}"]["rows"] == first["rows"]
-    assert trained[f"{kind} resumed"]["sent"] < 0.6 * first["sent"], "it began again from the start"
+    resumed = trained[f"{kind} resumed"]
+    assert any("goes on after step 24 of 48" in line for line in resumed["said"])
+    # The whole run's bytes, whatever it was interrupted by: a meeting of the processes more, and an agreement.
+    assert resumed["sent"] == pytest.approx(first["sent"], rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["powersgd", "int8"])

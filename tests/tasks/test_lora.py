@@ -148,6 +148,21 @@ def test_routers_stay_as_they_are_too(project: Path) -> None:
     assert start.check(read_section("train", TrainParams), read_manifest()) == paths.INIT
 
 
+def test_layers_that_predict_further_tokens_are_left_out_and_that_is_told(project: Path) -> None:
+    write_checkpoint(project / "given", make_model, num_nextn_predict_layers=1)
+    (project / "given/tokenizer.json").write_bytes(paths.TOKENIZER.read_bytes())
+    collect_init("given")
+    write_params(project, {"keep_adapter": False, "targets": ["o_proj"]}, train__bias_update_rate=0.0, train__steps=2)
+    train(project)
+    further = hugging_face.left_out(paths.INIT)
+    assert further > 10
+    assert hugging_face.left_out(paths.FLOAT) == 0
+    told = (
+        f"{further} tensors of multi-token prediction are left out: lora does not train them, and models/float has none"
+    )
+    assert told in (project / "log").read_text()
+
+
 def test_there_is_nothing_to_adapt_before_the_first_version(project: Path) -> None:
     write_params(project, train__init="previous", train__model=tiny.LLAMA)
     for file in paths.INIT.iterdir():
