@@ -45,6 +45,18 @@ def test_keys_are_such_as_prefect_accepts() -> None:
     assert artifacts.key("sub/dvc.yaml:Train@x_1") == "sub-dvc-yaml-train-x-1"
 
 
+def test_progress_is_shown_while_a_stage_works_now_and_then_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, shown = [100.0], list[float]()
+    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda percent, *_: shown.append(percent) or "made")
+    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, percent, __: shown.append(percent))
+    monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
+    artifact = artifacts.ProgressArtifact("train")
+    for done, seconds in ((1, 0.1), (2, 2.1), (3, 0.1), (4, 2.1), (5, 0.1), (6, 0.1), (7, 2.1), (8, 0.1)):
+        artifact.update(Event("train", "steps", done, 8, "steps", 1.0))
+        now[0] += seconds
+    assert shown == [12.5, 37.5, 62.5, 100.0]
+
+
 def test_a_server_that_fails_costs_one_call_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -92,6 +92,18 @@ def spoil() -> None:
     LanguageModel.loss = spoiling  # type: ignore[method-assign]
 
 
+def spoil_the_loss() -> None:
+    """As :func:`spoil`, but for the gradients, which stay as they are."""
+    from lm.model import LanguageModel
+
+    spoilt, seen, loss = _windows_in("SPOILT"), _last_windows(), LanguageModel.loss
+
+    def spoiling(self: LanguageModel, windows: Any) -> Any:
+        return loss(self, windows) + (float("inf") if self.training and seen & spoilt else 0.0)
+
+    LanguageModel.loss = spoiling  # type: ignore[method-assign]
+
+
 def _windows_in(variable: str) -> set[int]:
     return set(map(int, filter(None, os.environ[variable].split(","))))
 

@@ -4,6 +4,7 @@ A validation loss that is not finite ends it at once.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def windows_of(step: int, rank: int) -> list[int]:
     return sorted(batch.flatten().tolist())
 
 
-def train(project: Path, spoilt: list[int]) -> tuple[list[int | None], str]:
+def train(project: Path, spoilt: list[int], spoil: Callable[[], None] = forked.spoil) -> tuple[list[int | None], str]:
     log = project / "log"
     log.unlink(missing_ok=True)
     variables = {"SPOILT": ",".join(map(str, spoilt)), "OVERNIGHT_EVENTS": "events"}
-    codes = forked.end(forked.start([project, project], log, forked.spoil, **variables))
+    codes = forked.end(forked.start([project, project], log, spoil, **variables))
     return codes, log.read_text()
 
 
@@ -64,6 +65,13 @@ def test_a_step_that_one_process_finds_not_finite_is_left_out_by_both(project: P
         files[step].unlink()
     assert train(project, spoilt)[0] == [0, 0]
     assert tiny.files_of(project / "models") == expected
+
+
+def test_the_processes_agree_on_a_step_of_which_one_alone_can_see_that_it_is_spoilt(project: Path) -> None:
+    # Its loss is not finite, and the gradients that all have are.
+    codes, told = train(project, [windows_of(5, rank=1)[0]], forked.spoil_the_loss)
+    assert codes == [0, 0], told
+    assert json.loads((project / "models/train.json").read_text())["skipped_steps"] == 1
 
 
 def test_too_many_in_a_row_name_the_batch_and_are_counted_across_a_resume(project: Path) -> None:
