@@ -100,10 +100,12 @@ def fetch(root: Path, commit: str, output: Path, folder: Path, names: Collection
     for one in fetched:
         if one.source is restore.Source.NOWHERE:
             raise UserMistake(str(one))
-    for name in names or sorted(path.name for path in (scratch / output).glob("*")):
+    every = sorted(path for path in (scratch / output).rglob("*") if path.is_file())
+    for name in names or [path.relative_to(scratch / output).as_posix() for path in every]:
         found = scratch / output / name
         if not found.is_file():
             raise UserMistake(f"commit {commit[:12]} records no {output / name}")
+        (folder / name).parent.mkdir(exist_ok=True)
         os.replace(found, folder / name)
     shutil.rmtree(scratch)
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from lm import fp8
 from lm.config import LatentConfig, ModelConfig
 from lm.hugging_face_config import Block, Unusable, block_of, config_from_json, config_to_json
-from lm.hugging_face_files import COMPANIONS, CONFIG, WEIGHTS, is_of_mtp, read_config, read_json, weight_files
+from lm.hugging_face_files import CONFIG, WEIGHTS, companions, is_of_mtp, read_config, read_json, weight_files
 from lm.hugging_face_layout import Piece, copies_of, layout_to_state, pieces_of, state_to_layout
 from lm.model import LanguageModel
 from lm.weights import Region, Weights, Whole, fill, held_by, on_meta, whole_region
@@ -172,9 +172,9 @@ def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: 
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     if origin is not None:
-        for name in COMPANIONS:
-            if (origin / name).is_file():
-                (folder / name).write_bytes((origin / name).read_bytes())
+        for beside in companions(origin):
+            (folder / beside).parent.mkdir(exist_ok=True)
+            (folder / beside).write_bytes((origin / beside).read_bytes())
 
 
 def _weights(model: LanguageModel, files: _Files) -> Weights:

@@ -14,7 +14,7 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # What else says how the tokenizer is used, a chat is written, and text is generated.
-COMPANIONS = (
+_COMPANIONS = (
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -25,7 +25,16 @@ COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
 )
+# Where those of a model with several chat templates lie that have a name.
+_MORE_TEMPLATES = "additional_chat_templates"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def companions(folder: Path) -> list[Path]:
+    """Returns those files in ``folder`` beside its weights that are kept as they are, relative to it."""
+    templates = sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+    found = [folder / name for name in _COMPANIONS if (folder / name).is_file()]
+    return [file.relative_to(folder) for file in (*found, *templates)]
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -34,8 +43,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if not (folder / TOKENIZER).is_file():
         raise Unusable(f"{TOKENIZER}: no such file; a model needs the tokenizer that it was trained with")
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
-    companions = [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    return [folder / CONFIG, folder / TOKENIZER, *companions, *index, *weight_files(folder)]
+    beside = [folder / name for name in companions(folder)]
+    return [folder / CONFIG, folder / TOKENIZER, *beside, *index, *weight_files(folder)]
 
 
 def weight_files(folder: Path) -> list[Path]:

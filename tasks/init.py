@@ -106,7 +106,8 @@ def verify(folder: Path) -> None:
 
 def write_record(folder: Path, init: Init) -> None:
     """Writes ``init.json`` beside the files in ``folder``; of ``init`` all but the digests counts."""
-    files = {path.name: digest_of(path) for path in sorted(folder.iterdir()) if path.name != paths.INIT_RECORD.name}
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / paths.INIT_RECORD.name)
+    files = {path.relative_to(folder).as_posix(): digest_of(path) for path in found}
     atomic.write_json(folder / paths.INIT_RECORD.name, init.model_copy(update={"files": files}).model_dump())
 
 

@@ -36,7 +36,7 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
         return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
     known = (root / paths.INIT_RECORD).is_file()
     if not source.is_dir():
-        unpacked = _digests([source])[source.name]
+        unpacked = _digests(source.parent, [source])[source.name]
         if held is not None and held.unpacked == unpacked:
             return InitReport(state="unchanged")
         with atomic.folder(root / paths.INIT) as folder:
@@ -45,11 +45,13 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
         return InitReport(state="changed" if known else "new")
     with init.unusable_is_told(source, "Mend the folder, or name another in train.init."):
         files = checkpoint_files(source)
-    if held is not None and dict(held.files) == _digests(files):
+    if held is not None and dict(held.files) == _digests(source, files):
         return InitReport(state="unchanged")
     with atomic.folder(root / paths.INIT) as folder:
         for file in files:
-            shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         init.write_record(folder, init.Init(init=wanted))
     return InitReport(state="changed" if known else "new")
 
@@ -91,9 +93,9 @@ def _held(root: Path, wanted: str) -> init.Init | None:
     return record if record.init == wanted and whole else None
 
 
-def _digests(files: list[Path]) -> dict[str, str]:
+def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
     try:
-        return {file.name: digest_of(file) for file in files}
+        return {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
     except OSError as error:
         raise BadInput(f"{error.filename}: cannot be read ({error.strerror}). Mend its permissions.") from None
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from lm import hugging_face, onnx_model
 from lm.calibration import calibrate
 from lm.compensation import compensate
 from lm.distillation import teach
-from lm.hugging_face_files import COMPANIONS
+from lm.hugging_face_files import companions
 from lm.model import LanguageModel
 from lm.quantization import Plan, prepare
 from lm.rotation import rotate, turn_hidden
@@ -210,7 +211,8 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
         graph = folder / paths.INT8_GRAPH.name
         onnx_model.export(model, plan, graph)
         report = audit(graph, model, plan)
-        for name in (*COPIED, *(name for name in COMPANIONS if (paths.FLOAT / name).is_file())):
+        for name in (*map(Path, COPIED), *companions(paths.FLOAT)):
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes((paths.FLOAT / name).read_bytes())
         (folder / "curve.csv").write_text(curve.to_csv())
         atomic.write_json(folder / paths.AUDIT.name, report.model_dump())

@@ -119,6 +119,9 @@ record = json.loads(pathlib.Path("models/init/init.json").read_text())
 folder = pathlib.Path("models/float")
 folder.mkdir(parents=True)
 (folder / "config.json").write_text(str(record["version"]))
+# As low-rank factors are kept.
+(folder / "adapter").mkdir()
+(folder / "adapter/adapter_config.json").write_text("{}")
 """
 
 
@@ -159,7 +162,8 @@ def test_the_version_in_production_is_what_the_next_training_starts_from(trained
     version = registry.champion(trained.root)
     assert version is not None
     assert (record.version, record.commit) == (version.tag, version.commit) == ("lm@v1.2.0", version.commit)
-    assert list(record.files) == ["config.json"]
+    assert list(record.files) == ["adapter/adapter_config.json", "config.json"]
+    assert (paths.INIT / "adapter/adapter_config.json").read_text() == "{}"
     assert (paths.INIT / "config.json").read_text() == "None"
     assert (paths.FLOAT / "config.json").read_text() == "lm@v1.2.0"
     changes = dvc.changes(trained.root)

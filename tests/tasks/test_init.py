@@ -63,6 +63,9 @@ def brought(corpus: Path) -> Path:
 
 def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(corpus: Path) -> None:
     model = write_checkpoint(corpus / "given")
+    # As a model has it with several templates.
+    (corpus / "given/additional_chat_templates").mkdir()
+    (corpus / "given/additional_chat_templates/rag.jinja").write_text("{{ documents }}")
     collect_init("given")
     for stage in ("shard", "train", "quantize"):
         code, output = tiny.run(stage, corpus)
@@ -73,7 +76,8 @@ def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(corpu
         # Twelve steps at a tiny rate: near where it began, and not there any more.
         assert 0 < (trained.state_dict()[name] - tensor).abs().max() < 1e-3, name
     for folder in (paths.FLOAT, paths.INT8):
-        for name in ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
+        templates = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
+        for name in ("tokenizer.json", *templates, "tokenizer_config.json"):
             assert (folder / name).read_bytes() == (corpus / "given" / name).read_bytes()
     report = json.loads(paths.TRAIN_REPORT.read_text())
     assert report["started_from"] == "given"
