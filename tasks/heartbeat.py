@@ -184,8 +184,8 @@ def joining(rank: int, size: int, seconds: float) -> Iterator[None]:
             return
         if first:
             print(
-                f"error: {told} the others within {seconds:g} s (hang_timeout_seconds): stopped, or the network "
-                "between the machines does not let them. Run again to go on from the last checkpoint.",
+                f"error: {told} the others within {seconds:g} s: stopped, or the network between the machines does "
+                "not let them. Run again to go on from the last checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -218,8 +218,7 @@ def _tell_of_the_store(rank: int, seconds: float) -> NoReturn:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     print(
         f"error: rank {rank}: rank 0, or the launcher beside it, does not answer at {place}, where all meet: stopped, "
-        f"or gone; nothing has moved for {seconds:g} s (hang_timeout_seconds). Run again to go on from the last "
-        "checkpoint.",
+        f"or gone; nothing has moved for {seconds:g} s. Run again to go on from the last checkpoint.",
         file=sys.stderr,
         flush=True,
     )

@@ -29,6 +29,8 @@ PRODUCT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _SECONDS_TO_TELL = 1.0
 _SECONDS_OF_PATIENCE = 1800.0
+# Beside other work, processes are not there at once.
+_LEAST_SECONDS_TO_JOIN = 60.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def joined(
     size = int(os.environ["WORLD_SIZE"])
     try:
         # Another one that has joined may have found a mistake, and be gone, before all have.
-        with heartbeat.joining(rank, size, params.hang_timeout_seconds):
+        with heartbeat.joining(rank, size, max(params.hang_timeout_seconds, _LEAST_SECONDS_TO_JOIN)):
             dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
             meshes = device_mesh(mesh.over(size), device, patience)
         yield World(rank, size, device, resolve_precision(params), meshes)

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import runpy
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -185,8 +186,11 @@ def linger() -> None:
 def stand_still() -> None:
     """Stops rank 1 where it calls the function that the variable ``STANDS_STILL_AT`` names with its module.
 
-    Or the rank that ``STANDS_STILL`` says.
+    Or the rank that ``STANDS_STILL`` says. The others wait for no more than two seconds for it to join.
     """
+    from tasks import world
+
+    world._LEAST_SECONDS_TO_JOIN = 2.0
     place, _, name = os.environ["STANDS_STILL_AT"].rpartition(".")
     module = importlib.import_module(place)
     found = getattr(module, name)
@@ -261,6 +265,13 @@ def record() -> None:
             seen.write(json.dumps(last) + "\n")
 
     on_each_step(note)
+
+
+def slowly() -> None:
+    """Makes each step take a tenth of a second longer."""
+    from steps import on_each_step
+
+    on_each_step(lambda run, last: time.sleep(0.1))
 
 
 def draw() -> None:

@@ -88,15 +88,15 @@ def test_all_stop_at_one_step_when_one_is_told(project: Path, undisturbed: dict[
 @pytest.mark.parametrize("mesh", [{}, {"shard": 2}], ids=str)
 def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int], tmp_path: Path) -> None:
     count = 2 * mesh.get("shard", 1)
-    apart = {"train__diloco": {"inner_steps": 80}, "train__validate_every": 80, "train__checkpoint_every": 80}
-    tiny.write_params(tmp_path, train__steps=160, train__world_size=count, train__mesh=mesh, **apart)
+    apart = {"train__diloco": {"inner_steps": 60}, "train__validate_every": 60, "train__checkpoint_every": 60}
+    tiny.write_params(tmp_path, train__steps=60, train__world_size=count, train__mesh=mesh, **apart)
     tiny.write_shards(tmp_path)
     log, folders = tmp_path / "log", [tmp_path] * count
     assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
     undisturbed = tiny.files_of(tmp_path / "models")
     shutil.rmtree(tmp_path / "models")
     shutil.rmtree(tmp_path / ".overnight")
-    ranks = forked.start(folders, log, OVERNIGHT_EVENTS="events")
+    ranks = forked.start(folders, log, forked.slowly, OVERNIGHT_EVENTS="events")
     await_step(tmp_path / "events", 5)
     # Not the one that is told of in the log.
     ranks[-1].terminate()
@@ -104,10 +104,10 @@ def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int
     steps = saved(tmp_path)
     assert len({*steps}) == 1
     assert len(steps) == 2
-    assert 5 <= steps[0] < 80
+    assert 5 <= steps[0] < 60
     log.unlink()
     assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
-    assert f"goes on after step {steps[0]} of 160" in log.read_text()
+    assert f"goes on after step {steps[0]} of 60" in log.read_text()
     assert tiny.files_of(tmp_path / "models") == undisturbed
 
 
