@@ -132,7 +132,7 @@ class Generator:
             ids = [*self._beginning, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         else:
             ids = list(prompt) or self._beginning
-        if len(ids) >= self.context:
+        if len(ids) + min(request.max_new_tokens, 1) > self.context:
             raise PromptTooLong(len(ids), self.context)
         written = Detokenizer(self.tokenizer, [] if request.is_answer or request.echo else ids)
         return Text(request, ids, written, self.ends, self.context - len(ids))

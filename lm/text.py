@@ -26,7 +26,8 @@ class Request:
     ``prompt`` is the text, or its tokens where these do not follow from one, as in a conversation. ``most_drafted``:
     so many tokens are guessed from the text and read at once with the one before them (see :mod:`lm.drafting`).
     ``is_answer``: what comes is a text of its own, and its first word has no space before it. ``echo``: what is told
-    begins with the prompt. ``logprobs``: each token that is told is scored, and so many of the likeliest in its place.
+    begins with the text of the prompt's tokens, special ones left out. ``logprobs``: each token that is told is scored,
+    and so many of the likeliest in its place.
     """
 
     prompt: str | tuple[int, ...]

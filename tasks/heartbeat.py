@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NoReturn, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
@@ -138,7 +138,7 @@ class Heartbeat:
                 return False
             if all(beat is not None and beat.position >= (step, self.part, 0) for beat in beats):
                 break
-            time.sleep(self.watch.interval / 10)
+            time.sleep(self.watch.interval / 4)
         return True
 
     def along(self, items: Iterable[_Item]) -> Iterator[_Item]:
@@ -169,13 +169,14 @@ def joining(rank: int, size: int, seconds: float) -> Iterator[None]:
 
     Who is missing then is told: each says into the store that it is there, as soon as that is.
     """
-    over = threading.Event()
+    over, begun = threading.Event(), time.monotonic()
 
     def watch() -> None:
         try:
             store = _connect(seconds)
             store.set(f"{_PREFIX}/joins/{rank}", "")
-            if over.wait(seconds):
+            # Whoever keeps the store may have come late itself.
+            if over.wait(max(0.0, begun + seconds - time.monotonic())):
                 return
             missing = [other for other in range(size) if not store.check([f"{_PREFIX}/joins/{other}"])]
             told = f"{_ranks(missing)} did not join" if missing else "the processes have not joined"
@@ -195,7 +196,7 @@ def joining(rank: int, size: int, seconds: float) -> Iterator[None]:
 
     threading.Thread(target=watch, name="joining", daemon=True).start()
     # Where the store does not answer, the other one has told nothing until then.
-    patience = threading.Timer(seconds + 2 * _SECONDS_TO_TELL, _tell_of_the_store, [rank, seconds])
+    patience = threading.Timer(seconds + 2 * _SECONDS_TO_TELL, _tell_of_the_store, [rank, seconds, over])
     patience.daemon = True
     patience.start()
     try:
@@ -211,10 +212,13 @@ def _connect(seconds: float) -> TCPStore:
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
 
 
-def _tell_of_the_store(rank: int, seconds: float) -> NoReturn:
-    """Ends this process because the store does not answer, in a line that one of the others tells first if it lives."""
-    if rank > 1:
-        time.sleep(_SECONDS_TO_TELL)
+def _tell_of_the_store(rank: int, seconds: float, over: threading.Event) -> None:
+    """Ends this process because the store does not answer, unless it is ``over`` meanwhile.
+
+    In a line that another process tells first, if that lives.
+    """
+    if over.wait(_SECONDS_TO_TELL if rank > 1 else 0):
+        return
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     print(
         f"error: rank {rank}: rank 0, or the launcher beside it, does not answer at {place}, where all meet: stopped, "
@@ -249,9 +253,15 @@ class _Watch:
 
     def run_without_answers(self) -> None:
         # Or it is stopped: the other thread is not answered then, and no collective ends.
-        while not self.over.wait(self.interval):
-            if self.stands_still and time.monotonic() - self.turned > self.seconds + _SECONDS_TO_TELL:
-                _tell_of_the_store(self.rank, self.seconds)
+        while True:
+            asked = time.monotonic()
+            if self.over.wait(self.interval):
+                return
+            if time.monotonic() - asked > self.interval + _SECONDS_TO_TELL:
+                # This process was stopped itself, as a suspended job's are: the store had no time to answer.
+                self.turned = time.monotonic()
+            elif self.stands_still and time.monotonic() - self.turned > self.seconds + _SECONDS_TO_TELL:
+                _tell_of_the_store(self.rank, self.seconds, self.over)
 
     @property
     def stands_still(self) -> bool:
@@ -297,6 +307,10 @@ class _Watch:
 
     def beats_of_all(self) -> dict[int, Beat | None]:
         keys = {rank: f"{_PREFIX}/{rank}" for rank in range(self.size)}
+        if self.store.check([*keys.values()]):
+            # In one go: of many processes, each asks for all.
+            found = self.store.multi_get([*keys.values()])
+            return {rank: Beat(*json.loads(one)) for rank, one in zip(keys, found, strict=True)}
         return {
             rank: Beat(*json.loads(self.store.get(key))) if self.store.check([key]) else None
             for rank, key in keys.items()

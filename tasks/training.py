@@ -105,7 +105,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
         while done < params.steps:
             report = run.step(done, stop)
             done += 1
-            if run.exchange.apart and done < params.steps:
+            # Where they have just met, all have agreed already, and may be on the way to what they do together.
+            if run.exchange.apart and run.met < done:
                 run.agree_to_stop(done, stop)
             if log:
                 sent = run.traffic.after_step(done == params.steps or run.told_to_stop)

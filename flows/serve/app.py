@@ -68,7 +68,9 @@ def make_app(
             status = response.status_code
             return response
         finally:
-            known = request.url.path if request.scope.get("route") else "other"
+            # As it is declared: a path with a name in it would be a series for each name that is asked for.
+            route = request.scope.get("route")
+            known = route.path if route else "other"
             metrics.requests.labels(known, status).inc()
 
     @app.exception_handler(Refused)
@@ -78,8 +80,9 @@ def make_app(
     @app.exception_handler(RequestValidationError)
     async def misunderstood(request: Request, error: RequestValidationError) -> JSONResponse:
         kind = request.headers.get("content-type", "")
-        if "json" not in kind:
-            told = f"the body is of the Content-Type '{kind}', and no request; send it as application/json"
+        if "json" not in kind.lower():
+            sent = f"is of the Content-Type '{kind}'" if kind else "has no Content-Type"
+            told = f"the body {sent}, and is no request; send it as application/json"
             return bad_request(told).response()
         return invalid(error).response()
 

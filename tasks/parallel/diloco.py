@@ -4,8 +4,8 @@ The mean of the differences is the gradient of an outer optimizer, SGD with Nest
 that all had when they last met. A replica may be cut over several processes (FSDP2), of which each exchanges its part
 with those in its place in the other replicas. Replicas meet every ``inner_steps`` and after the last step; only then is
 anything validated or kept, so what they last met with is the weights in the checkpoint. Where one is told to end, all
-stop between two meetings, and each keeps its own weights beside those. The differences may be sent as bytes
-(``train.compression: int8``).
+stop between two meetings, if the slowest takes its steps in time, and each keeps its own weights beside those. The
+differences may be sent as bytes (``train.compression: int8``).
 """
 
 import dataclasses

@@ -107,7 +107,8 @@ def _is_of_a_token(nodes: Nodes, name: str, x: str) -> bool:
             return node.input[0] == x and _axes(nodes, node) == [-1]
         return node.op_type in _OF_A_TOKEN and all(map(looks_at_rows, node.input))
 
-    return looks_at_rows(name) and "ReduceMin" in reduced
+    # A zero point is where the least value lies, and both are in a scale.
+    return looks_at_rows(name) and reduced == {"ReduceMin", "ReduceMax"}
 
 
 def _axes(nodes: Nodes, node: onnx.NodeProto) -> list[int]:
@@ -118,13 +119,14 @@ def _axes(nodes: Nodes, node: onnx.NodeProto) -> list[int]:
 def _takes_out_the_zero_points(nodes: Nodes, product: onnx.NodeProto) -> bool:
     """Whether all that reads ``product`` takes the zero points' share from it, and multiplies by the tokens' scales."""
     sums = f"{product.input[1].removesuffix('.int8')}.sums"
-    for node in nodes.readers(product.output[0]):
+    readers = nodes.readers(product.output[0])
+    for node in readers:
         zeros = nodes.makers.get(node.input[1]) if node.op_type == "Sub" else None
         if zeros is None or zeros.op_type != "Mul" or sums not in zeros.input:
             return False
         if any(reader.op_type != "Mul" for reader in nodes.readers(node.output[0])):
             return False
-    return True
+    return bool(readers)
 
 
 def _lies_within(within: Range | None, nodes: Nodes, product: onnx.NodeProto) -> bool:

@@ -54,7 +54,7 @@ def expected(root: Path) -> str:
     return "".join(Generator(root / "models/int8").generate(Request("sea", 8, Sampling(temperature=0))))
 
 
-def test_it_completes_as_generate_does(client: openai.OpenAI, root: Path, expected: str) -> None:
+def test_it_completes_as_generate_does(server: Server, client: openai.OpenAI, root: Path, expected: str) -> None:
     answer = client.completions.create(model=root.name, **GREEDY)
     assert answer.choices[0].text == expected
     assert answer.choices[0].finish_reason == "length"
@@ -62,8 +62,12 @@ def test_it_completes_as_generate_does(client: openai.OpenAI, root: Path, expect
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 8)
     assert [model.id for model in client.models.list()] == [root.name]
     assert client.models.retrieve(root.name).id == root.name
-    with pytest.raises(openai.NotFoundError, match="there is no model 'other', but"):
-        client.models.retrieve("other")
+    for unknown in ("other", "an/other"):
+        with pytest.raises(openai.NotFoundError, match=f"there is no model '{unknown}', but"):
+            client.models.retrieve(unknown)
+    measured = httpx.get(server.url.replace("/v1", "/metrics")).text
+    assert 'path="/v1/models/{wanted:path}",status="404"' in measured
+    assert "other" not in measured.replace('path="other"', "")
 
 
 def test_it_streams_the_same_text_in_pieces(client: openai.OpenAI, root: Path, expected: str) -> None:
@@ -205,10 +209,14 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_counted(
 
 def test_a_body_that_is_sent_as_something_else_is_told_what_it_is_to_be_sent_as(server: Server) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
+    wrong = httpx.post(
+        f"{server.url}/completions", content='{"temperature": 5}', headers={"Content-Type": "Application/JSON"}
+    )
+    assert wrong.json()["error"]["param"] in ("temperature", "prompt")
     told = httpx.post(f"{server.url}/completions", content=json.dumps(GREEDY), headers=form)
     assert told.status_code == 400
     assert told.json()["error"]["message"] == (
-        "the body is of the Content-Type 'application/x-www-form-urlencoded', and no request; send it as "
+        "the body is of the Content-Type 'application/x-www-form-urlencoded', and is no request; send it as "
         "application/json"
     )
 

@@ -82,6 +82,10 @@ def test_a_prompt_is_scored_where_nothing_is_to_be_written(client: openai.OpenAI
             assert all(share <= one for share, one in zip(told.token_logprobs[1:], best, strict=True))
             if more:
                 assert told.token_logprobs[-1] == best[-1]
+    # It fills the context, and nothing is to come after it.
+    full = client.completions.create(model="m", prompt=[5] * model.context, max_tokens=0, logprobs=0, echo=True)
+    assert full.usage is not None
+    assert full.usage.prompt_tokens == model.context
     echoed = client.completions.create(model="m", prompt="sea", max_tokens=0, echo=True).choices[0]
     assert (echoed.text, echoed.logprobs, echoed.finish_reason) == ("sea", None, "length")
 

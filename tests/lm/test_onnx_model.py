@@ -139,7 +139,6 @@ UNROUNDED = Plan(Float(), Float())
 def test_where_nothing_is_rounded_every_number_of_the_graph_is_its_twins(
     model: LanguageModel, ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    session = _session(model, tmp_path, UNROUNDED)
     expected = prepare(copy.deepcopy(model), UNROUNDED)(ids).numpy()
     leeway = 1e-5 * np.abs(expected).max()
     # Nothing but the embedding is rounded, and not even that where it is named.

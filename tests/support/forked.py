@@ -267,6 +267,23 @@ def record() -> None:
     on_each_step(note)
 
 
+def told_in_a_meeting() -> None:
+    """Tells the first process to end while it waits for the second in their first meeting (DiLoCo)."""
+    from tasks.parallel.diloco import Diloco
+
+    meet, meetings = Diloco.meet, [0]
+
+    def meeting(self: Diloco, statistics: Any) -> Any:
+        meetings[0] += 1
+        if meetings[0] == 1 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if meetings[0] == 1 and os.environ["RANK"] == "1":
+            time.sleep(0.5)
+        return meet(self, statistics)
+
+    Diloco.meet = meeting  # type: ignore[method-assign]
+
+
 def slowly() -> None:
     """Makes each step take a tenth of a second longer."""
     from steps import on_each_step

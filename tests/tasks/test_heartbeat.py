@@ -174,6 +174,23 @@ def test_the_first_process_which_keeps_the_store_is_named_too(place: str, tmp_pa
     assert tiny.error_line(log.read_text()).startswith("rank 1: rank 0, or the launcher beside it, does not answer at ")
 
 
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=60, train__checkpoint_every=2)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    ranks = forked.start([tmp_path, tmp_path], log, forked.slowly)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            assert rank.pid is not None
+            os.kill(rank.pid, number)
+        time.sleep(6 if number == signal.SIGSTOP else 0)
+    assert forked.end(ranks) == [0, 0], log.read_text()
+
+
 def test_a_lost_process_is_one_line_for_those_that_remain(tmp_path: Path) -> None:
     tiny.write_params(tmp_path, train__steps=100000)
     tiny.write_shards(tmp_path)

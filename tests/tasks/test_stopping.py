@@ -111,6 +111,19 @@ def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int
     assert tiny.files_of(tmp_path / "models") == undisturbed
 
 
+@pytest.mark.parametrize(("validated", "kept"), [(4, 48), (48, 4)], ids=["validated", "kept"])
+def test_who_is_told_in_a_meeting_stops_after_what_all_do_next(validated: int, kept: int, tmp_path: Path) -> None:
+    every = {"train__validate_every": validated, "train__checkpoint_every": kept}
+    tiny.write_params(tmp_path, train__steps=48, train__diloco={"inner_steps": 4}, **every)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    ranks = forked.start([tmp_path, tmp_path], log, forked.told_in_a_meeting)
+    assert forked.end(ranks, 30) == [EXIT_STOPPED] * 2, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert max(saved(tmp_path)) > 4
+    assert max(saved(tmp_path)) < 48
+
+
 STUCK = """
 import threading
 from tasks import stopping
