@@ -1,5 +1,6 @@
 """Products of the right operator that still are other products than the ones fine-tuning saw, or slower ones."""
 
+import collections
 from collections.abc import Iterator
 
 import onnx
@@ -27,10 +28,11 @@ class Nodes:
         self.all = list(nodes_of(graph))
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
         self.makers = {output: node for node in self.all for output in node.output}
-
-    def readers(self, name: str) -> list[onnx.NodeProto]:
-        """Returns the nodes that read ``name``."""
-        return [node for node in self.all if name in node.input]
+        # By name: a mixture has tens of thousands of products, and each looks up who reads it.
+        self.readers: dict[str, list[onnx.NodeProto]] = collections.defaultdict(list)
+        for node in self.all:
+            for name in {*node.input}:
+                self.readers[name].append(node)
 
     def source(self, name: str) -> str:
         """Returns the tensor, or whatever else, that ``name`` is as it was stored, a part of it or its transpose."""
@@ -119,12 +121,12 @@ def _axes(nodes: Nodes, node: onnx.NodeProto) -> list[int]:
 def _takes_out_the_zero_points(nodes: Nodes, product: onnx.NodeProto) -> bool:
     """Whether all that reads ``product`` takes the zero points' share from it, and multiplies by the tokens' scales."""
     sums = f"{product.input[1].removesuffix('.int8')}.sums"
-    readers = nodes.readers(product.output[0])
+    readers = nodes.readers[product.output[0]]
     for node in readers:
         zeros = nodes.makers.get(node.input[1]) if node.op_type == "Sub" else None
         if zeros is None or zeros.op_type != "Mul" or sums not in zeros.input:
             return False
-        if any(reader.op_type != "Mul" for reader in nodes.readers(node.output[0])):
+        if any(reader.op_type != "Mul" for reader in nodes.readers[node.output[0]]):
             return False
     return bool(readers)
 
