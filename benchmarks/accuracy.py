@@ -175,7 +175,8 @@ def by_side(model: LanguageModel, side: Side, folder: Path, origin: Path, calibr
         compensate(quantized, plan, calibration)
     if side.tuned:
         _, _, pages = unpack(folder.with_suffix(".pages"), tuning.STEPS * tuning.BATCH, tuning.LENGTH + 1)
-        tuning.fine_tune(quantized, model, "float", torch.from_numpy(pages), tuning.params_of())
+        # A copy: who teaches is frozen.
+        tuning.fine_tune(quantized, copy.deepcopy(model), "float", torch.from_numpy(pages), tuning.params_of())
     return by_graph(quantized, plan, folder, origin)
 
 
