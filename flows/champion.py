@@ -105,7 +105,7 @@ def fetch(root: Path, commit: str, output: Path, folder: Path, names: Collection
         found = scratch / output / name
         if not found.is_file():
             raise UserMistake(f"commit {commit[:12]} records no {output / name}")
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(found, folder / name)
     shutil.rmtree(scratch)
 

@@ -21,6 +21,7 @@ import xxhash
 from tasks import atomic, paths
 from tasks.errors import DiskFull
 from tasks.parallel import parts
+from tasks.world import World
 
 KEPT_RUNS = 3
 _SECONDS_TO_TELL = 1.0
@@ -194,6 +195,39 @@ class Checkpoints:
         )
         for run in others[: -(KEPT_RUNS - 1)]:
             shutil.rmtree(run, ignore_errors=True)
+
+
+def agreed(checkpoints: Checkpoints, world: World, part: int) -> dict[str, Any] | None:
+    """Returns the newest state that every process has, each with its ``part``. Collective.
+
+    A machine's disk may lack one that another has, or damage it.
+    """
+    limit = None
+    while True:
+        state = newest(checkpoints, limit, part)
+        step = state["step"] if state is not None else 0
+        limit = world.lowest(step)
+        if world.lowest(-step) != -limit:
+            continue
+        # Of one step there may be two, from different numbers of processes.
+        which = int(checkpoints.digest[:15], 16) if state is not None else 0
+        if world.lowest(-which) == -world.lowest(which):
+            return state
+        limit -= 1
+
+
+def newest(checkpoints: Checkpoints, limit: int | None, part: int) -> dict[str, Any] | None:
+    """Returns the newest state of which ``part`` is there too, what that holds in the place of the first part's own."""
+    while True:
+        state = checkpoints.load_latest(limit)
+        if state is None or not part:
+            return state
+        own = checkpoints.load_latest(state["step"], part)
+        if own is None:
+            return None
+        if own["step"] == state["step"]:
+            return {**state, **own}
+        limit = own["step"]
 
 
 def _prefix(part: int) -> str:

@@ -20,7 +20,7 @@ from lm.model import LanguageModel
 from lm.weights import Weights
 from tasks import atomic, divergence, out_of_memory, paths, stopping
 from tasks.balance import Balance
-from tasks.checkpoints import Checkpoints
+from tasks.checkpoints import Checkpoints, agreed
 from tasks.compiled import compile_layers
 from tasks.curve import Curve
 from tasks.errors import EXIT_STOPPED
@@ -28,9 +28,8 @@ from tasks.heartbeat import Heartbeat
 from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
-from tasks.parallel.exchange import Exchange
 from tasks.parallel.parallelize import Parallel, lay_out
-from tasks.parallel.traffic import Traffic
+from tasks.parallel.traffic import Traffic, of_all_reduce
 from tasks.progress import Progress
 from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
@@ -87,7 +86,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
     params, world, progress = run.params, run.world, run.progress
     if run.exchange.in_parts:
         checkpoints.keep_one_before()
-    done = run.restore(_agreed(checkpoints, world, run.exchange))
+    done = run.restore(agreed(checkpoints, world, run.exchange.reads))
     if done < params.steps and run.curve.processes[-1:] != [world.size]:
         run.curve.processes.append(world.size)
     progress.begin("training", done)
@@ -150,36 +149,6 @@ def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int)
     world.lowest(0)
     progress.notice(f"told to end (SIGTERM): stopped after step {done:,}, where another attempt goes on")
     sys.exit(EXIT_STOPPED)
-
-
-def _agreed(checkpoints: Checkpoints, world: World, exchange: Exchange) -> dict[str, Any] | None:
-    """Returns the newest state that every process has: a machine's disk may lack one that another has, or damage it."""
-    limit = None
-    while True:
-        state = _newest(checkpoints, limit, exchange.reads)
-        step = state["step"] if state is not None else 0
-        limit = world.lowest(step)
-        if world.lowest(-step) != -limit:
-            continue
-        # Of one step there may be two, from different numbers of processes.
-        which = int(checkpoints.digest[:15], 16) if state is not None else 0
-        if world.lowest(-which) == -world.lowest(which):
-            return state
-        limit -= 1
-
-
-def _newest(checkpoints: Checkpoints, limit: int | None, part: int) -> dict[str, Any] | None:
-    """Returns the newest state of which ``part`` is there too, what that holds in the place of the first part's own."""
-    while True:
-        state = checkpoints.load_latest(limit)
-        if state is None or not part:
-            return state
-        own = checkpoints.load_latest(state["step"], part)
-        if own is None:
-            return None
-        if own["step"] == state["step"]:
-            return {**state, **own}
-        limit = own["step"]
 
 
 class _Run:
@@ -461,7 +430,7 @@ def _share_of_whole_gradients(run: _Run, sent: int | None) -> float | None:
     if sent is None or world.mesh is not None or world.size == 1:
         return None
     gradients = sum(4 * value.numel() for value in run.model.parameters() if value.requires_grad)
-    return round(sent / (run.params.steps * 2 * gradients * (world.size - 1) / world.size), 4)
+    return round(sent / (run.params.steps * of_all_reduce(gradients, world.size)), 4)
 
 
 def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> None:

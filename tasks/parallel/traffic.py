@@ -94,13 +94,19 @@ def sent_by(entry: dict[str, Any], processes: int) -> int:
         math.prod(size) * _SIZE_OF[kind] for size, kind in zip(entry["input_sizes"], entry["input_dtypes"], strict=True)
     )
     operation = _operation(entry).replace("_", "")
-    if operation.startswith(("allreduce", "reducescatter", "alltoall", "broadcast")):
-        share = 2 if operation.startswith("allreduce") else 1
-        return share * given * (processes - 1) // processes
+    if operation.startswith("allreduce"):
+        return of_all_reduce(given, processes)
+    if operation.startswith(("reducescatter", "alltoall", "broadcast")):
+        return given * (processes - 1) // processes
     if operation.startswith("allgather"):
         return given * (processes - 1)
     # A message, a reduction to one, a gathering at one, a barrier.
     return given if processes > 1 else 0
+
+
+def of_all_reduce(size: int, processes: int) -> int:
+    """Returns the bytes that one of ``processes`` sends in an all-reduce of ``size`` bytes."""
+    return 2 * size * (processes - 1) // processes
 
 
 def _operation(entry: dict[str, Any]) -> str:

@@ -15,12 +15,9 @@ import tiny
 import torch
 
 from tasks import atomic
-from tasks.checkpoints import Checkpoints
+from tasks.checkpoints import Checkpoints, agreed
 from tasks.digest import digest_of
 from tasks.errors import DiskFull
-from tasks.parallel.exchange import Exchange
-from tasks.training import _agreed
-from tasks.world import World
 
 
 @pytest.fixture
@@ -324,7 +321,7 @@ def test_processes_that_find_other_states_of_one_step_go_on_from_one_before(tmp_
         own.save(4, {"step": 4})
         own.save(5, {"step": 5, "weight": number})
         own.finish()
-        return _agreed(own, Half(number, told, barrier), Exchange(World(0, 1, torch.device("cpu"), "fp32")))  # type: ignore[arg-type]
+        return agreed(own, Half(number, told, barrier), 0)  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(agree, range(2))) == [{"step": 4}, {"step": 4}]

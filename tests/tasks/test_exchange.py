@@ -12,13 +12,12 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from tasks.checkpoints import Checkpoints
+from tasks.checkpoints import Checkpoints, newest
 from tasks.errors import BadParameter
 from tasks.parallel.compressed import compressed, packed_int8, pays, unpacked_int8
 from tasks.parallel.traffic import sent_by
 from tasks.section import read_section
 from tasks.train.params import TrainParams
-from tasks.training import _newest
 from tasks.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -147,9 +146,9 @@ def test_a_checkpoint_counts_only_with_this_process_s_part(tmp_path: Path) -> No
         for part in parts:
             checkpoints.save(step, {"step": step, "own": part}, part)
     checkpoints.finish()
-    assert _newest(checkpoints, None, 0) == {"step": 3, "own": 0}
-    assert _newest(checkpoints, None, 1) == {"step": 2, "own": 1}
-    assert _newest(checkpoints, 1, 1) is None, "the first was to go when the third came"
+    assert newest(checkpoints, None, 0) == {"step": 3, "own": 0}
+    assert newest(checkpoints, None, 1) == {"step": 2, "own": 1}
+    assert newest(checkpoints, 1, 1) is None, "the first was to go when the third came"
 
 
 @pytest.mark.parametrize(
