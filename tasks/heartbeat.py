@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NoReturn, TypeVar, get_args
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
@@ -42,6 +42,8 @@ _OF_NO_STEP: tuple[Part, ...] = ("the start", "the model's gathering", "the mode
 _PREFIX = "overnight/heartbeat"
 # There once a process was told to end.
 _STOP = f"{_PREFIX}/stop"
+# How many have come to tell who is late, of which the first does; how many others know of it.
+_TOLD, _HEARD = f"{_PREFIX}/told", f"{_PREFIX}/heard"
 _SECONDS_TO_TELL = 2.0
 
 
@@ -180,7 +182,7 @@ def joining(rank: int, size: int, seconds: float) -> Iterator[None]:
                 return
             missing = [other for other in range(size) if not store.check([f"{_PREFIX}/joins/{other}"])]
             told = f"{_ranks(missing)} did not join" if missing else "the processes have not joined"
-            first = store.add(f"{_PREFIX}/told", 1) == 1
+            first = store.add(_TOLD, 1) == 1
         except DistError:
             return
         if first:
@@ -246,6 +248,8 @@ class _Watch:
                 self.turned = time.monotonic()
                 self.beat()
                 self.here.told = self.here.told or self.store.check([_STOP])
+                if self.store.check([_TOLD]):
+                    self.end_with_another()
                 if self.stands_still:
                     self.look()
                 if self.over.wait(self.interval):
@@ -283,25 +287,36 @@ class _Watch:
         told, still = verdict(self.rank, before, after)
         if not told or self.over.is_set():
             return
-        if self.store.add(f"{_PREFIX}/told", 1) == 1:
-            where = ""
-            # Whatever the record of the collectives holds: this line must be told.
-            with contextlib.suppress(Exception):
-                waits = traffic.waits_in() or waits_for.a_message()
-                where = f" (rank {self.rank} waits in {waits})" if waits else ""
-            print(
-                f"error: {told}{where}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "
-                "Run again to go on from the last checkpoint.",
-                file=sys.stderr,
-                flush=True,
-            )
-            for beat in (after[rank] for rank in still):
-                # Stopped, it would not even end when it is told to.
-                if beat is not None and beat.host == socket.gethostname():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(beat.process, signal.SIGKILL)
-        else:
-            # Whoever ends first takes the others along, and another one tells it.
+        if self.store.add(_TOLD, 1) > 1:
+            self.end_with_another()
+        where = ""
+        # Whatever the record of the collectives holds: this line must be told.
+        with contextlib.suppress(Exception):
+            waits = traffic.waits_in() or waits_for.a_message()
+            where = f" (rank {self.rank} waits in {waits})" if waits else ""
+        print(
+            f"error: {told}{where}; nothing has moved for {self.seconds:g} s (hang_timeout_seconds). "
+            "Run again to go on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        for beat in (after[rank] for rank in still):
+            # Stopped, it would not even end when it is told to.
+            if beat is not None and beat.host == socket.gethostname():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat.process, signal.SIGKILL)
+        # Who keeps the store takes it along: those that have not heard by then would tell of that, too.
+        end = time.monotonic() + 3 * self.interval + _SECONDS_TO_TELL
+        with contextlib.suppress(DistError):
+            while self.store.add(_HEARD, 0) < self.size - len(still) - 1 and time.monotonic() < end:
+                time.sleep(0.05)
+        os._exit(EXIT_TRY_AGAIN)
+
+    def end_with_another(self) -> NoReturn:
+        """Ends this process, as another one does that has told who is late."""
+        with contextlib.suppress(DistError):
+            self.store.add(_HEARD, 1)
+            # Whoever ends first takes the others along.
             time.sleep(_SECONDS_TO_TELL)
         os._exit(EXIT_TRY_AGAIN)
 

@@ -89,7 +89,10 @@ def test_a_stopped_process_is_named_and_the_stage_ends(tmp_path: Path) -> None:
     assert not psutil.pid_exists(second.pid)
 
 
-def test_a_process_that_is_held_up_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", [0.0, 2.0])
+def test_a_process_that_is_held_up_elsewhere_is_named_once(
+    late: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.write_params(tmp_path, train__hang_timeout_seconds=3.0, train__micro_batch=4)
     tiny.write_shards(tmp_path)
@@ -97,9 +100,9 @@ def test_a_process_that_is_held_up_elsewhere_is_named(tmp_path: Path, monkeypatc
     count = len(Shards(Path("data/shards"), read_manifest(), "train").reader(params.seq_len))
     windows = batch_of_rank(2, count, params.seed, params.global_batch, params.micro_batch, 1, 2)[0]
     log = tmp_path / "log"
-    variables = {"LINGERS": ",".join(map(str, windows))}
+    variables = {"LINGERS": ",".join(map(str, windows)), "LATE": str(late)}
     codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.linger, **variables), 30)
-    assert EXIT_TRY_AGAIN in codes
+    assert codes == [EXIT_TRY_AGAIN] * 2
     assert tiny.error_line(log.read_text()).startswith("rank 1 is held up in the gradients of step 3, ")
 
 
