@@ -26,12 +26,13 @@ class _Conflict(Exception):
 
 def is_pointer(path: str) -> bool:
     """Whether DVC or we, and not people, write this file of a version."""
-    name = Path(path).name
-    return path in ("dvc.lock", "environment.json") or name == ".gitignore" or Path(path).suffix == ".dvc"
+    return is_written(path) or Path(path).name == ".gitignore" or Path(path).suffix == ".dvc"
 
 
 def is_written(path: str) -> bool:
     """Whether runs write this file of a version, all of it: what people did to it is then no edit to keep."""
+    if Path(path).parent == paths.SPEED:
+        return Path(path).suffix == ".csv"
     return path in ("dvc.lock", "environment.json", f"{paths.CHAMPION}.dvc", f"{paths.INIT}.dvc")
 
 

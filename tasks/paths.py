@@ -34,6 +34,9 @@ CHAMPION_RECORD = CHAMPION / "champion.json"
 EVALUATION = Path("models/evaluation.json")
 CARD = Path("models/card")
 
+# Kept by Git with a version, and no part of its identity.
+SPEED = Path("speed")
+
 # Not tracked by DVC and not part of a version's identity.
 SCRATCH = Path(".overnight")
 CHECKPOINTS = SCRATCH / "checkpoints"

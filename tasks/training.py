@@ -34,7 +34,7 @@ from tasks.progress import Progress
 from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
 from tasks.shards import WindowReader, share_learned
-from tasks.step_log import StepLog
+from tasks.step_log import StepLog, logged, sum_up
 from tasks.step_meter import StepMeter, StepReport
 from tasks.stopping import Stop
 from tasks.training_params import TrainingParams
@@ -135,6 +135,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
     checkpoints.finish()
     if log:
         log.close()
+        sum_up(stage, logged(stage), params.validate_every)
     if math.isnan(run.curve.last("train_loss")):
         world.fail(divergence.no_step(stage, params, world.precision, run.scale.overflows))
     if world.is_first and done > first:

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from tasks import params as all_params
 from tasks.curve import COLUMNS
 from tasks.section import Section, is_operational
+from tasks.step_log import SPEEDS
 
 ROOT = Path(__file__).parent.parent
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
@@ -57,13 +58,21 @@ def test_a_stage_depends_on_no_code_that_it_does_not_import(stage: str, imports:
     assert not surplus, f"dvc.yaml: {stage}: remove from deps: {sorted(surplus)}"
 
 
-@pytest.mark.parametrize("curve", ["models/curve.csv", "models/int8/curve.csv"])
-def test_all_that_a_curve_has_is_plotted(curve: str) -> None:
+@pytest.mark.parametrize(
+    ("curve", "columns"),
+    [
+        ("models/curve.csv", COLUMNS),
+        ("models/int8/curve.csv", COLUMNS),
+        ("speed/train.csv", SPEEDS),
+        ("speed/quantize.csv", SPEEDS),
+    ],
+)
+def test_all_that_a_curve_has_is_plotted(curve: str, columns: tuple[str, ...]) -> None:
     plotted: list[str] = []
     for plot in (plot for entry in PIPELINE["plots"] for plot in entry.values() if curve in plot["y"]):
         found = plot["y"][curve]
         plotted += [found] if isinstance(found, str) else found
-    assert sorted(plotted) == sorted(set(COLUMNS) - {"step"})
+    assert sorted(plotted) == sorted(set(columns) - {"step"})
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -30,6 +30,7 @@ from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_name, plan_of
 from tasks.section import read_section
 from tasks.shards import SEEN, Shards, WindowReader, read_manifest
+from tasks.step_log import sum_up
 from tasks.training import train
 from tasks.world import World
 
@@ -217,6 +218,8 @@ def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -
         (folder / "curve.csv").write_text(curve.to_csv())
         atomic.write_json(folder / paths.AUDIT.name, report.model_dump())
         atomic.write_json(folder / paths.QUANTIZATION.name, found.model_dump())
+    if not curve.rows:
+        sum_up("quantize", [], 1)
 
 
 if __name__ == "__main__":

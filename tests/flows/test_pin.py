@@ -54,9 +54,8 @@ def project(tmp_path: Path) -> Path:
 def night(project: Path) -> str:
     """The commit of a night, on its branch, which nobody has checked out."""
     place = worktree.add(project, "last", "HEAD")
-    made = commit(
-        place, {"dvc.lock": "stages:", "data/raw.dvc": text(project, "a", "b", "n"), "environment.json": "night"}
-    )
+    written = dict.fromkeys(("environment.json", "speed/train.csv"), "night")
+    made = commit(place, {"dvc.lock": "stages:", "data/raw.dvc": text(project, "a", "b", "n"), **written})
     git(project, "update-ref", "refs/heads/nightly", made)
     return made
 
@@ -72,10 +71,12 @@ def test_without_news_from_people_it_starts_from_the_last_night(project: Path, n
 
 
 def test_what_people_committed_comes_in_and_the_pointers_stay(project: Path, night: str) -> None:
-    base = commit(project, {"params.yaml": "steps: 2\nseed: 1\n", "dvc.lock": "stages: {first: {}}"})
+    by_hand = {"dvc.lock": "stages: {first: {}}", "speed/train.csv": "by hand"}
+    base = commit(project, {"params.yaml": "steps: 2\nseed: 1\n", **by_hand})
     root = pin.worktree_of(project, "a", PUBLISH)
     assert (root / "params.yaml").read_text() == "steps: 2\nseed: 1\n"
-    assert [(root / name).read_text() for name in ("dvc.lock", "environment.json")] == ["stages:", "night"]
+    written = [(root / name).read_text() for name in ("dvc.lock", "environment.json", "speed/train.csv")]
+    assert written == ["stages:", "night", "night"]
     assert names(root) == "abn"
     assert git(root, "rev-list", "--parents", "-1", "HEAD").split()[1:] == [night, base]
     assert git(root, "status", "--porcelain") == ""

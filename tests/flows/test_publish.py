@@ -22,6 +22,9 @@ from tasks.errors import TryAgain, UserMistake
 
 
 def test_a_version_is_pushed_committed_registered_and_promoted(publisher: Clone) -> None:
+    # As training leaves it.
+    (publisher.root / "speed").mkdir()
+    (publisher.root / "speed/train.csv").write_text("step,tokens_per_second\n")
     done = publish.publish(publisher.root)
     assert (done.version.name, done.new, done.promoted, done.reasons) == ("v1.0.0", True, True, ())
     assert publisher.tags() == ["lm#prod#1", "lm@v1.0.0"]
@@ -30,7 +33,8 @@ def test_a_version_is_pushed_committed_registered_and_promoted(publisher: Clone)
     assert commit_of(publisher.root, "main") == commit_of(publisher.shared, "main") == done.commit
     assert git(publisher.root, "status", "--porcelain") == ""
     names = git(publisher.root, "ls-tree", "-r", "--name-only", done.commit).split()
-    assert {"data/raw.dvc", "models/champion.dvc", "dvc.lock", "environment.json", "data/.gitignore"} <= set(names)
+    pointers = {"data/raw.dvc", "models/champion.dvc", "dvc.lock", "data/.gitignore"}
+    assert pointers | {"environment.json", "speed/train.csv"} <= set(names)
     assert json.loads(show(publisher.root, done.commit, "environment.json") or b"")["python"]
     assert done.version.message == "The gate passed.\n\nagainst_champion: a loss of 0.25"
     assert git(publisher.root, "log", "-1", "--format=%an <%ae>") == "overnight <overnight@localhost>"

@@ -10,6 +10,8 @@ from pathlib import Path
 import tiny
 from chain import Chain
 
+from flows.land import is_pointer
+
 # Lines that are no records: cut short, of the wrong type, without the field.
 MALFORMED = ['{"text": "in the begin', '{"text": 7, "group": "book 1"}', '{"words": "night", "group": "book 2"}']
 PACKAGES = ("flows", "lm", "tasks")
@@ -57,7 +59,7 @@ def lay_out(root: Path, home: Path) -> Chain:
     )
     for name in filter(None, listed.stdout.split("\0")):
         # What runs have written here is about text that the copy does not have.
-        written = name in ("params.yaml", "dvc.lock", "environment.json") or name.endswith(".dvc")
+        written = name == "params.yaml" or (is_pointer(name) and not name.endswith(".gitignore"))
         if not written and (tiny.ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tiny.ROOT / name, root / name)

@@ -140,6 +140,8 @@ def test_each_scheme_makes_its_graph_and_auto_keeps_the_first_that_loses_little(
     operators = json.loads((trained / "models/int8/audit.json").read_text())["operators"]
     assert ("MatMulNBits" in operators) == kept.startswith("weight-only")
     assert ("model.layers.1.mlp.experts.down_proj" in found["ranges"]) == (kept == "static")
+    # Of what was not fine-tuned in the end, there is no speed either.
+    assert (len((trained / "speed/quantize.csv").read_text().splitlines()) > 1) == (kept == "weight-only-4")
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tasks.step_log import StepLog
+from tasks.step_log import StepLog, logged, sum_up
 from tasks.step_meter import StepReport
 
 
-def report(step: int, loss: float = 3.0) -> StepReport:
-    return StepReport(
-        step=step, loss=loss, grad_norm=1.0, learning_rate=0.1, tokens_per_second=5.0, mfu=0.1, seconds=1.0,
-        seconds_for_data=0.1, seconds_for_communication=0.2, memory_mib=9.0, expert_load=(1.5, 2.0),
-    )  # fmt: skip
+def report(step: int, loss: float = 3.0, **others: Any) -> StepReport:
+    values: dict[str, Any] = {
+        "step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 5.0, "mfu": 0.1,
+        "seconds": 1.0, "seconds_for_data": 0.1, "seconds_for_communication": 0.2, "memory_mib": 9.0,
+        "expert_load": (1.5, 2.0),
+    }  # fmt: skip
+    return StepReport(**values | others)
 
 
 def steps(log: StepLog) -> list[int]:
@@ -49,6 +52,19 @@ def test_each_step_is_there_as_soon_as_it_is_written(project: Path) -> None:
     assert steps(log) == [1]
     assert json.loads(log.path.read_text())["expert_load"] == [1.5, 2.0]
     log.close()
+
+
+def test_what_the_steps_took_is_summed_up_by_stretches_of_them(project: Path) -> None:
+    log = StepLog("train", 0)
+    log.write(report(1))
+    # Of three seconds, so that the two steps have taken four for 5 + 3 x 13 tokens.
+    log.write(report(2, seconds=3.0, tokens_per_second=13.0, mfu=0.3, seconds_for_data=0.3, memory_mib=11.0))
+    log.write(report(3, seconds_for_communication=None))
+    log.close()
+    sum_up("train", logged("train"), 2)
+    header, *rows = Path("speed/train.csv").read_text().splitlines()
+    assert header == "step,tokens_per_second,mfu,waiting_for_data,communicating,memory_mib"
+    assert rows == ["2,11,0.25,0.1,0.1,11", "3,5,0.1,0.1,,9"]
 
 
 def test_tensorboard_shows_the_steps(project: Path) -> None:

@@ -1,5 +1,6 @@
 """Training: learns, does not depend on interruptions, and says what is wrong in one line."""
 
+import csv
 import json
 import re
 import signal
@@ -60,6 +61,16 @@ def test_each_step_is_told_outside_the_version(trained: Path) -> None:
         assert step["expert_load"][0] >= 1
 
 
+def test_what_the_steps_took_is_summed_up_for_the_plots(trained: Path) -> None:
+    rows = list(csv.DictReader((trained / "speed/train.csv").open()))
+    assert [row["step"] for row in rows] == ["4", "8", "12"]
+    for row, last in zip(rows, (4, 8, 12), strict=True):
+        steps = steps_of(trained)[last - 4 : last]
+        seconds, waiting = (sum(step[name] for step in steps) for name in ("seconds", "seconds_for_data"))
+        assert float(row["tokens_per_second"]) == pytest.approx(4 * 8 * 16 / seconds, rel=1e-2)
+        assert float(row["waiting_for_data"]) == pytest.approx(waiting / seconds, rel=1e-2)
+
+
 def test_speed_is_measured_outside_the_version(trained: Path) -> None:
     measured = json.loads((trained / ".overnight/measurements/train.json").read_text())
     assert measured["tokens_per_second"] > 0
@@ -90,6 +101,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project
     assert first["done"] > 4, "it began again from the start"
     assert {"grad_norm", "tokens_per_second", "mfu", "waiting_for_data"} <= first["numbers"].keys()
     assert [step["step"] for step in steps_of(project)] == list(range(1, 13))
+    assert [row["step"] for row in csv.DictReader((project / "speed/train.csv").open())] == ["4", "8", "12"]
     assert tiny.files_of(project / "models") == tiny.files_of(trained / "models")
 
 
