@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType, GGUFValueType, TokenType
 
+from lm import gguf_sentencepiece
 from lm.config import ModelConfig
-from lm.gguf_metadata import config_from
+from lm.gguf_metadata import config_from, files_of
 from lm.gguf_tensors import EXPANDED, Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import Vocabulary, tokenizer_json
 from lm.hugging_face import layout_to_state
 from lm.model import LanguageModel
 
 _TOKENIZER = "tokenizer.ggml."
+_COUNT = "split.count"
 
 
 class Loaded(NamedTuple):
@@ -35,8 +37,9 @@ class Loaded(NamedTuple):
 def load(path: Path) -> Loaded:
     """Returns the model in ``path``; ``LanguageModel(config).load_state_dict(state)`` takes it.
 
-    Raises :class:`Unfit` with one line that begins with ``path`` and names what is at fault: no GGUF, an architecture
-    or a type of tensors that is not known, tensors that are missing, are too many or have another shape.
+    Of a model that was split into several files, ``path`` is the first, and the others lie beside it. Raises
+    :class:`Unfit` with one line that begins with ``path`` and names what is at fault: no GGUF, an architecture or a
+    type of tensors that is not known, tensors that are missing, are too many or have another shape.
     """
     try:
         return _load(path)
@@ -45,12 +48,13 @@ def load(path: Path) -> Loaded:
 
 
 def _load(path: Path) -> Loaded:
-    try:
-        reader = gguf.GGUFReader(path)
-        found = {key: _content(field) for key, field in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise Unfit(f"damaged, or no GGUF file ({' '.join(str(error).split())})") from None
-    there = {tensor.name: tensor for tensor in reader.tensors}
+    files = files_of(path)
+    readers, metadata = zip(*(_opened(file, first=file == path) for file in files), strict=True)
+    found = metadata[0]
+    for file, own in zip(files, metadata, strict=True):
+        if (count := own.get(_COUNT, 1)) != len(files):
+            raise Unfit(f"{file.name} says that it is one of {count} parts, and its name says {len(files)}")
+    there = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     if "token_embd.weight" not in there:
         raise Unfit("it lacks token_embd.weight")
     factors = there.get("rope_freqs.weight")
@@ -73,6 +77,15 @@ def _load(path: Path) -> Loaded:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     _check_shapes(config, state)
     return Loaded(config, state, _tokenizer(found, config), found.get("tokenizer.chat_template"))
+
+
+def _opened(path: Path, first: bool) -> tuple[gguf.GGUFReader, dict[str, Any]]:
+    try:
+        reader = gguf.GGUFReader(path)
+        return reader, {key: _content(field) for key, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        where = "" if first else f"{path.name}: "
+        raise Unfit(f"{where}damaged, or no GGUF file ({' '.join(str(error).split())})") from None
 
 
 def _content(field: gguf.ReaderField) -> Any:
@@ -106,13 +119,42 @@ def _check_shapes(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Non
 
 
 def _tokenizer(found: Mapping[str, Any], config: ModelConfig) -> str | None:
-    if found.get(f"{_TOKENIZER}model") != "gpt2":
-        return None
-    return tokenizer_json(_vocabulary(found, config), config.bos_token_id)
+    match found.get(f"{_TOKENIZER}model"):
+        case "gpt2":
+            return tokenizer_json(_vocabulary(found, config), config.bos_token_id)
+        case "llama":
+            return gguf_sentencepiece.tokenizer_json(_pieces(found, config), config.bos_token_id)
+        case _:
+            return None
 
 
 def _vocabulary(found: Mapping[str, Any], config: ModelConfig) -> Vocabulary:
-    for key in ("tokens", "merges"):
+    tokens, types = _tokens(found, config, "merges")
+    return Vocabulary(
+        pre=found.get(f"{_TOKENIZER}pre", ""),
+        tokens=tokens,
+        types=types,
+        merges=found[f"{_TOKENIZER}merges"],
+        adds_bos=found.get(f"{_TOKENIZER}add_bos_token", False),
+    )
+
+
+def _pieces(found: Mapping[str, Any], config: ModelConfig) -> gguf_sentencepiece.Pieces:
+    tokens, types = _tokens(found, config, "scores")
+    # What is not said is as llama.cpp has it.
+    return gguf_sentencepiece.Pieces(
+        tokens=tokens,
+        types=types,
+        scores=found[f"{_TOKENIZER}scores"],
+        unk_token_id=found.get(f"{_TOKENIZER}unknown_token_id", 0),
+        adds_bos=found.get(f"{_TOKENIZER}add_bos_token", True),
+        adds_space=found.get(f"{_TOKENIZER}add_space_prefix", True),
+    )
+
+
+def _tokens(found: Mapping[str, Any], config: ModelConfig, *more: str) -> tuple[list[str], list[int]]:
+    """Returns the tokens and their types. Raises :class:`Unfit` where the file lacks them, or ``more``, or a part."""
+    for key in ("tokens", *more):
         if f"{_TOKENIZER}{key}" not in found:
             raise Unfit(f"its metadata lack {_TOKENIZER}{key}")
     tokens, ends = found[f"{_TOKENIZER}tokens"], (config.eos_token_id, config.bos_token_id)
@@ -121,13 +163,8 @@ def _vocabulary(found: Mapping[str, Any], config: ModelConfig) -> Vocabulary:
             raise Unfit(f"its {_TOKENIZER}{key} is {end}, and it has {len(tokens):,} tokens")
     # As in llama.cpp, a file need not say what tokens are for.
     types = [TokenType.CONTROL if number in ends else TokenType.NORMAL for number in range(len(tokens))]
-    known = Vocabulary(
-        pre=found.get(f"{_TOKENIZER}pre", ""),
-        tokens=tokens,
-        types=found.get(f"{_TOKENIZER}token_type", types),
-        merges=found[f"{_TOKENIZER}merges"],
-        adds_bos=found.get(f"{_TOKENIZER}add_bos_token", False),
-    )
-    if len(known.types) != len(tokens):
-        raise Unfit(f"its {_TOKENIZER}token_type are {len(known.types):,}, and it has {len(tokens):,} tokens")
-    return known
+    types = found.get(f"{_TOKENIZER}token_type", types)
+    for name, values in (("token_type", types), ("scores", found.get(f"{_TOKENIZER}scores", tokens))):
+        if len(values) != len(tokens):
+            raise Unfit(f"its {_TOKENIZER}{name} are {len(values):,}, and it has {len(tokens):,} tokens")
+    return tokens, types

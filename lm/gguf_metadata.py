@@ -1,7 +1,9 @@
 """A model's shape in the metadata of GGUF, under the keys of llama.cpp's architectures. Imports no torch."""
 
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
@@ -28,6 +30,7 @@ ARCHITECTURES = (_LATENT, *get_args(GroupedConfig.model_fields["model_type"].ann
 # How V2's and V3's routers score experts.
 _SOFTMAX, _SIGMOID = 1, 2
 _DENSE_KEY = "feed_forward_length"
+_SPLIT = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _ALL = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -131,6 +134,23 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     own["initializer_range"] = config.initializer_range
     prefix = architecture(config)
     return {f"{prefix}.{key}": value for key, value in named.items()} | {f"{_OWN}{key}": own[key] for key in own}
+
+
+def files_of(path: Path) -> list[Path]:
+    """Returns the files of a model of which ``path`` is the first: itself, or those that llama.cpp has split it into.
+
+    Those are named MODEL-00001-of-00003.gguf and so on. Raises :class:`Unfit` where one is missing.
+    """
+    named = _SPLIT.fullmatch(path.name)
+    if named is None:
+        return [path]
+    count = int(named["count"])
+    files = [path.with_name(f"{named['name']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    if path != files[0]:
+        raise Unfit(f"it is a part of a model; the first part is {files[0].name}")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise Unfit(f"it is the first of {count} parts, and {missing[0]} is missing beside it")
+    return files
 
 
 def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool, factors: Array | None) -> ModelConfig:

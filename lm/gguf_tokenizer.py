@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from lm.gguf_tensors import Unfit
 
 # gguf.TokenType
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -99,11 +99,7 @@ def vocabulary(content: str, size: int, bos_token_id: int) -> Vocabulary:
 
     Raises :class:`Unfit` where llama.cpp would read texts in other tokens.
     """
-    try:
-        begins = Tokenizer.from_str(content).encode("").ids
-    except Exception as error:
-        # tokenizers has no exception of its own.
-        raise Unfit(f"it is no tokenizer ({' '.join(str(error).split())})") from None
+    begins = beginning(content)
     parsed = json.loads(content)
     model = parsed["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
@@ -117,21 +113,39 @@ def vocabulary(content: str, size: int, bos_token_id: int) -> Vocabulary:
         raise Unfit(f"it cuts texts as none of the ways that llama.cpp knows does; known are {', '.join(PIECES)}")
     if not model["merges"]:
         raise Unfit("it merges nothing, and llama.cpp reads no such tokenizer; raise shard.vocab_size")
+    tokens, types = filled_up(parsed, size)
+    # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Vocabulary(names[0], tokens, types, merges, adds_bos(begins, bos_token_id))
+
+
+def beginning(content: str) -> list[int]:
+    """Returns the ids that the ``tokenizer.json`` adds to a text. Raises :class:`Unfit` where it is none."""
+    try:
+        return Tokenizer.from_str(content).encode("").ids
+    except Exception as error:
+        # tokenizers has no exception of its own.
+        raise Unfit(f"it is no tokenizer ({' '.join(str(error).split())})") from None
+
+
+def adds_bos(begins: list[int], bos_token_id: int) -> bool:
+    """Returns whether ``begins`` is that token. Raises :class:`Unfit` where it is another one."""
+    if begins not in ([], [bos_token_id]):
+        raise Unfit(f"it adds the ids {begins} to a text; llama.cpp can add bos_token_id, {bos_token_id}, alone")
+    return bool(begins)
+
+
+def filled_up(parsed: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Returns the tokens of a ``tokenizer.json`` and their types by id, with unused ones up to ``size``.
+
+    Raises :class:`Unfit` where it has more.
+    """
     added = {token["id"]: token for token in parsed["added_tokens"]}
-    by_id = {id_: token for token, id_ in model["vocab"].items()}
+    by_id = {id_: token for token, id_ in parsed["model"]["vocab"].items()}
     by_id |= {id_: token["content"] for id_, token in added.items()}
     if max(by_id) >= size:
         raise Unfit(f"it has the id {max(by_id)}, and the model's vocab_size is {size}")
-    if begins not in ([], [bos_token_id]):
-        raise Unfit(f"it adds the ids {begins} to a text; llama.cpp can add bos_token_id, {bos_token_id}, alone")
-    return Vocabulary(
-        pre=names[0],
-        tokens=[by_id.get(id_, f"[PAD{id_}]") for id_ in range(size)],
-        types=[_type(id_, by_id, added) for id_ in range(size)],
-        # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
-        adds_bos=bool(begins),
-    )
+    return [by_id.get(id_, f"[PAD{id_}]") for id_ in range(size)], [_type(id_, by_id, added) for id_ in range(size)]
 
 
 def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
@@ -142,7 +156,7 @@ def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
     pieces = PIECES.get(_ALIASES.get(known.pre, known.pre))
     if pieces is None:
         return None
-    vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != _UNUSED}
+    vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != UNUSED}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in known.merges)]
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -152,19 +166,23 @@ def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
-            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            AddedToken(token, normalized=False, special=kind == CONTROL)
             for token, kind in zip(known.tokens, known.types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (CONTROL, USER_DEFINED)
         ]
     )
     if known.adds_bos:
-        bos = known.tokens[bos_token_id]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bos_token_id)]
-        )
+        tokenizer.post_processor = putting_before(known.tokens[bos_token_id], bos_token_id)
     parsed = json.loads(tokenizer.to_str())
     parsed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pieces}
     return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+
+
+def putting_before(bos: str, bos_token_id: int) -> processors.PostProcessor:
+    """Returns what puts the token ``bos`` before a text."""
+    return processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bos_token_id)]
+    )
 
 
 def _steps(whole: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
@@ -180,5 +198,5 @@ def _essence(step: Mapping[str, Any]) -> dict[str, Any]:
 
 def _type(id_: int, by_id: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> int:
     if id_ in added:
-        return _CONTROL if added[id_]["special"] else _USER_DEFINED
-    return _NORMAL if id_ in by_id else _UNUSED
+        return CONTROL if added[id_]["special"] else USER_DEFINED
+    return NORMAL if id_ in by_id else UNUSED

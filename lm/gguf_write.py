@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from safetensors import SafetensorError, safe_open
 
+from lm import gguf_sentencepiece
 from lm.config import LatentConfig, ModelConfig
 from lm.gguf_metadata import Value, architecture, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
@@ -93,12 +94,22 @@ def _add(writer: gguf.GGUFWriter, values: dict[str, Value]) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> None:
     with _named(path, ValueError, KeyError):
-        known = vocabulary(path.read_text(), config.vocab_size, config.bos_token_id)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(known.pre)
+        content = path.read_text()
+        spells = gguf_sentencepiece.spells_in_bytes(content)
+        read = gguf_sentencepiece.pieces if spells else vocabulary
+        known = read(content, config.vocab_size, config.bos_token_id)
+    if isinstance(known, gguf_sentencepiece.Pieces):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(known.scores)
+        writer.add_unk_token_id(known.unk_token_id)
+        writer.add_add_space_prefix(known.adds_space)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(known.pre)
+        writer.add_token_merges(known.merges)
     writer.add_token_list(known.tokens)
     writer.add_token_types(known.types)
-    writer.add_token_merges(known.merges)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.eos_token_id)

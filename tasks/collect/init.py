@@ -3,9 +3,13 @@
 A folder in Hugging Face layout is copied, a GGUF file unpacked into one.
 """
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import xxhash
 
 from tasks import atomic, init, paths
 from tasks.collect.report import InitReport
@@ -36,7 +40,7 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
         return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
     known = (root / paths.INIT_RECORD).is_file()
     if not source.is_dir():
-        unpacked = _digests(source.parent, [source])[source.name]
+        unpacked = _digest_of_gguf(source)
         if held is not None and held.unpacked == unpacked:
             return InitReport(state="unchanged")
         with atomic.folder(root / paths.INIT) as folder:
@@ -60,14 +64,11 @@ def _unpack(source: Path, folder: Path) -> None:
     """Writes the model in a GGUF file into ``folder`` as a checkpoint in Hugging Face layout, in fp32."""
     # They import torch, which takes seconds.
     from lm import gguf_file, hugging_face
-    from lm.gguf_tensors import Unfit
     from lm.hugging_face_files import CHAT_TEMPLATE
     from lm.model import LanguageModel
 
-    try:
+    with _unfit_is_told(source):
         loaded = gguf_file.load(source)
-    except Unfit as error:
-        raise BadInput(f"{error}. Name another file in train.init, or a folder in Hugging Face layout.") from None
     if loaded.tokenizer is None:
         raise BadInput(
             f"{source}: its tokenizer cuts texts in a way that is not known here, and a model needs the one that it "
@@ -81,6 +82,29 @@ def _unpack(source: Path, folder: Path) -> None:
         hugging_face.save(model, tokenizer, folder)
     if loaded.chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(loaded.chat_template, encoding="utf-8")
+
+
+def _digest_of_gguf(source: Path) -> str:
+    """Returns the digest of a GGUF file; of a model in several, one of theirs."""
+    from lm.gguf_metadata import files_of
+
+    with _unfit_is_told(source):
+        files = files_of(source)
+    digests = [*_digests(source.parent, files).values()]
+    return digests[0] if len(digests) == 1 else xxhash.xxh3_128_hexdigest("".join(digests).encode())
+
+
+@contextlib.contextmanager
+def _unfit_is_told(source: Path) -> Iterator[None]:
+    from lm.gguf_tensors import Unfit
+
+    try:
+        yield
+    except Unfit as error:
+        told = str(error).removeprefix(f"{source}: ")
+        raise BadInput(
+            f"{source}: {told}. Name another file in train.init, or a folder in Hugging Face layout."
+        ) from None
 
 
 def _held(root: Path, wanted: str) -> init.Init | None:

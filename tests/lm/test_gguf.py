@@ -10,7 +10,7 @@ import odd
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from gguf_files import SIZE, edited, make_checkpoint, written
+from gguf_files import SIZE, edited, make_checkpoint, split, written
 
 from lm import gguf_file, gguf_write
 from lm.config import Llama3Scaling
@@ -216,6 +216,31 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(Unfit, match=rf"^{path}: damaged, or no GGUF file"):
             gguf_file.load(path)
+
+
+def test_a_model_in_several_files_is_read_as_one_from_the_first(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    whole = written(folder)
+    parts = split(whole, tmp_path / "model.gguf")
+    assert len(parts) == 3
+    loaded, expected = gguf_file.load(parts[0]), gguf_file.load(whole)
+    assert (loaded.config, loaded.tokenizer) == (expected.config, expected.tokenizer)
+    assert loaded.state.keys() == expected.state.keys()
+    assert all(torch.equal(loaded.state[name], tensor) for name, tensor in expected.state.items())
+    # The second one holds tensors, or it would show nothing.
+    assert gguf.GGUFReader(parts[1]).tensors
+    with pytest.raises(Unfit, match=f"^{parts[1]}: it is a part of a model; the first part is {parts[0].name}$"):
+        gguf_file.load(parts[1])
+    content = parts[2].read_bytes()
+    parts[2].write_bytes(content[:100])
+    with pytest.raises(Unfit, match=f"^{parts[0]}: {parts[2].name}: damaged, or no GGUF file"):
+        gguf_file.load(parts[0])
+    parts[2].write_bytes(whole.read_bytes())
+    with pytest.raises(Unfit, match=f"{parts[2].name} says that it is one of 1 parts, and its name says 3$"):
+        gguf_file.load(parts[0])
+    parts[2].unlink()
+    with pytest.raises(Unfit, match=f"it is the first of 3 parts, and {parts[2].name} is missing beside it$"):
+        gguf_file.load(parts[0])
 
 
 def test_rope_factors_of_llama_3_are_read_without_our_keys(tmp_path: Path) -> None:

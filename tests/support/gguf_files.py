@@ -35,6 +35,28 @@ def written(folder: Path, kind: gguf_write.Kind = "f32") -> Path:
     return path
 
 
+def split(source: Path, path: Path, parts: int = 3) -> list[Path]:
+    """Writes a GGUF file again as ``parts`` files, as llama.cpp's converter does; returns them in order."""
+    reader = gguf.GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=-(-len(reader.tensors) // parts))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind, sub = field.types[0], field.types[-1]
+            writer.add_key_value(key, field.contents(), kind, sub if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def edited(
     source: Path,
     path: Path,
@@ -61,8 +83,5 @@ def edited(
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, tensor in add.items():
         writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path

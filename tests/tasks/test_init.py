@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import gguf_files
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -142,6 +144,21 @@ def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
     with pytest.raises(UserMistake, match=said):
         collect_init("given")
     assert not paths.INIT.exists()
+
+
+def test_a_gguf_model_in_several_files_is_brought_anew_when_one_of_them_changes(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    _, folder = gguf_files.make_checkpoint(tmp_path / "source")
+    first, *others = gguf_files.split(gguf_files.written(folder), corpus / "given.gguf")
+    states = [collect_init(first.name) for _ in range(2)]
+    content = bytearray(others[-1].read_bytes())
+    content[gguf.GGUFReader(others[-1]).tensors[0].data_offset] ^= 1
+    others[-1].write_bytes(content)
+    states.append(collect_init(first.name))
+    assert [report and report.state for report in states] == ["new", "unchanged", "changed"]
+    others[-1].unlink()
+    with pytest.raises(BadInput, match=rf"{first.name}: it is the first of 3 parts, and {others[-1].name} is missing"):
+        collect_init(first.name)
 
 
 def test_a_file_is_no_folder(corpus: Path) -> None:

@@ -1,0 +1,166 @@
+"""A ``tokenizer.json`` with pieces as SentencePiece has them in the metadata of GGUF, and back. Imports no torch.
+
+Llama 2 reads texts so, and what came of it. llama.cpp joins any two neighbours that are a piece together, those first
+whose piece has the highest score. A ``tokenizer.json`` lists which two are joined, in their order: all ways to cut a
+piece in two, piece by piece from the highest score down, come to the same.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from lm.gguf_tensors import Unfit
+from lm.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, adds_bos, beginning, filled_up, putting_before
+
+# gguf.TokenType
+_UNKNOWN, _BYTE = 2, 6
+_SPACE = "\u2581"
+_BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tokenizer as GGUF has it: ``tokens``, their ``types`` and ``scores`` by id.
+
+    ``adds_space``: before a text, and before what follows a special token.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    unk_token_id: int
+    adds_bos: bool
+    adds_space: bool
+
+
+def spells_in_bytes(content: str) -> bool:
+    """Returns whether the ``tokenizer.json`` spells in bytes what is no piece, as those do that were converted."""
+    model = json.loads(content).get("model", {})
+    return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+
+
+def pieces(content: str, size: int, bos_token_id: int) -> Pieces:
+    """Returns the tokenizer ``content`` (a ``tokenizer.json``), filled up to ``size`` ids with unused ones.
+
+    Raises :class:`Unfit` where llama.cpp would read texts in other tokens.
+    """
+    begins = beginning(content)
+    parsed = json.loads(content)
+    model = parsed["model"]
+    vocab: dict[str, int] = model["vocab"]
+    if missing := [byte for byte in _BYTES if byte not in vocab]:
+        raise Unfit(f"it lacks {missing[0]}, with which llama.cpp spells what is no piece")
+    if model["unk_token"] not in vocab:
+        raise Unfit("it has no token for what is unknown, which llama.cpp needs")
+    scores = _scores(vocab, model, {token["content"] for token in parsed["added_tokens"]})
+    tokens, types = filled_up(parsed, size)
+    for token in _BYTES:
+        types[vocab[token]] = _BYTE
+    unknown = vocab[model["unk_token"]]
+    types[unknown] = _UNKNOWN
+    # Nothing is joined to the others; llama.cpp wants a number all the same.
+    return Pieces(
+        tokens=tokens,
+        types=types,
+        scores=[scores.get(token, 0.0) for token in tokens],
+        unk_token_id=unknown,
+        adds_bos=adds_bos(begins, bos_token_id),
+        adds_space=_adds_space(parsed),
+    )
+
+
+def _adds_space(parsed: Mapping[str, Any]) -> bool:
+    """Returns whether a space is put before texts. Raises :class:`Unfit` where llama.cpp would not read them so."""
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    before = {"type": "Prepend", "prepend": _SPACE}
+    if parsed["pre_tokenizer"] is None:
+        match parsed["normalizer"]:
+            case {"type": "Sequence", "normalizers": steps} if steps == [before, spaces]:
+                return True
+            case {"type": "Sequence", "normalizers": [step]} | step if step == spaces:
+                return False
+    match parsed["pre_tokenizer"]:
+        case {"type": "Metaspace", "prepend_scheme": "first" | "always"}:
+            raise Unfit("it puts a space before some texts (Metaspace); llama.cpp does before all or none")
+        case _:
+            raise Unfit("it changes or cuts texts before it looks for pieces, otherwise than llama.cpp does")
+
+
+def _scores(vocab: Mapping[str, int], model: Mapping[str, Any], added: set[str]) -> dict[str, float]:
+    """Returns the score of each piece that others are joined to, by which llama.cpp joins them in the same order."""
+    if model.get("ignore_merges") or model.get("dropout"):
+        raise Unfit("it does not always join pieces in their order (ignore_merges, dropout), which llama.cpp does")
+    listed: dict[str, set[tuple[str, str]]] = {}
+    last = None
+    for merge in model["merges"]:
+        # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
+        left, right = merge if not isinstance(merge, str) else merge.split(" ")
+        joined = left + right
+        if joined != last and joined in listed:
+            raise Unfit(f"it joins {joined!r} earlier or later by what it is joined of; llama.cpp knows one score")
+        listed.setdefault(joined, set()).add((left, right))
+        last = joined
+    for token in (vocab.keys() - _BYTES.keys()) | added:
+        if more := [pair for pair in _cuts(token, vocab) if pair not in listed.get(token, ())]:
+            left, right = more[0]
+            raise Unfit(f"it does not join {left!r} and {right!r}, as llama.cpp would, since {token!r} is a piece")
+    return {joined: float(-place) for place, joined in enumerate(listed, start=1)}
+
+
+def _cuts(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    # Single characters are there even where they are no pieces.
+    for place in range(1, len(token)):
+        left, right = token[:place], token[place:]
+        if (left in vocab or len(left) == 1) and (right in vocab or len(right) == 1):
+            yield left, right
+
+
+def tokenizer_json(known: Pieces, bos_token_id: int) -> str:
+    """Returns a ``tokenizer.json`` that reads texts as llama.cpp does with ``known``.
+
+    Raises :class:`Unfit` where that would take more than an order of what is joined.
+    """
+    vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != UNUSED}
+    joined = sorted(
+        (token for token, id_ in vocab.items() if known.types[id_] == NORMAL and _joined_of(token, vocab)),
+        key=lambda token: -known.scores[vocab[token]],
+    )
+    for first, second in itertools.pairwise(joined):
+        if known.scores[vocab[first]] == known.scores[vocab[second]]:
+            raise Unfit(f"its tokenizer.ggml.scores do not say which comes first, {first!r} or {second!r}")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[pair for token in joined for pair in _joined_of(token, vocab)],
+            unk_token=known.tokens[known.unk_token_id],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    before = [normalizers.Prepend(_SPACE)] if known.adds_space else []
+    tokenizer.normalizer = normalizers.Sequence([*before, spaces])
+    strip = [decoders.Strip(" ", 1, 0)] if known.adds_space else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    tokenizer.add_tokens(list(_added(known)))
+    if known.adds_bos:
+        tokenizer.post_processor = putting_before(known.tokens[bos_token_id], bos_token_id)
+    return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def _joined_of(token: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    if token in _BYTES:
+        return []
+    return [(left, right) for left, right in _cuts(token, vocab) if left in vocab and right in vocab]
+
+
+def _added(known: Pieces) -> Iterator[AddedToken]:
+    for token, kind in zip(known.tokens, known.types, strict=True):
+        if kind in (CONTROL, USER_DEFINED, _UNKNOWN):
+            yield AddedToken(token, normalized=False, special=kind != USER_DEFINED)
