@@ -243,7 +243,12 @@ def export(
         typer.Option(metavar="PATH", help="A file for gguf, else a folder. [default: in .overnight/export]"),
     ] = None,
     type_: Annotated[
-        str | None, typer.Option("--type", help="Of a GGUF's matrices: f32, f16, bf16 or q8_0. [default: f16]")
+        str | None,
+        typer.Option(
+            "--type",
+            help="Of a GGUF's matrices: f32, f16, bf16 or q8_0 [default: f16]. Of a graph: onnxruntime [default], "
+            "or standard, in ONNX's own operators alone: for other runtimes, and slower in that one.",
+        ),
     ] = None,
 ) -> None:
     """Write the project's model as other programs take it: gguf and hf the float model, onnx the INT8 one.

@@ -3,7 +3,7 @@
 ``gguf`` is one file for llama.cpp and what is built on it (Ollama, LM Studio), made from the float model. By default
 its matrices are f16: what the card measured of the float model then holds for it, which nothing has measured for q8_0,
 and llama.cpp makes smaller ones of it. ``hf`` is the float model as transformers loads it, ``onnx`` the INT8 model with
-what it needs.
+what it needs: the graph that ships, or with the type ``standard`` one in ONNX's own operators alone.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from tasks.errors import BadInput, UserMistake
 FOLDER = paths.SCRATCH / "export"
 FORMATS = ("gguf", "hf", "onnx")
 DEFAULT_TYPE = "f16"
+GRAPHS = ("onnxruntime", "standard")
 FLOAT_FILES = ("config.json", "tokenizer.json")
 # What lies there is DVC's: a file more, and a stage's output is another one.
 _OF_RUNS = (Path("data"), Path("models"))
@@ -30,7 +31,7 @@ _OF_RUNS = (Path("data"), Path("models"))
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to write, and where; ``type`` is that of a GGUF file's matrices. None: the default."""
+    """What to write, and where; ``type`` is that of a GGUF file's matrices, or of a graph. None: the default."""
 
     to: str
     output: Path | None = None
@@ -46,8 +47,10 @@ def export(root: Path, request: Request, out: Console) -> Path:
     """
     if request.to not in FORMATS:
         raise UserMistake(f"--to: there is no format '{request.to}'; choose one of {', '.join(FORMATS)}.")
-    if request.type is not None and request.to != "gguf":
-        raise UserMistake(f"--type: {request.to} has no choice of types; only gguf has.")
+    if request.type is not None and request.to == "hf":
+        raise UserMistake("--type: hf has no choice of types; gguf and onnx have.")
+    if request.type is not None and request.to == "onnx" and request.type not in GRAPHS:
+        raise UserMistake(f"--type: there is no type '{request.type}'; choose one of {', '.join(GRAPHS)}.")
     for place in _OF_RUNS:
         if request.output is not None and request.output.resolve().is_relative_to((root / place).resolve()):
             raise UserMistake(f"{request.output}: in {place}/, where runs write; name another place with --output.")
@@ -84,7 +87,8 @@ def _to_gguf(root: Path, request: Request) -> Path:
 
 
 def _to_folder(root: Path, request: Request) -> Path:
-    target = request.output or root / FOLDER / request.to
+    standard = request.to == "onnx" and request.type == "standard"
+    target = request.output or root / FOLDER / (f"{request.to}-standard" if standard else request.to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserMistake(f"{target}: not an empty folder. Name one that is empty, or not there yet, with --output.")
     if request.to == "hf":
@@ -94,12 +98,24 @@ def _to_folder(root: Path, request: Request) -> Path:
         # What does not load here loads nowhere.
         generate.load(source)
     with atomic.folder(target) as folder:
-        _copy(source, folder)
+        if standard:
+            _write_standard(source, folder)
+        else:
+            _copy(source, folder)
         if (card := root / paths.CARD).is_dir():
             _copy(card, folder)
         if request.to == "hf":
             _check(folder, source)
     return target
+
+
+def _write_standard(source: Path, folder: Path) -> None:
+    from lm import onnx_standard
+
+    graph = paths.INT8_GRAPH.name
+    # The audit is of the operators that ship.
+    _copy(source, folder, without=(graph, f"{graph}.data", paths.AUDIT.name))
+    onnx_standard.write(source / graph, folder / graph)
 
 
 def _source(root: Path, place: Path, names: Sequence[str]) -> Path:
@@ -109,8 +125,8 @@ def _source(root: Path, place: Path, names: Sequence[str]) -> Path:
     return root / place
 
 
-def _copy(source: Path, folder: Path) -> None:
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+def _copy(source: Path, folder: Path, without: Sequence[str] = ()) -> None:
+    for file in sorted(path for path in source.rglob("*") if path.is_file() and path.name not in without):
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from lm.graph import FLOAT, Graph
+from lm.graph import FLOAT, SMALLEST_SCALE, Graph, rounded_in_blocks
 from lm.scheme import Levels, Operand
 
 # onnxruntime's operator for all experts of a layer.
@@ -23,8 +23,6 @@ MIXTURE = "QMoE"
 GATES = 14
 # Of MatMulNBits: activations are rounded to 8 bits.
 ACCURACY_LEVEL = 4
-# A block of zeros has this scale, and stays a block of zeros.
-_SMALLEST_SCALE = 1e-12
 
 
 def quantize_weight(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +31,7 @@ def quantize_weight(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.T
     The last block is filled up with zeros. 8 bits hold -127 ... 127, 4 bits -7 ... 7.
     """
     blocks = _blocks(weight.float(), size)
-    scales = (blocks.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=_SMALLEST_SCALE)
+    scales = (blocks.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=SMALLEST_SCALE)
     return (blocks / scales).round(), scales
 
 
@@ -156,17 +154,8 @@ class Blockwise:
             "normalize_routing_weights": 0,
         }
 
-    def rounded(self, graph: Graph, x: str) -> str:
-        width = graph.op("Shape", x, start=1, end=2)
-        # Filled up to whole blocks, as the kernel does it.
-        missing = graph.op("Mod", graph.op("Neg", width), graph.ints(self.size))
-        padded = graph.op("Pad", x, graph.op("Concat", graph.ints(0, 0, 0), missing, axis=0))
-        blocks = graph.op("Reshape", padded, graph.ints(0, -1, self.size))
-        scales = graph.op("ReduceMax", graph.op("Abs", blocks), graph.ints(-1), keepdims=1)
-        scales = graph.op("Div", scales, graph.number(127.0))
-        inverse = graph.op("Div", graph.number(1.0), graph.op("Max", scales, graph.number(_SMALLEST_SCALE)))
-        rounded = graph.op("Mul", graph.op("Round", graph.op("Mul", blocks, inverse)), scales)
-        return graph.op("Slice", graph.op("Flatten", rounded), graph.ints(0), width, graph.ints(1))
+    def rounded(self, graph: Graph, x: str, width: int) -> str:
+        return rounded_in_blocks(graph, x, width, self.size)
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:
         # A byte a number whatever the weight has: the graph knows no product of blocks that could be sliced into heads.

@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 23
 IR_VERSION = 11
+# A block of zeros has this scale, and stays a block of zeros.
+SMALLEST_SCALE = 1e-12
 
 
 class Graph:
@@ -82,12 +84,16 @@ class Graph:
 
         It is not copied for that: what writes a cache writes it where the caller wants it.
         """
+        self.rename(value, name)
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def rename(self, value: str, name: str) -> None:
+        """Calls ``name`` what is ``value`` so far."""
         for node in _all_nodes(self.nodes):
             for names in (node.input, node.output):
                 for index, found in enumerate(names):
                     if found == value:
                         names[index] = name
-        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def mark(self, value: str, name: str) -> None:
         """Gives ``value`` the name ``name`` as well, for whoever wants to see it: a run computes no more for it."""
@@ -110,6 +116,20 @@ class Graph:
             size_threshold=1024,
         )  # fmt: skip
         onnx.checker.check_model(path, full_check=True)
+
+
+def rounded_in_blocks(graph: Graph, x: str, width: int, size: int) -> str:
+    """Returns ``x`` [N, width] rounded to 8 bits in blocks of ``size``: what onnxruntime multiplies by such weights."""
+    # Filled up to whole blocks, as the kernel does it.
+    missing = -width % size
+    padded = graph.op("Pad", x, graph.ints(0, 0, 0, missing)) if missing else x
+    blocks = graph.op("Reshape", padded, graph.ints(0, (width + missing) // size, size))
+    scales = graph.op("ReduceMax", graph.op("Abs", blocks), graph.ints(-1), keepdims=1)
+    scales = graph.op("Div", scales, graph.number(127.0))
+    inverse = graph.op("Div", graph.number(1.0), graph.op("Max", scales, graph.number(SMALLEST_SCALE)))
+    rounded = graph.op("Mul", graph.op("Round", graph.op("Mul", blocks, inverse)), scales)
+    flat = graph.op("Flatten", rounded)
+    return graph.op("Slice", flat, graph.ints(0), graph.ints(width), graph.ints(1)) if missing else flat
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -83,7 +83,8 @@ def latent(
     q = graph.op("Transpose", graph.unflat(q, places.positions, heads, config.qk_head_dim), perm=[0, 2, 1, 3])
     q_nope, q_rope = graph.ops("Split", q, graph.ints(nope, rope), outputs=2, axis=-1)
 
-    new = graph.rounded(f"{name}.kv_b_proj", graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new))
+    new = graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new)
+    new = graph.rounded(f"{name}.kv_b_proj", new, rank)
     k_rope = graph.unflat(k_rope, places.positions, rope)
     k_rope = graph.op("Reshape", _rotate(graph, k_rope, places, num_heads=1), graph.ints(-1, rope))
     new = graph.op("Concat", new, k_rope, axis=-1)

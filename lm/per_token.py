@@ -112,7 +112,7 @@ class PerToken:
         zeros = graph.op("Mul", offset, graph.weight(f"{name}.sums", sums.astype(np.float32)))
         return graph.op("Mul", graph.op("Sub", product, zeros), scale)
 
-    def rounded(self, graph: Graph, x: str) -> str:
+    def rounded(self, graph: Graph, x: str, width: int) -> str:
         return graph.op("DequantizeLinear", *self._quantized(graph, x), axis=0)
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:

@@ -61,9 +61,9 @@ class PlannedGraph(Graph):
         parts = self.op("MatMul", parts, self.weight(turn_name(len(turn)), array(turn)))
         return self.op("Reshape", parts, self.ints(-1, size))
 
-    def rounded(self, name: str, x: str) -> str:
-        """[N, in] as the product of the layer ``name`` sees it."""
-        return self.plan.of(name).rounded(self, x)
+    def rounded(self, name: str, x: str, width: int) -> str:
+        """[N, width] as the product of the layer ``name`` sees it."""
+        return self.plan.of(name).rounded(self, x, width)
 
     def constant(self, name: str, layer: Linear) -> str:
         """The weight [out, in] as the product of the layer ``name`` sees it."""

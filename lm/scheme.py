@@ -44,8 +44,8 @@ class Scheme(Protocol):
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
         """Returns the product [N, out] in the graph: the twin of :meth:`project`."""
 
-    def rounded(self, graph: Graph, x: str) -> str:
-        """Returns ``x`` [N, in] as the product sees it, in fp32: for a product that is computed in another order."""
+    def rounded(self, graph: Graph, x: str, width: int) -> str:
+        """Returns ``x`` [N, width] as the product sees it, in fp32: for a product that is computed in another order."""
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:
         """Returns ``weight`` [out, in] as the product sees it, in fp32; onnxruntime computes it when it loads."""
@@ -71,7 +71,7 @@ class Float:
         columns = weight.detach().float().numpy().T
         return graph.op("MatMul", *x, graph.weight(self.stored(name), np.ascontiguousarray(columns)))
 
-    def rounded(self, graph: Graph, x: str) -> str:
+    def rounded(self, graph: Graph, x: str, width: int) -> str:
         return x
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:

@@ -85,7 +85,7 @@ class Static:
         scale, zero = self._constants(graph)
         return graph.op(self.operator, *x, columns, scale, by_channel, zero, domain="com.microsoft")
 
-    def rounded(self, graph: Graph, x: str) -> str:
+    def rounded(self, graph: Graph, x: str, width: int) -> str:
         return graph.op("DequantizeLinear", *self.operand(graph, x), *self._constants(graph))
 
     def constant(self, graph: Graph, name: str, weight: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import odd
+import onnx
 import pytest
 import tiny
 from rich.console import Console
@@ -14,9 +15,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.export import Request, export
-from lm import gguf_file, hugging_face
+from lm import gguf_file, hugging_face, text
 from lm.gguf_tokenizer import PIECES
 from lm.runtime import Generator
+from lm.sampling import Sampling
 from tasks.errors import BadInput, DiskFull, UserMistake
 
 if TYPE_CHECKING:
@@ -75,12 +77,27 @@ def test_onnx_is_a_folder_that_the_runtime_loads_and_a_card_is_no_must(root: Pat
     assert Generator(folder, threads=1).context == 64
 
 
+def test_a_standard_graph_is_one_that_the_runtime_loads_too_with_what_it_needs(root: Path) -> None:
+    folder = exported(root, "onnx", None, "standard")
+    assert folder == root / ".overnight/export/onnx-standard"
+    nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+    assert {node.domain for node in nodes} == {""}
+    # The audit is of the operators that ship.
+    shipped = {path.relative_to(root / "models/int8") for path in (root / "models/int8").rglob("*")}
+    found = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert found - {Path("README.md")} == shipped - {Path("audit.json")}
+    asked = text.Request("In the", 8, Sampling(temperature=0.0))
+    written = ["".join(Generator(place, threads=1).generate(asked)) for place in (folder, root / "models/int8")]
+    assert written[0] == written[1]
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
         (Request("gguff"), "--to: there is no format 'gguff'; choose one of gguf, hf, onnx."),
         (Request("gguf", type="q4"), "--type: there is no type 'q4'; choose one of f32, f16, bf16, q8_0."),
-        (Request("hf", type="f16"), "--type: hf has no choice of types; only gguf has."),
+        (Request("hf", type="f16"), "--type: hf has no choice of types; gguf and onnx have."),
+        (Request("onnx", type="f16"), "--type: there is no type 'f16'; choose one of onnxruntime, standard."),
         (Request("gguf", Path("full")), "full: a folder; name a file in it with --output."),
         (
             Request("gguf", Path("full/file")),
