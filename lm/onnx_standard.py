@@ -1,8 +1,7 @@
 """The graph of a model in ONNX's own operators alone, for runtimes that do not know onnxruntime's. Imports no torch.
 
-Computes the same numbers, the order of sums aside. onnxruntime's operators take no pass of their own to scale integers,
-read packed weights, and write caches in place; without them a graph is slower there, and its products are in floating
-point but for those of integers with a scale a token.
+Computes the same numbers, the order of sums aside. Experts in blocks are two products of stacked weights, of all experts
+for all tokens: nothing depends on what a router chose, at the cost of those that it did not choose.
 """
 
 from collections.abc import Callable
@@ -63,7 +62,10 @@ class _Rewritten(Graph):
         return self._mask
 
     def blocks(self, values: str, scales: str, bits: int, size: int, width: int) -> str:
-        """Returns the fp32 values [..., width] of packed ``values`` with a scale for each ``size`` of a row."""
+        """Returns the fp32 values [..., width, rows] of packed ``values`` with a scale for each ``size`` of a row.
+
+        Turned for the product by them: so onnxruntime makes one operator of both again.
+        """
         packed, by_block = self.array(values), self.array(scales)
         leading = packed.shape[: packed.ndim - 1 - (packed.ndim > by_block.ndim)]
         packed = packed.reshape(*leading, -1)
@@ -71,9 +73,9 @@ class _Rewritten(Graph):
             packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*leading, -1)
         integers = (packed.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)[..., :width]
         kind = ml_dtypes.int4 if bits == 4 else np.int8
-        signed = self.weight(f"{values}.signed", integers.astype(kind))
-        each = self.weight(f"{scales}.by_block", by_block.reshape(*leading, -1))
-        return self.op("DequantizeLinear", signed, each, axis=len(leading), block_size=size)
+        signed = self.weight(f"{values}.signed", integers.astype(kind).swapaxes(-1, -2))
+        each = self.weight(f"{scales}.by_block", by_block.reshape(*leading, -1).swapaxes(-1, -2))
+        return self.op("DequantizeLinear", signed, each, axis=len(leading) - 1, block_size=size)
 
     def drop_what_nobody_reads(self) -> None:
         """Removes nodes and weights that no output needs."""
@@ -108,8 +110,7 @@ def _blocks(graph: _Rewritten, inputs: list[str], attributes: dict[str, Any]) ->
     x, values, scales = inputs
     bits, size = attributes["bits"], attributes["block_size"]
     weight = graph.blocks(values, scales, bits, size, attributes["K"])
-    x = rounded_in_blocks(graph, x, attributes["K"], size)
-    return [graph.op("MatMul", x, graph.op("Transpose", weight, perm=[1, 0]))]
+    return [graph.op("MatMul", rounded_in_blocks(graph, x, attributes["K"], size), weight)]
 
 
 def _mixture(graph: _Rewritten, inputs: list[str], attributes: dict[str, Any]) -> list[str]:
@@ -119,7 +120,7 @@ def _mixture(graph: _Rewritten, inputs: list[str], attributes: dict[str, Any]) -
     experts, pairs, packed = graph.array(into).shape
     width, inner = packed * (8 // bits), pairs // 2
     first, second = (
-        graph.op("Transpose", graph.blocks(values, scales, bits, size, inputs), perm=[0, 2, 1])
+        graph.blocks(values, scales, bits, size, inputs)
         for values, scales, inputs in ((into, into_scales, width), (out, out_scales, inner))
     )
     both = graph.op("MatMul", rounded_in_blocks(graph, x, width, size), first)
