@@ -5,9 +5,8 @@ whose piece has the highest score. A ``tokenizer.json`` lists which two are join
 piece in two, piece by piece from the highest score down, come to the same.
 """
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,21 +93,38 @@ def _scores(vocab: Mapping[str, int], model: Mapping[str, Any], added: set[str])
     """Returns the score of each piece that others are joined to, by which llama.cpp joins them in the same order."""
     if model.get("ignore_merges") or model.get("dropout"):
         raise Unfit("it does not always join pieces in their order (ignore_merges, dropout), which llama.cpp does")
-    listed: dict[str, set[tuple[str, str]]] = {}
-    last = None
-    for merge in model["merges"]:
-        # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
-        left, right = merge if not isinstance(merge, str) else merge.split(" ")
-        joined = left + right
-        if joined != last and joined in listed:
-            raise Unfit(f"it joins {joined!r} earlier or later by what it is joined of; llama.cpp knows one score")
-        listed.setdefault(joined, set()).add((left, right))
-        last = joined
+    # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    listed: dict[str, set[tuple[str, ...]]] = {}
+    for merge in merges:
+        listed.setdefault("".join(merge), set()).add(merge)
     for token in (vocab.keys() - _BYTES.keys()) | added:
         if more := [pair for pair in _cuts(token, vocab) if pair not in listed.get(token, ())]:
             left, right = more[0]
             raise Unfit(f"it does not join {left!r} and {right!r}, as llama.cpp would, since {token!r} is a piece")
-    return {joined: float(-place) for place, joined in enumerate(listed, start=1)}
+    scores: dict[str, float] = {}
+    for place, together in enumerate(_stretches(merges), start=1):
+        # Runs of one character, as of spaces, come to the same whichever of them is first.
+        if len(together) > 1 and len({char for joined in together for char in joined}) > 1:
+            first, second, *_ = sorted(together)
+            raise Unfit(f"it joins {first!r} now before and now behind {second!r}; llama.cpp knows one score of each")
+        scores |= dict.fromkeys(together, float(-place))
+    return scores
+
+
+def _stretches(merges: Sequence[tuple[str, ...]]) -> Iterator[set[str]]:
+    """Yields what is joined, in order; together what is joined now before and now behind something else of it."""
+    last = {"".join(merge): place for place, merge in enumerate(merges)}
+    together: set[str] = set()
+    end = -1
+    for place, merge in enumerate(merges):
+        if place > end and together:
+            yield together
+            together = set()
+        together.add("".join(merge))
+        end = max(end, last["".join(merge)])
+    if together:
+        yield together
 
 
 def _cuts(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -125,17 +141,20 @@ def tokenizer_json(known: Pieces, bos_token_id: int) -> str:
     Raises :class:`Unfit` where that would take more than an order of what is joined.
     """
     vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != UNUSED}
-    joined = sorted(
-        (token for token, id_ in vocab.items() if known.types[id_] == NORMAL and _joined_of(token, vocab)),
-        key=lambda token: -known.scores[vocab[token]],
-    )
-    for first, second in itertools.pairwise(joined):
-        if known.scores[vocab[first]] == known.scores[vocab[second]]:
-            raise Unfit(f"its tokenizer.ggml.scores do not say which comes first, {first!r} or {second!r}")
+    joined = {
+        token: known.scores[id_]
+        for token, id_ in vocab.items()
+        if known.types[id_] == NORMAL and _joined_of(token, vocab)
+    }
+    if len(joined) > 1 and len({*joined.values()}) == 1:
+        raise Unfit("its tokenizer.ggml.scores are all the same, and do not say what is joined first")
+    pairs = [(*pair, score) for token, score in joined.items() for pair in _joined_of(token, vocab)]
+    # As transformers orders them where scores are equal, as those of runs of spaces are.
+    pairs.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=[pair for token in joined for pair in _joined_of(token, vocab)],
+            merges=[(left, right) for left, right, _ in pairs],
             unk_token=known.tokens[known.unk_token_id],
             fuse_unk=True,
             byte_fallback=True,

@@ -1,7 +1,7 @@
 """The graph of a model in ONNX's own operators alone, for runtimes that do not know onnxruntime's. Imports no torch.
 
-Computes the same numbers, the order of sums aside. Experts in blocks are two products of stacked weights, of all experts
-for all tokens: nothing depends on what a router chose, at the cost of those that it did not choose.
+Computes the same numbers, the order of sums aside. Experts in blocks are two products of stacked weights, of all
+experts for all tokens: nothing depends on what a router chose, at the cost of those that it did not choose.
 """
 
 from collections.abc import Callable
