@@ -30,7 +30,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.project(turned(x, self.turn), self.weight)
-        return y if self.bias is None else y + self.bias
+        # In the product's type: a sum with fp32 would be fp32, and so would all that is made of it.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
@@ -43,7 +44,7 @@ def stacked(x: torch.Tensor, *layers: Linear) -> torch.Tensor:
     if any(layer.project != layers[0].project for layer in layers):
         return torch.cat([layer(x) for layer in layers], dim=-1)
     y = layers[0].project(x, torch.cat([layer.weight for layer in layers]))
-    return y if layers[0].bias is None else y + torch.cat([layer.bias for layer in layers])
+    return y if layers[0].bias is None else y + torch.cat([layer.bias for layer in layers]).to(y.dtype)
 
 
 def together(x: torch.Tensor, *layers: Linear) -> tuple[torch.Tensor, ...]:
