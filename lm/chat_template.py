@@ -78,18 +78,11 @@ class ChatTemplate:
     @classmethod
     def read(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
         """Returns the template of the model in ``folder``; None where there is none. Raises :class:`Malformed`."""
-        settings = _settings(folder / SETTINGS)
-        place = folder / FILE
-        if place.is_file():
-            try:
-                source = place.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise Malformed(f"{place}: not UTF-8") from None
-        elif (found := _older(settings.get("chat_template"))) is not None:
-            place, source = folder / SETTINGS, found
-        else:
+        found = source_in(folder)
+        if found is None:
             return None
-        return cls(source, _special_tokens(settings), tokenizer, str(place))
+        place, source = found
+        return cls(source, _special_tokens(settings_in(folder)), tokenizer, str(place))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, today: date | None = None) -> str:
         """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`.
@@ -256,7 +249,24 @@ def _controls(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def source_in(folder: Path) -> tuple[Path, str] | None:
+    """Returns the template's text of the model in ``folder``, and where it stands there; None where there is none.
+
+    Raises :class:`Malformed` where it cannot be read.
+    """
+    place = folder / FILE
+    if place.is_file():
+        try:
+            return place, place.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise Malformed(f"{place}: not UTF-8") from None
+    found = _older(settings_in(folder).get("chat_template"))
+    return None if found is None else (folder / SETTINGS, found)
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """Returns what ``tokenizer_config.json`` in ``folder`` says; nothing where it is not there. Raises as above."""
+    file = folder / SETTINGS
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:

@@ -51,8 +51,8 @@ class YarnScaling(_Shape):
 
     @model_validator(mode="after")
     def _the_band_is_one(self) -> Self:
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(f"beta_fast {self.beta_fast} is not more than beta_slow {self.beta_slow}")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} is less than beta_slow {self.beta_slow}")
         return self
 
     @property

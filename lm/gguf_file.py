@@ -13,7 +13,7 @@ from lm import gguf_sentencepiece
 from lm.config import ModelConfig
 from lm.gguf_metadata import config_from, files_of
 from lm.gguf_tensors import EXPANDED, Array, Part, Unfit, check_names, parts
-from lm.gguf_tokenizer import Vocabulary, tokenizer_json
+from lm.gguf_tokenizer import Vocabulary, puts_bos_before, tokenizer_json
 from lm.hugging_face import layout_to_state
 from lm.model import LanguageModel
 
@@ -130,18 +130,19 @@ def _tokenizer(found: Mapping[str, Any], config: ModelConfig) -> str | None:
 
 def _vocabulary(found: Mapping[str, Any], config: ModelConfig) -> Vocabulary:
     tokens, types = _tokens(found, config, "merges")
+    pre = found.get(f"{_TOKENIZER}pre", "")
+    # What is not said is as llama.cpp has it.
     return Vocabulary(
-        pre=found.get(f"{_TOKENIZER}pre", ""),
+        pre=pre,
         tokens=tokens,
         types=types,
         merges=found[f"{_TOKENIZER}merges"],
-        adds_bos=found.get(f"{_TOKENIZER}add_bos_token", False),
+        adds_bos=found.get(f"{_TOKENIZER}add_bos_token", puts_bos_before(pre)),
     )
 
 
 def _pieces(found: Mapping[str, Any], config: ModelConfig) -> gguf_sentencepiece.Pieces:
     tokens, types = _tokens(found, config, "scores")
-    # What is not said is as llama.cpp has it.
     return gguf_sentencepiece.Pieces(
         tokens=tokens,
         types=types,

@@ -13,7 +13,17 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from lm.gguf_tensors import Unfit
-from lm.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, adds_bos, beginning, filled_up, putting_before
+from lm.gguf_tokenizer import (
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    adds_bos,
+    beginning,
+    filled_up,
+    pairs,
+    putting_before,
+)
 
 # gguf.TokenType
 _UNKNOWN, _BYTE = 2, 6
@@ -93,9 +103,8 @@ def _scores(vocab: Mapping[str, int], model: Mapping[str, Any], added: set[str])
     """Returns the score of each piece that others are joined to, by which llama.cpp joins them in the same order."""
     if model.get("ignore_merges") or model.get("dropout"):
         raise Unfit("it does not always join pieces in their order (ignore_merges, dropout), which llama.cpp does")
-    # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    listed: dict[str, set[tuple[str, ...]]] = {}
+    merges = pairs(model["merges"])
+    listed: dict[str, set[tuple[str, str]]] = {}
     for merge in merges:
         listed.setdefault("".join(merge), set()).add(merge)
     for token in (vocab.keys() - _BYTES.keys()) | added:
@@ -112,7 +121,7 @@ def _scores(vocab: Mapping[str, int], model: Mapping[str, Any], added: set[str])
     return scores
 
 
-def _stretches(merges: Sequence[tuple[str, ...]]) -> Iterator[set[str]]:
+def _stretches(merges: Sequence[tuple[str, str]]) -> Iterator[set[str]]:
     """Yields what is joined, in order; together what is joined now before and now behind something else of it."""
     last = {"".join(merge): place for place, merge in enumerate(merges)}
     together: set[str] = set()
@@ -148,13 +157,13 @@ def tokenizer_json(known: Pieces, bos_token_id: int) -> str:
     }
     if len(joined) > 1 and len({*joined.values()}) == 1:
         raise Unfit("its tokenizer.ggml.scores are all the same, and do not say what is joined first")
-    pairs = [(*pair, score) for token, score in joined.items() for pair in _joined_of(token, vocab)]
+    merges = [(*pair, score) for token, score in joined.items() for pair in _joined_of(token, vocab)]
     # As transformers orders them where scores are equal, as those of runs of spaces are.
-    pairs.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
+    merges.sort(key=lambda merge: (merge[2], len(merge[0]), len(merge[1])), reverse=True)
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=[(left, right) for left, right, _ in pairs],
+            merges=[(left, right) for left, right, _ in merges],
             unk_token=known.tokens[known.unk_token_id],
             fuse_unk=True,
             byte_fallback=True,

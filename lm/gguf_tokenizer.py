@@ -65,11 +65,22 @@ PIECES: dict[str, list[dict[str, Any]]] = {
         {"type": "Digits", "individual_digits": True},
         _BYTES,
     ],
+    "deepseek-coder": [
+        _split("[\r\n]"),
+        _split(r"\s?\p{L}+"),
+        _split(r"\s?\p{P}+"),
+        _split("[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
+        {"type": "Digits", "individual_digits": True},
+        _BYTES,
+    ],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT_2],
     "gpt-2": [_GPT_2],
 }
 # Other names for some of them, in files that llama.cpp's converter writes or wrote.
 _ALIASES = {"deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+# With it, llama.cpp takes a piece that is a token as it is, however it would be merged, and puts bos before a text
+# where a file does not say whether.
+_TAKES_WHOLE = "llama-bpe"
 
 # As Overnight's own tokenizer writes the first of these: it ignores no case, and takes spaces 100,000 at a time.
 _OURS = [
@@ -111,12 +122,36 @@ def vocabulary(content: str, size: int, bos_token_id: int) -> Vocabulary:
     names = [name for name, known in ways if [_essence(step) for step in known] == steps]
     if not names:
         raise Unfit(f"it cuts texts as none of the ways that llama.cpp knows does; known are {', '.join(PIECES)}")
+    _check_whole_pieces(model, names[0])
     if not model["merges"]:
         raise Unfit("it merges nothing, and llama.cpp reads no such tokenizer; raise shard.vocab_size")
     tokens, types = filled_up(parsed, size)
-    # Written as pairs by tokenizers 0.20 and later, as one string with a space before.
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    merges = [" ".join(pair) for pair in pairs(model["merges"])]
     return Vocabulary(names[0], tokens, types, merges, adds_bos(begins, bos_token_id))
+
+
+def pairs(merges: list[Any]) -> list[tuple[str, str]]:
+    """Returns the merges of a ``tokenizer.json``: pairs since tokenizers 0.20, and strings with a space before."""
+    return [(left, right) for left, right in (one.split(" ") if isinstance(one, str) else one for one in merges)]
+
+
+def puts_bos_before(pre: str) -> bool:
+    """Returns whether llama.cpp puts bos before a text for a file that says nothing of it but its ``pre``."""
+    return _ALIASES.get(pre, pre) == _TAKES_WHOLE
+
+
+def _check_whole_pieces(model: Mapping[str, Any], pre: str) -> None:
+    """Raises :class:`Unfit` where llama.cpp would take a piece as one token that is merged to others, or vice versa."""
+    if bool(model.get("ignore_merges")) == (pre == _TAKES_WHOLE):
+        return
+    merging = models.BPE(vocab=model["vocab"], merges=pairs(model["merges"]))
+    for token in model["vocab"]:
+        if len(merging.tokenize(token)) > 1:
+            raise Unfit(
+                f"it reads {token!r} otherwise than llama.cpp, which with '{pre}' takes what is a token as one"
+                if pre == _TAKES_WHOLE
+                else f"it takes {token!r} as one token (ignore_merges), which llama.cpp does not with '{pre}'"
+            )
 
 
 def beginning(content: str) -> list[int]:
@@ -159,7 +194,8 @@ def tokenizer_json(known: Vocabulary, bos_token_id: int) -> str | None:
     vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != UNUSED}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in known.merges)]
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        takes_whole = _ALIASES.get(known.pre, known.pre) == _TAKES_WHOLE
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=takes_whole))
     except Exception as error:
         # tokenizers has no exception of its own.
         raise Unfit(f"its tokenizer.ggml.merges are not of its tokens ({' '.join(str(error).split())})") from None

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from safetensors import SafetensorError, safe_open
 
-from lm import gguf_sentencepiece
+from lm import chat_template, gguf_sentencepiece
 from lm.config import LatentConfig, ModelConfig
 from lm.gguf_metadata import Value, architecture, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
 from lm.hugging_face_config import Unusable, config_from_json
-from lm.hugging_face_files import CHAT_TEMPLATE, is_of_mtp, weight_files
+from lm.hugging_face_files import is_of_mtp, weight_files
 
 Encoded = npt.NDArray[Any]
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -51,13 +51,17 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
     config = _config(folder / "config.json")
     with _named(folder / "config.json"):
         described = metadata(config)
+    try:
+        template = chat_template.source_in(folder)
+    except chat_template.Malformed as error:
+        raise Unfit(str(error)) from None
     writer = gguf.GGUFWriter(path, architecture(config))
     try:
         values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **described}
         _add(writer, values)
         _add_tokenizer(writer, folder / "tokenizer.json", config)
-        if (template := folder / CHAT_TEMPLATE).is_file():
-            writer.add_chat_template(template.read_text(encoding="utf-8"))
+        if template is not None:
+            writer.add_chat_template(template[1])
         _write_tensors(writer, folder, config, kind)
     finally:
         writer.close()
@@ -113,7 +117,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> 
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.eos_token_id)
-    writer.add_add_bos_token(known.adds_bos)
+    # Where the file of the tokenizer does not say it, that of how it is used may.
+    writer.add_add_bos_token(known.adds_bos or chat_template.settings_in(path.parent).get("add_bos_token") is True)
     writer.add_add_eos_token(False)
 
 

@@ -99,9 +99,23 @@ def check(folder: Path, mtp: bool = False) -> ModelConfig:
 
     With ``mtp`` the layers of multi-token prediction belong to the model, where the checkpoint has them; only training
     has a use for them. Raises :class:`Unusable` that names the tensors that are missing, surplus, or of another shape
-    or type.
+    or type. Numbers are read of a head alone that is said to be the embedding, where it is stored as well.
     """
-    return opened(folder, mtp)[0].config
+    config = opened(folder, mtp)[0].config
+    if config.tie_word_embeddings:
+        _check_tied(_Files(folder))
+    return config
+
+
+def _check_tied(files: _Files) -> None:
+    pair = [name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in files.tensors]
+    if len(pair) == 2:
+        head, embedding = (files.read(name, whole_region(files.tensors[name].shape)) for name in pair)
+        if not torch.equal(head.float(), embedding.float()):
+            raise Unusable(
+                f"{CONFIG}: tie_word_embeddings is true, and the files hold an lm_head.weight that is not "
+                "model.embed_tokens.weight; set it to false, or remove that tensor"
+            )
 
 
 def load(folder: Path, mtp: bool = False) -> LanguageModel:
@@ -159,9 +173,11 @@ def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: 
     ``origin`` is the folder of the checkpoint that it was trained from: what lies there about the tokenizer, the
     template of a chat and the way to generate is kept as it is.
     """
+    # Some name several ends, of which a model's shape has the first.
+    ends = None if origin is None else read_json(origin / CONFIG).get("eos_token_id")
     ids = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": ends if isinstance(ends, list) else config.eos_token_id,
         "pad_token_id": config.eos_token_id,
     }
     for name, content in {

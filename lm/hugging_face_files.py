@@ -13,9 +13,10 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 # What else says how the tokenizer is used, a chat is written, and text is generated.
 _COMPANIONS = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -77,10 +78,17 @@ def is_of_mtp(name: str, layers: int, depths: int) -> bool:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Returns the configuration in ``folder``. Raises :class:`Unusable` that says what is wrong with it."""
+    """Returns the configuration in ``folder``. Raises :class:`Unusable` that says what is wrong with it.
+
+    A text begins with what the way to generate says, where it says so: some checkpoints' configurations still have
+    what the model began with that they were trained from (DeepSeek-R1-Distill-Qwen's).
+    """
     if not (folder / CONFIG).is_file():
         raise Unusable(f"{CONFIG}: no such file")
-    return config_from_json(read_json(folder / CONFIG))
+    content = read_json(folder / CONFIG)
+    if (folder / GENERATION).is_file() and isinstance(bos := read_json(folder / GENERATION).get("bos_token_id"), int):
+        content["bos_token_id"] = bos
+    return config_from_json(content)
 
 
 def read_json(path: Path) -> dict[str, Any]:

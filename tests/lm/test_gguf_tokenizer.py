@@ -85,6 +85,84 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
             written(folder)
 
 
+def with_a_token_that_nothing_is_merged_to(folder: Path, ignores: bool) -> str:
+    """Has the tokenizer of the checkpoint in ``folder`` hold a word as a token, in the place of another one."""
+    path = folder / "tokenizer.json"
+    parsed = json.loads(path.read_text())
+    last = max(parsed["model"]["vocab"], key=parsed["model"]["vocab"].__getitem__)
+    parsed["model"]["vocab"]["qzx"] = parsed["model"]["vocab"].pop(last)
+    parsed["model"]["merges"] = [pair for pair in parsed["model"]["merges"] if last not in ("".join(pair), *pair)]
+    parsed["model"]["ignore_merges"] = ignores
+    path.write_text(json.dumps(parsed))
+    return path.read_text()
+
+
+def test_what_is_a_token_is_taken_whole_where_llama_cpp_does(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, pre="llama-bpe")
+    tokenizer = Tokenizer.from_str(with_a_token_that_nothing_is_merged_to(folder, True))
+    path = written(folder)
+    texts = ["qzx", "qzx qzx1", "aqzx"]
+    expected = [tokenizer.encode(text).ids for text in texts]
+    assert len(expected[0]) == 2
+    assert llama_cpp.tokenized(path, texts) == expected
+    content = gguf_file.load(path).tokenizer
+    assert content is not None
+    assert [Tokenizer.from_str(content).encode(text).ids for text in texts] == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "ignores", "message"),
+    [
+        ("llama-bpe", False, "it reads 'qzx' otherwise than llama.cpp"),
+        ("qwen2", True, r"it takes 'qzx' as one token \(ignore_merges\), which llama.cpp does not with 'qwen2'"),
+    ],
+)
+def test_what_llama_cpp_would_take_whole_or_merge_alone_is_refused(
+    pre: str, ignores: bool, message: str, tmp_path: Path
+) -> None:
+    _, folder = make_checkpoint(tmp_path, pre=pre)
+    with_a_token_that_nothing_is_merged_to(folder, ignores)
+    with pytest.raises(Unfit, match=message):
+        written(folder)
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+def test_where_a_file_does_not_say_it_bos_is_put_before_a_text_as_by_llama_cpp(pre: str, tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, pre=pre)
+    bare = edited(written(folder), tmp_path / "bare.gguf", {}, ("tokenizer.ggml.add_bos_token",))
+    content = gguf_file.load(bare).tokenizer
+    assert content is not None
+    (ids,) = llama_cpp.tokenized(bare, ["Light"])
+    assert Tokenizer.from_str(content).encode("Light").ids == ids
+    assert (ids[0] == SIZE - 1) == (pre == "llama-bpe")
+
+
+def test_bos_is_put_before_a_text_where_its_settings_say_so(tmp_path: Path) -> None:
+    # As DeepSeek's, whose tokenizer.json adds none.
+    _, folder = make_checkpoint(tmp_path)
+    path = folder / "tokenizer.json"
+    path.write_text(changed(path, post_processor=None))
+    assert llama_cpp.tokenized(written(folder), ["Light"])[0][0] != SIZE - 1
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    assert llama_cpp.tokenized(written(folder), ["Light"])[0][0] == SIZE - 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", "{{ messages }}"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "{{ messages }}"})),
+    ],
+)
+def test_a_chat_template_goes_along_wherever_it_stands(file: str, content: str, tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    (folder / file).write_text(content)
+    assert gguf_file.load(written(folder)).chat_template == "{{ messages }}"
+    (folder / file).write_bytes(b"\xff{")
+    with pytest.raises(Unfit, match=f"^{folder / file}: "):
+        written(folder)
+
+
 def test_ids_beyond_the_tokenizer_are_unused_ones(tmp_path: Path) -> None:
     _, folder = make_checkpoint(tmp_path, vocab_size=SIZE + 2)
     loaded = gguf_file.load(written(folder))

@@ -114,11 +114,43 @@ def test_what_a_checkpoint_says_about_its_tokenizer_is_kept(tokenizer_file: Path
     origin, kept = tmp_path / "origin", tmp_path / "kept"
     for folder in (origin, kept):
         folder.mkdir()
+    (origin / "config.json").write_text("{}")
     texts = {"tokenizer_config.json": '{"x": 1}', "chat_template.jinja": "{{ x }}", "generation_config.json": "{ }"}
     for name, text in texts.items():
         (origin / name).write_text(text)
     hugging_face.save(make_grouped(), tokenizer_file, kept, origin)
     assert {name: (kept / name).read_text() for name in texts} == texts
+
+
+def test_a_head_that_is_said_to_be_the_embedding_has_to_be_it(tokenizer_file: Path, tmp_path: Path) -> None:
+    hugging_face.save(make_grouped(tie_word_embeddings=True), tokenizer_file, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding.bfloat16(), torch.zeros_like(embedding)):
+        save_file({**tensors, "lm_head.weight": head}, file)
+        with pytest.raises(hugging_face.Unusable, match=r"config\.json: tie_word_embeddings is true, and the files"):
+            hugging_face.check(tmp_path)
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
+    assert hugging_face.check(tmp_path).tie_word_embeddings
+
+
+def test_all_ends_of_a_text_are_kept_and_its_beginning_is_that_of_generation(
+    tokenizer_file: Path, tmp_path: Path
+) -> None:
+    origin, kept = tmp_path / "origin", tmp_path / "kept"
+    for folder in (origin, kept):
+        folder.mkdir()
+    hugging_face.save(make_grouped(bos_token_id=100, eos_token_id=100), tokenizer_file, origin)
+    config = json.loads((origin / "config.json").read_text())
+    (origin / "config.json").write_text(json.dumps({**config, "eos_token_id": [100, 7]}))
+    (origin / "generation_config.json").unlink()
+    hugging_face.save(hugging_face.load(origin), tokenizer_file, kept, origin)
+    assert json.loads((kept / "generation_config.json").read_text())["eos_token_id"] == [100, 7]
+    assert json.loads((kept / "config.json").read_text())["eos_token_id"] == 100
+    # As of DeepSeek-R1-Distill-Qwen, whose configuration has what Qwen begins with.
+    (origin / "generation_config.json").write_text(json.dumps({"bos_token_id": 5, "eos_token_id": 100}))
+    assert hugging_face.load(origin).config.bos_token_id == 5
 
 
 def test_a_tokenizer_whose_vocabulary_is_a_list_is_written_too(tmp_path: Path) -> None:
