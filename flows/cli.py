@@ -94,7 +94,10 @@ def runs(
         from flows import history, project
         from flows import runs as runs_of
 
-        history.show(Console(), runs_of.read(project.find())[-number:])
+        found = runs_of.read(project.find())
+        if not found:
+            Console(stderr=True).print("no run yet; `overnight run` starts the first.", soft_wrap=True)
+        history.show(Console(), found[-number:])
 
 
 @app.command()

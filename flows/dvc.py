@@ -19,6 +19,7 @@ from typing import Any, Literal
 from flows import dvc_lock
 from flows.graph import Graph, Stage, in_order
 from flows.store import Store as Store
+from tasks import paths
 from tasks.errors import EXIT_TRY_AGAIN, UserMistake
 
 
@@ -236,6 +237,11 @@ def metrics(root: Path) -> tuple[Path, ...]:
 def store(root: Path, remote: str | None = None) -> Iterator[Store]:
     """Yields the objects of the project at ``root``; ``remote`` is a remote's name, None DVC's default, if any."""
     with _repo(root) as repo:
+        if remote is not None and remote not in (known := repo.config["remote"]):
+            there = f"there are {', '.join(known)}" if known else "there is none"
+            raise UserMistake(
+                f"{paths.PARAMS}: publish.data_remote: DVC has no remote '{remote}'; {there} (`dvc remote add`)."
+            )
         name = remote or repo.config["core"].get("remote")
         behind = repo.cloud.get_remote_odb(name, "fetch") if name else None
         yield Store(repo.cache.local, behind, name)

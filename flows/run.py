@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Sequence
 from datetime import datetime
 
 from rich.console import Console
@@ -119,7 +120,13 @@ def _run(
         gate = summary.read_evaluation(site.root).gate if state.is_completed() else None
         verdict = "" if gate is None or gate.passed else "; the gate REFUSED this model"
         terminal.say(f"run {site.run} ends: {how} in {seconds:,.0f} s{verdict}")
-    return 0 if state.is_completed() else EXIT_FAILED
+    return 0 if state.is_completed() else _exit_code([one for one in terminal.runs if one.outcome == "failed"])
+
+
+def _exit_code(failed: Sequence[StageRun]) -> int:
+    """Returns the code of a run whose stages ``failed``: that of a mistake where each has met one."""
+    mistakes = [one.exit_code == EXIT_USER_MISTAKE for one in failed]
+    return EXIT_USER_MISTAKE if mistakes and all(mistakes) else EXIT_FAILED
 
 
 def _same_place(out: Console, err: Console) -> bool:

@@ -42,7 +42,8 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
         asked = f"with the key in {KEY}" if key else "without a key"
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         what = "completions and chat" if template else "completions"
-        out.print(f"Serving {folder} at {address}: {what}, {asked}. Ctrl-C stops it.", highlight=False, soft_wrap=True)
+        told = f"Serving {folder} as '{root.name}' at {address}: {what}, {asked}. Ctrl-C stops it."
+        out.print(told, markup=False, highlight=False, soft_wrap=True)
         stopped = threading.Event()
         app = make_app(generator, template, root.name, key, parallel, stopped=stopped)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END)

@@ -359,6 +359,16 @@ def test_what_is_not_committed_would_be_missing(publisher: Clone, name: str) -> 
     assert publisher.tags() == []
 
 
+def test_a_data_remote_that_dvc_does_not_know_is_named_with_those_that_it_does(publisher: Clone) -> None:
+    publisher.set("publish", "data_remote", "nowhere")
+    publisher.commit()
+    publisher.run()
+    told = r"^params\.yaml: publish\.data_remote: DVC has no remote 'nowhere'; there are shelf \(`dvc remote add`\)\.$"
+    with pytest.raises(UserMistake, match=told):
+        publish.publish(publisher.root)
+    assert publisher.tags() == []
+
+
 def test_a_data_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> None:
     # A file where the folder should be.
     shutil.rmtree(publisher.shelf, ignore_errors=True)

@@ -116,11 +116,17 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
     assert not list((project.root / ".overnight/logs").rglob("*.events"))
 
 
+def test_before_the_first_run_there_is_none_to_list(nightly: "Project") -> None:
+    listed = nightly.overnight("runs")
+    assert (listed.returncode, listed.stdout) == (0, "")
+    assert listed.stderr == "no run yet; `overnight run` starts the first.\n"
+
+
 def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "Project", server: str) -> None:
     nightly.do("second", "print('error: there is no text; bring some', file=sys.stderr); sys.exit(2)")
     failed = nightly.overnight("run")
     # A mistake is not tried again, though `second` has a retry.
-    assert (failed.returncode, nightly.ran()) == (1, ["first", "second"])
+    assert (failed.returncode, nightly.ran()) == (2, ["first", "second"])
     assert "error: second: there is no text; bring some" in failed.stderr
     # The failure is told once: not in the lines of its log, and not once more by who frames it.
     assert failed.stderr.count("there is no text; bring some") == 1
@@ -209,7 +215,7 @@ def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Pr
 def test_a_source_that_is_gone_fails_collect_and_nothing_else_starts(project: "Project", server: str) -> None:
     shutil.rmtree(project.root / "source")
     failed = project.overnight("run", PREFECT_API_URL=server)
-    assert (failed.returncode, project.ran()) == (1, [])
+    assert (failed.returncode, project.ran()) == (2, [])
     assert "error: collect: source 'small'" in failed.stderr
     assert failed.stdout.count("not started, because of") == 3
     assert project.overnight("status").stdout.startswith("collect: failed: source 'small'")

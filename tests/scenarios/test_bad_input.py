@@ -24,7 +24,7 @@ def refused(chain: Chain) -> str:
 def fails(chain: Chain, stage: str, *arguments: str) -> str:
     """Runs a project in which ``stage`` must fail and nothing after it starts; returns the one line of it."""
     ended = chain.overnight("run", *arguments)
-    assert ended.code == 1, ended.err
+    assert ended.code == 2, ended.err
     outcomes = list(ended.outcomes().items())
     place = outcomes.index((stage, "failed"))
     assert {outcome for _, outcome in outcomes[place + 1 :]} == {"skipped"}

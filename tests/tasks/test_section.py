@@ -34,6 +34,13 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
             "yaml: collect, ingest, .* and flow are missing; add them; train: seed, .* are missing; add them$",
         ),
         (DEFAULT.replace(b"retries: {train: 2", b"retries: {train: -2"), "flow.retries.train: .*greater than or equal"),
+        *(
+            (
+                DEFAULT.replace(b"  branch: nightly", f"  branch: {name}".encode()),
+                f"yaml: publish.branch: .*{name!r} is no name for a branch of Git; take letters, .* as in nightly$",
+            )
+            for name in ("a..b", "night.lock", "nights/", "a//b", "HEAD", "two words", "nights/.hidden")
+        ),
         (DEFAULT.replace(b"\nevaluate:", b"\nevalute:"), "evalute: unknown key"),
         (
             DEFAULT.replace(b"  learning_rate", b"  lerning_rate", 1),
