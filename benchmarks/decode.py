@@ -4,7 +4,8 @@ Two shapes with random weights, since speed does not depend on what they hold: S
 wide), and the default model's scaled to 90 million parameters (latent attention, mixture of experts). A prefill of 512
 tokens, then 64 tokens one by one; and 64 tokens of 8 texts side by side after 64 tokens each; two threads. Each
 measurement is a process of its own, in turns; ratios are taken round by round. Where it says so, our threads spin
-while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's do. The roof is how often a second memory
+while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's do. ``standard`` is the same graph as
+`export --type standard` writes it. The roof is how often a second memory
 can be read for what one token needs: the active weights and the cache. The last line is one JSON object.
 """
 
@@ -61,6 +62,8 @@ OURS = {
     }.items()
     for how in ("", SPINNING)
 }  # fmt: skip
+# The same graphs in ONNX's own operators.
+STANDARD = {f"{name}, standard": plan for name, plan in OURS.items() if not name.endswith(SPINNING)}
 # What ours are compared with, and the goals for the first shape: decode and prefill.
 GOALS = {"llama.cpp Q8_0": (2.0, 3.0)}
 LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
@@ -97,7 +100,7 @@ def main() -> None:
 def sides_of(shape: str, only: list[str] | None) -> list[str]:
     """Returns the sides that can be measured here, and says which cannot."""
     wanted = {
-        **dict.fromkeys([*OURS, FLOAT]),
+        **dict.fromkeys([*OURS, FLOAT, *STANDARD]),
         **dict.fromkeys(LLAMA_CPP, "llama_cpp"),
         **({GENAI: "onnxruntime_genai"} if SHAPES[shape]["model_type"] == "llama" else {}),
         **dict.fromkeys([*TRANSFORMERS, GENERATE]),
@@ -198,7 +201,7 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
     """Writes the model below ``folder`` as each side reads it; returns the sizes of their files in MB."""
     from texts import write_trained_tokenizer
 
-    from lm import gguf_write, hugging_face, onnx_model
+    from lm import gguf_write, hugging_face, onnx_model, onnx_standard
     from lm.gguf_tokenizer import PIECES
     from lm.model import LanguageModel
     from lm.quantization import PLANS, Plan
@@ -213,11 +216,14 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
     hugging_face.save(model, tokenizer, checkpoint)
     for side in sides:
         place = folder / side
-        if side in OURS or side == FLOAT:
+        if side in {**OURS, **STANDARD} or side == FLOAT:
             place.mkdir()
-            plan = PLANS[OURS[side]] if side in OURS else Plan(Float(), Float())
+            plan = Plan(Float(), Float()) if side == FLOAT else PLANS[{**OURS, **STANDARD}[side]]
             # As the stage does it: the turns that are left while the model runs take their time.
-            onnx_model.export(turn_hidden(copy.deepcopy(model), plan), plan, place / "model.onnx")
+            written = (folder if side in STANDARD else place) / "model.onnx"
+            onnx_model.export(turn_hidden(copy.deepcopy(model), plan), plan, written)
+            if side in STANDARD:
+                onnx_standard.write(written, place / "model.onnx")
             (place / "tokenizer.json").write_bytes(tokenizer.read_bytes())
             (place / "config.json").write_text(json.dumps(hugging_face.config_to_json(model.config)))
         elif side in LLAMA_CPP:
