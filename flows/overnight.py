@@ -312,7 +312,16 @@ class Night:
             case champion.Action.KEEP:
                 failures.forget(self.site.root, name)
             case champion.Action.RESTORE:
-                self._ask_remote(name, dvc.pull_command(pointer))
+                try:
+                    self._ask_remote(name, dvc.pull_command(pointer))
+                except StageFailed as error:
+                    if error.mendable:
+                        raise
+                    told = " ".join(str(error).split()).rstrip(".?")
+                    cure = f"delete {pointer}, and the next run brings what is in production now"
+                    place = "name the remote that has it (`dvc remote add --default NAME PLACE`)"
+                    message = f"{folder} is lost or edited, and cannot be had again ({told}): {place}, or {cure}."
+                    raise StageFailed(message, False, EXIT_USER_MISTAKE) from None
             case champion.Action.BRING:
                 self._execute(name, dvc.add_command(folder))
         return action

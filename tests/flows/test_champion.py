@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,8 +144,16 @@ def test_without_a_version_in_production_there_is_no_champion(publisher: Clone) 
 
 def overnight(clone: Clone, server: str, *arguments: str) -> dict[str, str]:
     """Runs ``overnight ARGUMENTS`` and returns the outcome of each stage that it told."""
+    done = ran(clone, server, *arguments)
+    assert done.returncode == 0, done.stderr
+    words = [line.split() for line in (done.stdout + done.stderr).splitlines()]
+    outcomes = ("ran", "cached", "skipped", "failed")
+    return {line[index - 1]: one for line in words for index, one in enumerate(line) if index and one in outcomes}
+
+
+def ran(clone: Clone, server: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OVERNIGHT_"))}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "flows", *arguments],
         cwd=clone.root,
         env={**kept, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": server, "COLUMNS": "160"},
@@ -152,10 +161,17 @@ def overnight(clone: Clone, server: str, *arguments: str) -> dict[str, str]:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    words = [line.split() for line in (done.stdout + done.stderr).splitlines()]
-    outcomes = ("ran", "cached", "skipped", "failed")
-    return {line[index - 1]: one for line in words for index, one in enumerate(line) if index and one in outcomes}
+
+
+def test_a_champion_that_is_lost_everywhere_is_one_line_that_says_how_to_go_on(published: Clone, server: str) -> None:
+    shutil.rmtree(paths.CHAMPION)
+    shutil.rmtree(published.root / ".dvc/cache")
+    shutil.rmtree(published.shelf)
+    failed = ran(published, server, "run", "--from", "evaluate", "--force")
+    assert failed.returncode == 2
+    (told,) = re.findall(r"^error: .*$", failed.stderr, re.MULTILINE)
+    assert told.startswith("error: champion: models/champion is lost or edited, and cannot be had again (")
+    assert told.endswith(", or delete models/champion.dvc, and the next run brings what is in production now.")
 
 
 def test_a_promotion_alone_changes_nothing_and_the_next_model_meets_the_new_champion(
