@@ -1,5 +1,6 @@
 """The command ``overnight``. Each command imports what it needs when it runs, so that ``--help`` is quick."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from tasks.atomic import disk_full_is_told
 from tasks.errors import TryAgain, UserMistake
 
 EXIT_INTERRUPTED = 130
+# Prefect's database and DVC's locks need some room at any moment.
+_LEAST_FREE = 32 * 2**20
 
 app = typer.Typer(
     name="overnight",
@@ -34,9 +37,12 @@ def _told(again: str = "overnight run") -> Iterator[None]:
     try:
         with disk_full_is_told(Path.cwd()):
             yield
+    except typer.Exit:
+        raise
     except (UserMistake, TryAgain) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+        full = isinstance(error, TryAgain) and _nearly_full()
+        typer.echo(f"error: {error}{f' {full}' if full else ''}", err=True)
+        raise typer.Exit(UserMistake.exit_code if full else error.exit_code) from None
     except EOFError as error:
         if "marshal" not in str(error):
             raise
@@ -46,9 +52,24 @@ def _told(again: str = "overnight run") -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(UserMistake.exit_code) from None
+    except Exception as error:
+        # Prefect's server tells in words of its own that it has no room.
+        if (full := _nearly_full()) is None:
+            raise
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        typer.echo(f"error: {told.strip().rstrip('.')}. {full}", err=True)
+        raise typer.Exit(UserMistake.exit_code) from None
     except KeyboardInterrupt:
         typer.echo(f"interrupted; `{again}` goes on where this one stopped.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _nearly_full() -> str | None:
+    """Returns what to tell where there is hardly room on the disk, which then is why something failed; else None."""
+    free = shutil.disk_usage(Path.cwd()).free
+    if free > _LEAST_FREE:
+        return None
+    return f"The disk is nearly full ({free / 2**20:,.1f} MiB free). Free some space and run again."
 
 
 @app.command()
@@ -243,13 +264,13 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="gguf (llama.cpp), hf (transformers) or onnx.")],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="A file for gguf, else a folder. [default: in .overnight/export]"),
+        typer.Option(metavar="PATH", help="A file for gguf, else a folder; in .overnight/export if not said."),
     ] = None,
     type_: Annotated[
         str | None,
         typer.Option(
             "--type",
-            help="Of a GGUF's matrices: f32, f16, bf16 or q8_0 [default: f16]. Of a graph: onnxruntime [default], "
+            help="Of a GGUF's matrices: f16 (if not said), f32, bf16 or q8_0. Of a graph: onnxruntime (if not said), "
             "or standard, in ONNX's own operators alone: for other runtimes, and slower in that one.",
         ),
     ] = None,

@@ -264,7 +264,9 @@ def _repo(root: Path) -> Iterator[Any]:
     except DvcException as error:
         told = str(error) if error.__cause__ is None else f"{error}: {error.__cause__}"
         complaint = " ".join(told.split()).rstrip(".")
-        raise UserMistake(f"DVC cannot read the project: {complaint}. `dvc status` shows more.") from None
+        lock = "`git checkout dvc.lock` brings back the one that was committed."
+        cure = lock if "dvc.lock" in complaint else "`dvc status` shows more."
+        raise UserMistake(f"DVC cannot read the project: {complaint}. {cure}") from None
 
 
 def _relative(entry: Any, root: Path) -> Path:

@@ -81,7 +81,8 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     from_remote = sum(one.source is Source.REMOTE for one in fetched)
     said = f"{len(fetched) - lost} of {len(fetched)} files verified, {from_remote} of them fetched from the remote"
     where = target.relative_to(root) if target.is_relative_to(root) else target
-    out.print(f"{version.name} is in {where}: {said}", soft_wrap=True, highlight=False, markup=False)
+    how = "is not whole in" if lost else "is in"
+    out.print(f"{version.name} {how} {where}: {said}", soft_wrap=True, highlight=False, markup=False)
     return EXIT_LOST if lost else 0
 
 

@@ -8,6 +8,7 @@ on it and it is no part of a version's identity. Every other field is named in `
 import copy
 import difflib
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -21,6 +22,7 @@ from tasks import paths
 from tasks.errors import BadParameter
 
 _LONGEST_FOUND = 100
+_MANY = 3
 
 
 class Section(BaseModel):
@@ -108,6 +110,12 @@ def _told(faults: Sequence[dict[str, Any]], section: type[Section], content: obj
         for fault in faults
         if fault["type"] == "extra_forbidden" and (name := _meant(section, fault["loc"], content))
     }
+    # Where there are many of another kind, the mapping was one of that kind, and none of them is spelt wrongly.
+    unknown = [fault["loc"] for fault in faults if fault["type"] == "extra_forbidden"]
+    of_others = Counter(place[:-1] for place in unknown if _kinds_with(section, place))
+    meant = {
+        place: name for place, name in meant.items() if of_others[place[:-1]] < _MANY or not _kinds_with(section, place)
+    }
     # A key that is only spelt wrongly is one fault, not also one that is missing.
     right = {(*place[:-1], name) for place, name in meant.items()}
     # What is wrong with several keys of one place is told once.
@@ -132,6 +140,9 @@ def _told(faults: Sequence[dict[str, Any]], section: type[Section], content: obj
 def _place(fault: Any, content: object) -> tuple[int | str, ...]:
     """Returns the keys that lead to what ``fault`` is about."""
     place = _keys(fault["loc"], content)
+    # Of a mapping that is wrong as a whole, the kind that it was taken for is no key.
+    if fault["type"] == "value_error" and place and place[-1] not in (_at(content, place[:-1]) or ()):
+        place = place[:-1]
     # Where a key says which kind a mapping is, that key is wrong, and not the mapping.
     tag = fault.get("ctx", {}).get("discriminator")
     return place if tag is None else (*place, tag.strip("'"))

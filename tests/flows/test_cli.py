@@ -15,6 +15,7 @@ import typer
 from tiny import ROOT
 
 from flows import cli
+from tasks.errors import TryAgain
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -34,6 +35,31 @@ def refuse(project: "Project", *arguments: str, **more: str) -> str:
 def test_a_folder_without_a_project(project: "Project", command: list[str]) -> None:
     (project.root / "dvc.yaml").unlink()
     assert refuse(project, *command).endswith("no dvc.yaml here. Change to the project's folder and run this again.")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Server error '500'\nand more"), TryAgain("no answer.")], ids=repr)
+def test_what_fails_on_a_disk_that_is_nearly_full_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        with cli._told():
+            raise error
+
+    with pytest.raises(type(error) if isinstance(error, RuntimeError) else typer.Exit):
+        fail()
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "_LEAST_FREE", 2**62)
+    with pytest.raises(typer.Exit) as ended:
+        fail()
+    assert ended.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(("error: Server error '500'. The disk is nearly full (", "error: no answer. The disk is "))
+    assert line.endswith(" MiB free). Free some space and run again.")
+
+
+def test_a_broken_lock_of_dvc_says_how_it_comes_back(project: "Project") -> None:
+    (project.root / "dvc.lock").write_text("stages: [\n")
+    assert refuse(project, "status").endswith(" `git checkout dvc.lock` brings back the one that was committed.")
 
 
 def test_a_missing_git_repository(project: "Project") -> None:

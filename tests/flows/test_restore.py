@@ -87,7 +87,7 @@ def test_a_damaged_file_without_another_copy_is_named(versioned: "Versioned") ->
     assert said.code == 1
     assert said.err.count("error:") == 1
     assert f"{PATH}: damaged in DVC's cache (removed), and there is no remote to fetch it from" in said.err
-    assert "4 of 5 files verified" in said.out
+    assert "v1.0.0 is not whole in .overnight/versions/v1.0.0: 4 of 5 files verified" in said.out
     place = versioned.root / ".overnight/versions/v1.0.0"
     assert not (place / PATH).exists()
     assert (place / "out/work/machine.txt").exists()

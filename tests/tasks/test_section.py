@@ -50,6 +50,13 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
             DEFAULT.replace(b"    hidden_size", b"    hiden_size"),
             "train.model.hiden_size: .* did you mean `hidden_size`[?]$",
         ),
+        # The family alone was changed: what is left are keys of another one, however like this one's they look.
+        (
+            DEFAULT.replace(b"model_type: deepseek_v3", b"model_type: llama"),
+            "train.model: .*head_dim.* are missing; add them; .*qk_nope_head_dim, qk_rope_head_dim, v_head_dim.*"
+            " and num_nextn_predict_layers are keys of deepseek_v.*; remove them",
+        ),
+        (DEFAULT.replace(b"qk_rope_head_dim: 16", b"qk_rope_head_dim: 15"), "yaml: train.model: qk_rope_head_dim is"),
         # Keys of other families.
         (
             DEFAULT.replace(b"    n_routed_experts", b"    num_experts: 8\n    n_routed_experts"),
