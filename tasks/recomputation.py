@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from lm.feed_forward import Router
 from lm.model import LanguageModel
@@ -21,6 +26,10 @@ Recomputation = Literal["none", "selective", "full"]
 # The products with weights: most of the arithmetic. Attention's own products (bmm) are not among them, because what
 # they make grows with the square of the length; nor are sums, norms, gates and rotations, which are cheap.
 _KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default}
+# FSDP2 marks for the profiler what it does within a layer, which is more the second time.
+SAC_IGNORED_OPS.update(
+    (torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction)
+)
 
 
 def recompute(model: LanguageModel, which: Recomputation) -> None:
