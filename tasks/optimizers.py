@@ -58,13 +58,13 @@ def _muon(model: LanguageModel, params: TrainingParams) -> "Together":
         _adamw((parameter for parameter in model.parameters() if id(parameter) not in chosen), params)
     ]
     rate, decay = params.muon_learning_rate, params.weight_decay
-    if matrices := [parameter for parameter in hidden if parameter.dim() == 2]:
-        if any(isinstance(parameter, DTensor) for parameter in matrices):
-            optimizers.append(StackedMuon(matrices, lr=rate, weight_decay=decay))
-        else:
-            optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    matrices = [parameter for parameter in hidden if parameter.dim() == 2]
+    # A pipeline's stage may have none of one kind: a group with nothing in it, so that all stages count alike.
+    if matrices and not any(isinstance(parameter, DTensor) for parameter in matrices):
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    else:
+        optimizers.append(StackedMuon([{"params": matrices}], lr=rate, weight_decay=decay))
     if any(isinstance(module, Experts) for module in model.modules()):
-        # A pipeline's stage may have none of them: a group with nothing in it, so that all stages count alike.
         stacks = {"params": [parameter for parameter in hidden if parameter.dim() == 3]}
         optimizers.append(StackedMuon([stacks], lr=rate, weight_decay=decay))
     return Together(optimizers)

@@ -168,7 +168,7 @@ class _Run:
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * train_windows.length
-        self.traffic = Traffic(world.device)
+        self.traffic = Traffic(world.device, world.mesh is not None and world.mesh.layout.pipeline > 1)
         # Counts the parameters of the whole model.
         self.meter = StepMeter(model, self.tokens_per_step, world, params.compiles)
         self.parallel, self.exchange = lay_out(model, world, params, weights and here.along(weights))

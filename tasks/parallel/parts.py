@@ -180,9 +180,7 @@ def load(
         if place:
             load_parts(place, storage_reader=FileSystemReader(folder), no_dist=True)
     settings = zip(own_groups["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": [{**group, "params": own["params"]} for group, own in settings]}
-    )
+    optimizer.load_state_dict({"state": state, "param_groups": [_settings(group, own) for group, own in settings]})
     own = model.state_dict()
     for name, value in own_buffers.items():
         own[name].copy_(value)
@@ -190,6 +188,11 @@ def load(
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _settings(saved: State, own: State) -> State:
+    """Returns a group's ``own`` settings as they were ``saved``: another stage's group may have others besides."""
+    return {**own, **{name: value for name, value in saved.items() if name in own}, "params": own["params"]}
 
 
 def _entries(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict[str, torch.Tensor]]]:

@@ -28,12 +28,13 @@ def record() -> None:
 class Traffic:
     """Counts what this process sends from now on, and what was sent before a resume."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, messages: bool = False) -> None:
+        """``messages``: processes send some to others, as a pipeline does; gloo records none of them."""
         self._device = device
         earlier = _entries(device)
         self._seen = earlier[-1]["record_id"] if earlier else -1
         self._steps, self._between = 0, 1
-        self._sent: int | None = 0
+        self._sent: int | None = None if messages and device.type == "cpu" else 0
 
     def after_step(self, last: bool = False) -> int | None:
         """Returns the bytes sent so far, as of the last reading; ``last`` reads at once.

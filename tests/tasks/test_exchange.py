@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tasks.checkpoints import Checkpoints, newest
 from tasks.errors import BadParameter
 from tasks.parallel.compressed import compressed, packed_int8, pays, unpacked_int8
-from tasks.parallel.traffic import sent_by
+from tasks.parallel.traffic import Traffic, sent_by
 from tasks.section import read_section
 from tasks.train.params import TrainParams
 from tasks.world import World
@@ -172,3 +172,9 @@ def test_what_does_not_go_together_is_one_line(changes: dict[str, Any], reason: 
     with pytest.raises(BadParameter) as refused:
         read_section("train", TrainParams, tmp_path / "params.yaml")
     assert reason in str(refused.value)
+
+
+def test_where_messages_are_sent_that_gloo_does_not_record_no_bytes_are_told() -> None:
+    counted = Traffic(torch.device("cpu"), messages=True)
+    counted.go_on(100)
+    assert counted.after_step(last=True) is None

@@ -87,6 +87,15 @@ def test_embedding_head_norms_and_routers_stay_with_adamw(muon: TrainParams) -> 
     assert any("experts.gate_up_proj" in name for name in by_rate[0.02])
 
 
+def test_a_stage_without_anything_to_train_has_as_many_groups_as_the_others(muon: TrainParams) -> None:
+    # As where LoRA's targets lie in other stages: all go on from the settings that the first one has kept.
+    stages = [odd.make_model(), odd.make_model()]
+    stages[1].requires_grad_(False)
+    groups = [make_optimizer(stage, muon).param_groups for stage in stages]
+    assert len(groups[0]) == len(groups[1])
+    assert not any(group["params"] for group in groups[1])
+
+
 def test_a_tied_head_is_an_embedding(muon: TrainParams) -> None:
     model = odd.make_grouped(tie_word_embeddings=True)
     optimizer = make_optimizer(model, muon)
