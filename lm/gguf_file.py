@@ -54,7 +54,10 @@ def _load(path: Path) -> Loaded:
     for file, own in zip(files, metadata, strict=True):
         if (count := own.get(_COUNT, 1)) != len(files):
             raise Unfit(f"{file.name} says that it is one of {count} parts, and its name says {len(files)}")
-    there = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    every = [tensor for reader in readers for tensor in reader.tensors]
+    there = {tensor.name: tensor for tensor in every}
+    if len(there) < len(every):
+        raise Unfit("one tensor lies in two of its parts")
     if "token_embd.weight" not in there:
         raise Unfit("it lacks token_embd.weight")
     factors = there.get("rope_freqs.weight")
@@ -143,11 +146,14 @@ def _vocabulary(found: Mapping[str, Any], config: ModelConfig) -> Vocabulary:
 
 def _pieces(found: Mapping[str, Any], config: ModelConfig) -> gguf_sentencepiece.Pieces:
     tokens, types = _tokens(found, config, "scores")
+    unknown = found.get(f"{_TOKENIZER}unknown_token_id", 0)
+    if unknown >= len(tokens):
+        raise Unfit(f"its {_TOKENIZER}unknown_token_id is {unknown}, and it has {len(tokens):,} tokens")
     return gguf_sentencepiece.Pieces(
         tokens=tokens,
         types=types,
         scores=found[f"{_TOKENIZER}scores"],
-        unk_token_id=found.get(f"{_TOKENIZER}unknown_token_id", 0),
+        unk_token_id=unknown,
         adds_bos=found.get(f"{_TOKENIZER}add_bos_token", True),
         adds_space=found.get(f"{_TOKENIZER}add_space_prefix", True),
     )

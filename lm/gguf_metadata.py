@@ -142,7 +142,7 @@ def files_of(path: Path) -> list[Path]:
     Those are named MODEL-00001-of-00003.gguf and so on. Raises :class:`Unfit` where one is missing.
     """
     named = _SPLIT.fullmatch(path.name)
-    if named is None:
+    if named is None or not int(named["count"]):
         return [path]
     count = int(named["count"])
     files = [path.with_name(f"{named['name']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]

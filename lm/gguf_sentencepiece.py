@@ -47,8 +47,12 @@ class Pieces:
 
 
 def spells_in_bytes(content: str) -> bool:
-    """Returns whether the ``tokenizer.json`` spells in bytes what is no piece, as those do that were converted."""
-    model = json.loads(content).get("model", {})
+    """Returns whether the ``tokenizer.json`` spells in bytes what is no piece, as those do that were converted.
+
+    Raises :class:`Unfit` where it is none.
+    """
+    beginning(content)
+    model = json.loads(content)["model"]
     return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
@@ -107,7 +111,7 @@ def _scores(vocab: Mapping[str, int], model: Mapping[str, Any], added: set[str])
     listed: dict[str, set[tuple[str, str]]] = {}
     for merge in merges:
         listed.setdefault("".join(merge), set()).add(merge)
-    for token in (vocab.keys() - _BYTES.keys()) | added:
+    for token in [token for token in (*vocab, *sorted(added - vocab.keys())) if token not in _BYTES]:
         if more := [pair for pair in _cuts(token, vocab) if pair not in listed.get(token, ())]:
             left, right = more[0]
             raise Unfit(f"it does not join {left!r} and {right!r}, as llama.cpp would, since {token!r} is a piece")
@@ -155,8 +159,7 @@ def tokenizer_json(known: Pieces, bos_token_id: int) -> str:
         for token, id_ in vocab.items()
         if known.types[id_] == NORMAL and _joined_of(token, vocab)
     }
-    if len(joined) > 1 and len({*joined.values()}) == 1:
-        raise Unfit("its tokenizer.ggml.scores are all the same, and do not say what is joined first")
+    _check_order(joined)
     merges = [(*pair, score) for token, score in joined.items() for pair in _joined_of(token, vocab)]
     # As transformers orders them where scores are equal, as those of runs of spaces are.
     merges.sort(key=lambda merge: (merge[2], len(merge[0]), len(merge[1])), reverse=True)
@@ -182,10 +185,23 @@ def tokenizer_json(known: Pieces, bos_token_id: int) -> str:
     return str(tokenizer.to_str(pretty=True)) + "\n"
 
 
+def _check_order(scores: Mapping[str, float]) -> None:
+    """Raises :class:`Unfit` where pieces have one score: llama.cpp joins the leftmost first, which no order tells."""
+    alike: dict[float, str] = {}
+    for token, score in scores.items():
+        other = alike.setdefault(score, token)
+        # Runs of one character come to the same.
+        if len({*token, *other}) > 1 and token != other:
+            raise Unfit(f"its tokenizer.ggml.scores do not say which is joined first, {other!r} or {token!r}")
+
+
 def _joined_of(token: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     if token in _BYTES:
         return []
-    return [(left, right) for left, right in _cuts(token, vocab) if left in vocab and right in vocab]
+    found = list(_cuts(token, vocab))
+    if lacking := [part for pair in found for part in pair if part not in vocab]:
+        raise Unfit(f"{token!r} is joined of {lacking[0]!r}, which is no piece")
+    return found
 
 
 def _added(known: Pieces) -> Iterator[AddedToken]:

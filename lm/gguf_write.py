@@ -53,13 +53,14 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
         described = metadata(config)
     try:
         template = chat_template.source_in(folder)
+        settings = chat_template.settings_in(folder)
     except chat_template.Malformed as error:
         raise Unfit(str(error)) from None
     writer = gguf.GGUFWriter(path, architecture(config))
     try:
         values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **described}
         _add(writer, values)
-        _add_tokenizer(writer, folder / "tokenizer.json", config)
+        _add_tokenizer(writer, folder / "tokenizer.json", config, settings.get("add_bos_token") is True)
         if template is not None:
             writer.add_chat_template(template[1])
         _write_tensors(writer, folder, config, kind)
@@ -96,7 +97,8 @@ def _add(writer: gguf.GGUFWriter, values: dict[str, Value]) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig, adds_bos: bool) -> None:
+    """``adds_bos``: bos is put before a text, even where the file of the tokenizer does not say so."""
     with _named(path, ValueError, KeyError):
         content = path.read_text()
         spells = gguf_sentencepiece.spells_in_bytes(content)
@@ -117,8 +119,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> 
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.eos_token_id)
-    # Where the file of the tokenizer does not say it, that of how it is used may.
-    writer.add_add_bos_token(known.adds_bos or chat_template.settings_in(path.parent).get("add_bos_token") is True)
+    writer.add_add_bos_token(known.adds_bos or adds_bos)
     writer.add_add_eos_token(False)
 
 

@@ -86,8 +86,10 @@ def read_config(folder: Path) -> ModelConfig:
     if not (folder / CONFIG).is_file():
         raise Unusable(f"{CONFIG}: no such file")
     content = read_json(folder / CONFIG)
-    if (folder / GENERATION).is_file() and isinstance(bos := read_json(folder / GENERATION).get("bos_token_id"), int):
-        content["bos_token_id"] = bos
+    if "bos_token_id" in content and (folder / GENERATION).is_file():
+        bos = read_json(folder / GENERATION).get("bos_token_id")
+        if isinstance(bos, int) and not isinstance(bos, bool):
+            content["bos_token_id"] = bos
     return config_from_json(content)
 
 

@@ -300,16 +300,17 @@ class _Watch:
             file=sys.stderr,
             flush=True,
         )
+        # Those that have not heard would tell of what follows, too: of whoever is killed, or of the store, which its
+        # keeper takes along.
+        end = time.monotonic() + 3 * self.interval + _SECONDS_TO_TELL
+        with contextlib.suppress(DistError):
+            while self.store.add(_HEARD, 0) < self.size - len(still) - 1 and time.monotonic() < end:
+                time.sleep(0.05)
         for beat in (after[rank] for rank in still):
             # Stopped, it would not even end when it is told to.
             if beat is not None and beat.host == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(beat.process, signal.SIGKILL)
-        # Who keeps the store takes it along: those that have not heard by then would tell of that, too.
-        end = time.monotonic() + 3 * self.interval + _SECONDS_TO_TELL
-        with contextlib.suppress(DistError):
-            while self.store.add(_HEARD, 0) < self.size - len(still) - 1 and time.monotonic() < end:
-                time.sleep(0.05)
         os._exit(EXIT_TRY_AGAIN)
 
     def end_with_another(self) -> NoReturn:

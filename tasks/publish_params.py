@@ -31,6 +31,6 @@ class PublishParams(Section):
         sound = (_PART.fullmatch(one) and ".." not in one and not one.endswith((".", ".lock")) for one in parts)
         if name == "HEAD" or not all(sound):
             raise ValueError(
-                f"{name!r} is no name for a branch of Git; take letters, digits, -, _ and /, as in nightly"
+                f"{name!r} is no name for a branch of Git; take letters, digits and . - _ /, as in nightly"
             )
         return name

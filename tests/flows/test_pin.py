@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from flows import contents, dvc, pin, raw, worktree
+from flows import contents, dvc, land, pin, raw, worktree
 from flows.git import commit_of, git
 from tasks.errors import TryAgain
 from tasks.publish_params import PublishParams
@@ -68,6 +68,11 @@ def test_the_first_night_starts_from_what_is_committed(project: Path) -> None:
 
 def test_without_news_from_people_it_starts_from_the_last_night(project: Path, night: str) -> None:
     assert git(pin.worktree_of(project, "a", PUBLISH), "rev-parse", "HEAD") == night
+
+
+def test_what_people_lay_beside_the_measured_speeds_is_theirs() -> None:
+    names = ("speed/train.csv", "speed/README.md", "speed/more/train.csv", "other/train.csv")
+    assert [land.is_written(name) for name in names] == [True, False, False, False]
 
 
 def test_what_people_committed_comes_in_and_the_pointers_stay(project: Path, night: str) -> None:

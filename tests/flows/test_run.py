@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 from processes import alive, left_within
 
+from flows import run
+from flows.watch import StageRun
+
 if TYPE_CHECKING:
     from conftest import Project
 
@@ -114,6 +117,13 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
     assert (third.returncode, project.ran()) == (0, ["second"]), third.stderr
     assert [line.split()[1] for line in third.stdout.splitlines()[:4]] == ["skipped", "skipped", "ran", "cached"]
     assert not list((project.root / ".overnight/logs").rglob("*.events"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([2], 2), ([2, 2], 2), ([2, 75], 1), ([75], 1), ([None], 1), ([], 1)], ids=str
+)
+def test_a_run_that_met_mistakes_alone_ends_with_their_code(codes: list[int | None], expected: int) -> None:
+    assert run._exit_code([StageRun("second", "failed", 1.0, "why", code) for code in codes]) == expected
 
 
 def test_before_the_first_run_there_is_none_to_list(nightly: "Project") -> None:

@@ -238,6 +238,11 @@ def test_a_model_in_several_files_is_read_as_one_from_the_first(tmp_path: Path) 
     parts[2].write_bytes(whole.read_bytes())
     with pytest.raises(Unfit, match=f"{parts[2].name} says that it is one of 1 parts, and its name says 3$"):
         gguf_file.load(parts[0])
+    (tmp_path / "model-00001-of-00000.gguf").write_bytes(whole.read_bytes())
+    assert gguf_file.load(tmp_path / "model-00001-of-00000.gguf").config == expected.config
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(Unfit, match="one tensor lies in two of its parts"):
+        gguf_file.load(parts[0])
     parts[2].unlink()
     with pytest.raises(Unfit, match=f"it is the first of 3 parts, and {parts[2].name} is missing beside it$"):
         gguf_file.load(parts[0])

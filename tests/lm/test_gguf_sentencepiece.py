@@ -147,22 +147,27 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(found: list[
         json.loads(pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False).__getstate__())
         for scheme in ("first", "always")
     )
+    user = {**parsed["added_tokens"][-1], "id": SIZE}
     lacks = {token: id_ for token, id_ in parsed["model"]["vocab"].items() if token != "<0x41>"}
     twice = next(pair for pair in merges if sum("".join(other) == "".join(pair) for other in merges) > 1)
-    for changes, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         # Not before what stands behind a special token, and not before a text that begins with a space.
         ({"normalizer": None, "pre_tokenizer": first}, "it puts a space before some texts (Metaspace)"),
         ({"normalizer": None, "pre_tokenizer": always}, "it puts a space before some texts (Metaspace); "),
         ({"normalizer": {"type": "Lowercase"}}, "it changes or cuts texts before it looks for pieces"),
         ({"model": {**parsed["model"], "ignore_merges": True}}, "it does not always join pieces in their order"),
+        ({"model": {**parsed["model"], "dropout": 0.1}}, "it does not always join pieces in their order"),
+        # llama.cpp would join letters to a token that was added, too.
+        ({"added_tokens": [*parsed["added_tokens"], {**user, "content": "Lo"}]}, "it does not join 'L' and 'o'"),
         ({"model": {**parsed["model"], "merges": merges[:-1]}}, f"it does not join {last[0]!r} and {last[1]!r}"),
         (
             {"model": {**parsed["model"], "merges": [*(one for one in merges if one != twice), twice]}},
             "it joins ",
         ),
         ({"model": {**parsed["model"], "vocab": lacks}}, "it lacks <0x41>"),
-    ):
-        folder = tmp_path / str(abs(hash(message)))
+    )
+    for number, (changes, message) in enumerate(cases):
+        folder = tmp_path / str(number)
         folder.mkdir()
         checkpoint(tokenizer, folder)
         (folder / "tokenizer.json").write_text(json.dumps({**parsed, **changes}))
@@ -173,12 +178,22 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(found: list[
 
 def test_scores_that_leave_an_order_open_are_refused(found: list[str], tmp_path: Path) -> None:
     path = written(checkpoint(tokenizer_of(found), tmp_path))
-    level = edited(path, tmp_path / "level.gguf", {"tokenizer.ggml.scores": [-1000.0] * SIZE})
-    with pytest.raises(Unfit, match=r"its tokenizer\.ggml\.scores are all the same, and do not say"):
-        gguf_file.load(level)
-    short = edited(path, tmp_path / "short.gguf", {"tokenizer.ggml.scores": [0.0] * (SIZE - 1)})
-    with pytest.raises(Unfit, match=f"its tokenizer.ggml.scores are {SIZE - 1}, and it has {SIZE} tokens"):
-        gguf_file.load(short)
-    none = edited(path, tmp_path / "none.gguf", {}, ["tokenizer.ggml.scores"])
-    with pytest.raises(Unfit, match=r"its metadata lack tokenizer\.ggml\.scores"):
-        gguf_file.load(none)
+    reader = gguf.GGUFReader(path)
+    tokens, scores = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores"))
+    spelled = ["\u00fe" if token == "e" else token for token in tokens]
+    for changes, without, message in (
+        ({"scores": [-1000.0] * SIZE}, (), "scores do not say which is joined first, "),
+        ({"scores": [score // 40 * 40 for score in scores]}, (), "scores do not say which is joined first, "),
+        ({"scores": [0.0] * (SIZE - 1)}, (), f"scores are {SIZE - 1}, and it has {SIZE} tokens"),
+        ({}, ("scores",), "its metadata lack tokenizer.ggml.scores"),
+        ({"unknown_token_id": 2**32 - 1}, (), f"unknown_token_id is 4294967295, and it has {SIZE} tokens"),
+        # llama.cpp joins what is no piece by itself, and a list of merges cannot.
+        ({"tokens": spelled}, (), " is joined of 'e', which is no piece"),
+    ):
+        other = edited(
+            path, tmp_path / "other.gguf", {f"tokenizer.ggml.{name}": value for name, value in changes.items()},
+            [f"tokenizer.ggml.{name}" for name in without],
+        )  # fmt: skip
+        with pytest.raises(Unfit) as raised:
+            gguf_file.load(other)
+        assert message in str(raised.value)

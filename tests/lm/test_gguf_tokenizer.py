@@ -79,6 +79,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
         (changed(path, pre_tokenizer=other), "it cuts texts as none of the ways that llama.cpp knows does; known are "),
         (changed(path, normalizer={"type": "Lowercase"}), "it changes texts before it cuts them"),
         ("{}", "it is no tokenizer"),
+        ("[]", "it is no tokenizer"),
     ):
         path.write_text(content)
         with pytest.raises(Unfit, match=f"^{path}: {message}"):
@@ -145,6 +146,10 @@ def test_bos_is_put_before_a_text_where_its_settings_say_so(tmp_path: Path) -> N
     assert llama_cpp.tokenized(written(folder), ["Light"])[0][0] != SIZE - 1
     (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
     assert llama_cpp.tokenized(written(folder), ["Light"])[0][0] == SIZE - 1
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(Unfit, match=r"tokenizer_config\.json: damaged"):
+        written(folder)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,20 @@
 import dataclasses
 import os
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import forked
 import psutil
 import pytest
 import tiny
+from torch.distributed import Store
 
 from tasks.errors import EXIT_PEER_LOST, EXIT_TRY_AGAIN
-from tasks.heartbeat import Beat, verdict
+from tasks.heartbeat import Beat, Heartbeat, _Watch, verdict
 from tasks.order import batch_of_rank
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
@@ -89,7 +93,7 @@ def test_a_stopped_process_is_named_and_the_stage_ends(tmp_path: Path) -> None:
     assert not psutil.pid_exists(second.pid)
 
 
-@pytest.mark.parametrize("late", [0.0, 2.0])
+@pytest.mark.parametrize("late", [0.0, 20.0])
 def test_a_process_that_is_held_up_elsewhere_is_named_once(
     late: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +108,41 @@ def test_a_process_that_is_held_up_elsewhere_is_named_once(
     codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.linger, **variables), 30)
     assert codes == [EXIT_TRY_AGAIN] * 2
     assert tiny.error_line(log.read_text()).startswith("rank 1 is held up in the gradients of step 3, ")
+
+
+class Told(Store):
+    """The store as the one finds it that tells: with each look, another one has heard."""
+
+    def __init__(self, done: list[str]) -> None:
+        super().__init__()
+        self.done, self.heard = done, 0
+
+    def add(self, key: str, number: int) -> int:
+        if number:
+            self.done.append("told")
+            return 1
+        self.heard += 1
+        self.done.append(f"heard {self.heard}")
+        return self.heard
+
+
+def test_who_is_stopped_is_killed_when_the_others_have_heard_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    before = {rank: dataclasses.replace(beat(9, 8, GRADIENTS), host=socket.gethostname()) for rank in range(4)}
+    looks = iter([before, {rank: one if rank == 1 else later(one) for rank, one in before.items()}])
+    watch = _Watch(Told(done), Heartbeat(), threading.Event(), 0, 4, 0.5)
+    monkeypatch.setattr(watch, "beat", lambda: None)
+    monkeypatch.setattr(watch, "beats_of_all", lambda: next(looks))
+    monkeypatch.setattr(os, "kill", lambda process, number: done.append("killed"))
+
+    def end(code: int) -> NoReturn:
+        done.append("ended")
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit):
+        watch.look()
+    assert done == ["told", "heard 1", "heard 2", "killed", "ended"]
 
 
 @pytest.mark.parametrize(
