@@ -252,7 +252,7 @@ class _Run:
         if self.exchange.due(step + 1, self.params.steps):
             self.here.at(step + 1, "the agreement")
             with self.meter.communicating():
-                self._meet(step + 1, stop)
+                self._meet(step + 1, told > 0)
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
         return self.meter.end(step + 1, float(mean), float(norm), rate, load)
 
@@ -263,10 +263,13 @@ class _Run:
         if self.here.told and not self.told_to_stop:
             self.told_to_stop = self.here.settled(done)
 
-    def _meet(self, done: int, stop: Stop) -> None:
-        """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps."""
+    def _meet(self, done: int, told: bool) -> None:
+        """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps.
+
+        ``told``: one of this replica was told to stop. All of a replica know that alike, and meet with others apart.
+        """
         skipped = [float(step in self.curve.skipped) for step in range(self.met + 1, done + 1)]
-        known = [self.losses, self.losses.new_tensor([self.steps_since_row, float(stop.told), *skipped])]
+        known = [self.losses, self.losses.new_tensor([self.steps_since_row, float(told), *skipped])]
         load = self.balance.load
         means = self.exchange.meet(torch.cat([*known, load.double().flatten()])).split(
             [2, 1, 1, len(skipped), load.numel()]
@@ -274,11 +277,11 @@ class _Run:
         self.losses.copy_(means[0])
         self.steps_since_row, self.told_to_stop = means[1].item(), means[2].item() > 0
         load.copy_(means[4].view_as(load))
-        told = {*self.curve.skipped}
+        known_here = {*self.curve.skipped}
         self.curve.skipped = [step for step in self.curve.skipped if step <= self.met]
         self.curve.skipped += [self.met + 1 + number for number, share in enumerate(means[3].tolist()) if share]
         self.met = done
-        for step in sorted({*self.curve.skipped} - told):
+        for step in sorted({*self.curve.skipped} - known_here):
             self.progress.notice(f"skipped {self._named(step)} in another replica: the gradient is not finite")
         if any(means[3].tolist()):
             self._end_if_too_many(self._named(self.curve.skipped[-1]))

@@ -124,6 +124,21 @@ def test_who_is_told_in_a_meeting_stops_after_what_all_do_next(validated: int, k
     assert max(saved(tmp_path)) < 48
 
 
+def test_replicas_that_are_cut_stop_at_a_meeting_when_one_of_their_processes_is_told(tmp_path: Path) -> None:
+    # They meet after each step, each process with its like in the other replica.
+    every = {"train__steps": 60, "train__validate_every": 60, "train__checkpoint_every": 60}
+    apart = {"train__world_size": 4, "train__mesh": {"shard": 2}, "train__diloco": {"inner_steps": 1}}
+    tiny.write_params(tmp_path, **every, **apart)
+    tiny.write_shards(tmp_path)
+    log = tmp_path / "log"
+    ranks = forked.start([tmp_path] * 4, log, forked.slowly, OVERNIGHT_EVENTS="events")
+    await_step(tmp_path / "events", 3)
+    ranks[-1].terminate()
+    assert forked.end(ranks, 30) == [EXIT_STOPPED] * 4, log.read_text()
+    (step,) = {*saved(tmp_path)}
+    assert 3 <= step < 60
+
+
 STUCK = """
 import threading
 from tasks import stopping
