@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up_is_told_and_with_room_the_run_is_finished(
     assert started.stage_process("card") is not None
     ballast = fill(small_disk)
     ended = started.end()
-    assert ended.code == 1, ended.err
+    assert ended.code == 2, ended.err
     assert "the disk is full" in ended.complaint()
     assert ended.complaint().endswith("Free some space and run again.")
     # No room even for the lock of the next run: one line as well.
