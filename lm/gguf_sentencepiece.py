@@ -155,12 +155,12 @@ def tokenizer_json(known: Pieces, bos_token_id: int) -> str:
     """
     vocab = {token: id_ for id_, token in enumerate(known.tokens) if known.types[id_] != UNUSED}
     joined = {
-        token: known.scores[id_]
+        token: found
         for token, id_ in vocab.items()
-        if known.types[id_] == NORMAL and _joined_of(token, vocab)
+        if known.types[id_] == NORMAL and (found := _joined_of(token, vocab))
     }
-    _check_order(joined)
-    merges = [(*pair, score) for token, score in joined.items() for pair in _joined_of(token, vocab)]
+    _check_order({token: known.scores[vocab[token]] for token in joined})
+    merges = [(*pair, known.scores[vocab[token]]) for token, found in joined.items() for pair in found]
     # As transformers orders them where scores are equal, as those of runs of spaces are.
     merges.sort(key=lambda merge: (merge[2], len(merge[0]), len(merge[1])), reverse=True)
     tokenizer = Tokenizer(

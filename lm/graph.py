@@ -87,9 +87,9 @@ class Graph:
         self.rename(value, name)
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
-    def rename(self, value: str, name: str) -> None:
-        """Calls ``name`` what is ``value`` so far."""
-        for node in _all_nodes(self.nodes):
+    def rename(self, value: str, name: str, since: int = 0) -> None:
+        """Calls ``name`` what is ``value`` so far, which only nodes from the number ``since`` on compute and read."""
+        for node in _all_nodes(self.nodes[since:]):
             for names in (node.input, node.output):
                 for index, found in enumerate(names):
                     if found == value:

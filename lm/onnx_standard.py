@@ -41,11 +41,12 @@ class _Rewritten(Graph):
         if not node.domain:
             self.nodes.append(node)
             return
+        before = len(self.nodes)
         attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
         with self.scope(node.name):
             results = _WRITTEN_OUT[node.op_type](self, [*node.input], attributes)
         for result, name in zip(results, node.output, strict=True):
-            self.rename(result, name)
+            self.rename(result, name, before)
 
     def array(self, name: str) -> Array:
         return numpy_helper.to_array(self.initializers[name])
