@@ -105,6 +105,7 @@ class Router(nn.Module):
         self.sum_counts: Callable[[torch.Tensor], torch.Tensor] = lambda counts_SE: counts_SE
         # Whether tokens are counted in training; off while a layer is computed a second time.
         self.counts = True
+        self.project: Project = F.linear
         # Counted until `rebalance` uses them up.
         self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
 
@@ -114,7 +115,7 @@ class Router(nn.Module):
         The tokens are those of so many ``sequences`` of one length, one after the other.
         """
         with torch.autocast(x_ND.device.type, enabled=False):
-            products_NE = F.linear(x_ND.float(), self.weight.float())
+            products_NE = self.project(x_ND.float(), self.weight.float())
         bias = self.e_score_correction_bias
         scores_NE = products_NE.softmax(dim=-1) if bias is None else products_NE.sigmoid()
         experts_NK = self.choose(scores_NE if bias is None else scores_NE + bias)

@@ -132,8 +132,8 @@ def _hidden(graph: PlannedGraph, gate: str, up: str, reader: Linear | Experts) -
 
 
 def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
-    gates = _gates(graph, f"{name}.gate", layer.gate, x)
     rows, experts, shared = Rows(graph, x), layer.experts, layer.shared_experts
+    gates = _gates(graph, f"{name}.gate", layer.gate, rows)
     y = None if shared is None else _swiglu(graph, f"{name}.shared_experts", shared, rows)
     if (scheme := mixture_scheme(graph.plan, f"{name}.experts", experts)) is not None:
         parts = experts.gate_up_proj, experts.down_proj
@@ -160,10 +160,10 @@ def _add_expert(graph: PlannedGraph, name: str, experts: Experts, index: int, x:
     return graph.op("ScatterND", y, graph.op("Unsqueeze", chosen, graph.ints(1)), weighted, reduction="add")
 
 
-def _gates(graph: PlannedGraph, name: str, router: Router, x: str) -> str:
+def _gates(graph: PlannedGraph, name: str, router: Router, x: Rows) -> str:
     # [N, E]: the weight of each expert's output for each token, 0 where it was not chosen. Twin of `Router.forward`.
     config = router.config
-    products = graph.op("MatMul", x, graph.weight(f"{name}.weight", array(router.weight).T))
+    products = graph.product(name, router.weight, x)
     if router.e_score_correction_bias is None:
         biased = scores = graph.op("Softmax", products, axis=-1)
     else:

@@ -30,10 +30,14 @@ class PlannedGraph(Graph):
         scheme = self.plan.of(name, f"{name}.{part}")
         return scheme.lower(self, f"{name}.{index}.{part}", weight, x.operand(scheme))
 
+    def product(self, name: str, weight: torch.Tensor, x: Rows) -> str:
+        """Multiplies ``x`` [N, in] by the ``weight`` [out, in] of the layer ``name``."""
+        scheme = self.plan.of(name)
+        return scheme.lower(self, name, weight, x.operand(scheme))
+
     def linear(self, name: str, layer: Linear, x: Rows) -> str:
         """[N, in] to [N, out]. Twin of :class:`lm.linear.Linear`."""
-        scheme = self.plan.of(name)
-        y = scheme.lower(self, name, layer.weight, x.operand(scheme))
+        y = self.product(name, layer.weight, x)
         return y if layer.bias is None else self.op("Add", y, self.weight(f"{name}.bias", array(layer.bias)))
 
     def packed(self, prefix: str, layers: Mapping[str, Linear], x: Rows) -> str:

@@ -4,16 +4,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Literal
 
 from lm.blockwise import Blockwise
-from lm.feed_forward import Experts
+from lm.feed_forward import Experts, Router
 from lm.linear import Embedding, Linear, Project
 from lm.model import LanguageModel
 from lm.per_token import PerToken, fake_quant_rows
 from lm.scheme import Float, Scheme
 from lm.static import Range, Static
 
+Layer = Linear | Experts | Router
+
 _FLOAT = Float()
+_ROUTER = ".mlp.gate"
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Plan:
     """The scheme of each layer: of ``head``, of those that a pattern in ``in_float`` matches, and of all ``others``.
 
     Patterns are those of a shell, over names as in ``model.layers.0.mlp.down_proj``; a layer's routed experts are one
-    name, ``model.layers.1.mlp.experts``. Routers are float in any case; the embedding, ``model.embed_tokens``, is INT8,
-    a scale a row, unless a pattern matches it.
+    name, ``model.layers.1.mlp.experts``. The embedding, ``model.embed_tokens``, is INT8, a scale a row, unless a
+    pattern matches it. ``routers`` that are INT8 have the scheme of the head, as what decides on much and is small.
     ``ranges`` are those of :class:`lm.static.Static`, by the names of :func:`products`; other schemes need none.
     """
 
@@ -30,15 +34,17 @@ class Plan:
     head: Scheme
     in_float: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    routers: Literal["float", "int8"] = "float"
 
     def of(self, layer: str, product: str | None = None) -> Scheme:
         """Returns the scheme of the layer ``layer``, or of that one of its products."""
-        if self.matches(layer, self.in_float):
+        router = layer.endswith(_ROUTER)
+        if self.matches(layer, self.in_float) or (router and self.routers == "float"):
             return _FLOAT
         within = self.ranges.get(product or layer)
         if within is not None:
             return _static(within)
-        return self.head if layer == "lm_head" else self.others
+        return self.head if layer == "lm_head" or router else self.others
 
     @staticmethod
     def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -65,17 +71,17 @@ PLANS = {
 }
 
 
-def layers(model: LanguageModel) -> dict[str, Linear | Experts]:
+def layers(model: LanguageModel) -> dict[str, Layer]:
     """Returns the modules that a plan has a scheme for, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear | Experts)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
 
 
-def products(name: str, layer: Linear | Experts) -> tuple[str, ...]:
+def products(name: str, layer: Layer) -> tuple[str, ...]:
     """Returns the names of what is multiplied in the layer ``name``: itself, or the two products of all its experts."""
     return (f"{name}.gate_up_proj", f"{name}.down_proj") if isinstance(layer, Experts) else (name,)
 
 
-def replace(name: str, layer: Linear | Experts, by: Callable[[str, Project], Project]) -> None:
+def replace(name: str, layer: Layer, by: Callable[[str, Project], Project]) -> None:
     """Puts ``by(product, project)`` where the layer ``name`` has ``project`` for the product of that name."""
     if isinstance(layer, Experts):
         into, out = products(name, layer)
@@ -85,7 +91,7 @@ def replace(name: str, layer: Linear | Experts, by: Callable[[str, Project], Pro
 
 
 def prepare(model: LanguageModel, plan: Plan) -> LanguageModel:
-    """Makes each linear layer, expert and embedding of ``model`` compute as its graph will; the routers stay float."""
+    """Makes each linear layer, expert, router and embedding of ``model`` compute as its graph will."""
     for name, layer in layers(model).items():
         replace(name, layer, lambda product, _: plan.of(name, product).project)  # noqa: B023
     for name, module in model.named_modules():

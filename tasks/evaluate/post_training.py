@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,6 +24,7 @@ class Made(BaseModel):
 
     plan: str
     in_float: tuple[str, ...]
+    routers: Literal["float", "int8"]
     ranges: dict[str, Range]
     rotated: bool
     compensated: bool
@@ -45,9 +47,8 @@ def post_training(model: LanguageModel) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        onnx_model.export(
-            model, Plan(plan.others, plan.head, made.in_float, made.ranges), folder / paths.INT8_GRAPH.name
-        )
+        plan = Plan(plan.others, plan.head, made.in_float, made.ranges, made.routers)
+        onnx_model.export(model, plan, folder / paths.INT8_GRAPH.name)
         for beside in ("config.json", "tokenizer.json"):
             shutil.copy(paths.INT8 / beside, folder / beside)
         yield folder

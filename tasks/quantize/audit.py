@@ -64,10 +64,10 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     nodes = Nodes(onnx.load(path, load_external_data=False).graph)
     tensors = nodes.tensors
     expected = expected_products(model, plan)
-    in_float = [*sorted(_routers(model)), *_turns(model)]
-    meant = {*in_float} | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
+    turns = _turns(model)
+    meant = {*turns} | {name for name, operator in expected.items() if operator in _FLOAT_PRODUCTS}
     faults = [f"{name} is multiplied in float" for name in sorted(set(_float_weights(nodes)) - meant)]
-    faults += _missing_products(nodes, expected | dict.fromkeys(in_float, "MatMul"))
+    faults += _missing_products(nodes, expected | dict.fromkeys(turns, "MatMul"))
     faults += _unturned(nodes, model, plan)
     faults += other_numerics(nodes, model, plan) + _coarse_scales(tensors, model, plan)
     faults += _other_embeddings(nodes, model, plan)
@@ -88,13 +88,9 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     )
 
 
-def _routers(model: LanguageModel) -> set[str]:
-    return {f"{name}.weight" for name, module in model.named_modules() if module in model.routers()}
-
-
 def _turned(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The layers whose inputs are turned while the model runs, by name, and the turn of each."""
-    return {name: layer.turn for name, layer in layers(model).items() if layer.turn is not None}
+    return {name: turn for name, layer in layers(model).items() if (turn := getattr(layer, "turn", None)) is not None}
 
 
 def _turns(model: LanguageModel) -> list[str]:

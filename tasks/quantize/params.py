@@ -31,6 +31,7 @@ class QuantizeParams(TrainingParams):
 
     scheme: Literal["dynamic", "static", "weight-only-8", "qat", "weight-only-4", "auto"]
     in_float: tuple[str, ...] = Field(strict=False)
+    routers: Literal["float", "int8"] = "float"
     max_relative_loss: float
     rotate: bool
     compensate: bool

@@ -14,6 +14,7 @@ from lm.linear import Embedding
 from lm.loss import logits_held
 from lm.model import LanguageModel
 from lm.quantization import PLANS, WIDE, Plan, layers
+from lm.scheme import Float
 from lm.static import Range
 from tasks import paths
 from tasks.bootstrap import Bootstrap, Estimate, Values
@@ -76,6 +77,7 @@ class Quantization(BaseModel):
     fine_tuned: bool
     objective: Objective | None
     in_float: tuple[str, ...]
+    routers: Literal["float", "int8"]
     ranges: dict[str, Range]
     windows: int
     trials: tuple[Trial, ...]
@@ -93,24 +95,22 @@ def plan_name(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> 
 
 def plan_of(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> Plan:
     """Returns the scheme of each layer, without the ranges that ``static`` needs."""
-    return dataclasses.replace(PLANS[plan_name(name, params, config)], in_float=params.in_float)
+    return dataclasses.replace(PLANS[plan_name(name, params, config)], in_float=params.in_float, routers=params.routers)
 
 
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:
     """Raises :class:`BadParameter` for a pattern that no layer matches, or when every layer stays float."""
     names = list(layers(model))
     embeddings = [name for name, module in model.named_modules() if isinstance(module, Embedding)]
-    kept: set[str] = set()
     for pattern in params.in_float:
-        matched = {name for name in (*names, *embeddings) if Plan.matches(name, (pattern,))}
-        if not matched:
+        if not any(Plan.matches(name, (pattern,)) for name in (*names, *embeddings)):
             examples = ", ".join([*names[1:3], *embeddings])
             raise BadParameter(
                 f"params.yaml: quantize.in_float: no layer's name matches '{pattern}'. Names are {examples} and so on, "
                 "and * stands for anything."
             )
-        kept |= matched
-    if kept.issuperset(names):
+    plan = plan_of(params.candidates[0], params, model.config)
+    if all(isinstance(plan.of(name), Float) for name in names):
         raise BadParameter("params.yaml: quantize.in_float leaves no layer to quantize. Take a pattern out.")
 
 

@@ -89,6 +89,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         fine_tuned=SCHEMES[name].fine_tuned,
         objective=params.objective if SCHEMES[name].fine_tuned else None,
         in_float=params.in_float,
+        routers=params.routers,
         ranges=dict(attempt.plain.ranges),
         windows=schemes.measure.count,
         trials=tuple(itertools.chain.from_iterable(tried.values())),

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -80,14 +81,17 @@ def test_a_whole_model_comes_nearer_to_float(make: Callable[[], LanguageModel]) 
 
 
 @torch.no_grad()
-def test_every_layer_is_rounded_but_those_that_stay_float(ids: torch.Tensor) -> None:
-    plan = Plan(PLANS["blockwise-4"].others, Float(), ("*.o_proj",))
+@pytest.mark.parametrize("routers", ["float", "int8"])
+def test_every_layer_is_rounded_but_those_that_stay_float(routers: Literal["float", "int8"]) -> None:
+    four = PLANS["blockwise-4"].others
+    plan = Plan(four, four if routers == "int8" else Float(), ("*.o_proj", "lm_head"), routers=routers)
     model, before = make_model(), dict(make_model().named_parameters())
     compensate(model, plan, CALIBRATION)
     for name, layer in layers(model).items():
         for part, weight in layer.named_parameters():
             same = torch.equal(weight, before[f"{name}.{part}"])
-            assert same == (name.endswith("o_proj") or name == "lm_head"), name
+            in_float = ("o_proj", "lm_head", "mlp.gate") if routers == "float" else ("o_proj", "lm_head")
+            assert same == name.endswith(in_float), name
             if not same:
                 torch.testing.assert_close(fake_quant_weight(weight.flatten(0, -2), 4, 32), weight.flatten(0, -2))
 

@@ -1,6 +1,7 @@
 """The graph against its twin in floating point, for each scheme."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,24 @@ def test_a_layer_that_is_named_stays_float(model: LanguageModel, ids: torch.Tens
     error = np.abs(computed - expected).max(axis=-1).flatten()
     assert np.quantile(error, 0.25) < 2e-5
     assert np.abs(all_quantized - expected).mean() > 10 * np.quantile(error, 0.25)
+
+
+@pytest.mark.parametrize("make", [make_model, make_grouped_mixture])
+@torch.no_grad()
+def test_routers_are_rounded_where_they_are_to_be(
+    make: Callable[[], LanguageModel], ids: torch.Tensor, plan: Plan, tmp_path: Path
+) -> None:
+    rounded = dataclasses.replace(plan, routers="int8")
+    assert rounded.of("model.layers.1.mlp.gate") is plan.head
+    rounded = calibrate(make(), rounded, CALIBRATION)
+    session = _session(make(), tmp_path, rounded)
+    computed, _ = _run(session, ids)
+    expected, apart = (
+        prepare(make(), one)(ids).numpy() for one in (rounded, dataclasses.replace(rounded, routers="float"))
+    )
+    error = np.abs(computed - expected).max(axis=-1).flatten()
+    assert np.quantile(error, 0.25) < 2e-5
+    assert np.abs(apart - expected).mean() > 10 * np.quantile(error, 0.25)
 
 
 def test_a_tokens_logits_do_not_depend_on_its_batch(

@@ -38,7 +38,8 @@ def graph(model: LanguageModel, tmp_path: Path) -> Path:
 def test_the_audit_counts_what_the_graph_holds(graph: Path, model: LanguageModel) -> None:
     found = audit(graph, model, PLAN)
     expected = expected_products(model, PLAN)
-    assert found.quantized_products == len(expected)
+    # All but the router.
+    assert found.quantized_products == len(expected) - 1
     assert found.operators[per_token.OPERATOR] == [*expected.values()].count(per_token.OPERATOR)
     # The expansion of the latents is absorbed by the products around it.
     absorbed = [name for name, operator in expected.items() if operator == "Cast"]
@@ -432,6 +433,25 @@ def test_a_layer_that_is_meant_to_be_float_is_no_fault(
     assert f"{layer}.weight" in found.float_products
     with pytest.raises(Refused, match=rf"{re.escape(layer)}\.weight is multiplied in float"):
         audit(tmp_path / "model.onnx", model, PLANS[name])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_routers_are_what_they_are_meant_to_be(name: str, model: LanguageModel, tmp_path: Path) -> None:
+    router = "model.layers.1.mlp.gate"
+    windows = torch.arange(48).view(3, 16)
+    rounded, floating = (
+        calibrate(model, dataclasses.replace(PLANS[name], routers=routers), windows) for routers in ("int8", "float")
+    )
+    onnx_model.export(model, rounded, tmp_path / "model.onnx")
+    found = audit(tmp_path / "model.onnx", model, rounded)
+    assert found.float_products == []
+    assert f"{router}.int8" in {weight.name for weight in found.weights}
+    # It is told of as of every other layer: where nobody meant it, and where it was meant and is not there.
+    with pytest.raises(Refused, match=rf"{re.escape(router)}\.weight is not read by MatMul"):
+        audit(tmp_path / "model.onnx", model, floating)
+    onnx_model.export(model, floating, tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=rf"{re.escape(router)}\.weight is multiplied in float"):
+        audit(tmp_path / "model.onnx", model, rounded)
 
 
 def test_an_embedding_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp_path: Path) -> None:

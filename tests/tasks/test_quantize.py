@@ -282,6 +282,22 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
         assert same == (not rotated and not compensated)
 
 
+@pytest.mark.parametrize("scheme", ["static", "qat"])
+def test_routers_are_rounded_if_they_are_to_be(trained: Path, scheme: str) -> None:
+    tiny.write_params(trained, **tiny.ALONE, quantize__scheme=scheme, quantize__routers="int8")
+    code, output = tiny.run("quantize", trained)
+    assert code == 0, output
+    assert json.loads((trained / "models/int8/quantization.json").read_text())["routers"] == "int8"
+    found = json.loads((trained / "models/int8/audit.json").read_text())
+    assert not any("gate.weight" in name for name in found["float_products"])
+    tiny.write_champion(trained)
+    code, output = tiny.run("evaluate", trained)
+    assert code == 0, output
+    # The float model beside it was rounded in the same places.
+    rounded = json.loads((trained / "models/evaluation.json").read_text())["models"]["post_training"]
+    assert 0 < rounded["kl_divergence"]["value"] < 0.1
+
+
 @pytest.mark.parametrize(
     ("patterns", "told"),
     [
