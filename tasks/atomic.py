@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,8 +57,11 @@ def folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write; at the end it is synced and takes the place of ``path`` in one rename."""
+def file(path: Path, named: Callable[[], str] | None = None) -> Iterator[BinaryIO]:
+    """Yields a file to write; at the end it is synced and takes the place of ``path`` in one rename.
+
+    ``named`` returns its last name where that is known only when all is written.
+    """
     partial = _partial(path, "new")
     with disk_full_is_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,7 @@ def file(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        os.replace(partial, path)
+        os.replace(partial, path if named is None else path.with_name(named()))
         sync(path.parent)
 
 
@@ -88,6 +91,14 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Writes ``content`` as indented JSON, keys in the order given, so that equal content gives equal bytes."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def said_by_the_disk(error: RuntimeError) -> BaseException:
+    """Returns the ``OSError`` behind ``error``, or that: torch says that its place in a file is not as expected."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def _partial(path: Path, kind: str) -> Path:

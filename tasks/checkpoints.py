@@ -4,7 +4,6 @@ What all processes share is one file, which one of them writes. The weights of a
 it, in a folder to which each adds a file; the first file, written last, holds the digests of those.
 """
 
-import io
 import os
 import shutil
 import sys
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -93,11 +92,14 @@ class Checkpoints:
             sys.exit(error.exit_code)
 
     def _write(self, step: int, state: dict[str, Any], part: int) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getbuffer()
-        name = f"{_prefix(part)}{step:09d}-{xxhash.xxh3_128_hexdigest(content)}.pt"
-        atomic.write_bytes(self.folder / name, content)
+        begins = f"{_prefix(part)}{step:09d}"
+        digest = xxhash.xxh3_128()
+        with atomic.file(self.folder / begins, lambda: f"{begins}-{digest.hexdigest()}.pt") as opened:
+            try:
+                torch.save(state, cast(BinaryIO, _Digested(opened, digest)))
+            except RuntimeError as error:
+                raise atomic.said_by_the_disk(error) from None
+        name = f"{begins}-{digest.hexdigest()}.pt"
         every = sorted(self.folder.glob(f"{_prefix(part)}*.pt"))
         # Those of this step and later ones are damaged, for training has passed them over.
         passed_over = {file for file in every if _step(file) >= step and file.name != name}
@@ -153,12 +155,14 @@ class Checkpoints:
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
         try:
-            content, digest = self._content(file)
+            with file.open("rb") as opened:
+                if self._digest(opened) != file.stem.rpartition("-")[2]:
+                    return None, file, parts.DAMAGED
+                opened.seek(0)
+                # Not mapped: training goes on in what is read, and the file goes.
+                state: dict[str, Any] = torch.load(opened, weights_only=True)
         except OSError as error:
             return None, file, f"cannot be read ({error.strerror})"
-        if digest != file.stem.rpartition("-")[2]:
-            return None, file, parts.DAMAGED
-        state: dict[str, Any] = torch.load(content, weights_only=True)
         self.moved()
         if state.pop("key") != file.parent.name:
             return None, file, "checkpoint of other inputs"
@@ -169,15 +173,12 @@ class Checkpoints:
             state["parts"] = folder
         return state, file, ""
 
-    def _content(self, file: Path) -> tuple[io.BytesIO, str]:
-        content, digest = io.BytesIO(), xxhash.xxh3_128()
-        with file.open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                content.write(block)
-                digest.update(block)
-                self.moved()
-        content.seek(0)
-        return content, digest.hexdigest()
+    def _digest(self, opened: BinaryIO) -> str:
+        digest = xxhash.xxh3_128()
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+            self.moved()
+        return digest.hexdigest()
 
     def forget_others(self) -> None:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them.
@@ -195,6 +196,20 @@ class Checkpoints:
         )
         for run in others[: -(KEPT_RUNS - 1)]:
             shutil.rmtree(run, ignore_errors=True)
+
+
+class _Digested:
+    """A file that is written from its beginning to its end, and the digest of it: the state is in memory once."""
+
+    def __init__(self, file: BinaryIO, digest: xxhash.xxh3_128) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, block: bytes) -> int:
+        self._digest.update(block)
+        return self._file.write(block)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def agreed(checkpoints: Checkpoints, world: World, part: int) -> dict[str, Any] | None:

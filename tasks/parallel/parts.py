@@ -113,8 +113,6 @@ def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
 
 
 class _Writer(FileSystemWriter):
-    """Tells what the disk said: torch says that its place in the file is not the one that it expected."""
-
     def __init__(self, folder: Path) -> None:
         # Nothing is copied ahead from a GPU: what is written lies on the CPU, and this thread has no device of its own.
         super().__init__(folder, per_thread_copy_ahead=0)
@@ -123,10 +121,7 @@ class _Writer(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
+            raise atomic.said_by_the_disk(error) from None
 
 
 def damaged(folder: Path, digests: Mapping[str, str], moved: Callable[[], None]) -> tuple[Path, str] | None:

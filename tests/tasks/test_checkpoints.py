@@ -86,8 +86,8 @@ def test_one_that_cannot_be_read_is_passed_over_as_a_damaged_one_is(
 def test_what_training_does_meanwhile_is_in_no_checkpoint(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_write, write = threading.Event(), atomic.write_bytes
-    monkeypatch.setattr(atomic, "write_bytes", lambda *arguments: may_write.wait(30) and write(*arguments))
+    may_write, file = threading.Event(), atomic.file
+    monkeypatch.setattr(atomic, "file", lambda *arguments: may_write.wait(30) and file(*arguments))
     weight, rows = torch.ones(4), [(1, 2.0)]
     # Returns although nothing can be written.
     checkpoints.save(1, {"step": 1, "weight": weight, "rows": rows})
@@ -130,19 +130,19 @@ def test_those_of_another_number_of_processes_outlive_those_of_other_inputs(tmp_
 
 
 def test_a_full_disk_is_told_by_the_next_checkpoint_or_the_end(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Checkpoints, small_disk: Callable[[Path, int], None]
 ) -> None:
-    def full(path: Path, content: bytes) -> None:
-        with atomic.disk_full_is_told(path):
-            raise OSError(errno.ENOSPC, "no space")
-
-    monkeypatch.setattr(atomic, "write_bytes", full)
-    checkpoints.save(1, {"step": 1})
-    with pytest.raises(DiskFull, match="the disk is full"):
+    checkpoints.folder.parent.mkdir()
+    small_disk(checkpoints.folder, 300)
+    # What torch meets in the midst of writing, and not at a file's end.
+    large = {"model": torch.zeros(2**20)}
+    checkpoints.save(1, {"step": 1, **large})
+    with pytest.raises(DiskFull, match=r"step-000000001: the disk is full \(0\.3 MiB free\)"):
         checkpoints.save(2, {"step": 2})
-    checkpoints.save(3, {"step": 3})
+    checkpoints.save(3, {"step": 3, **large})
     with pytest.raises(DiskFull, match="the disk is full"):
         checkpoints.finish()
+    assert not [*checkpoints.folder.iterdir()]
 
 
 def test_a_full_disk_is_told_where_another_process_takes_the_folder_away(
