@@ -7,7 +7,7 @@ and written one file after the other. Nothing is unpickled.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ __all__ = [
     "config_to_json",
     "layout_to_state",
     "load",
+    "mapped",
     "opened",
     "save",
     "save_companions",
@@ -82,16 +83,16 @@ class _Files:
         return found
 
 
+_ReadPieces = Callable[[_Files, list[Piece], Region], torch.Tensor]
+
+
 def opened(folder: Path, mtp: bool = False) -> tuple[LanguageModel, Weights]:
     """Returns the model in ``folder`` on ``meta``, and its weights, to be read where they are needed.
 
     In fp32, whatever type they have on disk. ``mtp`` and what is raised are as of :func:`check`.
     """
-    config = read_config(folder)
-    files = _Files(folder)
-    model = on_meta(_built(config, files.tensors, mtp))
-    _check_weights(model, files)
-    return model, _weights(model, files)
+    model, files = _built(folder, mtp)
+    return model, _weights(model, files, _read)
 
 
 def check(folder: Path, mtp: bool = False) -> ModelConfig:
@@ -124,6 +125,17 @@ def load(folder: Path, mtp: bool = False) -> LanguageModel:
     """
     model, weights = opened(folder, mtp)
     fill(model, weights)
+    return model
+
+
+def mapped(folder: Path) -> LanguageModel:
+    """Returns what :func:`load` does, to be read: weights that lie in a file as they are computed with stay there.
+
+    Processes that have them share them, and where memory is short the system lets go of them. What is not fp32, and
+    experts, whose matrices lie apart, are copies.
+    """
+    model, files = _built(folder)
+    fill(model, _weights(model, files, _where_it_lies))
     return model
 
 
@@ -193,9 +205,16 @@ def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: 
             (folder / beside).write_bytes((origin / beside).read_bytes())
 
 
-def _weights(model: LanguageModel, files: _Files) -> Weights:
+def _weights(model: LanguageModel, files: _Files, read: _ReadPieces) -> Weights:
     for name, pieces in pieces_of(model).items():
-        yield name, functools.partial(_read, files, pieces)
+        yield name, functools.partial(read, files, pieces)
+
+
+def _where_it_lies(files: _Files, pieces: list[Piece], region: Region) -> torch.Tensor:
+    only = pieces[0]
+    if len(pieces) > 1 or only.is_of_stack or files.tensors[only.name].type != "F32":
+        return _read(files, pieces, region)
+    return files.read(only.name, region)
 
 
 def _read(files: _Files, pieces: list[Piece], region: Region) -> torch.Tensor:
@@ -217,7 +236,16 @@ def left_out(folder: Path) -> int:
     return sum(is_of_mtp(name, config.num_hidden_layers, depths) for name in files.tensors)
 
 
-def _built(config: ModelConfig, there: Mapping[str, _Tensor], mtp: bool) -> ModelConfig:
+def _built(folder: Path, mtp: bool = False) -> tuple[LanguageModel, _Files]:
+    """Returns the model in ``folder`` on ``meta``, and the files with its weights, which fit it."""
+    config = read_config(folder)
+    files = _Files(folder)
+    model = on_meta(_with_depths(config, files.tensors, mtp))
+    _check_weights(model, files)
+    return model, files
+
+
+def _with_depths(config: ModelConfig, there: Mapping[str, _Tensor], mtp: bool) -> ModelConfig:
     depths = config.num_nextn_predict_layers if isinstance(config, LatentConfig) else 0
     # transformers passes these layers over, and what it writes says that they are there.
     if not depths or (mtp and any(is_of_mtp(name, config.num_hidden_layers, depths) for name in there)):

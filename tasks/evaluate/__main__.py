@@ -37,7 +37,7 @@ def main() -> None:
     # Before the work begins: what is wrong with the champion is told at once.
     opponent = champion.load()
     native.compute_repeatably()
-    model = hugging_face.load(paths.FLOAT)
+    model = hugging_face.mapped(paths.FLOAT)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     known = texts.last(texts.documents(Shards(paths.SHARDS, manifest, "train")), baselines.MOST_BYTES)
     test = measured.texts(tokenizer)

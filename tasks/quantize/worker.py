@@ -111,7 +111,7 @@ class _Schemes:
         )
         if here.is_first:
             self._checkpoints.forget_others()
-        self._original = hugging_face.load(paths.FLOAT)
+        self._original = hugging_face.mapped(paths.FLOAT)
         check_in_float(self._original, params)
         length = self._original.config.window
         self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in SEEN)

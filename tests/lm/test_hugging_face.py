@@ -235,6 +235,31 @@ def test_a_saved_model_loads_back_bit_for_bit(model: LanguageModel, tokenizer_fi
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_a_model_to_be_read_leaves_in_its_file_what_lies_there_as_it_is_computed_with(
+    model: LanguageModel, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    hugging_face.save(model, tokenizer_file, tmp_path)
+    file = tmp_path / "model.safetensors"
+    for kind in (torch.float32, torch.bfloat16):
+        save_file({name: value.to(kind) for name, value in load_file(file).items()}, file)
+        copied, mapped = hugging_face.load(tmp_path), hugging_face.mapped(tmp_path)
+        # They outlive the name, as where a version is checked out.
+        file.rename(tmp_path / "old.safetensors")
+        save_file(load_file(tmp_path / "old.safetensors"), file)
+        for (name, expected), found in zip(copied.state_dict().items(), mapped.state_dict().values(), strict=True):
+            assert torch.equal(found, expected), name
+            as_it_is = name in dict(mapped.named_parameters(remove_duplicate=False)) and "mlp.experts" not in name
+            assert _lies_in_a_file(found) == (as_it_is and kind == torch.float32), name
+
+
+def _lies_in_a_file(tensor: torch.Tensor) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return ".safetensors" in line
+    raise AssertionError("it lies nowhere")
+
+
 def test_each_expert_has_its_own_matrices_on_disk(model: LanguageModel, tokenizer_file: Path, tmp_path: Path) -> None:
     hugging_face.save(model, tokenizer_file, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
