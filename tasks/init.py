@@ -88,7 +88,7 @@ def checkpoint() -> Path | None:
     if record.init != init:
         raise BadInput(
             f"{paths.INIT}: it holds what train.init called {record.init!r}, and {paths.PARAMS} says {init!r}. "
-            "`overnight run` brings that."
+            "`overnight run`, from its beginning, brings that."
         )
     return paths.INIT if record.files else None
 
