@@ -1,14 +1,15 @@
 """The whole of ``params.yaml``, for whoever checks it before anything runs. A stage alone reads its own section."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks import paths
 from tasks.card.params import CardParams
 from tasks.evaluate.params import EvaluateParams
 from tasks.ingest.params import IngestParams
+from tasks.init import SCRATCH
 from tasks.notice_params import NoticeParams
 from tasks.publish_params import PublishParams
 from tasks.quantize.params import QuantizeParams
@@ -41,6 +42,18 @@ class Params(Section):
     flow: FlowParams
     notice: NoticeParams = NoticeParams()
     publish: PublishParams = PublishParams()
+
+    @model_validator(mode="after")
+    def _a_later_stage_fits_an_earlier_one(self) -> Self:
+        # What a stage would only find when those before it have had their hours. Of a checkpoint nobody knows it here.
+        if self.shard.vocab_size is None and self.train.init == SCRATCH:
+            raise ValueError(
+                "shard.vocab_size is null, and train.init: scratch brings no tokenizer. Set the size of the one to "
+                "train, or name a checkpoint in train.init."
+            )
+        if self.train.model is not None and (told := self.quantize.unmatched(self.train.model)):
+            raise ValueError(told)
+        return self
 
 
 def read(path: Path = paths.PARAMS) -> Params:

@@ -1,11 +1,14 @@
 """The section ``quantize`` of ``params.yaml``."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from lm.config import Architecture
 from lm.hugging_face_files import weight_files
+from lm.layer_names import layer_names
 from tasks import paths
 from tasks.training_params import TrainingParams
 
@@ -52,6 +55,17 @@ class QuantizeParams(TrainingParams):
                 "set it to 1, and cut by mesh.shard, or objective to text"
             )
         return self
+
+    def unmatched(self, shape: Architecture) -> str | None:
+        """Returns what is told of a pattern in ``in_float`` that no layer of a model of ``shape`` matches."""
+        names = [*layer_names(shape)]
+        for pattern in self.in_float:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                return (
+                    f"quantize.in_float: no layer's name matches '{pattern}'. Names are {', '.join(names[1:3])}, "
+                    f"{names[0]} and so on, and * stands for anything."
+                )
+        return None
 
     @property
     def candidates(self) -> tuple[SchemeName, ...]:

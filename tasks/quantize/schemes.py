@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
 from lm.config import ModelConfig
-from lm.linear import Embedding
 from lm.loss import logits_held
 from lm.model import LanguageModel
 from lm.quantization import PLANS, WIDE, Plan, layers
@@ -100,18 +99,11 @@ def plan_of(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> Pl
 
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:
     """Raises :class:`BadParameter` for a pattern that no layer matches, or when every layer stays float."""
-    names = list(layers(model))
-    embeddings = [name for name, module in model.named_modules() if isinstance(module, Embedding)]
-    for pattern in params.in_float:
-        if not any(Plan.matches(name, (pattern,)) for name in (*names, *embeddings)):
-            examples = ", ".join([*names[1:3], *embeddings])
-            raise BadParameter(
-                f"params.yaml: quantize.in_float: no layer's name matches '{pattern}'. Names are {examples} and so on, "
-                "and * stands for anything."
-            )
+    if told := params.unmatched(model.config):
+        raise BadParameter(f"{paths.PARAMS}: {told}")
     plan = plan_of(params.candidates[0], params, model.config)
-    if all(isinstance(plan.of(name), Float) for name in names):
-        raise BadParameter("params.yaml: quantize.in_float leaves no layer to quantize. Take a pattern out.")
+    if all(isinstance(plan.of(name), Float) for name in layers(model)):
+        raise BadParameter(f"{paths.PARAMS}: quantize.in_float leaves no layer to quantize. Take a pattern out.")
 
 
 class Measure:
