@@ -132,7 +132,8 @@ def mapped(folder: Path) -> LanguageModel:
     """Returns what :func:`load` does, to be read: weights that lie in a file as they are computed with stay there.
 
     Processes that have them share them, and where memory is short the system lets go of them. What is not fp32, and
-    experts, whose matrices lie apart, are copies.
+    experts, whose matrices lie apart, are copies, and so is all that goes to another device. The file may be replaced,
+    and may not be written into: a disk that fails to give it ends the process by a signal.
     """
     model, files = _built(folder)
     fill(model, _weights(model, files, _where_it_lies))
@@ -212,13 +213,13 @@ def _weights(model: LanguageModel, files: _Files, read: _ReadPieces) -> Weights:
 
 def _where_it_lies(files: _Files, pieces: list[Piece], region: Region) -> torch.Tensor:
     only = pieces[0]
-    if len(pieces) > 1 or only.is_of_stack or files.tensors[only.name].type != "F32":
+    if len(pieces) > 1 or files.tensors[only.name].type != "F32":
         return _read(files, pieces, region)
     return files.read(only.name, region)
 
 
 def _read(files: _Files, pieces: list[Piece], region: Region) -> torch.Tensor:
-    # A copy: what is not computed lies in the file, which may be replaced.
+    # A copy, to be written into.
     found = torch.empty([part.stop - part.start for part in region])
     for piece in pieces:
         if (both := piece.shared(region)) is not None:

@@ -16,7 +16,7 @@ from lm.rope import rotations_of
 Region = tuple[slice, ...]
 """From where to where, in each dimension."""
 Read = Callable[[Region], torch.Tensor]
-"""Returns a copy of that part of a tensor in fp32, on the CPU."""
+"""Returns that part of a tensor in fp32, on the CPU: a copy, but for a model that is only read."""
 Weights = Iterator[tuple[str, Read]]
 """Each is there once: who has read one goes on to the next."""
 Whole = Callable[[str], torch.Tensor]

@@ -93,6 +93,12 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def clear(folder: Path) -> None:
+    """Removes the files that killed processes have begun in ``folder``, where nobody else may be writing now."""
+    for partial in folder.glob(".partial-new-*"):
+        partial.unlink(missing_ok=True)
+
+
 def said_by_the_disk(error: RuntimeError) -> BaseException:
     """Returns the ``OSError`` behind ``error``, or that: torch says that its place in a file is not as expected."""
     cause: BaseException | None = error

@@ -4,6 +4,7 @@ What all processes share is one file, which one of them writes. The weights of a
 it, in a folder to which each adds a file; the first file, written last, holds the digests of those.
 """
 
+import io
 import os
 import shutil
 import sys
@@ -92,14 +93,17 @@ class Checkpoints:
             sys.exit(error.exit_code)
 
     def _write(self, step: int, state: dict[str, Any], part: int) -> None:
-        begins = f"{_prefix(part)}{step:09d}"
-        digest = xxhash.xxh3_128()
-        with atomic.file(self.folder / begins, lambda: f"{begins}-{digest.hexdigest()}.pt") as opened:
+        stem, digest = f"{_prefix(part)}{step:09d}", xxhash.xxh3_128()
+
+        def named() -> str:
+            return f"{stem}-{digest.hexdigest()}.pt"
+
+        with atomic.file(self.folder / stem, named) as opened:
             try:
                 torch.save(state, cast(BinaryIO, _Digested(opened, digest)))
             except RuntimeError as error:
                 raise atomic.said_by_the_disk(error) from None
-        name = f"{begins}-{digest.hexdigest()}.pt"
+        name = named()
         every = sorted(self.folder.glob(f"{_prefix(part)}*.pt"))
         # Those of this step and later ones are damaged, for training has passed them over.
         passed_over = {file for file in every if _step(file) >= step and file.name != name}
@@ -155,14 +159,12 @@ class Checkpoints:
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
         try:
-            with file.open("rb") as opened:
-                if self._digest(opened) != file.stem.rpartition("-")[2]:
-                    return None, file, parts.DAMAGED
-                opened.seek(0)
-                # Not mapped: training goes on in what is read, and the file goes.
-                state: dict[str, Any] = torch.load(opened, weights_only=True)
+            content, digest = self._content(file)
         except OSError as error:
             return None, file, f"cannot be read ({error.strerror})"
+        if digest != file.stem.rpartition("-")[2]:
+            return None, file, parts.DAMAGED
+        state: dict[str, Any] = torch.load(content, weights_only=True)
         self.moved()
         if state.pop("key") != file.parent.name:
             return None, file, "checkpoint of other inputs"
@@ -173,12 +175,16 @@ class Checkpoints:
             state["parts"] = folder
         return state, file, ""
 
-    def _digest(self, opened: BinaryIO) -> str:
-        digest = xxhash.xxh3_128()
-        while block := opened.read(_BLOCK):
-            digest.update(block)
-            self.moved()
-        return digest.hexdigest()
+    def _content(self, file: Path) -> tuple[io.BytesIO, str]:
+        # Read once: what is loaded is what was checked. Gradients are not there yet, so that it fits where writing did.
+        content, digest = io.BytesIO(), xxhash.xxh3_128()
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                content.write(block)
+                digest.update(block)
+                self.moved()
+        content.seek(0)
+        return content, digest.hexdigest()
 
     def forget_others(self) -> None:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them.
@@ -187,6 +193,8 @@ class Checkpoints:
         """
         if not self._stage.is_dir():
             return
+        # What a killed process has begun to write, perhaps of a step that no other ends at.
+        atomic.clear(self.folder)
         if listed := [_step(file) for file in self.folder.glob(f"{_prefix(0)}*.pt")]:
             # Not newer ones: another machine may have written a checkpoint that is not listed here yet.
             self._forget_parts(max(listed))

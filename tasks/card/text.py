@@ -264,7 +264,8 @@ _PLANS = {
     "static-8": f"Weights: signed 8 bits, one scale an output channel. {_FIXED}",
     "blockwise-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS}",
     "blockwise-8-wide": f"Weights: 8 bits, one scale a block of 64 inputs. {_IN_BLOCKS}",
-    "blockwise-4": f"Weights: 4 bits, one scale a block of 32 inputs; in the head 8 bits, of 64. {_IN_BLOCKS}",
+    "blockwise-4": f"Weights: 4 bits, one scale a block of 32 inputs; in the head, and in routers if "
+    f"they are rounded, 8 bits, of 64. {_IN_BLOCKS}",
 }
 _BEFORE_ROUNDING = {
     "rotated": "Before that the spaces between its layers were turned: the function stays as it was, and no channel is "

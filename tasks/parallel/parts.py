@@ -113,6 +113,8 @@ def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
 
 
 class _Writer(FileSystemWriter):
+    """Tells what the disk said."""
+
     def __init__(self, folder: Path) -> None:
         # Nothing is copied ahead from a GPU: what is written lies on the CPU, and this thread has no device of its own.
         super().__init__(folder, per_thread_copy_ahead=0)

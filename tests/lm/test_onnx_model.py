@@ -243,6 +243,7 @@ def test_routers_are_rounded_where_they_are_to_be(
 ) -> None:
     rounded = dataclasses.replace(plan, routers="int8")
     assert rounded.of("model.layers.1.mlp.gate") is plan.head
+    assert dataclasses.replace(rounded, in_float=("*.gate",)).of("model.layers.1.mlp.gate") == Float()
     rounded = calibrate(make(), rounded, CALIBRATION)
     session = _session(make(), tmp_path, rounded)
     computed, _ = _run(session, ids)

@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ports import free_port
+
+if TYPE_CHECKING:
+    from lm.model import LanguageModel
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -248,20 +251,22 @@ def count_models() -> None:
     import weakref
 
     from lm import hugging_face
-    from lm.model import LanguageModel
 
     # Of a model that is gone its layers may be left, which have nearly all of the weights.
-    load, living = hugging_face.load, weakref.WeakSet[Any]()
+    living = weakref.WeakSet[Any]()
 
-    def counting(folder: Path) -> LanguageModel:
-        layers = len(living)
-        model = load(folder)
-        with Path(os.environ["COUNTS"]).open("a") as counts:
-            counts.write(f"{layers / len(model.blocks()):g}\n")
-        living.update(model.blocks())
-        return model
+    def counting(read: "Callable[[Path], LanguageModel]") -> "Callable[[Path], LanguageModel]":
+        def counted(folder: Path) -> "LanguageModel":
+            layers = len(living)
+            model = read(folder)
+            with Path(os.environ["COUNTS"]).open("a") as counts:
+                counts.write(f"{layers / len(model.blocks()):g}\n")
+            living.update(model.blocks())
+            return model
 
-    hugging_face.load = counting
+        return counted
+
+    hugging_face.load, hugging_face.mapped = counting(hugging_face.load), counting(hugging_face.mapped)
 
 
 def record() -> None:

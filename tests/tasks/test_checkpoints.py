@@ -145,6 +145,29 @@ def test_a_full_disk_is_told_by_the_next_checkpoint_or_the_end(
     assert not [*checkpoints.folder.iterdir()]
 
 
+def test_what_a_killed_process_had_begun_is_gone_when_another_begins(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    checkpoints.save(1, {"step": 1})
+    checkpoints.finish()
+    # Nothing cleans up behind a process that is killed.
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "save", killed)
+    checkpoints.save(2, {"step": 2})
+    with pytest.raises(Killed):
+        checkpoints.finish()
+    monkeypatch.undo()
+    assert len([*checkpoints.folder.iterdir()]) == 2
+    checkpoints.forget_others()
+    assert steps(checkpoints) == [1]
+
+
 def test_a_full_disk_is_told_where_another_process_takes_the_folder_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

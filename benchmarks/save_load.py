@@ -4,7 +4,7 @@ The state is what training keeps of the parameters in fp32: them and AdamW's two
 training can go on, writes it with its digest, and checks that before it reads. torch's is copied and written as it is
 (``save`` of what its stager has copied), and read into tensors that are there. Both are synced to the disk. Memory is
 what the process has for itself (RssAnon) beside the state, at most; of reading, all that it has.
-Run: .venv/bin/python benchmarks/checkpoints.py
+Run: .venv/bin/python benchmarks/save_load.py
 """
 
 import argparse
@@ -85,7 +85,7 @@ def read(side: str, million: int, folder: Path) -> None:
     """Reads what :func:`write` has written."""
     watch, began = Watch(), time.perf_counter()
     if side == OURS:
-        assert Checkpoints("train", "inputs", kept=2, root=folder).load_latest() is not None
+        Checkpoints("train", "inputs", kept=2, root=folder).load_latest()
     else:
         warnings.simplefilter("ignore")
         state = {f"{key}.{number}": torch.empty(2**10, 2**10) for key in KEYS for number in range(million)}
