@@ -63,7 +63,8 @@ def test_large_channels_cost_less_once_they_are_spread(ids: torch.Tensor) -> Non
 def _turned(model: LanguageModel, plan: Plan) -> dict[str, int]:
     """The layers of ``model`` that turn what they read, each with the turn's width, after :func:`turn_hidden`."""
     turn_hidden(model, plan)
-    return {name: len(layer.turn) for name, layer in layers(model).items() if layer.turn is not None}
+    turns = {name: getattr(layer, "turn", None) for name, layer in layers(model).items()}
+    return {name: len(turn) for name, turn in turns.items() if turn is not None}
 
 
 @torch.no_grad()
