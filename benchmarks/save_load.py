@@ -1,7 +1,7 @@
 """A checkpoint of a whole model beside torch.distributed.checkpoint, with one process: time and memory, there and back.
 
 The state is what training keeps of the parameters in fp32: them and AdamW's two moments. Ours copies it, so that
-training can go on, writes it with its digest, and checks that before it reads. torch's is copied and written as it is
+training can go on, writes it with its digest, and checks that before it loads. torch's is copied and written as it is
 (``save`` of what its stager has copied), and read into tensors that are there. Both are synced to the disk. Memory is
 what the process has for itself (RssAnon) beside the state, at most; of reading, all that it has.
 Run: .venv/bin/python benchmarks/save_load.py

@@ -77,7 +77,7 @@ def file(path: Path, named: Callable[[], str] | None = None) -> Iterator[BinaryI
         sync(path.parent)
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes ``content`` to ``path``, whole or not at all."""
     with file(path) as opened:
         opened.write(content)
