@@ -27,7 +27,7 @@ from lm.packing import mixture_scheme, siblings
 from lm.per_token import quantize_weight
 from lm.planned_graph import PlannedGraph, array
 from lm.quantization import Plan
-from lm.scheme import Rows
+from lm.scheme import Rows, Sorted
 
 
 def export(model: LanguageModel, plan: Plan, path: Path) -> None:
@@ -133,35 +133,46 @@ def _hidden(graph: PlannedGraph, gate: str, up: str, reader: Linear | Experts) -
 
 def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
     rows, experts, shared = Rows(graph, x), layer.experts, layer.shared_experts
-    gates = _gates(graph, f"{name}.gate", layer.gate, rows)
-    y = None if shared is None else _swiglu(graph, f"{name}.shared_experts", shared, rows)
+    chosen, weights, scores = _routes(graph, f"{name}.gate", layer.gate, rows)
     if (scheme := mixture_scheme(graph.plan, f"{name}.experts", experts)) is not None:
+        # [N, E]: the weight of each expert's output for each token, 0 where it was not chosen.
+        gates = graph.op("ScatterElements", graph.op("Mul", scores, graph.number(0.0)), chosen, weights, axis=1)
         parts = experts.gate_up_proj, experts.down_proj
-        chosen = layer.gate.config.num_experts_per_tok
-        routed = scheme.mixture(graph, f"{name}.experts", *parts, x, gates, chosen)
-        return routed if y is None else graph.op("Add", y, routed)
-    if y is None:
-        y = graph.op("Expand", graph.number(0.0), graph.op("Shape", x))
-    for index in range(len(experts.gate_up_proj)):
-        with graph.scope(f"expert_{index}"):
-            y = _add_expert(graph, f"{name}.experts", experts, index, rows, gates, y)
-    return y
+        routed = scheme.mixture(graph, f"{name}.experts", *parts, x, gates, layer.gate.config.num_experts_per_tok)
+    else:
+        with graph.scope("experts"):
+            routed = _routed(graph, f"{name}.experts", experts, rows, chosen, weights)
+    return routed if shared is None else graph.op("Add", _swiglu(graph, f"{name}.shared_experts", shared, rows), routed)
 
 
-def _add_expert(graph: PlannedGraph, name: str, experts: Experts, index: int, x: Rows, gates: str, y: str) -> str:
-    # Only the tokens that chose this expert go through it; with none of them every tensor here has no rows.
-    gate = graph.op("Gather", gates, graph.weight(f"index_{index}", np.array(index, np.int64)), axis=1)
-    chosen = graph.op("Squeeze", graph.op("NonZero", gate), graph.ints(0))
-    both = graph.expert(name, "gate_up_proj", index, experts.gate_up_proj[index], x.take(chosen))
-    left, right = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
-    hidden = _hidden(graph, left, right, experts)
-    out = graph.expert(name, "down_proj", index, experts.down_proj[index], hidden)
-    weighted = graph.op("Mul", out, graph.op("Unsqueeze", graph.op("Gather", gate, chosen), graph.ints(1)))
-    return graph.op("ScatterND", y, graph.op("Unsqueeze", chosen, graph.ints(1)), weighted, reduction="add")
+def _routed(graph: PlannedGraph, name: str, experts: Experts, x: Rows, chosen: str, weights: str) -> str:
+    # [N, D]: what the K experts that each token chose make of it, weighed and added up.
+    count, size, _ = experts.down_proj.shape
+    rows, tokens, places = _by_expert(graph, chosen, count)
+    both = graph.experts(name, "gate_up_proj", experts.gate_up_proj, x.take(tokens), rows)
+    gate, up = graph.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
+    out = graph.experts(name, "down_proj", experts.down_proj, _hidden(graph, gate, up, experts), rows)
+    by_token = graph.op("Concat", graph.op("Shape", chosen), graph.ints(size), axis=0)
+    each = graph.op("Reshape", graph.op("Gather", out, places), by_token)
+    weighed = graph.op("Mul", each, graph.op("Unsqueeze", weights, graph.ints(2)))
+    return graph.op("ReduceSum", weighed, graph.ints(1), keepdims=0)
 
 
-def _gates(graph: PlannedGraph, name: str, router: Router, x: Rows) -> str:
-    # [N, E]: the weight of each expert's output for each token, 0 where it was not chosen. Twin of `Router.forward`.
+def _by_expert(graph: PlannedGraph, chosen: str, count: int) -> tuple[Sorted, str, str]:
+    # The choices [N, K] sorted by expert, so that each has its rows in one piece, some none, and all that is not an
+    # expert's own product is done once for all; the token of each row [N K], and where each choice went [N K].
+    flat = graph.op("Reshape", chosen, graph.ints(-1))
+    total = graph.op("Shape", flat)
+    experts, order = graph.ops("TopK", flat, total, outputs=2, largest=0)
+    _, places = graph.ops("TopK", order, total, outputs=2, largest=0)
+    numbers = graph.weight(f"numbers_{count}", np.arange(count).reshape(count, 1))
+    theirs = graph.op("Cast", graph.op("Equal", numbers, flat), to=INT64)
+    rows = Sorted(graph.op("ReduceSum", theirs, graph.ints(1), keepdims=0), experts)
+    return rows, graph.op("Div", order, graph.op("Shape", chosen, start=1, end=2)), places
+
+
+def _routes(graph: PlannedGraph, name: str, router: Router, x: Rows) -> tuple[str, str, str]:
+    # The experts [N, K] of each token and their weights [N, K], and all scores [N, E]. Twin of `Router.forward`.
     config = router.config
     products = graph.product(name, router.weight, x)
     if router.e_score_correction_bias is None:
@@ -177,9 +188,7 @@ def _gates(graph: PlannedGraph, name: str, router: Router, x: Rows) -> str:
     if config.norm_topk_prob:
         total = graph.op("ReduceSum", weights, graph.ints(-1), keepdims=1)
         weights = graph.op("Div", weights, graph.op("Add", total, graph.number(1e-20)))
-    weights = graph.op("Mul", weights, graph.number(config.routed_scaling_factor))
-    nothing = graph.op("Mul", scores, graph.number(0.0))
-    return graph.op("ScatterElements", nothing, chosen, weights, axis=1)
+    return chosen, graph.op("Mul", weights, graph.number(config.routed_scaling_factor)), scores
 
 
 def _mask_groups(graph: PlannedGraph, biased: str, config: MixtureConfig, counted: int) -> str:

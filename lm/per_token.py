@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from lm.graph import FLOAT, UINT8, Graph
-from lm.scheme import Levels, Operand
+from lm.scheme import Levels, Operand, Sorted, expert_name
 
 # Keeps the scale of an all-zero token or channel from dividing by zero; far below any scale that matters.
 SMALLEST_SCALE = 1e-12
@@ -97,20 +98,22 @@ class PerToken:
     def lower(self, graph: Graph, name: str, weight: torch.Tensor, x: Operand) -> str:
         """(x - zero) @ w = (x - 128) @ w - (zero - 128) * (column sums of w): the operator knows one zero for all."""
         values, scale, offset = x
-        integers, scales = quantize_weight(weight.detach())
-        columns, of_columns = integers.numpy().T, scales.squeeze(-1).numpy()
-        product = graph.op(
-            self.operator,
-            values,
-            graph.weight(self.stored(name), columns),
-            graph.number(1.0),
-            graph.weight(f"{name}.scales", of_columns),
-            zero_point(graph, MIDDLE),
-            domain="com.microsoft",
+        product, sums = self._multiplied(graph, name, weight, values)
+        return _finished(graph, product, graph.weight(sums_name(name), sums), scale, offset)
+
+    def lower_experts(self, graph: Graph, name: str, part: str, weights: torch.Tensor, x: Operand, rows: Sorted) -> str:
+        """Returns [M, out]: ``rows`` by their experts' ``weights`` [E, out, in]. Products alone are one an expert."""
+        values, scale, offset = x
+        apart = graph.ops("Split", values, rows.counts, outputs=len(weights), axis=0)
+        products, sums = zip(
+            *(
+                self._multiplied(graph, expert_name(name, index, part), weight, of_one)
+                for index, (weight, of_one) in enumerate(zip(weights, apart, strict=True))
+            ),
+            strict=True,
         )
-        sums = columns.sum(axis=0, dtype=np.float64) * of_columns
-        zeros = graph.op("Mul", offset, graph.weight(f"{name}.sums", sums.astype(np.float32)))
-        return graph.op("Mul", graph.op("Sub", product, zeros), scale)
+        of_rows = graph.op("Gather", graph.weight(sums_name(f"{name}.{part}"), np.stack(sums)), rows.experts)
+        return _finished(graph, graph.op("Concat", *products, axis=0), of_rows, scale, offset)
 
     def rounded(self, graph: Graph, x: str, width: int) -> str:
         return graph.op("DequantizeLinear", *self._quantized(graph, x), axis=0)
@@ -123,6 +126,23 @@ class PerToken:
     def stored(self, name: str) -> str:
         return f"{name}.int8"
 
+    def _multiplied(
+        self, graph: Graph, name: str, weight: torch.Tensor, values: str
+    ) -> tuple[str, npt.NDArray[np.float32]]:
+        # (x - 128) @ w, and the sums of the columns of w.
+        integers, scales = quantize_weight(weight.detach())
+        columns, of_columns = integers.numpy().T, scales.squeeze(-1).numpy()
+        product = graph.op(
+            self.operator,
+            values,
+            graph.weight(self.stored(name), columns),
+            graph.number(1.0),
+            graph.weight(f"{name}.scales", of_columns),
+            zero_point(graph, MIDDLE),
+            domain="com.microsoft",
+        )
+        return product, (columns.sum(axis=0, dtype=np.float64) * of_columns).astype(np.float32)
+
     def _quantized(self, graph: Graph, x: str) -> tuple[str, str, str]:
         # Values [N, K], scales [N] and zero points [N].
         low = graph.op("Min", graph.op("ReduceMin", x, graph.ints(-1), keepdims=0), graph.number(0.0))
@@ -130,6 +150,15 @@ class PerToken:
         scale = graph.op("Div", graph.op("Sub", high, low), graph.number(255.0))
         point = graph.op("QuantizeLinear", graph.op("Neg", low), scale, axis=0, output_dtype=UINT8)
         return graph.op("QuantizeLinear", x, scale, point, axis=0), scale, point
+
+
+def sums_name(name: str) -> str:
+    """Returns the initializer that holds the sums of the weight's columns, [out]; of all experts of a part [E, out]."""
+    return f"{name}.sums"
+
+
+def _finished(graph: Graph, product: str, sums: str, scale: str, offset: str) -> str:
+    return graph.op("Mul", graph.op("Sub", product, graph.op("Mul", offset, sums)), scale)
 
 
 def zero_point(graph: Graph, value: int) -> str:

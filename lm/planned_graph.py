@@ -10,8 +10,9 @@ from lm.graph import Graph
 from lm.linear import Linear
 from lm.norm import RMSNorm
 from lm.packing import packable, packed_name
+from lm.per_token import PerToken
 from lm.quantization import Plan
-from lm.scheme import Rows
+from lm.scheme import Rows, Sorted, expert_name
 
 
 class PlannedGraph(Graph):
@@ -25,10 +26,20 @@ class PlannedGraph(Graph):
         self.plan = plan
         self._shapes: dict[tuple[str | int, ...], str] = {}
 
-    def expert(self, name: str, part: str, index: int, weight: torch.Tensor, x: Rows) -> str:
-        """Multiplies ``x`` [N, in] by ``weight`` [out, in], the ``part`` of one expert of the layer ``name``."""
+    def experts(self, name: str, part: str, weights: torch.Tensor, x: Rows, rows: Sorted) -> str:
+        """Multiplies ``x`` [M, in] by ``weights`` [E, out, in], the ``part`` of the experts of the layer ``name``.
+
+        Returns [M, out], each of the ``rows`` multiplied by its own expert's. An expert may have none.
+        """
         scheme = self.plan.of(name, f"{name}.{part}")
-        return scheme.lower(self, f"{name}.{index}.{part}", weight, x.operand(scheme))
+        if isinstance(scheme, PerToken):
+            return scheme.lower_experts(self, name, part, weights, x.operand(scheme), rows)
+        apart = (self.ops("Split", one, rows.counts, outputs=len(weights), axis=0) for one in x.operand(scheme))
+        products = [
+            scheme.lower(self, expert_name(name, index, part), weight, operand)
+            for index, (weight, operand) in enumerate(zip(weights, zip(*apart, strict=True), strict=True))
+        ]
+        return self.op("Concat", *products, axis=0)
 
     def product(self, name: str, weight: torch.Tensor, x: Rows) -> str:
         """Multiplies ``x`` [N, in] by the ``weight`` [out, in] of the layer ``name``."""

@@ -17,6 +17,14 @@ Operand = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Sorted:
+    """What is known of rows in a graph that lie sorted by expert: how many each has, [E], and whose each is, [M]."""
+
+    counts: str
+    experts: str
+
+
+@dataclass(frozen=True)
 class Levels:
     """What weights are rounded to: -``most`` ... ``most`` times a scale for ``group`` inputs each, for all if None."""
 
@@ -79,6 +87,11 @@ class Float:
 
     def stored(self, name: str) -> str:
         return f"{name}.weight"
+
+
+def expert_name(name: str, index: int, part: str) -> str:
+    """Returns what the product of the ``part`` of one expert of the layer ``name`` is called."""
+    return f"{name}.{index}.{part}"
 
 
 class Rows:

@@ -12,6 +12,8 @@ import torch
 from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict
 
+from lm import per_token, quantization
+from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from lm.planned_graph import turn_name
@@ -115,7 +117,7 @@ def _unturned(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
 
 def _turn_before(makers: dict[str, onnx.NodeProto], product: onnx.NodeProto) -> str | None:
     node = makers.get(product.input[0])
-    while node is not None and node.op_type in {"QuantizeLinear", "Gather", "Reshape"}:
+    while node is not None and node.op_type in {"QuantizeLinear", "Gather", "Split", "Reshape"}:
         node = makers.get(node.input[0])
     if node is None or node.op_type != "MatMul" or not node.input[1].startswith("turn_"):
         return None
@@ -182,8 +184,15 @@ def _other_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[st
         if tensor.data_type == TensorProto.FLOAT and list(tensor.dims[1:]) in [[width] for width in widths]
     }
     meant = {f"{name}.weight" for name in _embeddings(model) if plan.matches(name, plan.in_float)}
+    # A row for each expert, which is no embedding.
+    sums = {
+        per_token.sums_name(part)
+        for name, layer in layers(model).items()
+        if isinstance(layer, Experts)
+        for part in quantization.products(name, layer)
+    }
     return [
-        *(f"{name} is looked up in float" for name in sorted(looked_up - meant)),
+        *(f"{name} is looked up in float" for name in sorted(looked_up - meant - sums)),
         *(f"{name} is not looked up in float" for name in sorted(meant - looked_up)),
     ]
 

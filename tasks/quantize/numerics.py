@@ -39,6 +39,11 @@ class Nodes:
         node = self.makers.get(name)
         return name if node is None or node.op_type not in _PASSED else self.source(node.input[0])
 
+    def looked_up(self, name: str) -> str:
+        """Returns the tensor that ``name`` is rows of, or ``name`` itself."""
+        node = self.makers.get(name)
+        return name if node is None or node.op_type != "Gather" else node.input[0]
+
     def number(self, name: str, kind: int) -> float | None:
         """Returns the constant ``name`` of one number of the type ``kind``, if it is that."""
         tensor = self.tensors.get(name)
@@ -120,11 +125,17 @@ def _axes(nodes: Nodes, node: onnx.NodeProto) -> list[int]:
 
 def _takes_out_the_zero_points(nodes: Nodes, product: onnx.NodeProto) -> bool:
     """Whether all that reads ``product`` takes the zero points' share from it, and multiplies by the tokens' scales."""
-    sums = f"{product.input[1].removesuffix('.int8')}.sums"
-    readers = nodes.readers[product.output[0]]
+    name, result = product.input[1].removesuffix(".int8"), product.output[0]
+    readers, sums = nodes.readers[result], per_token.sums_name(name)
+    if [node.op_type for node in readers] == ["Concat"]:
+        # An expert's rows stand by its number among those of all, which are finished in one go.
+        layer, index, part = name.rsplit(".", 2)
+        if not index.isdigit() or readers[0].input[int(index) :][:1] != [result]:
+            return False
+        readers, sums = nodes.readers[readers[0].output[0]], per_token.sums_name(f"{layer}.{part}")
     for node in readers:
         zeros = nodes.makers.get(node.input[1]) if node.op_type == "Sub" else None
-        if zeros is None or zeros.op_type != "Mul" or sums not in zeros.input:
+        if zeros is None or zeros.op_type != "Mul" or sums not in map(nodes.looked_up, zeros.input):
             return False
         if any(reader.op_type != "Mul" for reader in nodes.readers[node.output[0]]):
             return False
@@ -148,7 +159,7 @@ def _constants_of(nodes: Nodes, product: onnx.NodeProto) -> list[float | None]:
 
 def _quantizes(nodes: Nodes, activations: str) -> onnx.NodeProto | None:
     node = nodes.makers.get(activations)
-    while node is not None and node.op_type == "Gather":
+    while node is not None and node.op_type in ("Gather", "Split"):
         # An expert takes its tokens from those that are quantized already.
         node = nodes.makers.get(node.input[0])
     return node if node is not None and node.op_type == "QuantizeLinear" else None

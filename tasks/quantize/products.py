@@ -8,7 +8,7 @@ from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from lm.packing import mixture_scheme, packed_products
 from lm.quantization import Plan, layers
-from lm.scheme import Scheme
+from lm.scheme import Scheme, expert_name
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _of_experts(name: str, experts: Experts, plan: Plan) -> dict[str, Product]:
         if one_node is None:
             scheme = plan.of(name, f"{name}.{part}")
             each = Product(scheme, scheme.operator, outputs, inputs)
-            found |= {f"{name}.{index}.{part}": each for index in range(count)}
+            found |= {expert_name(name, index, part): each for index in range(count)}
         else:
             if part == "gate_up_proj":
                 # Filled up to whole blocks of what `down_proj` reads.

@@ -18,13 +18,14 @@ from lm.blockwise import Blockwise
 from lm.calibration import calibrate
 from lm.config import GroupedShape
 from lm.feed_forward import gated
-from lm.graph import FLOAT, Graph
+from lm.graph import FLOAT, INT64, Graph
 from lm.model import LanguageModel
 from lm.per_token import PerToken
+from lm.planned_graph import PlannedGraph
 from lm.quantization import PLANS, Plan, prepare
 from lm.rotation import rotate, turn_hidden
 from lm.runtime import ask_for_exact_products
-from lm.scheme import Float, Rows, Scheme
+from lm.scheme import Float, Rows, Scheme, Sorted
 from lm.static import Range, Static
 
 EIGHT = PLANS["per-token-8"]
@@ -317,6 +318,25 @@ def test_an_expert_without_tokens_does_no_harm(
     expected = prepare(copy.deepcopy(model), plan)(ids[:1, :1]).detach().numpy()
     floating = model(ids[:1, :1]).detach().numpy()
     assert np.abs(logits - expected).mean() < 0.2 * np.abs(floating - expected).mean()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize("owners", [[2], [0, 0, 0, 2, 3, 3], [1] * 5], ids=str)
+def test_rows_are_each_multiplied_by_their_own_expert(owners: list[int], scheme: Scheme, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    count, numbers = 4, torch.tensor(owners)
+    x, weights = torch.randn(len(owners), 48, generator=generator), torch.randn(count, 24, 48, generator=generator)
+    graph = PlannedGraph(Plan(scheme, scheme))
+    rows = Sorted(graph.input("counts", INT64, [count]), graph.input("experts", INT64, ["rows"]))
+    given = Rows(graph, graph.input("x", FLOAT, ["rows", 48]))
+    graph.output(graph.experts("w", "down_proj", weights, given, rows), "y", FLOAT, ["rows", 24])
+    graph.save(tmp_path / "experts.onnx")
+    feed = {"x": x, "counts": torch.bincount(numbers, minlength=count), "experts": numbers}
+    session = _open(tmp_path / "experts.onnx")
+    read = {value.name for value in session.get_inputs()}
+    computed = session.run(None, {name: value.numpy() for name, value in feed.items() if name in read})[0]
+    expected = torch.cat([scheme.project(x[row : row + 1], weights[owner]) for row, owner in enumerate(owners)])
+    assert (torch.from_numpy(computed) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("scheme", [Blockwise(4, 32), Blockwise(8, 32), Blockwise(8, 64)], ids=str)

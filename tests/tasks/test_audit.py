@@ -182,6 +182,34 @@ def _scales_kept(planted: onnx.ModelProto) -> None:
     _reader(planted, scaled.output[0]).input[0] = sub.output[0]
 
 
+EXPERT = "model.layers.1.mlp.experts.2.down_proj"
+_EXPERT = re.escape(EXPERT)
+
+
+def _another_experts_rows(planted: onnx.ModelProto) -> None:
+    together = _reader(planted, _reader(planted, f"{EXPERT}.int8").output[0])
+    together.input[1], together.input[2] = together.input[2], together.input[1]
+
+
+def _one_experts_zero_points(planted: onnx.ModelProto) -> None:
+    # As if all had the first one's weights.
+    name = EXPERT.replace(".2.", ".")
+    sums = numpy_helper.to_array(_tensor(planted, f"{name}.sums"))[0]
+    planted.graph.initializer.append(numpy_helper.from_array(sums, "sums_of_the_first"))
+    looked_up = _reader(planted, f"{name}.sums").output[0]
+    product = _reader(planted, looked_up)
+    product.input[:] = ["sums_of_the_first" if one == looked_up else one for one in product.input]
+
+
+def _experts_scale_a_tensor(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{EXPERT}.int8")
+    split = next(node for node in planted.graph.node if product.input[0] in node.output)
+    quantize = next(node for node in planted.graph.node if split.input[0] in node.output)
+    dynamic = onnx.helper.make_node("DynamicQuantizeLinear", [quantize.input[0]], ["whole", "scale", "zero"])
+    planted.graph.node.append(dynamic)
+    split.input[0] = "whole"
+
+
 def _float_embedding_of_more_rows(planted: onnx.ModelProto) -> None:
     planted.graph.initializer.append(numpy_helper.from_array(np.zeros((300, 32), np.float32), "wide.float"))
     _reader(planted, "model.embed_tokens.int8").input[0] = "wide.float"
@@ -260,6 +288,9 @@ def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
         (_another_tokens_scale, rf"{_UP}\.int8 meets activations without a scale a token"),
         (_zero_points_kept, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
         (_scales_kept, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
+        (_another_experts_rows, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
+        (_one_experts_zero_points, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
+        (_experts_scale_a_tensor, rf"{_EXPERT}\.int8 meets activations without a scale a token"),
     ],
 )
 def test_what_quantizers_do_in_silence_is_refused(
