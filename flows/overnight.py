@@ -280,6 +280,11 @@ class Night:
             lambda: init.look(root, wanted, graph, self._changes or self._look(), running),
             partial(remotely.bring_init, root, wanted),
         )  # fmt: skip
+        try:
+            self._params.check_start(root / paths.INIT)
+        except UserMistake as error:
+            remember(self.site, INIT, dvc.Result("failed", error.exit_code, str(error)))
+            raise StageFailed(str(error), False, error.exit_code) from None
         if action != champion.Action.KEEP:
             # What was seen is stale itself by now.
             self._changes = None

@@ -112,7 +112,9 @@ def write_record(folder: Path, init: Init) -> None:
 
 
 @contextlib.contextmanager
-def unusable_is_told(folder: Path, do: str) -> Iterator[None]:
+def unusable_is_told(
+    folder: Path, do: str = "Name another checkpoint in train.init, or mend that one."
+) -> Iterator[None]:
     """Turns :class:`lm.hugging_face_config.Unusable` into :class:`BadInput`: names ``folder``, and what to ``do``."""
     from lm.hugging_face_config import Unusable
 

@@ -1,15 +1,18 @@
 """The whole of ``params.yaml``, for whoever checks it before anything runs. A stage alone reads its own section."""
 
+import importlib.metadata
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from tasks import paths
+from lm.hugging_face_config import architecture_of
+from lm.hugging_face_files import read_config
+from tasks import init, paths
 from tasks.card.params import CardParams
+from tasks.errors import BadParameter
 from tasks.evaluate.params import EvaluateParams
 from tasks.ingest.params import IngestParams
-from tasks.init import SCRATCH
 from tasks.notice_params import NoticeParams
 from tasks.publish_params import PublishParams
 from tasks.quantize.params import QuantizeParams
@@ -46,14 +49,44 @@ class Params(Section):
     @model_validator(mode="after")
     def _a_later_stage_fits_an_earlier_one(self) -> Self:
         # What a stage would only find when those before it have had their hours. Of a checkpoint nobody knows it here.
-        if self.shard.vocab_size is None and self.train.init == SCRATCH:
+        if self.shard.vocab_size is None and self.train.init == init.SCRATCH:
             raise ValueError(
                 "shard.vocab_size is null, and train.init: scratch brings no tokenizer. Set the size of the one to "
                 "train, or name a checkpoint in train.init."
             )
-        if self.train.model is not None and (told := self.quantize.unmatched(self.train.model)):
+        if self.train.model is not None and (told := self.quantize.misfit(self.train.model)):
             raise ValueError(told)
         return self
+
+    def check_start(self, folder: Path) -> None:
+        """Raises :class:`tasks.errors.UserMistake` for what `train` and `quantize` could not do with what is there.
+
+        That is the torch that is installed, and the checkpoint in ``folder`` that training starts from, if there is
+        one: what those stages would only find when the ones before them have had their hours. Reads no weights.
+        """
+        if told := self._unbuilt() or self._misfit(folder):
+            raise BadParameter(f"{paths.PARAMS}: {told}")
+
+    def _misfit(self, folder: Path) -> str | None:
+        record = init.read(folder)
+        if record.init != self.train.init:
+            # Of another run; the stages know more of that.
+            return None
+        if not record.files:
+            return self.train.misfit(None)
+        with init.unusable_is_told(folder):
+            config = read_config(folder)
+        return self.train.misfit(config) or self.quantize.misfit(architecture_of(config))
+
+    def _unbuilt(self) -> str | None:
+        build = importlib.metadata.version("torch")
+        for section, params in (("train", self.train), ("quantize", self.quantize)):
+            if params.device == "cuda" and build.endswith("+cpu"):
+                return (
+                    f"{section}.device is cuda, and torch {build}, which is installed, is built for CPUs alone. Set "
+                    "device: cpu, or install a CUDA build (see README.md)."
+                )
+        return None
 
 
 def read(path: Path = paths.PARAMS) -> Params:

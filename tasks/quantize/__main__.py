@@ -7,13 +7,11 @@ if __name__ == "__main__":
     native.settle()
     stage.begin()
 
-from lm.config import LatentArchitecture
 from lm.hugging_face_config import Unusable, architecture_of
 from lm.hugging_face_files import read_config
 from tasks import paths
 from tasks.errors import BadInput, BadParameter
 from tasks.launch import check_device, launch
-from tasks.mesh import check_fits
 from tasks.quantize.params import QuantizeParams
 from tasks.section import read_section
 from tasks.shards import Shards, read_manifest
@@ -24,7 +22,7 @@ def main() -> None:
     if not any(paths.FLOAT.glob("*.safetensors")):
         raise BadInput(f"{paths.FLOAT / 'model.safetensors'}: no such file. Run the stage 'train' first.")
     check_device("quantize", params)
-    check_mesh(params)
+    check_model(params)
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)
     for split in ("train", "valid"):
@@ -32,18 +30,14 @@ def main() -> None:
     launch("tasks.quantize.worker", params)
 
 
-def check_mesh(params: QuantizeParams) -> None:
-    """Raises :class:`BadParameter` when the float model cannot be cut as ``params`` ask."""
+def check_model(params: QuantizeParams) -> None:
+    """Raises :class:`BadParameter` when the float model does not fit ``params``."""
     try:
-        architecture = architecture_of(read_config(paths.FLOAT))
-        if isinstance(architecture, LatentArchitecture):
-            # What predicts further tokens is for training alone.
-            architecture = architecture.model_copy(update={"num_nextn_predict_layers": 0})
-        check_fits(params.layout, architecture)
+        told = params.misfit(architecture_of(read_config(paths.FLOAT)))
     except Unusable as error:
         raise BadInput(f"{paths.FLOAT}: {error}. Run the stage 'train' again.") from None
-    except ValueError as error:
-        raise BadParameter(f"{paths.PARAMS}: quantize: {error}.") from None
+    if told:
+        raise BadParameter(f"{paths.PARAMS}: {told}")
 
 
 if __name__ == "__main__":

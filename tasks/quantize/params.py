@@ -6,10 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lm.config import Architecture
+from lm.config import Architecture, LatentArchitecture
 from lm.hugging_face_files import weight_files
 from lm.layer_names import layer_names
 from tasks import paths
+from tasks.mesh import check_fits
 from tasks.training_params import TrainingParams
 
 
@@ -55,6 +56,17 @@ class QuantizeParams(TrainingParams):
                 "set it to 1, and cut by mesh.shard, or objective to text"
             )
         return self
+
+    def misfit(self, shape: Architecture) -> str | None:
+        """Returns what is told of parameters that a model of ``shape`` does not fit, None where it fits all."""
+        if isinstance(shape, LatentArchitecture):
+            # What predicts further tokens is for training alone.
+            shape = shape.model_copy(update={"num_nextn_predict_layers": 0})
+        try:
+            check_fits(self.layout, shape)
+        except ValueError as error:
+            return f"quantize: {error}."
+        return self.unmatched(shape)
 
     def unmatched(self, shape: Architecture) -> str | None:
         """Returns what is told of a pattern in ``in_float`` that no layer of a model of ``shape`` matches."""

@@ -5,7 +5,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from lm.config import Architecture, LatentArchitecture
+from lm.config import Architecture, LatentArchitecture, ModelConfig
+from lm.hugging_face_config import architecture_of
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
@@ -13,6 +14,8 @@ from tasks.mesh import check_fits, check_tokens
 from tasks.section import Section, validate
 from tasks.train.communication import CommunicationParams
 from tasks.training_params import TrainingParams
+
+_MOST_NAMED = 4
 
 
 def checkpoint_inputs() -> list[Path]:
@@ -30,6 +33,19 @@ def check_depths(model: LatentArchitecture, seq_len: int) -> None:
             f"num_nextn_predict_layers {model.num_nextn_predict_layers} predicts further ahead than a window of "
             f"seq_len {seq_len} has tokens; lower it, or raise seq_len"
         )
+
+
+def _differences(asked: Architecture, there: Architecture) -> str:
+    """Returns what ``asked`` is and ``there`` is not, the first few; nothing where they are the same."""
+    one, two = asked.model_dump(), there.model_dump()
+    other = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+    # Of another family all else is other too.
+    named = ["model_type"] if "model_type" in other else other[:_MOST_NAMED]
+    return ", ".join(f"{name} {_told(one.get(name))} (there {_told(two.get(name))})" for name in named)
+
+
+def _told(value: object) -> object:
+    return "null" if value is None else value
 
 
 class LoraParams(Section):
@@ -80,6 +96,49 @@ class TrainParams(TrainingParams):
         if isinstance(self.model, LatentArchitecture) and not self.trains_mtp:
             return self.model.model_copy(update={"num_nextn_predict_layers": 0})
         return self.model
+
+    def misfit(self, start: ModelConfig | None) -> str | None:
+        """Returns what is told of parameters that the model to start from does not fit, None where it fits all.
+
+        ``start`` None: there is no version in production yet to start from, or training starts from scratch.
+        """
+        if start is None:
+            if self.model is None:
+                return (
+                    "train.model is null, and no version is promoted yet that training could start from. Describe a "
+                    "model, or name a checkpoint in train.init."
+                )
+            if self.lora is not None:
+                return (
+                    "train.lora adapts a model that is there, and no version is promoted yet. Set lora: null until one "
+                    "is, or name a checkpoint in train.init."
+                )
+            return None
+        there = architecture_of(start)
+        if isinstance(there, LatentArchitecture) and not self.trains_mtp:
+            there = there.model_copy(update={"num_nextn_predict_layers": 0})
+        if self.architecture is not None and (told := _differences(self.architecture, there)):
+            return (
+                f"train.model is not the model that train.init names: {told}. Set model: null to take that one, or "
+                "init: scratch to train this one."
+            )
+        try:
+            check_fits(self.layout, there)
+            if isinstance(there, LatentArchitecture):
+                check_depths(there, self.seq_len)
+        except ValueError as error:
+            return f"train: {error}."
+        if self.seq_len > start.max_position_embeddings:
+            return (
+                f"train.seq_len {self.seq_len} is more than the {start.max_position_embeddings} positions of the model "
+                "that train.init names. Lower it to that."
+            )
+        if self.lora is not None and isinstance(there, LatentArchitecture) and there.has_bias and self.bias_update_rate:
+            return (
+                f"train.bias_update_rate is {self.bias_update_rate:g}, and train.lora leaves all but its factors as "
+                "they are, the routers' biases too. Set bias_update_rate: 0.0."
+            )
+        return None
 
     def on(self, processes: int) -> "TrainParams":
         """Returns the same training on so many processes, as torchrun has found them.

@@ -3,19 +3,14 @@
 from pathlib import Path
 
 from lm import hugging_face, low_rank
-from lm.config import LatentConfig, ModelConfig, completed
-from lm.hugging_face_config import architecture_of
+from lm.config import ModelConfig, completed
 from lm.hugging_face_files import TOKENIZER
 from lm.model import LanguageModel
 from lm.weights import Weights, drawn, on_meta
 from tasks import init, paths
 from tasks.errors import BadInput, BadParameter
-from tasks.mesh import check_fits
 from tasks.shards import Manifest, digest
-from tasks.train.params import LoraParams, TrainParams, check_depths
-
-_MOST_NAMED = 4
-_DO = "Name another checkpoint in train.init, or mend that one."
+from tasks.train.params import TrainParams
 
 
 def check(params: TrainParams, manifest: Manifest) -> Path | None:
@@ -26,38 +21,25 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
     """
     folder = init.checkpoint()
     if folder is None:
-        if params.model is None:
-            raise BadParameter(
-                f"{paths.PARAMS}: train.model is null, and no version is promoted yet that training could start from. "
-                "Describe a model, or name a checkpoint in train.init."
-            )
-        if params.lora is not None:
-            raise BadParameter(
-                f"{paths.PARAMS}: train.lora adapts a model that is there, and no version is promoted yet. Set lora: "
-                "null until one is, or name a checkpoint in train.init."
-            )
+        _refuse(params.misfit(None))
         return None
     init.verify(folder)
-    with init.unusable_is_told(folder, _DO):
+    with init.unusable_is_told(folder):
         config = hugging_face.check(folder, params.trains_mtp)
     if digest((folder / TOKENIZER).read_bytes()) != manifest.tokenizer_digest:
         raise BadInput(f"{folder / TOKENIZER}: not the tokenizer that made {paths.SHARDS}. Rerun 'shard'.")
-    if params.model is not None:
-        _check_model(params, config)
-    try:
-        check_fits(params.mesh.over(params.world_size), architecture_of(config))
-        if isinstance(config, LatentConfig):
-            check_depths(config, params.seq_len)
-    except ValueError as error:
-        raise BadParameter(f"{paths.PARAMS}: train: {error}.") from None
-    if params.seq_len > config.max_position_embeddings:
-        raise BadParameter(
-            f"{paths.PARAMS}: train.seq_len {params.seq_len} is more than the {config.max_position_embeddings} "
-            "positions of the model that train.init names. Lower it to that."
-        )
+    _refuse(params.misfit(config))
     if params.lora is not None:
-        _check_lora(params.lora, params.bias_update_rate, config)
+        try:
+            low_rank.chosen(low_rank.adaptable(config), params.lora.targets)
+        except ValueError as error:
+            _refuse(f"train.lora.targets: {error}.")
     return folder
+
+
+def _refuse(told: str | None) -> None:
+    if told:
+        raise BadParameter(f"{paths.PARAMS}: {told}")
 
 
 def begun(folder: Path | None, params: TrainParams, manifest: Manifest) -> tuple[LanguageModel, Weights]:
@@ -88,32 +70,3 @@ def new_config(params: TrainParams, manifest: Manifest) -> ModelConfig:
         bos_token_id=manifest.bos_token_id,
         eos_token_id=manifest.eos_token_id,
     )
-
-
-def _check_lora(lora: LoraParams, bias_update_rate: float, config: ModelConfig) -> None:
-    try:
-        low_rank.chosen(low_rank.adaptable(config), lora.targets)
-    except ValueError as error:
-        raise BadParameter(f"{paths.PARAMS}: train.lora.targets: {error}.") from None
-    if isinstance(config, LatentConfig) and config.has_bias and bias_update_rate:
-        raise BadParameter(
-            f"{paths.PARAMS}: train.bias_update_rate is {bias_update_rate:g}, and train.lora leaves all but its "
-            "factors as they are, the routers' biases too. Set bias_update_rate: 0.0."
-        )
-
-
-def _check_model(params: TrainParams, config: ModelConfig) -> None:
-    asked, there = params.architecture.model_dump() if params.architecture else {}, architecture_of(config).model_dump()
-    other = sorted(name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name))
-    if other:
-        # Of another family all else is other too.
-        named = ["model_type"] if "model_type" in other else other[:_MOST_NAMED]
-        told = ", ".join(f"{name} {_told(asked.get(name))} (there {_told(there.get(name))})" for name in named)
-        raise BadParameter(
-            f"{paths.PARAMS}: train.model is not the model that train.init names: {told}. Set model: null to take that "
-            "one, or init: scratch to train this one."
-        )
-
-
-def _told(value: object) -> object:
-    return "null" if value is None else value

@@ -19,10 +19,13 @@ from flows.champion import Action
 from flows.dvc import Change, Changes, Stale
 from flows.graph import Graph, Stage
 from flows.publish import publish
+from lm.config import completed
+from lm.hugging_face_config import config_to_json
 from tasks import paths
 from tasks.errors import UserMistake
 from tasks.init import Init
 from tasks.init import read as read_init
+from tasks.params import read as read_params
 
 GRAPH = Graph(
     (
@@ -97,8 +100,8 @@ def test_what_training_starts_from_moves_only_with_another_training(
     assert init.plan(wanted, here, NEW, anew, versioned, intact) == expected
 
 
-def overnight(clone: Clone, server: str) -> dict[str, str]:
-    """Runs ``overnight run`` and returns the outcome of each row of its table."""
+def overnight(clone: Clone, server: str, told: str = "") -> dict[str, str]:
+    """Runs ``overnight run`` and returns the outcome of each row of its table; a mistake of the user's is ``told``."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OVERNIGHT_"))}
     done = subprocess.run(
         [sys.executable, "-m", "flows", "run"],
@@ -108,7 +111,8 @@ def overnight(clone: Clone, server: str) -> dict[str, str]:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (2 if told else 0), done.stderr
+    assert told in " ".join(done.stderr.split()), done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     return {row[0]: row[1] for row in rows if len(row) > 1 and row[1] in ("ran", "cached", "skipped", "failed")}
 
@@ -118,7 +122,8 @@ import json, pathlib
 record = json.loads(pathlib.Path("models/init/init.json").read_text())
 folder = pathlib.Path("models/float")
 folder.mkdir(parents=True)
-(folder / "config.json").write_text(str(record["version"]))
+(folder / "config.json").write_bytes(pathlib.Path("shape.json").read_bytes())
+(folder / "from.txt").write_text(str(record["version"]))
 # As low-rank factors are kept.
 (folder / "adapter").mkdir()
 (folder / "adapter/adapter_config.json").write_text("{}")
@@ -138,6 +143,11 @@ def trained(published: Clone) -> Clone:
     }
     yaml.dump(pipeline, published.root / "dvc.yaml")
     (published.root / "train.py").write_text(TRAIN)
+    train = read_params(published.root / "params.yaml").train
+    assert train.model is not None
+    ids = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
+    shape = completed(train.model, max_position_embeddings=train.seq_len, **ids)
+    (published.root / "shape.json").write_text(json.dumps(config_to_json(shape)))
     published.set("train", "learning_rate", 0.3)
     published.set("collect", "sources", [{"name": "s", "uri": "texts", "format": "txt", "licence": "none"}])
     (published.root / "texts").mkdir()
@@ -162,10 +172,10 @@ def test_the_version_in_production_is_what_the_next_training_starts_from(trained
     version = registry.champion(trained.root)
     assert version is not None
     assert (record.version, record.commit) == (version.tag, version.commit) == ("lm@v1.2.0", version.commit)
-    assert list(record.files) == ["adapter/adapter_config.json", "config.json"]
+    assert list(record.files) == ["adapter/adapter_config.json", "config.json", "from.txt"]
     assert (paths.INIT / "adapter/adapter_config.json").read_text() == "{}"
-    assert (paths.INIT / "config.json").read_text() == "None"
-    assert (paths.FLOAT / "config.json").read_text() == "lm@v1.2.0"
+    assert (paths.INIT / "from.txt").read_text() == "None"
+    assert (paths.FLOAT / "from.txt").read_text() == "lm@v1.2.0"
     changes = dvc.changes(trained.root)
     assert not changes.stages
     assert not changes.data
@@ -185,6 +195,14 @@ def test_the_version_in_production_is_what_the_next_training_starts_from(trained
 def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(trained: Clone, server: str) -> None:
     write_checkpoint(trained.root / "given")
     trained.set("train", "init", "given")
+    outcomes = overnight(trained, server, "params.yaml: train.model is not the model that train.init names: model_type")
+    assert (outcomes["collect"], outcomes["init"], outcomes["train"]) == ("ran", "failed", "skipped")
+    trained.set("train", "model", None)
+    trained.set("train", "seq_len", 16)
+    trained.set("quantize", "in_float", ["*.down_prj"])
+    outcomes = overnight(trained, server, "params.yaml: quantize.in_float: no layer's name matches '*.down_prj'")
+    assert (outcomes["init"], outcomes["train"]) == ("failed", "skipped")
+    trained.set("quantize", "in_float", ["lm_head"])
     assert overnight(trained, server)["train"] == "ran"
     assert read_init().init == "given"
     pointer = init.POINTER.read_bytes()

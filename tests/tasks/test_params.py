@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import tiny
+from odd import make_model, write_checkpoint
 
-from tasks import params
+from tasks import params, paths
+from tasks.collect.init import collect_init
 from tasks.errors import BadParameter
 
 
@@ -18,6 +20,10 @@ from tasks.errors import BadParameter
             {"quantize__in_float": ["lm_head", "*.down_prj"]},
             "params.yaml: quantize.in_float: no layer's name matches '*.down_prj'. Names are model.layers.0.self_attn",
         ),
+        (
+            {"quantize__mesh": {"expert": 3}, "quantize__world_size": 3, "quantize__global_batch": 6},
+            "params.yaml: quantize: n_routed_experts 4 does not divide over",
+        ),
         ({"shard__vocab_size": None}, "params.yaml: shard.vocab_size is null, and train.init: scratch brings no token"),
     ],
 )
@@ -26,6 +32,56 @@ def test_sections_that_do_not_fit_each_other(changes: dict[str, Any], told: str,
     with pytest.raises(BadParameter, match=re.escape(told)) as caught:
         params.read(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+FROM = {"train__init": "given", "train__model": None, "shard__vocab_size": None}
+LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj"], "keep_adapter": False}
+
+
+def start(project: Path, changes: dict[str, Any]) -> params.Params:
+    """Puts what training starts from into ``project``, and returns the parameters with ``changes``."""
+    write_checkpoint(project / "given", make_model)
+    collect_init("given")
+    tiny.write_params(project, **{**FROM, **changes})
+    return params.read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"quantize__in_float": ["*.q_a_prj"]}, "quantize.in_float: no layer's name matches '*.q_a_prj'"),
+        ({"train__lora": LORA}, "train.bias_update_rate is 0.01, and train.lora leaves all but its factors as they"),
+        (
+            {"train__model": tiny.LLAMA},
+            "train.model is not the model that train.init names: model_type q",
+        ),
+        ({"train__seq_len": 65}, "train.seq_len 65 is more than the 64 positions of the model that train.init names"),
+        (
+            {"quantize__mesh": {"expert": 3}, "quantize__world_size": 3, "quantize__global_batch": 6},
+            "quantize: n_routed_experts 8 does not divide over",
+        ),
+    ],
+)
+def test_a_checkpoint_that_later_stages_could_not_take(changes: dict[str, Any], told: str, project: Path) -> None:
+    with pytest.raises(BadParameter, match=re.escape(f"params.yaml: {told}")) as caught:
+        start(project, changes).check_start(paths.INIT)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_fits_and_one_of_another_run(project: Path) -> None:
+    start(project, {"quantize__in_float": ["*.kv_a_proj_with_mqa"]}).check_start(paths.INIT)
+    tiny.write_params(project, **{**FROM, "train__init": "other", "quantize__in_float": ["*.q_a_prj"]})
+    params.read().check_start(paths.INIT)
+
+
+@pytest.mark.parametrize("section", ["train", "quantize"])
+def test_a_torch_for_cpus_has_no_gpu(section: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = start(project, {f"{section}__device": "cuda"})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
+    found.check_start(paths.INIT)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
+    with pytest.raises(BadParameter, match=rf"{section}\.device is cuda, and torch 2\.13\.0\+cpu, which is inst"):
+        found.check_start(paths.INIT)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from meshes import MODELS
 from onnx import numpy_helper
 
 from lm import hugging_face
-from tasks.quantize.__main__ import check_mesh
+from tasks.quantize.__main__ import check_model
 from tasks.quantize.params import QuantizeParams
 from tasks.section import read_section
 
@@ -101,7 +101,7 @@ def test_layers_that_only_training_has_do_not_stand_in_the_way(project: Path) ->
     (project / "models/float").mkdir(parents=True)
     config = hugging_face.config_to_json(MODELS["latent-deep"])
     (project / "models/float/config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
-    check_mesh(read_section("quantize", QuantizeParams))
+    check_model(read_section("quantize", QuantizeParams))
 
 
 @pytest.mark.parametrize(
