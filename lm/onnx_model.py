@@ -163,16 +163,17 @@ def _by_expert(graph: PlannedGraph, chosen: str, count: int) -> tuple[Sorted, st
     # expert's own product is done once for all; the token of each row [N K], and where each choice went [N K].
     flat = graph.op("Reshape", chosen, graph.ints(-1))
     total = graph.op("Shape", flat)
-    experts, order = graph.ops("TopK", flat, total, outputs=2, largest=0)
+    owners, order = graph.ops("TopK", flat, total, outputs=2, largest=0)
+    # What sorts an order is its inverse.
     _, places = graph.ops("TopK", order, total, outputs=2, largest=0)
     numbers = graph.weight(f"numbers_{count}", np.arange(count).reshape(count, 1))
-    theirs = graph.op("Cast", graph.op("Equal", numbers, flat), to=INT64)
-    rows = Sorted(graph.op("ReduceSum", theirs, graph.ints(1), keepdims=0), experts)
+    is_whose = graph.op("Cast", graph.op("Equal", numbers, flat), to=INT64)
+    rows = Sorted(graph.op("ReduceSum", is_whose, graph.ints(1), keepdims=0), owners)
     return rows, graph.op("Div", order, graph.op("Shape", chosen, start=1, end=2)), places
 
 
 def _routes(graph: PlannedGraph, name: str, router: Router, x: Rows) -> tuple[str, str, str]:
-    # The experts [N, K] of each token and their weights [N, K], and all scores [N, E]. Twin of `Router.forward`.
+    # The experts [N, K] of each token and their weights [N, K]. Twin of `Router.forward`. And the scores [N, E] of all.
     config = router.config
     products = graph.product(name, router.weight, x)
     if router.e_score_correction_bias is None:

@@ -112,7 +112,7 @@ class PerToken:
             ),
             strict=True,
         )
-        of_rows = graph.op("Gather", graph.weight(sums_name(f"{name}.{part}"), np.stack(sums)), rows.experts)
+        of_rows = graph.op("Gather", graph.weight(sums_name(f"{name}.{part}"), np.stack(sums)), rows.owners)
         return _finished(graph, graph.op("Concat", *products, axis=0), of_rows, scale, offset)
 
     def rounded(self, graph: Graph, x: str, width: int) -> str:

@@ -21,7 +21,7 @@ class Sorted:
     """What is known of rows in a graph that lie sorted by expert: how many each has, [E], and whose each is, [M]."""
 
     counts: str
-    experts: str
+    owners: str
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ import torch
 from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict
 
-from lm import per_token, quantization
-from lm.feed_forward import Experts
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from lm.planned_graph import turn_name
@@ -175,25 +173,20 @@ def _embeddings(model: LanguageModel) -> dict[str, Embedding]:
 
 
 def _other_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
-    """Embeddings that are looked up in float and are not meant to be, and the other way round."""
-    widths = [module.weight.shape[1] for module in _embeddings(model).values()]
-    looked_up = {
-        node.input[0]
-        for node in nodes.all
-        if node.op_type == "Gather" and (tensor := nodes.tensors.get(node.input[0])) is not None
-        if tensor.data_type == TensorProto.FLOAT and list(tensor.dims[1:]) in [[width] for width in widths]
+    """Embeddings that are looked up in float without being meant to be, and those that are not looked up as meant."""
+    widths = [[module.weight.shape[1]] for module in _embeddings(model).values()]
+    # A row for each expert is no embedding.
+    looked_up = {node.input[0] for node in nodes.all if node.op_type == "Gather" and not nodes.by_owner(node)}
+    floating = {
+        name
+        for name in looked_up & nodes.tensors.keys()
+        if nodes.tensors[name].data_type == TensorProto.FLOAT and list(nodes.tensors[name].dims[1:]) in widths
     }
-    meant = {f"{name}.weight" for name in _embeddings(model) if plan.matches(name, plan.in_float)}
-    # A row for each expert, which is no embedding.
-    sums = {
-        per_token.sums_name(part)
-        for name, layer in layers(model).items()
-        if isinstance(layer, Experts)
-        for part in quantization.products(name, layer)
-    }
+    in_float = {name for name in _embeddings(model) if plan.matches(name, plan.in_float)}
+    meant = {f"{name}.weight" if name in in_float else f"{name}.int8" for name in _embeddings(model)}
     return [
-        *(f"{name} is looked up in float" for name in sorted(looked_up - meant - sums)),
-        *(f"{name} is not looked up in float" for name in sorted(meant - looked_up)),
+        *(f"{name} is looked up in float" for name in sorted(floating - {f"{name}.weight" for name in in_float})),
+        *(f"{name} is not looked up" for name in sorted(meant - looked_up)),
     ]
 
 

@@ -39,10 +39,10 @@ class Nodes:
         node = self.makers.get(name)
         return name if node is None or node.op_type not in _PASSED else self.source(node.input[0])
 
-    def looked_up(self, name: str) -> str:
-        """Returns the tensor that ``name`` is rows of, or ``name`` itself."""
-        node = self.makers.get(name)
-        return name if node is None or node.op_type != "Gather" else node.input[0]
+    def by_owner(self, node: onnx.NodeProto) -> bool:
+        """Whether ``node`` looks up a row for each of those that lie sorted: by what is sorted, from the least up."""
+        maker = self.makers.get(node.input[1]) if node.op_type == "Gather" else None
+        return maker is not None and maker.op_type == "TopK" and maker.output[0] == node.input[1]
 
     def number(self, name: str, kind: int) -> float | None:
         """Returns the constant ``name`` of one number of the type ``kind``, if it is that."""
@@ -77,18 +77,26 @@ def _of_integers(nodes: Nodes, product: onnx.NodeProto, expected: Product) -> It
     weight = product.input[1]
     if weight in nodes.tensors and nodes.tensors[weight].data_type != TensorProto.INT8:
         yield "is not signed, so its product runs 3 times slower"
+    finished, sums = product, per_token.sums_name(weight.removesuffix(".int8"))
+    if is_expert := expected.expert is not None:
+        found = _together(nodes, product, expected.expert)
+        if found is None:
+            yield "does not have the rows of its own expert"
+            return
+        # All experts' products are finished in one go, each row with the sums of its own expert.
+        finished, sums = found, per_token.sums_name(expected.part)
+    quantizes = _quantizes(nodes, product.input[0], is_expert)
     if isinstance(expected.scheme, Static):
-        if not _lies_within(expected.scheme.within, nodes, product):
+        if not _lies_within(expected.scheme.within, nodes, product, quantizes):
             yield "meets activations that are not unsigned 8 bits of its calibrated range"
         return
-    if not _has_a_scale_a_token(nodes, product):
+    if not _has_a_scale_a_token(nodes, product, quantizes):
         yield "meets activations without a scale a token in unsigned 8 bits"
-    if not _takes_out_the_zero_points(nodes, product):
+    if not _takes_out_the_zero_points(nodes, finished, sums, is_expert):
         yield "does not take out its tokens' zero points and scales"
 
 
-def _has_a_scale_a_token(nodes: Nodes, product: onnx.NodeProto) -> bool:
-    node = _quantizes(nodes, product.input[0])
+def _has_a_scale_a_token(nodes: Nodes, product: onnx.NodeProto, node: onnx.NodeProto | None) -> bool:
     if node is None or not any(one.name == "axis" and one.i == 0 for one in node.attribute):
         return False
     point = nodes.makers.get(node.input[2])
@@ -123,27 +131,45 @@ def _axes(nodes: Nodes, node: onnx.NodeProto) -> list[int]:
     return [] if axes is None else numpy_helper.to_array(axes).tolist()
 
 
-def _takes_out_the_zero_points(nodes: Nodes, product: onnx.NodeProto) -> bool:
-    """Whether all that reads ``product`` takes the zero points' share from it, and multiplies by the tokens' scales."""
-    name, result = product.input[1].removesuffix(".int8"), product.output[0]
-    readers, sums = nodes.readers[result], per_token.sums_name(name)
-    if [node.op_type for node in readers] == ["Concat"]:
-        # An expert's rows stand by its number among those of all, which are finished in one go.
-        layer, index, part = name.rsplit(".", 2)
-        if not index.isdigit() or readers[0].input[int(index) :][:1] != [result]:
-            return False
-        readers, sums = nodes.readers[readers[0].output[0]], per_token.sums_name(f"{layer}.{part}")
+def _together(nodes: Nodes, product: onnx.NodeProto, number: int) -> onnx.NodeProto | None:
+    """Returns the node that puts the rows of all experts together; None unless number ``number`` has those of its own.
+
+    They are that piece of what is sorted by expert, and stand in that place again.
+    """
+    apart, readers = nodes.makers.get(product.input[0]), nodes.readers[product.output[0]]
+    if apart is None or apart.op_type != "Split" or [node.op_type for node in readers] != ["Concat"]:
+        return None
+    (together,) = readers
+    pieces, places = list(apart.output), list(together.input)
+    if any(one.name == "axis" and one.i != 0 for node in (apart, together) for one in node.attribute):
+        return None
+    # How many rows each has is for the router to say.
+    if len(pieces) != len(places) or apart.input[1] in nodes.tensors:
+        return None
+    own = pieces.index(product.input[0]), places.index(product.output[0])
+    return together if own == (number, number) else None
+
+
+def _takes_out_the_zero_points(nodes: Nodes, product: onnx.NodeProto, sums: str, by_row: bool) -> bool:
+    """Whether all that reads ``product`` takes the zero points' share from it, and multiplies by the tokens' scales.
+
+    The ``sums`` of the weight's columns are the same for all rows, or looked up ``by_row`` by whose each is.
+    """
+    readers = nodes.readers[product.output[0]]
     for node in readers:
         zeros = nodes.makers.get(node.input[1]) if node.op_type == "Sub" else None
-        if zeros is None or zeros.op_type != "Mul" or sums not in map(nodes.looked_up, zeros.input):
+        if zeros is None or zeros.op_type != "Mul":
+            return False
+        makers = [nodes.makers.get(name) for name in zeros.input] if by_row else []
+        by_owner = [maker.input[0] for maker in makers if maker is not None and nodes.by_owner(maker)]
+        if sums not in (by_owner if by_row else zeros.input):
             return False
         if any(reader.op_type != "Mul" for reader in nodes.readers[node.output[0]]):
             return False
     return bool(readers)
 
 
-def _lies_within(within: Range | None, nodes: Nodes, product: onnx.NodeProto) -> bool:
-    node = _quantizes(nodes, product.input[0])
+def _lies_within(within: Range | None, nodes: Nodes, product: onnx.NodeProto, node: onnx.NodeProto | None) -> bool:
     if node is None or within is None:
         return False
     # The product takes out the scale and the zero point that the activations were given.
@@ -157,10 +183,10 @@ def _constants_of(nodes: Nodes, product: onnx.NodeProto) -> list[float | None]:
     return [nodes.number(name, kind) for name, kind in zip(names, _SCALE_AND_POINT, strict=True)]
 
 
-def _quantizes(nodes: Nodes, activations: str) -> onnx.NodeProto | None:
+def _quantizes(nodes: Nodes, activations: str, is_expert: bool) -> onnx.NodeProto | None:
     node = nodes.makers.get(activations)
-    while node is not None and node.op_type in ("Gather", "Split"):
-        # An expert takes its tokens from those that are quantized already.
+    while is_expert and node is not None and node.op_type in ("Gather", "Split"):
+        # An expert has a piece of what is quantized for all of them: of their hidden values, or of the tokens, sorted.
         node = nodes.makers.get(node.input[0])
     return node if node is not None and node.op_type == "QuantizeLinear" else None
 

@@ -13,12 +13,17 @@ from lm.scheme import Scheme, expert_name
 
 @dataclass(frozen=True)
 class Product:
-    """A weight [outputs, inputs] and the operator that multiplies by it."""
+    """A weight [outputs, inputs] and the operator that multiplies by it.
+
+    Of an expert with products of its own, ``expert`` is its number and ``part`` what all of its kind are called.
+    """
 
     scheme: Scheme
     operator: str
     outputs: int
     inputs: int
+    expert: int | None = None
+    part: str = ""
 
 
 def products(model: LanguageModel, plan: Plan) -> dict[str, Product]:
@@ -43,8 +48,9 @@ def _of_experts(name: str, experts: Experts, plan: Plan) -> dict[str, Product]:
         count, outputs, inputs = getattr(experts, part).shape
         if one_node is None:
             scheme = plan.of(name, f"{name}.{part}")
-            each = Product(scheme, scheme.operator, outputs, inputs)
-            found |= {expert_name(name, index, part): each for index in range(count)}
+            for index in range(count):
+                each = Product(scheme, scheme.operator, outputs, inputs, index, f"{name}.{part}")
+                found[expert_name(name, index, part)] = each
         else:
             if part == "gate_up_proj":
                 # Filled up to whole blocks of what `down_proj` reads.

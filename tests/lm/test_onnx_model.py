@@ -327,16 +327,25 @@ def test_rows_are_each_multiplied_by_their_own_expert(owners: list[int], scheme:
     count, numbers = 4, torch.tensor(owners)
     x, weights = torch.randn(len(owners), 48, generator=generator), torch.randn(count, 24, 48, generator=generator)
     graph = PlannedGraph(Plan(scheme, scheme))
-    rows = Sorted(graph.input("counts", INT64, [count]), graph.input("experts", INT64, ["rows"]))
+    rows = Sorted(graph.input("counts", INT64, [count]), graph.input("owners", INT64, ["rows"]))
     given = Rows(graph, graph.input("x", FLOAT, ["rows", 48]))
     graph.output(graph.experts("w", "down_proj", weights, given, rows), "y", FLOAT, ["rows", 24])
     graph.save(tmp_path / "experts.onnx")
-    feed = {"x": x, "counts": torch.bincount(numbers, minlength=count), "experts": numbers}
+    feed = {"x": x, "counts": torch.bincount(numbers, minlength=count), "owners": numbers}
     session = _open(tmp_path / "experts.onnx")
     read = {value.name for value in session.get_inputs()}
     computed = session.run(None, {name: value.numpy() for name, value in feed.items() if name in read})[0]
     expected = torch.cat([scheme.project(x[row : row + 1], weights[owner]) for row, owner in enumerate(owners)])
     assert (torch.from_numpy(computed) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_one_more_expert_with_a_scale_a_token_is_one_more_node() -> None:
+    counts = []
+    for experts in (4, 9):
+        graph, weights = PlannedGraph(EIGHT), torch.randn(experts, 24, 48)
+        graph.experts("w", "down_proj", weights, Rows(graph, "x"), Sorted("counts", "owners"))
+        counts.append(len(graph.nodes))
+    assert counts[1] - counts[0] == 5
 
 
 @pytest.mark.parametrize("scheme", [Blockwise(4, 32), Blockwise(8, 32), Blockwise(8, 64)], ids=str)

@@ -186,9 +186,59 @@ EXPERT = "model.layers.1.mlp.experts.2.down_proj"
 _EXPERT = re.escape(EXPERT)
 
 
-def _another_experts_rows(planted: onnx.ModelProto) -> None:
+def _maker(planted: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in planted.graph.node if name in node.output)
+
+
+def _another_experts_place(planted: onnx.ModelProto) -> None:
     together = _reader(planted, _reader(planted, f"{EXPERT}.int8").output[0])
     together.input[1], together.input[2] = together.input[2], together.input[1]
+
+
+def _another_experts_rows(planted: onnx.ModelProto) -> None:
+    apart = _maker(planted, _reader(planted, f"{EXPERT}.int8").input[0])
+    apart.output[1], apart.output[2] = apart.output[2], apart.output[1]
+
+
+def _one_expert_too_few(planted: onnx.ModelProto) -> None:
+    del _reader(planted, _reader(planted, f"{EXPERT}.int8").output[0]).input[3]
+
+
+def _as_many_rows_each(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.array([8, 8, 8, 8]), "eight_each"))
+    _maker(planted, _reader(planted, f"{EXPERT}.int8").input[0]).input[1] = "eight_each"
+
+
+def _zero_points_of_unsorted_rows(planted: onnx.ModelProto) -> None:
+    looked_up = _reader(planted, f"{EXPERT.replace('.2.', '.')}.sums")
+    looked_up.input[1] = _maker(planted, looked_up.input[1]).input[0]
+
+
+def _put_together_for_nothing(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, "lm_head.int8")
+    sub = _reader(planted, product.output[0])
+    planted.graph.node.append(onnx.helper.make_node("Concat", [product.output[0]], ["together"], axis=0))
+    sub.input[0] = "together"
+
+
+def _zero_points_of_one_channel(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.zeros(96, np.int64), "the_first"))
+    zeros = _reader(planted, f"{UP}.sums")
+    planted.graph.node.append(onnx.helper.make_node("Gather", [f"{UP}.sums", "the_first"], ["of_the_first"]))
+    zeros.input[:] = ["of_the_first" if name == f"{UP}.sums" else name for name in zeros.input]
+
+
+def _a_part_of_the_activations(planted: onnx.ModelProto) -> None:
+    product = _reader(planted, f"{UP}.int8")
+    planted.graph.node.append(
+        onnx.helper.make_node("Split", [product.input[0]], ["the_part", "the_rest"], axis=0, num_outputs=2)
+    )
+    product.input[0] = "the_part"
+
+
+def _embedding_of_something_else(planted: onnx.ModelProto) -> None:
+    planted.graph.initializer.append(numpy_helper.from_array(np.zeros((257, 32), np.int8), "another"))
+    _reader(planted, "model.embed_tokens.int8").input[0] = "another"
 
 
 def _one_experts_zero_points(planted: onnx.ModelProto) -> None:
@@ -288,7 +338,15 @@ def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
         (_another_tokens_scale, rf"{_UP}\.int8 meets activations without a scale a token"),
         (_zero_points_kept, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
         (_scales_kept, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
-        (_another_experts_rows, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
+        (_another_experts_place, rf"{_EXPERT}\.int8 does not have the rows of its own expert"),
+        (_another_experts_rows, rf"{_EXPERT}\.int8 does not have the rows of its own expert"),
+        (_one_expert_too_few, rf"{_EXPERT}\.int8 does not have the rows of its own expert"),
+        (_as_many_rows_each, rf"{_EXPERT}\.int8 does not have the rows of its own expert"),
+        (_zero_points_of_unsorted_rows, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
+        (_put_together_for_nothing, r"lm_head\.int8 does not take out its tokens' zero points and scales"),
+        (_zero_points_of_one_channel, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
+        (_a_part_of_the_activations, rf"{_UP}\.int8 meets activations without a scale a token"),
+        (_embedding_of_something_else, r"model\.embed_tokens\.int8 is not looked up"),
         (_one_experts_zero_points, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
         (_experts_scale_a_tensor, rf"{_EXPERT}\.int8 meets activations without a scale a token"),
     ],
@@ -492,7 +550,7 @@ def test_an_embedding_that_is_meant_to_be_float_is_no_fault(model: LanguageModel
     with pytest.raises(Refused, match=r"embed_tokens\.weight is looked up in float"):
         audit(tmp_path / "model.onnx", model, PLAN)
     onnx_model.export(model, PLAN, tmp_path / "model.onnx")
-    with pytest.raises(Refused, match=r"embed_tokens\.weight is not looked up in float"):
+    with pytest.raises(Refused, match=r"embed_tokens\.weight is not looked up"):
         audit(tmp_path / "model.onnx", model, plan)
 
 
