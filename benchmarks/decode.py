@@ -1,12 +1,13 @@
 """Text from the quantized graphs against what people would use instead: ``python benchmarks/decode.py``.
 
-Two shapes with random weights, since speed does not depend on what they hold: SmolLM2-135M's (Llama: 30 layers, 576
-wide), and the default model's scaled to 90 million parameters (latent attention, mixture of experts). A prefill of 512
-tokens, then 64 tokens one by one; and 64 tokens of 8 texts side by side after 64 tokens each; two threads. Each
-measurement is a process of its own, in turns; ratios are taken round by round. Where it says so, our threads spin
-while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's do. ``standard`` is the same graph as
-`export --type standard` writes it. The roof is how often a second memory
-can be read for what one token needs: the active weights and the cache. The last line is one JSON object.
+Three shapes with random weights, since speed does not depend on what they hold: SmolLM2-135M's (Llama: 30 layers, 576
+wide), the default model's scaled to 90 million parameters (latent attention, 2 of 8 experts), and one with 6 of 64
+experts, as DeepSeek-V2-Lite has them. A prefill of 512 tokens, then 64 tokens one by one; and 64 tokens of 8 texts side
+by side after 64 tokens each; two threads. Each measurement is a process of its own, in turns; ratios are taken round by
+round.
+Where it says so, our threads spin while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's do.
+``standard`` is the same graph as `export --type standard` writes it. The roof is how often a second memory can be read
+for what one token needs: the active weights and the cache. The last line is one JSON object.
 """
 
 import argparse
@@ -52,6 +53,13 @@ SHAPES = {
         "rope_theta": 10000.0, "intermediate_size": 1728, "first_k_dense_replace": 1, "moe_intermediate_size": 432,
         "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "vocab_size": 8192, **_COMMON, **_TOKENS,
+    },
+    "64 experts, 300M": {
+        "model_type": "deepseek_v2", "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12,
+        "q_lora_rank": None, "kv_lora_rank": 128, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64,
+        "rope_theta": 10000.0, "intermediate_size": 2048, "first_k_dense_replace": 1, "moe_intermediate_size": 256,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": False, "routed_scaling_factor": 1.0, "vocab_size": 8192, **_COMMON, **_TOKENS,
     },
 }  # fmt: skip
 SPINNING = ", spinning"
