@@ -73,7 +73,7 @@ def _to_gguf(root: Path, request: Request) -> Path:
         raise UserMistake(f"--type: there is no type '{request.type}'; choose one of {', '.join(kinds)}.")
     card = project.parameters(root).card
     target = request.output or root / FOLDER / f"{card.name}-{found[0]}.gguf"
-    if target.exists():
+    if target.is_dir() or (request.output is not None and target.exists()):
         what = "a folder; name a file in it" if target.is_dir() else "already there; remove it, or name another file"
         raise UserMistake(f"{target}: {what} with --output.")
     source = _source(root, paths.FLOAT, FLOAT_FILES)
@@ -89,7 +89,8 @@ def _to_gguf(root: Path, request: Request) -> Path:
 def _to_folder(root: Path, request: Request) -> Path:
     standard = request.to == "onnx" and request.type == "standard"
     target = request.output or root / FOLDER / (f"{request.to}-standard" if standard else request.to)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    # What an earlier export left in the place that is taken without --output is replaced.
+    if request.output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserMistake(f"{target}: not an empty folder. Name one that is empty, or not there yet, with --output.")
     if request.to == "hf":
         source = _source(root, paths.FLOAT, FLOAT_FILES)
@@ -121,7 +122,10 @@ def _write_standard(source: Path, folder: Path) -> None:
 def _source(root: Path, place: Path, names: Sequence[str]) -> Path:
     for name in names:
         if not (root / place / name).is_file():
-            raise BadInput(f"{place / name}: no such file. Run `overnight run` first; it makes the model.")
+            raise BadInput(
+                f"{place / name}: no such file. Run `overnight run` first; it makes the model. Where one has failed, "
+                "`overnight status` says why."
+            )
     return root / place
 
 

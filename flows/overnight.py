@@ -174,7 +174,9 @@ class Night:
     def step(self, step: Step) -> None:
         """Does with a stage what the plan says, or nothing when what it reads has failed."""
         stage = step.stage
-        brought = [INIT] if stage.reads_init and INIT in self.runs else []
+        # Where training cannot start, no stage begins for nothing, although some do not read what it starts from.
+        refused = INIT in self.runs and self.runs[INIT].stops_downstream and step.action == Action.RUN
+        brought = [INIT] if INIT in self.runs and (stage.reads_init or refused) else []
         upstream = [*([COLLECT] if stage.reads_collected else []), *brought, *stage.upstream]
         if stage.reads_champion and step.action == Action.RUN and not self._missing(upstream):
             self._run(CHAMPION, "Fetch and version the model in production.", upstream, lambda: self._champion(stage))

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +16,10 @@ from rich.text import Text
 
 from flows import dvc, dvc_lock, failures, lock, running, runs, stopped
 from flows.failures import Failure
-from flows.graph import COLLECT, Graph
+from flows.graph import CHAMPION, COLLECT, INIT, Graph
 from flows.running import Running
 from tasks import paths
+from tasks.errors import EXIT_USER_MISTAKE
 from tasks.params import Params
 
 _MOST_REASONS = 4
@@ -97,14 +99,23 @@ def _at_work(root: Path) -> Running | None:
 def _between_runs(root: Path, params: Params) -> tuple[StageStatus, ...]:
     last = max(runs.read(root), key=lambda run: run.since, default=None)
     pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
+    # What a night left lies in its worktree.
+    place = stopped.place(root, last)
+    edited = datetime.fromtimestamp((place / paths.PARAMS).stat().st_mtime, UTC)
     return assess(
         dvc.graph(root),
         dvc.changes(root),
-        # What a night left lies in its worktree.
-        failures.recall(stopped.place(root, last)),
+        {name: _dated(failure, edited) for name, failure in failures.recall(place).items()},
         stopped.recall(root, params, last),
         (root / pointer).exists(),
     )
+
+
+def _dated(failure: Failure, edited: datetime) -> Failure:
+    # The cure of a mistake may be there already.
+    if failure.exit_code != EXIT_USER_MISTAKE or failure.at >= edited:
+        return failure
+    return failure.model_copy(update={"message": f"{failure.message} ({paths.PARAMS} has been edited since)"})
 
 
 def of_run(run: Running) -> tuple[StageStatus, ...]:
@@ -128,8 +139,9 @@ def assess(
 ) -> tuple[StageStatus, ...]:
     """Returns the status of every stage. A pure function.
 
-    A failure, and where a stage stopped (``halted``), count only while the stage is not up to date. A stage that is
-    unchanged itself is stale when something upstream of it is. ``collected`` says whether ``data/raw`` has ever been
+    A failure, and where a stage stopped (``halted``), count only while the stage is not up to date; that of what a
+    stage is brought has a row of its own while that stage is not. A stage that is unchanged itself is stale when
+    something upstream of it is. ``collected`` says whether ``data/raw`` has ever been
     versioned.
     """
     raw = [change for stale in changes.data.values() for change in stale.changes if Path(change.name) == paths.RAW]
@@ -154,7 +166,15 @@ def assess(
             # A dependency that is missing or old because of a stage upstream is told there.
             upstream = tuple(f"{name} is {found[name].condition}" for name in waits)
             found[stage.name] = StageStatus(stage.name, Condition.STALE, (*changed, *upstream))
-    return tuple(found.values())
+    behind = [stage for stage in graph.stages if found[stage.name].condition != Condition.UP_TO_DATE]
+    brought = {INIT: any(stage.reads_init for stage in behind), CHAMPION: any(stage.reads_champion for stage in behind)}
+    refused = [
+        StageStatus(name, Condition.FAILED, (failed[name].message,))
+        for name, is_read in brought.items()
+        if is_read and name in failed
+    ]
+    collect, *rest = found.values()
+    return (collect, *refused, *rest)
 
 
 def _of_collect(raw: Sequence[dvc.Change], failed: Mapping[str, Failure], collected: bool) -> StageStatus:

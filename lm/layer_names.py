@@ -1,6 +1,7 @@
 """What a model's layers are called, by its shape alone: for whoever has no model yet, or no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from lm.config import Architecture, GroupedMixtureArchitecture, LatentArchitecture
 
@@ -15,6 +16,40 @@ def layer_names(shape: Architecture) -> Iterator[str]:
         for name in (*attention, *(f"mlp.{name}" for name in _feed_forward(shape, index))):
             yield f"model.layers.{index}.{name}"
     yield "lm_head"
+
+
+def adaptable(shape: Architecture) -> list[str]:
+    """Returns the names of the layers of such a model that low-rank factors can adapt: between embedding and head.
+
+    Of a layer's routed experts, both stacks. Routers are no linear layers.
+    """
+    found = []
+    for name in layer_names(shape):
+        if name.endswith(".mlp.experts"):
+            found += [f"{name}.gate_up_proj", f"{name}.down_proj"]
+        elif name not in ("model.embed_tokens", "lm_head") and not name.endswith(".mlp.gate"):
+            found.append(name)
+    return found
+
+
+def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Returns those of ``names`` that a pattern of ``targets`` matches, as a whole or in the part after the last dot.
+
+    Raises :class:`ValueError` that names a pattern which matches none.
+    """
+    found = {
+        target: [name for name in names if fnmatchcase(name, target) or fnmatchcase(last_part(name), target)]
+        for target in targets
+    }
+    if idle := [target for target, matched in found.items() if not matched]:
+        known = ", ".join(sorted(set(map(last_part, names))))
+        raise ValueError(f"no layer is named {', '.join(idle)}; those that can be adapted are {known}")
+    return [name for name in names if any(name in matched for matched in found.values())]
+
+
+def last_part(name: str) -> str:
+    """Returns ``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
+    return name.rpartition(".")[2]
 
 
 def _attention(shape: Architecture) -> tuple[str, ...]:

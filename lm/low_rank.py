@@ -6,7 +6,6 @@ factors each, stacked as their weights are. :func:`merged` adds them to the weig
 ``peft`` library reads them, beside the model they started from.
 """
 
-import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from lm.config import GroupedConfig, ModelConfig
+from lm.config import GroupedConfig
 from lm.feed_forward import Experts
+from lm.layer_names import chosen
 from lm.linear import Linear, to_product_type
 from lm.model import LanguageModel
-from lm.weights import Whole, on_meta
+from lm.weights import Whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,29 +60,6 @@ class LowRankStack(LowRank):
     def of_all(self, x_P: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         down, up = to_product_type(self.lora_A), to_product_type(self.lora_B)
         return F.grouped_mm(F.grouped_mm(x_P, down.mT, offs=ends), up.mT, offs=ends) * self.scale
-
-
-def adaptable(config: ModelConfig) -> list[str]:
-    """Returns the names of the layers of such a model that can be adapted: all linear ones between embedding and head.
-
-    Of a layer's routed experts, both stacks. Routers are no linear layers.
-    """
-    return list(_layers(on_meta(config)))
-
-
-def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Returns those of ``names`` that a pattern of ``targets`` matches, as a whole or in the part after the last dot.
-
-    Raises :class:`ValueError` that names a pattern which matches none.
-    """
-    found = {
-        target: [name for name in names if any(fnmatch.fnmatchcase(part, target) for part in _parts(name))]
-        for target in targets
-    }
-    if idle := [target for target, matched in found.items() if not matched]:
-        known = ", ".join(sorted({_parts(name)[1] for name in names}))
-        raise ValueError(f"no layer is named {', '.join(idle)}; those that can be adapted are {known}")
-    return [name for name in names if any(name in matched for matched in found.values())]
 
 
 def adapt(model: LanguageModel, targets: Sequence[str], rank: int, alpha: float, seed: int) -> None:
@@ -157,7 +134,7 @@ class _Adapted(NamedTuple):
 
 
 def _adapted(model: LanguageModel) -> dict[str, _Adapted]:
-    """Returns the layers of ``model`` that have factors, by the names of :func:`adaptable`."""
+    """Returns the layers of ``model`` that have factors, by the names of :func:`lm.layer_names.adaptable`."""
     found = {}
     for name, (module, seam, _) in _layers(model).items():
         factors = getattr(module, seam)
@@ -194,7 +171,3 @@ def _peft_factor(value: torch.Tensor, side: str) -> torch.Tensor:
     if value.dim() > 2:
         value = value.flatten(0, 1) if side == "lora_A" else value.permute(1, 2, 0).flatten(1)
     return value.contiguous()
-
-
-def _parts(name: str) -> tuple[str, str]:
-    return name, name.rpartition(".")[2]

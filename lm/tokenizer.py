@@ -22,6 +22,11 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
+def size_of(tokenizer: Tokenizer) -> int:
+    """Returns how many ids it has, added tokens included."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
 class Detokenizer:
     """The text of tokens that come one by one, behind those ``before``.
 

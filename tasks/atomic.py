@@ -40,6 +40,7 @@ def folder(path: Path) -> Iterator[Path]:
         try:
             yield partial
             for entry in sorted(partial.rglob("*")):
+                _open_to_others(entry, partial)
                 sync(entry)
             sync(partial)
         except BaseException:
@@ -54,6 +55,13 @@ def folder(path: Path) -> Iterator[Path]:
         os.rename(partial, path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_to_others(entry: Path, folder: Path) -> None:
+    # Some libraries write files that nobody else may read, as if they were to be deleted; who may read the folder may
+    # read what is in it.
+    if entry.is_file() and not entry.stat().st_mode & 0o077:
+        entry.chmod(folder.stat().st_mode & 0o666)
 
 
 @contextlib.contextmanager

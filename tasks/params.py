@@ -7,7 +7,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from lm.hugging_face_config import architecture_of
-from lm.hugging_face_files import read_config
+from lm.hugging_face_files import TOKENIZER, read_config
+from lm.tokenizer import read_tokenizer, size_of
 from tasks import init, paths
 from tasks.card.params import CardParams
 from tasks.errors import BadParameter
@@ -73,10 +74,12 @@ class Params(Section):
             # Of another run; the stages know more of that.
             return None
         if not record.files:
-            return self.train.misfit(None)
+            return self.train.misfit(None) or self.shard.misfit(None)
         with init.unusable_is_told(folder):
             config = read_config(folder)
-        return self.train.misfit(config) or self.quantize.misfit(architecture_of(config))
+        told = self.train.misfit(config) or self.quantize.misfit(architecture_of(config))
+        size = _size_of_tokenizer(folder)
+        return told or (None if size is None else self.shard.misfit(size))
 
     def _unbuilt(self) -> str | None:
         build = importlib.metadata.version("torch")
@@ -86,6 +89,14 @@ class Params(Section):
                     f"{section}.device is cuda, and torch {build}, which is installed, is built for CPUs alone. Set "
                     "device: cpu, or install a CUDA build (see README.md)."
                 )
+        return None
+
+
+def _size_of_tokenizer(folder: Path) -> int | None:
+    try:
+        return size_of(read_tokenizer(folder / TOKENIZER))
+    except Exception:
+        # `shard` says what is wrong with it; tokenizers has no exception of its own.
         return None
 
 

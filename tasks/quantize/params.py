@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lm.config import Architecture, LatentArchitecture
 from lm.hugging_face_files import weight_files
-from lm.layer_names import layer_names
+from lm.layer_names import last_part, layer_names
 from tasks import paths
 from tasks.mesh import check_fits
 from tasks.training_params import TrainingParams
@@ -73,9 +73,10 @@ class QuantizeParams(TrainingParams):
         names = [*layer_names(shape)]
         for pattern in self.in_float:
             if not any(fnmatchcase(name, pattern) for name in names):
+                ends = ", ".join(sorted(set(map(last_part, names))))
                 return (
-                    f"quantize.in_float: no layer's name matches '{pattern}'. Names are {', '.join(names[1:3])}, "
-                    f"{names[0]} and so on, and * stands for anything."
+                    f"quantize.in_float: no layer's name matches '{pattern}'. Names are {names[1]} and so on, and end "
+                    f"in one of {ends}; * stands for anything."
                 )
         return None
 

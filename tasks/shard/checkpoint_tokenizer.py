@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm import hugging_face_files
-from lm.tokenizer import read_tokenizer
+from lm.tokenizer import read_tokenizer, size_of
 from tasks.errors import BadInput
 from tasks.init import unusable_is_told
 
@@ -25,7 +25,7 @@ class CheckpointTokenizer:
             raise BadInput(f"{path}: not a tokenizer ({' '.join(str(error).split())}).") from None
         # A text may hold the name of a special token; to a model it is plain text.
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = size_of(self._tokenizer)
         if self.vocab_size > config.vocab_size:
             raise BadInput(
                 f"{path}: it has {self.vocab_size} tokens, and config.json's vocab_size is {config.vocab_size}: they "

@@ -71,20 +71,12 @@ def shard(params: ShardParams, origin: Path | None = None) -> Manifest:
 
 
 def _tokenizer(params: ShardParams, origin: Path | None, shown: Progress, total: int) -> TextTokenizer:
-    if origin is None:
-        if params.vocab_size is None:
-            raise BadParameter(
-                f"{paths.PARAMS}: shard.vocab_size is null, and train.init brings no tokenizer: it is scratch, or "
-                "previous, and no version is in production yet. Name a checkpoint in train.init, or set the size of "
-                "the tokenizer to train."
-            )
+    tokenizer = None if origin is None else CheckpointTokenizer(origin)
+    if told := params.misfit(None if tokenizer is None else tokenizer.vocab_size):
+        raise BadParameter(f"{paths.PARAMS}: {told}")
+    if tokenizer is None:
+        assert params.vocab_size is not None
         return train(_training_texts(shown, total), params.vocab_size)
-    tokenizer = CheckpointTokenizer(origin)
-    if params.vocab_size not in (None, tokenizer.vocab_size):
-        raise BadParameter(
-            f"{paths.PARAMS}: shard.vocab_size is {params.vocab_size}, and the tokenizer that comes with train.init "
-            f"has {tokenizer.vocab_size} tokens. Set vocab_size: null to take it, or init: scratch to train another."
-        )
     for split in SPLITS[1:]:
         _check_kept(tokenizer, split)
     return tokenizer

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lm.config import Architecture, LatentArchitecture, ModelConfig
 from lm.hugging_face_config import architecture_of
+from lm.layer_names import adaptable, chosen
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
@@ -138,6 +139,11 @@ class TrainParams(TrainingParams):
                 f"train.bias_update_rate is {self.bias_update_rate:g}, and train.lora leaves all but its factors as "
                 "they are, the routers' biases too. Set bias_update_rate: 0.0."
             )
+        if self.lora is not None:
+            try:
+                chosen(adaptable(there), self.lora.targets)
+            except ValueError as error:
+                return f"train.lora.targets: {error}."
         return None
 
     def on(self, processes: int) -> "TrainParams":

@@ -29,11 +29,6 @@ def check(params: TrainParams, manifest: Manifest) -> Path | None:
     if digest((folder / TOKENIZER).read_bytes()) != manifest.tokenizer_digest:
         raise BadInput(f"{folder / TOKENIZER}: not the tokenizer that made {paths.SHARDS}. Rerun 'shard'.")
     _refuse(params.misfit(config))
-    if params.lora is not None:
-        try:
-            low_rank.chosen(low_rank.adaptable(config), params.lora.targets)
-        except ValueError as error:
-            _refuse(f"train.lora.targets: {error}.")
     return folder
 
 

@@ -51,6 +51,19 @@ def exported(root: Path, to: str, output: Path | None = None, type_: str | None 
     return export(root, Request(to, output, type_), Console(quiet=True))
 
 
+@pytest.mark.parametrize(("to", "type_"), [("gguf", None), ("hf", None), ("onnx", None), ("onnx", "standard")])
+def test_the_next_export_takes_the_place_of_the_last_and_all_may_read_it(
+    root: Path, to: str, type_: str | None
+) -> None:
+    first = exported(root, to, type_=type_)
+    files = {path: path.read_bytes() for path in [first, *first.rglob("*")] if path.is_file()}
+    assert exported(root, to, type_=type_) == first
+    assert {path: path.read_bytes() for path in files} == files
+    (root / "plain").touch()
+    usual = (root / "plain").stat().st_mode
+    assert {path: path.stat().st_mode for path in files} == dict.fromkeys(files, usual)
+
+
 def test_gguf_holds_the_float_model_under_the_cards_name(root: Path) -> None:
     path = exported(root, "gguf")
     assert path == root / ".overnight/export/tiny-lm-f16.gguf"

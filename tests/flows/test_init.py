@@ -117,6 +117,14 @@ def overnight(clone: Clone, server: str, told: str = "") -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) > 1 and row[1] in ("ran", "cached", "skipped", "failed")}
 
 
+def status(clone: Clone) -> str:
+    """Returns the line of ``overnight status`` that tells what training starts from."""
+    command = [sys.executable, "-m", "flows", "status"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=clone.root, env=environment, capture_output=True, text=True, check=True)
+    return next(line for line in done.stdout.splitlines() if line.startswith("init: failed: "))
+
+
 TRAIN = """
 import json, pathlib
 record = json.loads(pathlib.Path("models/init/init.json").read_text())
@@ -200,9 +208,16 @@ def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(
     trained.set("train", "model", None)
     trained.set("train", "seq_len", 16)
     trained.set("quantize", "in_float", ["*.down_prj"])
-    outcomes = overnight(trained, server, "params.yaml: quantize.in_float: no layer's name matches '*.down_prj'")
-    assert (outcomes["init"], outcomes["train"]) == ("failed", "skipped")
+    (trained.root / "texts/b.txt").write_text("Another.")
+    told = "params.yaml: quantize.in_float: no layer's name matches '*.down_prj'"
+    outcomes = overnight(trained, server, told)
+    # Not even the stage that does not read it.
+    assert (outcomes["collect"], outcomes["init"], outcomes["quantize"]) == ("ran", "failed", "skipped")
+    assert told in status(trained)
+    os.utime(trained.root / "params.yaml")
+    assert "(params.yaml has been edited since)" in status(trained)
     trained.set("quantize", "in_float", ["lm_head"])
+    trained.set("shard", "vocab_size", None)
     assert overnight(trained, server)["train"] == "ran"
     assert read_init().init == "given"
     pointer = init.POINTER.read_bytes()

@@ -10,6 +10,7 @@ from flows.dvc import Change, Changes, Stale
 from flows.failures import Failure, forget, recall, remember
 from flows.graph import Stage, in_order
 from flows.status import Condition, StageStatus, assess, show
+from tasks import paths
 
 GRAPH = in_order([
     Stage("ingest", "", (), (Path("data/raw"),), ()),
@@ -77,6 +78,23 @@ def test_status(
     with console.capture() as capture:
         show(console, statuses)
     assert capture.get().splitlines() == expected
+
+
+def test_what_a_stage_is_brought_has_a_row_where_it_was_refused() -> None:
+    graph = in_order([
+        Stage("ingest", "", (), (Path("data/raw"),), ()),
+        Stage("train", "", ("ingest",), (paths.INIT,), ()),
+    ])  # fmt: skip
+    failed = {"init": FAILURE.model_copy(update={"stage": "init", "message": "no such layer"})}
+    found = assess(graph, Changes({"train": stale(RATE)}, {}), failed, {}, collected=True)
+    assert [(one.stage, one.condition) for one in found] == [
+        ("collect", Condition.UP_TO_DATE),
+        ("init", Condition.FAILED),
+        ("ingest", Condition.UP_TO_DATE),
+        ("train", Condition.STALE),
+    ]
+    assert found[1].reasons == ("no such layer",)
+    assert "init" not in [one.stage for one in assess(graph, Changes({}, {}), failed, {}, collected=True)]
 
 
 def test_a_stopped_stage_says_where_and_what_had_changed() -> None:

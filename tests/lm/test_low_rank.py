@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from odd import make_grouped, make_grouped_mixture, make_model, write_checkpoint
 from safetensors.torch import load_file
 
-from lm import feed_forward, hugging_face, low_rank
+from lm import feed_forward, hugging_face, layer_names, low_rank
 from lm.model import LanguageModel
 from lm.weights import held_by
 
@@ -66,15 +67,22 @@ def merged(model: LanguageModel) -> LanguageModel:
     [(["q_proj", "w1"], "no layer is named w1; those that"), (["lm_head"], "lm_head"), (["gate"], "named gate;")],
 )
 def test_a_pattern_that_matches_no_layer_is_named(targets: list[str], said: str) -> None:
-    names = low_rank.adaptable(make_model().config)
+    names = layer_names.adaptable(make_model().config)
     with pytest.raises(ValueError, match=said):
-        low_rank.chosen(names, targets)
+        layer_names.chosen(names, targets)
+
+
+@pytest.mark.parametrize("make", [make_model, make_grouped, make_grouped_mixture])
+def test_names_are_known_without_a_model(make: Callable[[], LanguageModel]) -> None:
+    model = make()
+    low_rank.adapt(model, ["*"], rank=2, alpha=4, seed=5)
+    assert sorted(low_rank._adapted(model)) == sorted(layer_names.adaptable(model.config))
 
 
 def test_patterns_choose_by_the_last_part_or_the_whole_name() -> None:
-    names = low_rank.adaptable(make_model().config)
-    assert low_rank.chosen(names, ["kv_*"]) == [name for name in names if ".kv_" in name]
-    assert low_rank.chosen(names, ["*.2.mlp.*", "o_proj"]) == [
+    names = layer_names.adaptable(make_model().config)
+    assert layer_names.chosen(names, ["kv_*"]) == [name for name in names if ".kv_" in name]
+    assert layer_names.chosen(names, ["*.2.mlp.*", "o_proj"]) == [
         name for name in names if fnmatch.fnmatch(name, "*.2.mlp.*") or name.endswith("o_proj")
     ]
 

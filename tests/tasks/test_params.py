@@ -11,6 +11,7 @@ from odd import make_model, write_checkpoint
 from tasks import params, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadParameter
+from tasks.init import Init, write_record
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,11 @@ def start(project: Path, changes: dict[str, Any]) -> params.Params:
             {"train__model": tiny.LLAMA},
             "train.model is not the model that train.init names: model_type q",
         ),
+        (
+            {"train__lora": {**LORA, "targets": ["*_prj"]}, "train__bias_update_rate": 0.0},
+            "train.lora.targets: no layer is named *_prj; those that can be adapted are down_proj, ga",
+        ),
+        ({"shard__vocab_size": 300}, "shard.vocab_size is 300, and the tokenizer that comes with train.init has 257"),
         ({"train__seq_len": 65}, "train.seq_len 65 is more than the 64 positions of the model that train.init names"),
         (
             {"quantize__mesh": {"expert": 3}, "quantize__world_size": 3, "quantize__global_batch": 6},
@@ -72,6 +78,22 @@ def test_a_checkpoint_that_fits_and_one_of_another_run(project: Path) -> None:
     start(project, {"quantize__in_float": ["*.kv_a_proj_with_mqa"]}).check_start(paths.INIT)
     tiny.write_params(project, **{**FROM, "train__init": "other", "quantize__in_float": ["*.q_a_prj"]})
     params.read().check_start(paths.INIT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train__model": None}, "train.model is null, and no version is promoted yet"),
+        ({"shard__vocab_size": None}, "shard.vocab_size is null, and train.init brings no tokenizer"),
+    ],
+)
+def test_before_the_first_version_all_has_to_be_described(changes: dict[str, Any], told: str, project: Path) -> None:
+    write_record(paths.INIT, Init(init="previous"))
+    tiny.write_params(project, train__init="previous")
+    params.read().check_start(paths.INIT)
+    tiny.write_params(project, train__init="previous", **changes)
+    with pytest.raises(BadParameter, match=re.escape(f"params.yaml: {told}")):
+        params.read().check_start(paths.INIT)
 
 
 @pytest.mark.parametrize("section", ["train", "quantize"])
