@@ -31,6 +31,7 @@ from tasks import atomic, paths
 from tasks.champion import read as read_champion
 from tasks.collect.report import read as read_report
 from tasks.errors import EXIT_USER_MISTAKE, DiskFull, TryAgain, UserMistake
+from tasks.init import PREVIOUS
 from tasks.init import read as read_init
 from tasks.params import FlowParams, Params
 from tasks.progress import Event
@@ -291,6 +292,9 @@ class Night:
             # What was seen is stale itself by now.
             self._changes = None
         nothing = action == champion.Action.BRING and read_init(root / paths.INIT).version is None
+        if nothing and wanted == PREVIOUS:
+            told = "no version is in production yet that training could go on from: it starts from scratch"
+            self._watch.event(Event(INIT, "", 0, 0, "", 0, notice=told))
         return _brought(action, "from scratch" if nothing else None)
 
     def _champion(self, stage: Stage) -> State[Any]:

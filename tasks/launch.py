@@ -162,8 +162,8 @@ def check_device(section: str, params: TrainingParams, processes: int | None = N
     if found < needed:
         asked = f"{section}.world_size {needed}" if processes is None else f"{needed} processes are to run on a machine"
         raise BadParameter(
-            f"{paths.PARAMS}: {section}.device is cuda and {asked}, but torch sees {found} GPUs "
-            "here. Lower world_size, set device: cpu, or install a CUDA build (see README.md)."
+            f"{paths.PARAMS}: {section}.device is cuda and {asked}, but torch sees {found or 'no'} GPUs here. "
+            + ("Lower world_size." if found else "Set device: cpu, or install a CUDA build (see README.md).")
         )
 
 

@@ -6,9 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
+import tiny
 from dvc.repo import Repo
 from odd import write_checkpoint
 from publishing import REPOSITORY, Clone
@@ -17,15 +18,19 @@ from ruamel.yaml import YAML
 from flows import dvc, init, registry
 from flows.champion import Action
 from flows.dvc import Change, Changes, Stale
+from flows.execute import Site
 from flows.graph import Graph, Stage
+from flows.overnight import Night
 from flows.publish import publish
+from flows.runs import Resumed
 from lm.config import completed
 from lm.hugging_face_config import config_to_json
 from tasks import paths
 from tasks.errors import UserMistake
-from tasks.init import Init
+from tasks.init import Init, write_record
 from tasks.init import read as read_init
 from tasks.params import read as read_params
+from tasks.progress import Event
 
 GRAPH = Graph(
     (
@@ -198,6 +203,21 @@ def test_the_version_in_production_is_what_the_next_training_starts_from(trained
     with pytest.raises(UserMistake, match=r"train.init: lm@v1\.0\.0 cannot be had: commit .* records no models/float"):
         init.bring(trained.root, "previous")
     assert (paths.INIT / "config.json").is_file()
+
+
+def test_the_first_night_says_that_there_is_nothing_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_params(tmp_path, train__init="previous")
+    write_record(paths.INIT, Init(init="previous"))
+    told: list[Event] = []
+    night = Night(Site(tmp_path, "night", 0), read_params(), Mock(event=told.append), Resumed())
+    with patch.object(night, "_bring", return_value=Action.BRING):
+        night._init(GRAPH, ["train"])
+    assert [event.notice for event in told] == [
+        "no version is in production yet that training could go on from: it starts from scratch"
+    ]
 
 
 def test_a_checkpoint_is_versioned_with_the_text_and_a_change_of_it_trains_anew(trained: Clone, server: str) -> None:
