@@ -4,10 +4,9 @@ Three shapes with random weights, since speed does not depend on what they hold:
 wide), the default model's scaled to 90 million parameters (latent attention, 2 of 8 experts), and one with 6 of 64
 experts, as DeepSeek-V2-Lite has them. A prefill of 512 tokens, then 64 tokens one by one; and 64 tokens of 8 texts side
 by side after 64 tokens each; two threads. Each measurement is a process of its own, in turns; ratios are taken round by
-round.
-Where it says so, our threads spin while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's do.
-``standard`` is the same graph as `export --type standard` writes it. The roof is how often a second memory can be read
-for what one token needs: the active weights and the cache. The last line is one JSON object.
+round. Where it says so, our threads spin while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's
+do. ``standard`` is the same graph as `export --type standard` writes it. The roof is how often a second memory can be
+read for what one token needs: the active weights and the cache. The last line is one JSON object.
 """
 
 import argparse

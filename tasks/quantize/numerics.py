@@ -42,7 +42,9 @@ class Nodes:
     def by_owner(self, node: onnx.NodeProto) -> bool:
         """Whether ``node`` looks up a row for each of those that lie sorted: by what is sorted, from the least up."""
         maker = self.makers.get(node.input[1]) if node.op_type == "Gather" else None
-        return maker is not None and maker.op_type == "TopK" and maker.output[0] == node.input[1]
+        if maker is None or maker.op_type != "TopK" or maker.output[0] != node.input[1]:
+            return False
+        return any(one.name == "largest" and one.i == 0 for one in maker.attribute)
 
     def number(self, name: str, kind: int) -> float | None:
         """Returns the constant ``name`` of one number of the type ``kind``, if it is that."""

@@ -84,6 +84,7 @@ def test_what_a_stage_is_brought_has_a_row_where_it_was_refused() -> None:
     graph = in_order([
         Stage("ingest", "", (), (Path("data/raw"),), ()),
         Stage("train", "", ("ingest",), (paths.INIT,), ()),
+        Stage("evaluate", "", ("train",), (paths.CHAMPION,), ()),
     ])  # fmt: skip
     failed = {"init": FAILURE.model_copy(update={"stage": "init", "message": "no such layer"})}
     found = assess(graph, Changes({"train": stale(RATE)}, {}), failed, {}, collected=True)
@@ -92,9 +93,16 @@ def test_what_a_stage_is_brought_has_a_row_where_it_was_refused() -> None:
         ("init", Condition.FAILED),
         ("ingest", Condition.UP_TO_DATE),
         ("train", Condition.STALE),
+        ("evaluate", Condition.STALE),
     ]
     assert found[1].reasons == ("no such layer",)
     assert "init" not in [one.stage for one in assess(graph, Changes({}, {}), failed, {}, collected=True)]
+    # The model in production is read by what comes after a training.
+    failed = {"champion": FAILURE.model_copy(update={"stage": "champion"})}
+    for stale_one, told in (("train", True), ("evaluate", True), ("", False)):
+        changes = Changes({stale_one: stale(RATE)} if stale_one else {}, {})
+        rows = [one.stage for one in assess(graph, changes, failed, {}, collected=True)]
+        assert ("champion" in rows) == told, stale_one
 
 
 def test_a_stopped_stage_says_where_and_what_had_changed() -> None:

@@ -214,6 +214,11 @@ def _zero_points_of_unsorted_rows(planted: onnx.ModelProto) -> None:
     looked_up.input[1] = _maker(planted, looked_up.input[1]).input[0]
 
 
+def _zero_points_from_the_last_expert_down(planted: onnx.ModelProto) -> None:
+    sorts = _maker(planted, _reader(planted, f"{EXPERT.replace('.2.', '.')}.sums").input[1])
+    next(one for one in sorts.attribute if one.name == "largest").i = 1
+
+
 def _put_together_for_nothing(planted: onnx.ModelProto) -> None:
     product = _reader(planted, "lm_head.int8")
     sub = _reader(planted, product.output[0])
@@ -343,6 +348,7 @@ def _stacked_experts_in_float(planted: onnx.ModelProto) -> None:
         (_one_expert_too_few, rf"{_EXPERT}\.int8 does not have the rows of its own expert"),
         (_as_many_rows_each, rf"{_EXPERT}\.int8 does not have the rows of its own expert"),
         (_zero_points_of_unsorted_rows, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
+        (_zero_points_from_the_last_expert_down, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and"),
         (_put_together_for_nothing, r"lm_head\.int8 does not take out its tokens' zero points and scales"),
         (_zero_points_of_one_channel, rf"{_UP}\.int8 does not take out its tokens' zero points and scales"),
         (_a_part_of_the_activations, rf"{_UP}\.int8 meets activations without a scale a token"),
