@@ -1,7 +1,7 @@
 """The shape of a model, in the terms of Hugging Face's configurations of the same ``model_type``."""
 
 import math
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -298,6 +298,16 @@ Architecture = LatentArchitecture | GroupedArchitecture | GroupedMixtureArchitec
 ModelConfig = LatentConfig | GroupedConfig | GroupedMixtureConfig
 # Those that have experts; DeepSeek's first layers may be without.
 MixtureConfig = LatentConfig | GroupedMixtureConfig
+
+
+_Described = TypeVar("_Described", bound=Architecture)
+
+
+def without_further(architecture: _Described) -> _Described:
+    """Returns ``architecture`` without the layers that predict further tokens, which only training has a use for."""
+    if not isinstance(architecture, LatentArchitecture):
+        return architecture
+    return architecture.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def completed(architecture: Architecture, **tokens: int) -> ModelConfig:

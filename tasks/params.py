@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from lm.config import without_further
 from lm.hugging_face_config import architecture_of
 from lm.hugging_face_files import TOKENIZER, read_config
 from lm.tokenizer import read_tokenizer, size_of
@@ -77,7 +78,9 @@ class Params(Section):
             return self.train.misfit(None) or self.shard.misfit(None)
         with init.unusable_is_told(folder):
             config = read_config(folder)
-        told = self.train.misfit(config) or self.quantize.misfit(architecture_of(config))
+        # Whether the layers that predict further tokens are in the files, as the configuration says, `train` sees.
+        told = self.train.misfit(config) if self.train.misfit(without_further(config)) else None
+        told = told or self.quantize.misfit(architecture_of(config))
         size = _size_of_tokenizer(folder)
         return told or (None if size is None else self.shard.misfit(size))
 

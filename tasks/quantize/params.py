@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lm.config import Architecture, LatentArchitecture
+from lm.config import Architecture, without_further
 from lm.hugging_face_files import weight_files
 from lm.layer_names import last_part, layer_names
 from tasks import paths
@@ -59,17 +59,10 @@ class QuantizeParams(TrainingParams):
 
     def misfit(self, shape: Architecture) -> str | None:
         """Returns what is told of parameters that a model of ``shape`` does not fit, None where it fits all."""
-        if isinstance(shape, LatentArchitecture):
-            # What predicts further tokens is for training alone.
-            shape = shape.model_copy(update={"num_nextn_predict_layers": 0})
         try:
-            check_fits(self.layout, shape)
+            check_fits(self.layout, without_further(shape))
         except ValueError as error:
             return f"quantize: {error}."
-        return self.unmatched(shape)
-
-    def unmatched(self, shape: Architecture) -> str | None:
-        """Returns what is told of a pattern in ``in_float`` that no layer of a model of ``shape`` matches."""
         names = [*layer_names(shape)]
         for pattern in self.in_float:
             if not any(fnmatchcase(name, pattern) for name in names):

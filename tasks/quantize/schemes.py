@@ -98,9 +98,7 @@ def plan_of(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> Pl
 
 
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:
-    """Raises :class:`BadParameter` for a pattern that no layer matches, or when every layer stays float."""
-    if told := params.unmatched(model.config):
-        raise BadParameter(f"{paths.PARAMS}: {told}")
+    """Raises :class:`BadParameter` when every layer stays float."""
     plan = plan_of(params.candidates[0], params, model.config)
     if all(isinstance(plan.of(name), Float) for name in layers(model)):
         raise BadParameter(f"{paths.PARAMS}: quantize.in_float leaves no layer to quantize. Take a pattern out.")

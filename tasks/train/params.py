@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from lm.config import Architecture, LatentArchitecture, ModelConfig
+from lm.config import Architecture, LatentArchitecture, ModelConfig, without_further
 from lm.hugging_face_config import architecture_of
 from lm.layer_names import adaptable, chosen
 from tasks import init, paths
@@ -94,9 +94,7 @@ class TrainParams(TrainingParams):
     @property
     def architecture(self) -> Architecture | None:
         """What ``model`` describes, without what is not trained."""
-        if isinstance(self.model, LatentArchitecture) and not self.trains_mtp:
-            return self.model.model_copy(update={"num_nextn_predict_layers": 0})
-        return self.model
+        return self.model if self.model is None or self.trains_mtp else without_further(self.model)
 
     def misfit(self, start: ModelConfig | None) -> str | None:
         """Returns what is told of parameters that the model to start from does not fit, None where it fits all.
@@ -115,9 +113,7 @@ class TrainParams(TrainingParams):
                     "is, or name a checkpoint in train.init."
                 )
             return None
-        there = architecture_of(start)
-        if isinstance(there, LatentArchitecture) and not self.trains_mtp:
-            there = there.model_copy(update={"num_nextn_predict_layers": 0})
+        there = architecture_of(start) if self.trains_mtp else without_further(architecture_of(start))
         if self.architecture is not None and (told := _differences(self.architecture, there)):
             return (
                 f"train.model is not the model that train.init names: {told}. Set model: null to take that one, or "

@@ -1,5 +1,6 @@
 """What would stop a late stage is told before the first one begins."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import tiny
 from odd import make_model, write_checkpoint
 
+from lm.hugging_face_config import architecture_of
+from lm.hugging_face_files import read_config
 from tasks import params, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadParameter
@@ -77,6 +80,16 @@ def test_a_checkpoint_that_later_stages_could_not_take(changes: dict[str, Any], 
 def test_a_checkpoint_that_fits_and_one_of_another_run(project: Path) -> None:
     start(project, {"quantize__in_float": ["*.kv_a_proj_with_mqa"]}).check_start(paths.INIT)
     tiny.write_params(project, **{**FROM, "train__init": "other", "quantize__in_float": ["*.q_a_prj"]})
+    params.read().check_start(paths.INIT)
+
+
+def test_layers_that_a_checkpoint_only_says_it_has_are_no_difference(project: Path) -> None:
+    start(project, {})
+    model = architecture_of(read_config(paths.INIT)).model_dump()
+    # As transformers writes a DeepSeek-V3.
+    file = paths.INIT / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_nextn_predict_layers": 1}))
+    tiny.write_params(project, **{**FROM, "train__model": model})
     params.read().check_start(paths.INIT)
 
 
