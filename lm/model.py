@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
             # The last position has no token that far ahead.
             x_BTD = x_BTD[:, :-1]
             cos, sin = self.model.rotations[:, : x_BTD.shape[1]]
-            x_BTD, read_BTD = further(x_BTD, self.model.embed_tokens(windows[:, depth:-1]), cos, sin)
+            x_BTD, read_BTD = further(x_BTD, self.embedded_again(windows[:, depth:-1]), cos, sin)
             total = total + self._loss_ahead(depth + 1, read_BTD, windows, learned)
         return total / len(self.mtp)
 
@@ -146,6 +146,10 @@ class LanguageModel(nn.Module):
         """Returns the mean cross-entropy of predicting the token so many ahead of each position."""
         counting = None if learned is None else learned[:, ahead:]
         return over_learned(self.loss_of, x_BTD, windows[:, ahead:], counting)
+
+    def embedded_again(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the embeddings [B, T, D] of ``ids`` [B, T], for multi-token prediction, behind the decoder."""
+        return self.model.embed_tokens(ids)
 
     def loss_of(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross-entropy in nats of predicting the targets from the decoder's hidden states."""

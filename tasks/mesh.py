@@ -96,12 +96,6 @@ def check_fits(mesh: Mesh, model: Architecture) -> None:
             f"mesh.pipeline {mesh.pipeline} makes {mesh.stages} stages{two}, and num_hidden_layers is "
             f"{model.num_hidden_layers}; lower mesh.pipeline"
         )
-    further = model.num_nextn_predict_layers if isinstance(model, LatentArchitecture) else 0
-    if mesh.pipeline > 1 and mesh.schedule == "zero-bubble" and further:
-        raise ValueError(
-            f"num_nextn_predict_layers is {further}, and with mesh.pipeline_schedule zero-bubble two stages of one "
-            "process would have the same embedding; take 1f1b or interleaved-1f1b, or set mtp_loss_weight to 0"
-        )
     _check_experts(mesh, model)
     _check_tensor(mesh.tensor, model)
 

@@ -160,11 +160,11 @@ def load(
     own_buffers, own_groups = rest
     kinds = FileSystemReader(folder).read_metadata().state_dict_metadata
     names, every = _names(model), [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    wanted: list[dict[str, torch.Tensor]] = [{}, {}]
+    # A copy is read by itself: its original may lie here too, and another copy.
+    wanted: dict[str, dict[str, torch.Tensor]] = {}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for parameter, name in names.items():
-        # A copy is read by itself: its original may lie here too.
-        place = wanted[name in copies]
+        place = wanted.setdefault(name if name in copies else "", {})
         name = copies.get(name, name)
         if parameter.requires_grad:
             place[f"model.{name}"] = parameter.detach()
@@ -173,7 +173,7 @@ def load(
         if entry:
             state[next(number for number, one in enumerate(every) if one is parameter)] = entry
             place |= {start + key: value for key, value in entry.items()}
-    for place in wanted:
+    for place in wanted.values():
         if place:
             load_parts(place, storage_reader=FileSystemReader(folder), no_dist=True)
     settings = zip(own_groups["param_groups"], optimizer.state_dict()["param_groups"], strict=True)

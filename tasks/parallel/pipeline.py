@@ -5,8 +5,8 @@ The order is one of torch.distributed.pipelining: 1F1B and its interleaved form 
 
 The model of a process keeps the names and modules of the whole, with None for each parameter that another one has, and
 all routers' biases, which are small and move alike everywhere. Tied weights are two copies where embedding and head are
-different stages', and so is the embedding where multi-token prediction reads it behind the last stage: the copies'
-gradients are summed, so that they stay equal.
+different stages', and so is the embedding where multi-token prediction reads it behind the last stage, which has a
+module of its own for that (``embed_again``): the copies' gradients are summed, so that they stay equal.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from tasks.parallel import parts, whole
 from tasks.parallel.gathered import Gathered
 from tasks.parallel.parts import Kept
 from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
-from tasks.parallel.stages import Stage, stages_of
+from tasks.parallel.stages import EMBED_AGAIN, Stage, stages_of
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
 from tasks.world import World
 
 State = dict[str, Any]
 Running = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING, _AGAIN = "lm_head.weight", "model.embed_tokens.weight", f"{EMBED_AGAIN}.weight"
 
 
 @contextlib.contextmanager
@@ -65,10 +65,9 @@ class Pipelined:
         assert world.stages_group is not None
         self._world, self._group, self._layout = world, world.stages_group, world.mesh.layout
         self._here = self._group.rank()
-        self._is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-        self._tied = {_HEAD: _EMBEDDING} if self._is_tied else {}
+        is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         # What the last stage has of the embedding: copies of its weights, by their names there.
-        self._copies = [_HEAD] * self._is_tied + [_EMBEDDING] * bool(len(model.mtp))
+        self._copies = dict.fromkeys([_HEAD] * is_tied + [_AGAIN] * bool(len(model.mtp)), _EMBEDDING)
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         layers = stages_of(model, self._layout.stages)
         self._stage_of_layer = {layer: stage for stage, some in enumerate(layers) for layer in some}
@@ -80,7 +79,7 @@ class Pipelined:
         self._in_parts: InParts | None = None
         if self._layout.data * self._layout.tensor > 1:
             self._shard()
-        fill(self.model, weights, functools.partial(whole.filled, device=world.device), self._tied)
+        fill(self.model, weights, functools.partial(whole.filled, device=world.device), self._copies)
         self.scale = self._over = 1.0
         self.weight = 1 / self._layout.data
         self._passes = 0
@@ -133,16 +132,16 @@ class Pipelined:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         own = dict(self.model.named_parameters())
-        elsewhere = [own[name] for name in self._copies if name in own and self._last in self._stages]
+        elsewhere = [own[name] for name in self._copies if name in own]
         return whole.clip_grad_norm(self.model.parameters(), max_norm, self._group, elsewhere)
 
     def state(self, optimizer: torch.optim.Optimizer) -> Kept:
         self._cut()
-        return parts.kept(self.model, optimizer, self._tied)
+        return parts.kept(self.model, optimizer, self._copies)
 
     def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
         self._cut()
-        parts.load(self.model, optimizer, folder, rest, self._tied)
+        parts.load(self.model, optimizer, folder, rest, self._copies)
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
@@ -163,7 +162,7 @@ class Pipelined:
 
     def whole(self, name: str) -> torch.Tensor:
         self._cut()
-        return self._gathered.tensor(self._tied.get(name, name))
+        return self._gathered.tensor(self._copies.get(name, name))
 
     @property
     def _last(self) -> int:
@@ -180,13 +179,19 @@ class Pipelined:
 
     def _part(self, model: LanguageModel) -> LanguageModel:
         # The modules twice, the weights once.
-        part = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        known = {id(parameter): parameter for parameter in model.parameters()}
+        part = copy.deepcopy(model, dict(known))
+        if _AGAIN in self._copies:
+            again = copy.deepcopy(model.model.embed_tokens, dict(known))
+            part.add_module(EMBED_AGAIN, again)
+            # Looked up when it is called: it may be laid out later.
+            part.embedded_again = lambda ids: again(ids)  # type: ignore[method-assign]
         for path, module in part.named_modules():
             for name, value in list(module.named_parameters(recurse=False)):
                 full = f"{path}.{name}"
                 kept = None
-                if self._is_here(self._stage_of(full)) or (full in self._copies and self._is_here(self._last)):
-                    values = value.detach().clone() if self._is_tied and full == _HEAD else value.detach()
+                if self._is_here(self._stage_of(full)):
+                    values = value.detach().clone() if full in self._copies else value.detach()
                     kept = nn.Parameter(self._on_device(values), requires_grad=value.requires_grad)
                 module.register_parameter(name, kept)
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -236,6 +241,7 @@ class Pipelined:
                     input_args=between if number else _ids(micro),
                     output_args=at_end if number == self._last else between,
                     group=self._group,
+                    dw_builder=_in_one_pass if stage.embed_again is not None else None,
                 )
                 for number, stage in self._stages.items()
             ]
@@ -260,7 +266,7 @@ class Pipelined:
             return
         first, last = self._layout.process_of(0), self._layout.process_of(self._last)
         own = dict(self.model.named_parameters())
-        found = [own[name].grad for name in dict.fromkeys([_EMBEDDING, *self._copies]) if name in own]
+        found = [own[name].grad for name in [_EMBEDDING, *self._copies] if name in own]
         # Frozen weights have none, in any of the stages.
         gradients = [whole.local(gradient) for gradient in found if gradient is not None]
         if not gradients:
@@ -283,7 +289,7 @@ class Pipelined:
         """Returns the names of the parameters in each group; a copy of tied weights has the name of the embedding."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters(remove_duplicate=False)}
         found = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        return [[self._tied.get(name, name) for name in group] for group in found]
+        return [[self._copies.get(name, name) for name in group] for group in found]
 
     def _names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """Returns the names of an optimizer's parameters as it would have them for the whole model."""
@@ -300,6 +306,15 @@ class Pipelined:
 def _ids(windows: torch.Tensor) -> torch.Tensor:
     """Returns what the first stage reads [B, T] of ``windows`` [B, T + 1] or, where not all counts, [B, 2, T + 1]."""
     return (windows if windows.dim() == 2 else windows[:, 0])[:, :-1]
+
+
+def _in_one_pass() -> Callable[[], None]:
+    """Makes a stage compute its weights' gradients with those of its inputs, also in a zero-bubble pipeline.
+
+    torch (2.13) computes them later group by group and lets go of the graph behind each: what multi-token prediction
+    reads beside the stage's input is needed by several of them.
+    """
+    return lambda: None
 
 
 def _numbered(groups: list[list[str]]) -> dict[str, int]:

@@ -12,6 +12,8 @@ from lm.feed_forward import Experts
 from lm.model import LanguageModel
 from tasks.world import World
 
+EMBED_AGAIN = "embed_again"
+
 
 class Stage(nn.Module):
     """Consecutive blocks of ``model``: hidden states [B, T, D] to hidden states; the first one takes ids [B, T].
@@ -31,7 +33,7 @@ class Stage(nn.Module):
         self.lm_head = model.lm_head if is_last else None
         # What predicts further tokens reads the embedding again, and is used for the loss alone.
         self.mtp = model.mtp if is_last else None
-        self.embed_again = model.model.embed_tokens if is_last and len(model.mtp) else None
+        self.embed_again = getattr(model, EMBED_AGAIN, None) if is_last else None
         self._rotations = model.model.rotations
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -29,9 +29,11 @@ def cut_vocabulary(model: LanguageModel, mesh: DeviceMesh, shards: int) -> None:
         return
     embedding, head = model.model.embed_tokens, model.lm_head
     is_tied = embedding.weight is head.weight
-    if embedding.weight is not None:
-        cut(embedding, "weight", mesh, Shard(0))
-        embedding.forward = functools.partial(_rows, embedding, mesh)  # type: ignore[method-assign]
+    # A pipeline's last stage may have one of its own.
+    for module in model.modules():
+        if isinstance(module, Embedding) and module.weight is not None:
+            cut(module, "weight", mesh, Shard(0))
+            module.forward = functools.partial(_rows, module, mesh)  # type: ignore[method-assign]
     if head.weight is not None:
         if is_tied:
             head.weight = embedding.weight

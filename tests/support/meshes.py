@@ -32,6 +32,7 @@ from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.heartbeat import Heartbeat
 from tasks.mesh import Mesh, MeshParams
 from tasks.parallel import parts, tensor, vocabulary, whole
+from tasks.parallel.stages import EMBED_AGAIN
 from tasks.progress import Lines, Progress
 from tasks.stopping import Stop
 from tasks.training import _Run
@@ -81,6 +82,17 @@ MODELS: dict[str, ModelConfig] = {
     # Predicts the token after the next one as well.
     "latent-further": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1}
+    ),
+    "latent-further-deep": LatentConfig.model_validate(
+        {
+            **_TOKENS,
+            **_ANY,
+            **_LATENT,
+            "q_lora_rank": 8,
+            "num_nextn_predict_layers": 2,
+            "num_hidden_layers": 4,
+            "tie_word_embeddings": True,
+        }
     ),
     "latent-further-even": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "vocab_size": VOCAB + 1}
@@ -293,6 +305,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
                 result.gradients.update(found)
             if model.config.tie_word_embeddings:
                 result.gradients.pop("lm_head.weight", None)
+            result.gradients.pop(f"{EMBED_AGAIN}.weight", None)
         norm = clip(max_norm)
         result.norms.append(norm.item())
         return norm

@@ -94,17 +94,20 @@ FOUR = [
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even", answers=True, steps=FEW),
     Case({"pipeline": 2, "expert": 2}, "qwen3-moe", steps=FEW),
     Case({"pipeline": 2, "shard": 2}, "latent-further-tied", steps=FEW),
+    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "latent-further-deep", steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "latent-deep-lora", steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "latent-further-even", answers=True, steps=FEW),
 ]
 # Each takes over what the case of that number left after five steps.
-# Of the last, both copies of the tied weights lie in one process.
+# Both copies of tied weights lie in one process.
 TIED: dict[str, object] = {"pipeline": 2, "pipeline_schedule": "zero-bubble"}
 HALVES = [
     *(Case(mesh, steps=5, kept=True) for mesh in ({"shard": 2}, {"expert": 2}, {"tensor": 2}, {}, {"pipeline": 2})),
     Case(TIED, "qwen3-deep", steps=5, kept=True),
     Case({"shard": 2}, steps=1, optimizer="muon", kept=True),
     Case({"pipeline": 2}, "latent-lora", steps=5, kept=True),
+    # Of this one three copies do: the head's and that of multi-token prediction.
+    Case(TIED, "latent-further-deep", steps=5, kept=True),
 ]
 RESUMED = [
     Case({}, resume=0),
@@ -120,6 +123,7 @@ RESUMED = [
     Case({"pipeline": 2}, steps=3, resume=6, optimizer="muon"),
     Case({"tensor": 2}, "latent-lora", micro_batch=4, resume=7),
     Case({"pipeline": 2}, "latent-lora", resume=7),
+    Case({"pipeline": 2}, "latent-further-deep", steps=7, resume=8),
 ]
 # The same on four.
 HALVES_OF_FOUR = [

@@ -66,14 +66,6 @@ def test_a_training_goes_on_with_the_layers_of_its_checkpoint(weight: float, lay
         assert there["model.layers.3.eh_proj.weight"].equal(further.eh_proj.weight)
 
 
-def test_an_embedding_in_two_stages_of_a_process_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    pipeline = {"train__mesh__pipeline": 2, "train__world_size": 2, "train__mesh__pipeline_schedule": "zero-bubble"}
-    pipeline["train__model__num_hidden_layers"] = 4
-    with pytest.raises(BadParameter, match=r"num_nextn_predict_layers is 1, and with mesh\.pipeline_schedule zero"):
-        _params(tmp_path, **FURTHER, **pipeline)
-    assert _params(tmp_path, **FURTHER, **pipeline, train__mtp_loss_weight=0.0).architecture is not None
-
-
 def test_a_window_has_a_token_that_far_ahead(tmp_path: Path) -> None:
     with pytest.raises(
         BadParameter, match="num_nextn_predict_layers 2 predicts further ahead than a window of seq_len 2"
