@@ -186,15 +186,17 @@ def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: 
     ``origin`` is the folder of the checkpoint that it was trained from: what lies there about the tokenizer, the
     template of a chat and the way to generate is kept as it is.
     """
-    # Some name several ends, of which a model's shape has the first.
-    ends = None if origin is None else read_json(origin / CONFIG).get("eos_token_id")
+    # Some name several ends, of which a model's shape has the first. What fills up batches is nothing that it learns:
+    # transformers keeps gradients from it, so that it must not become the end of a text here.
+    kept = {} if origin is None else read_json(origin / CONFIG)
+    ends, pad = kept.get("eos_token_id"), config.eos_token_id if origin is None else kept.get("pad_token_id")
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": ends if isinstance(ends, list) else config.eos_token_id,
-        "pad_token_id": config.eos_token_id,
+        "pad_token_id": pad,
     }
     for name, content in {
-        "config.json": config_to_json(config),
+        "config.json": {**config_to_json(config), "pad_token_id": pad},
         "generation_config.json": {"_from_model_config": True, **ids},
         "tokenizer_config.json": _tokenizer_config(tokenizer, config),
     }.items():

@@ -74,7 +74,10 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
             "attention_bias": False,
             "rope_interleave": True,
         }
-        if not config.has_bias:
+        # transformers knows these by the family; others, vLLM among them, take V2's where V3's are not named.
+        if config.has_bias:
+            own |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+        else:
             method = "greedy" if config.n_group == config.topk_group else "group_limited_greedy"
             own |= {"topk_method": method, "scoring_func": "softmax", "moe_layer_freq": 1}
     else:

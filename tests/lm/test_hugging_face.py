@@ -153,6 +153,24 @@ def test_all_ends_of_a_text_are_kept_and_its_beginning_is_that_of_generation(
     assert hugging_face.load(origin).config.bos_token_id == 5
 
 
+@pytest.mark.parametrize("pad", [7, 0, None])
+def test_what_fills_up_batches_stays_what_it_was(pad: int | None, tokenizer_file: Path, tmp_path: Path) -> None:
+    origin, kept = tmp_path / "origin", tmp_path / "kept"
+    for folder in (origin, kept):
+        folder.mkdir()
+    model = make_grouped(bos_token_id=99, eos_token_id=100)
+    hugging_face.save(model, tokenizer_file, origin)
+    config = json.loads((origin / "config.json").read_text())
+    assert config["pad_token_id"] == 100
+    (origin / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    (origin / "generation_config.json").unlink()
+    hugging_face.save(model, tokenizer_file, kept, origin)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((kept / name).read_text())["pad_token_id"] == pad
+    embedding = AutoModelForCausalLM.from_pretrained(kept).get_input_embeddings()
+    assert embedding.padding_idx == pad
+
+
 def test_a_tokenizer_whose_vocabulary_is_a_list_is_written_too(tmp_path: Path) -> None:
     tokenizer = Tokenizer(Unigram([("<s>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abc")], 0, False))
     tokenizer.save(str(tmp_path / "unigram.json"))

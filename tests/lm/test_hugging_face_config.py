@@ -147,3 +147,17 @@ def test_a_missing_size_is_named() -> None:
         config_from_json({key: value for key, value in DEEPSEEK.items() if key not in ("kv_lora_rank", "vocab_size")})
     with pytest.raises(Unusable, match="num_experts is missing"):
         config_from_json({key: value for key, value in QWEN3_MOE.items() if key != "num_experts"})
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "scores"),
+    [("deepseek_v3", "noaux_tc", "sigmoid"), ("deepseek_v2", "group_limited_greedy", "softmax")],
+)
+def test_how_experts_are_chosen_is_named_as_it_is_in_what_is_published(family: str, method: str, scores: str) -> None:
+    # Runtimes other than transformers go by these keys, and have no biases for experts without them.
+    # V2's published ones and V3's differ in more than these, but in nothing that is refused.
+    groups = {"n_group": 4, "topk_group": 2, "topk_method": method, "scoring_func": scores}
+    written = config_to_json(config_from_json({**DEEPSEEK, **groups, "model_type": family}))
+    told = written["topk_method"], written["scoring_func"], written["moe_layer_freq"]
+    assert told == (method, scores, 1)
+    assert config_from_json(written).model_type == family
