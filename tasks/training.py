@@ -75,7 +75,7 @@ def train(
         out_of_memory.told, stage, params=params, length=train_windows.length, precision=world.precision
     )
     with told(model):
-        run = _Run(model, params, train_windows, valid_windows, world, progress, here, weights)
+        run = _Run(stage, model, params, train_windows, valid_windows, world, progress, here, weights)
     with told(run.model):
         _go_on(run, checkpoints, stage, measure_first)
     return Trained(run.curve, run.parallel)
@@ -95,12 +95,11 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
     with stopping.noted() as stop, run.meter.seeing_waits():
-        if measure_first and not done:
-            run.here.at(done, "the validation")
-            run.curve.before = run.validate()
-            if not math.isfinite(run.curve.before):
-                world.fail(divergence.starts_diverged(stage, world.precision, run.curve.before))
-            progress.notice(f"validation loss before the first step: {run.curve.before:.4f} nats a token")
+        if measure_first and not done and not run.measured_before(stop):
+            _stop(checkpoints, world, progress, done)
+        # A validation may have been broken off, behind the checkpoint that this goes on from.
+        if done and not run.recorded(done, stop):
+            _stop(checkpoints, world, progress, done)
         while done < params.steps:
             report = run.step(done, stop)
             done += 1
@@ -110,11 +109,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
             if log:
                 sent = run.traffic.after_step(done == params.steps or run.told_to_stop)
                 log.write(dataclasses.replace(report, bytes_sent=sent))
-            if done % params.validate_every == 0 or done == params.steps:
-                run.record(done)
-                if not math.isfinite(loss := run.curve.last("valid_loss")):
-                    world.fail(divergence.diverged(stage, params, world.precision, loss, done))
-            stopped = run.told_to_stop and done < params.steps
+            stopped = not run.recorded(done, stop) or (run.told_to_stop and done < params.steps)
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
                 run.here.at(done, "the checkpoint")
                 # Each process has a part in the state, even if one alone writes it.
@@ -155,6 +150,7 @@ def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int)
 class _Run:
     def __init__(
         self,
+        stage: str,
         model: LanguageModel,
         params: TrainingParams,
         train_windows: WindowReader,
@@ -164,6 +160,7 @@ class _Run:
         here: Heartbeat,
         weights: Weights | None = None,
     ) -> None:
+        self.stage = stage
         self.params, self.world, self.progress, self.here = params, world, progress, here
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
@@ -315,9 +312,34 @@ class _Run:
         if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:
             self.world.fail(divergence.too_many_skipped(self.params, where, in_a_row))
 
-    def record(self, step: int) -> None:
-        """Validates and adds a row to the curve."""
+    def measured_before(self, stop: Stop) -> bool:
+        """Validates the weights that are there at the start; False where that was broken off."""
+        self.here.at(0, "the validation")
+        if (loss := self.validate(stop)) is None:
+            return False
+        if not math.isfinite(loss):
+            self.world.fail(divergence.starts_diverged(self.stage, self.world.precision, loss))
+        self.curve.before = loss
+        self.progress.notice(f"validation loss before the first step: {loss:.4f} nats a token")
+        return True
+
+    def recorded(self, step: int, stop: Stop) -> bool:
+        """Validates and adds a row to the curve, where one is due after ``step`` steps and not there.
+
+        False where that was broken off: another attempt has to do it.
+        """
+        due = step % self.params.validate_every == 0 or step == self.params.steps
+        if not due or (self.curve.rows and self.curve.last("step") == step):
+            return True
         self.here.at(step, "the validation")
+        if (loss := self.validate(stop)) is None:
+            return False
+        self._add_row(step, loss)
+        if not math.isfinite(loss):
+            self.world.fail(divergence.diverged(self.stage, self.params, self.world.precision, loss, step))
+        return True
+
+    def _add_row(self, step: int, valid_loss: float) -> None:
         rate = learning_rate_at(step - 1, self.params, self.params.learning_rate)
         if self.steps_since_row:
             train_loss, norm = (self.losses / self.steps_since_row).tolist()
@@ -329,14 +351,18 @@ class _Run:
                 self.curve.last(column) if known else math.nan
                 for column in ("train_loss", "grad_norm", "expert_imbalance")
             )
-        self.curve.rows.append((step, rate, train_loss, self.validate(), norm, imbalance))
+        self.curve.rows.append((step, rate, train_loss, valid_loss, norm, imbalance))
         self.losses.zero_()
         self.balance.load.zero_()
         self.steps_since_row = 0
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Returns the mean loss over validation windows spread evenly over the split."""
+    def validate(self, stop: Stop) -> float | None:
+        """Returns the mean loss over validation windows spread evenly over the split.
+
+        None where one of the processes has been told to end: on large splits this may take longer than that may. Sets
+        ``told_to_stop`` then, on all of them.
+        """
         available = len(self.valid_windows)
         wanted = min(self.params.validation_windows, available)
         chosen = torch.arange(wanted) * available // wanted
@@ -346,12 +372,20 @@ class _Run:
         summed = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.model.eval()
         for start in range(0, most, self.params.micro_batch):
+            if self._told_to_end(stop):
+                self.model.train()
+                return None
             share = mine[start : start + self.params.micro_batch]
             windows = self._read(self.valid_windows, share if len(share) else chosen[:1].numpy())
             with self.world.autocast():
                 summed += self.parallel.evaluate(windows).double() * len(share)
         self.model.train()
         return float(self.world.sum(summed) / (wanted * share_learned(self.valid_windows, chosen.numpy())))
+
+    def _told_to_end(self, stop: Stop) -> bool:
+        told = self.world.sum_all(torch.tensor(float(stop.told or self.told_to_stop), device=self.world.device))
+        self.told_to_stop = bool(told)
+        return self.told_to_stop
 
     def latest(self) -> dict[str, float]:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}

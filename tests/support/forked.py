@@ -133,8 +133,8 @@ def diverge() -> None:
 
     validate, first, calls = _Run.validate, int(os.environ["FROM"]), [0]
 
-    def diverging(self: _Run) -> float:
-        found = validate(self)
+    def diverging(self: _Run, stop: Any) -> float | None:
+        found = validate(self, stop)
         calls[0] += 1
         return float(os.environ["LOSS"]) if calls[0] >= first else found
 
@@ -304,6 +304,21 @@ def slowly() -> None:
     from steps import on_each_step
 
     on_each_step(lambda run, last: time.sleep(0.1))
+
+
+def validate_slowly() -> None:
+    """Makes each batch of a validation take two seconds, and leaves a file ``validating`` where there is one."""
+    from tasks.training import _Run
+
+    read = _Run._read
+
+    def slow(self: _Run, *arguments: Any) -> Any:
+        if not self.model.training:
+            Path("validating").touch()
+            time.sleep(2)
+        return read(self, *arguments)
+
+    _Run._read = slow  # type: ignore[method-assign]
 
 
 def draw() -> None:

@@ -282,6 +282,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     if world.mesh is not None:
         model, weights = _on_meta(model, case, result)
     run = _Run(
+        "train",
         model,
         params_of(case, world.data_size),
         reader,
@@ -343,7 +344,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     result.slept = slept[-1]
     # Before the validation, which leaves weights whole.
     result.elements = sum(whole.local(value).numel() for value in run.model.parameters())
-    result.valid_loss = run.validate()
+    result.valid_loss = run.validate(Stop())
     result.graphs = counters["stats"]["unique_graphs"]
     if case.kept:
         state, tensors = run.state(done)
