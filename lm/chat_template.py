@@ -34,6 +34,7 @@ _RESERVED = re.compile(f"[{_OPEN}{_CLOSE}{_BEGIN}{_END}]")
 _SPACE = re.compile(r"\s*")
 # Templates cut an answer at these, and trim what is left.
 _STARTS = re.compile(r"(?:\A|</?think>)\s*")
+_THINKING = re.compile(r"(?:\s|</?think>)*")
 # A model writes these itself, around what it thinks before it answers, so in its own messages they are tokens.
 _THOUGHT = frozenset({"<think>", "</think>"})
 
@@ -111,7 +112,8 @@ class ChatTemplate:
     def encode_answers(self, messages: Sequence[Message], today: date) -> tuple[list[int], list[bool]]:
         """Returns the tokens of a whole conversation, and which of them are the assistant's; ``today`` as in `render`.
 
-        To an answer belongs the control token right behind it, by which a model says that it has ended. Tokens that
+        To an answer belong the control token right behind it, by which a model says that it has ended, and the tags of
+        thinking before it that the prompt for it has not. Tokens that
         the template writes around the messages belong to nobody. Raises :class:`Unrenderable`, also where the template
         makes something else of an answer than a part of it.
         """
@@ -120,9 +122,24 @@ class ChatTemplate:
         bare = re.sub(f"[{_BEGIN}{_END}]", "", text)
         if bare != self.render(marked, False, today):
             raise Unrenderable("the model's chat template changes the answers, so that they cannot be told apart")
-        spans = [self._with_its_end(_MARKS.sub("", bare), *span) for span in _spans(_MARKS.sub("", text))]
+        whole = _MARKS.sub("", bare)
+        spans = list(_spans(_MARKS.sub("", text)))
+        answers = [place for place, message in enumerate(messages) if _is_answer(message)]
+        # Where a template leaves one out nobody knows which.
+        if len(answers) == len(spans):
+            begun = [self._beginning(whole, marked[:place], today) for place in answers]
+            spans = [(_from(start, whole, first), last) for start, (first, last) in zip(begun, spans, strict=True)]
+        spans = [self._with_its_end(whole, *span) for span in spans]
         ids, places = self._located(bare)
         return ids, [any(start < last and end > first for first, last in spans) for start, end in places]
+
+    def _beginning(self, text: str, before: Sequence[Message], today: date) -> int | None:
+        """Returns where in ``text`` a model begins that is asked to go on after ``before``; None: not in this text."""
+        try:
+            prompt = _MARKS.sub("", self.render(before, True, today))
+        except Unrenderable:
+            return None
+        return len(prompt) if text.startswith(prompt) else None
 
     def _with_its_end(self, text: str, first: int, last: int) -> tuple[int, int]:
         # Space at the end of an answer is its own, where the template leaves it.
@@ -188,9 +205,21 @@ class ChatTemplate:
         return Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
 
 
+def _is_answer(message: Message) -> bool:
+    return message.role == "assistant" and bool(message.content.strip())
+
+
+def _from(start: int | None, text: str, first: int) -> int:
+    """Returns where an answer begins that has its ``first`` own character there, if a model begins at ``start``.
+
+    That it thinks, or does not, stands between the two: it has to write so itself.
+    """
+    return first if start is None or not _THINKING.fullmatch(text, start, first) else start
+
+
 def _mark_answer(message: Message) -> Message:
     """Returns ``message`` with marks around what the assistant wrote; the space around it may be trimmed."""
-    if message.role != "assistant" or not message.content.strip():
+    if not _is_answer(message):
         return message
     body = message.content.rstrip()
     marked = _STARTS.sub(lambda found: found[0] + _BEGIN, body)

@@ -183,6 +183,7 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         "eos_token_id": (end := found.get("tokenizer.ggml.eos_token_id", ...)),
         "bos_token_id": found.get("tokenizer.ggml.bos_token_id", end),
     }
+    values["tie_word_embeddings"] = tied
     if kind is LatentConfig:
         if found.get(f"{_OWN}plain_queries"):
             values["q_lora_rank"] = None
@@ -198,7 +199,6 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
             values["num_key_value_heads"] = said["attention.head_count"]
         _same(said, "attention.value_length", values["head_dim"])
         _same(said, "rope.dimension_count", values["head_dim"])
-        values["tie_word_embeddings"] = tied
         if kind is GroupedMixtureConfig:
             values["norm_topk_prob"] = True
     values["rope_scaling"] = _yarn(found, said, family) if said.get("rope.scaling.type") == "yarn" else None

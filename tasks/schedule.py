@@ -25,4 +25,6 @@ def learning_rate_at(step: int, params: TrainingParams, peak: float) -> float:
 
 
 def _share(step: int, start: int, params: TrainingParams) -> float:
-    return (step - start) / max(1, params.steps - 1 - start)
+    # A way of one step ends at its end.
+    last = params.steps - 1
+    return (step - start) / (last - start) if start < last else float(step - start + 1)

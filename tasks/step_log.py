@@ -25,7 +25,8 @@ class StepLog:
     def __init__(self, stage: str, done: int) -> None:
         self.path = _path(stage)
         # Steps after the checkpoint are taken again.
-        atomic.write_text(self.path, "".join(_first(self.path.read_text(), done) if self.path.exists() else []))
+        before = self.path.read_text(errors="replace") if self.path.exists() else ""
+        atomic.write_text(self.path, "".join(_first(before, done)))
         self._file = self.path.open("a", buffering=1)
         self._board = _board(stage, done)
 
@@ -34,7 +35,7 @@ class StepLog:
             self._file.write(json.dumps(report.to_json()) + "\n")
         if self._board is not None:
             for name, value in report.to_json().items():
-                if isinstance(value, float):
+                if isinstance(value, float | int) and name != "step":
                     self._board.add_scalar(name, value, report.step)
             for layer, load in enumerate(report.expert_load):
                 self._board.add_scalar(f"expert_load/{layer}", load, report.step)

@@ -40,7 +40,8 @@ class StepReport:
     are left out), against the peak of all processes. ``memory_mib`` is of the first process: allocated on its GPU at
     most, else resident. ``expert_load`` is the busiest expert's tokens over the mean's, for each layer that routes.
     ``bytes_sent`` are those of the first process in the whole run, as they were last counted
-    (:mod:`tasks.parallel.traffic`); ``seconds_for_communication`` is None where not all of it can be seen.
+    (:mod:`tasks.parallel.traffic`); ``seconds_for_communication`` is None where not all of it can be seen. A step that
+    was ``skipped`` changed nothing: its gradient was not finite.
     """
 
     step: int
@@ -55,6 +56,7 @@ class StepReport:
     memory_mib: float
     expert_load: tuple[float, ...]
     bytes_sent: int | None = None
+    skipped: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """JSON knows no NaN: what is not finite becomes null."""

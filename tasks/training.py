@@ -23,7 +23,7 @@ from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints, agreed
 from tasks.compiled import compile_layers
 from tasks.curve import Curve
-from tasks.errors import EXIT_STOPPED
+from tasks.errors import EXIT_STOPPED, BadParameter
 from tasks.heartbeat import Heartbeat
 from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
@@ -109,6 +109,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
             if log:
                 sent = run.traffic.after_step(done == params.steps or run.told_to_stop)
                 log.write(dataclasses.replace(report, bytes_sent=sent))
+            if run.fault is not None:
+                world.fail(run.fault)
             stopped = not run.recorded(done, stop) or (run.told_to_stop and done < params.steps)
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
                 run.here.at(done, "the checkpoint")
@@ -180,6 +182,8 @@ class _Run:
         self.balance = Balance(self.model.routers(), params, world.device)
         self.steps_since_row: float = 0
         self.told_to_stop = False
+        # What ends the training behind this step.
+        self.fault: BadParameter | None = None
         # After how many steps the replicas were last equal, where they train apart.
         self.met = 0
 
@@ -251,7 +255,8 @@ class _Run:
             with self.meter.communicating():
                 self._meet(step + 1, told > 0)
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
-        return self.meter.end(step + 1, float(mean), float(norm), rate, load)
+        report = self.meter.end(step + 1, float(mean), float(norm), rate, load)
+        return dataclasses.replace(report, skipped=bool(spoilt_in))
 
     def agree_to_stop(self, done: int, stop: Stop) -> None:
         """Sets ``told_to_stop`` where one of the replicas was told to, and each has taken ``done`` steps."""
@@ -293,7 +298,8 @@ class _Run:
         where = self._named(step + 1, f"loss {loss:.4g}, ")
         if not self.exchange.apart:
             self._end_if_too_many(where)
-        self.progress.notice(f"skipped {where}: the gradient is not finite")
+        if self.fault is None:
+            self.progress.notice(f"skipped {where}: the gradient is not finite")
 
     def _named(self, step: int, more: str = "") -> str:
         """Returns ``step``, counted from 1, with ``more`` and the windows of all processes in words."""
@@ -306,11 +312,11 @@ class _Run:
         return batch_of_rank(step, len(self.train_windows), params.seed, params.global_batch, params.micro_batch, 0, 1)
 
     def _end_if_too_many(self, where: str) -> None:
-        """Raises :class:`BadParameter` on all processes when a step was skipped once too often, ``where``."""
+        """Sets ``fault``, on all processes, when a step was skipped once too often, ``where``."""
         in_a_row = self.curve.skipped_in_a_row()
         # Nothing was learned when there was no other step.
         if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:
-            self.world.fail(divergence.too_many_skipped(self.params, where, in_a_row))
+            self.fault = divergence.too_many_skipped(self.params, where, in_a_row)
 
     def measured_before(self, stop: Stop) -> bool:
         """Validates the weights that are there at the start; False where that was broken off."""

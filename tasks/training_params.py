@@ -90,8 +90,10 @@ class TrainingParams(Section):
     @model_validator(mode="after")
     def _the_schedule_fits(self) -> Self:
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            room = 1 - self.warmup_fraction
+            cure = f"lower decay_fraction to {room:g}" if room else "lower warmup_fraction"
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} are more than all "
-                f"steps; lower decay_fraction to {1 - self.warmup_fraction:g}"
+                f"steps; {cure}"
             )
         return self

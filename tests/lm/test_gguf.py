@@ -37,6 +37,7 @@ MODELS = {
     "qwen3moe": (odd.make_grouped_mixture, {}),
     "latent": (odd.make_model, {}),
     "latent, query latent and groups": (odd.make_model, {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
+    "latent, tied": (odd.make_model, {"tie_word_embeddings": True}),
     "latent, dense only": (odd.make_model, {"first_k_dense_replace": 3}),
     "latent, not normalized": (odd.make_model, {"first_k_dense_replace": 0, "norm_topk_prob": False}),
     "qwen2, stretched by YaRN": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),

@@ -52,6 +52,20 @@ THINKING = """\
     {%- else %}{{- 'Q' + message.content }}{% endif %}
 {%- endfor %}
 """
+# As Qwen3's: the prompt for an answer does not say that the model is to think, so it does so itself.
+DECIDING = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set answer = message.content.split('</think>')[-1].lstrip('\\n') %}
+        {%- if loop.last %}
+            {%- set thought = message.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set thought = thought if '</think>' in message.content else '' %}
+            {{- 'A<think>\\n' + thought + '\\n</think>\\n\\n' + answer + '<|im_end|>' }}
+        {%- else %}{{- 'A' + answer + '<|im_end|>' }}{% endif %}
+    {%- else %}{{- 'Q' + message.content }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'A' }}{% endif %}
+"""
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -87,9 +101,13 @@ THOUGHT = "<think>\nwest\n</think>\n\n"
 @pytest.mark.parametrize(
     ("source", "contents", "expected"),
     [
-        (tiny.CHATML, ("a", "b", "c", " d! "), [b"b|", b"d! |"]),
+        (tiny.CHATML, ("a", "b", "c", " d! "), [b"b|", b" d! |"]),
         (TRIMMING, ("a", "\nb ", "c", "é"), [b"b|", "é".encode() + b"|"]),
         (THINKING, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), [b"b|", b"west\n|\n\nd|"]),
+        (DECIDING, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), [b"b|", b"|\nwest\n|\n\nd|"]),
+        (DECIDING, ("a", "b", "c", "d"), [b"b|", b"|\n\n|\n\nd|"]),
+        # The prompt begins the thought (DeepSeek-R1): what is behind it is the model's.
+        (DECIDING.replace("{{- 'A' }}", "{{- 'A<think>\\n' }}"), ("a", f"{THOUGHT}b"), [b"west\n|\n\nb|"]),
         # What looks like a control token is text, in an answer too, and moves nothing behind it.
         (
             tiny.CHATML,
@@ -107,7 +125,7 @@ def test_answers_and_the_tokens_that_end_them_are_learned(
     messages = [Message(**turn) for turn in turns(*contents)]  # type: ignore[arg-type]
     whole = [*messages, Message("user", "x")]
     # The same tokens as when it is answered, up to where the prompt differs.
-    shared = len(template.encode_answers(messages, TODAY)[0]) if source != THINKING else 0
+    shared = len(template.encode_answers(messages, TODAY)[0]) if "'</think>'" not in source else 0
     assert template.encode_answers(whole, TODAY)[0][:shared] == template.encode(whole)[:shared]
 
 

@@ -49,6 +49,20 @@ def test_wsd_stays_at_the_peak_until_its_decay(tmp_path: Path) -> None:
     assert found[-2] - found[-1] == pytest.approx(1.8 / 29)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__schedule": "wsd", "train__decay_fraction": 0.1, "train__steps": 4},
+        {"train__schedule": "cosine", "train__warmup_fraction": 0.75, "train__steps": 4},
+        {"train__schedule": "linear", "train__warmup_fraction": 0.5, "train__steps": 2},
+    ],
+)
+def test_a_way_down_of_one_step_ends_at_the_floor(changes: dict[str, Any], tmp_path: Path) -> None:
+    found = rates(tmp_path, **changes)
+    assert found[-2] == PEAK
+    assert found[-1] == pytest.approx(0.1 * PEAK)
+
+
 def test_a_decay_that_the_warm_up_leaves_no_room_for_is_told(tmp_path: Path) -> None:
     with pytest.raises(BadParameter, match=r"train: warmup_fraction 0\.1 and decay_fraction 0\.95 .* lower .* to 0\.9"):
         rates(tmp_path, train__schedule="wsd", train__decay_fraction=0.95)

@@ -81,6 +81,8 @@ def test_too_many_in_a_row_name_the_batch_and_are_counted_across_a_resume(projec
     windows = ", ".join(map(str, sorted(windows_of(8, 0) + windows_of(8, 1))))
     complaint = tiny.error_line(told)
     assert f"the gradient is not finite at step 8 (loss inf, windows {windows}), step 3 of a row" in complaint
+    logged = [*map(json.loads, (project / ".overnight/measurements/train-steps.jsonl").open())]
+    assert [line["step"] for line in logged if line["skipped"]] == [3, 6, 7, 8]
     # It goes on after step 6, the first of the row.
     assert tiny.error_line(train(project, spoilt)[1]) == complaint
 

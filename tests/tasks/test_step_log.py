@@ -71,12 +71,23 @@ def test_what_the_steps_took_is_summed_up_by_stretches_of_them(project: Path) ->
 def test_tensorboard_shows_the_steps(project: Path) -> None:
     log = StepLog("train", 0)
     log.write(report(1))
-    log.write(report(2, loss=2.5))
+    log.write(report(2, loss=2.5, bytes_sent=1000))
     log.close()
     shown = EventAccumulator(".overnight/tensorboard/train")
     shown.Reload()
     assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(1, 3.0), (2, 2.5)]
     assert [event.value for event in shown.Scalars("expert_load/1")] == [2.0, 2.0]
+    assert [event.value for event in shown.Scalars("bytes_sent")] == [1000.0]
+
+
+def test_what_a_disk_made_of_a_log_does_not_stop_a_training(project: Path) -> None:
+    log = StepLog("train", 0)
+    log.write(report(1))
+    log.close()
+    log.path.write_bytes(log.path.read_bytes() + b"\xff\xfe{}\n")
+    log = StepLog("train", 1)
+    log.close()
+    assert steps(log) == [1]
 
 
 def test_without_tensorboard_there_is_the_file_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
