@@ -301,6 +301,21 @@ def publish() -> None:
 
 
 @app.command()
+def push(
+    version: Annotated[list[str] | None, typer.Argument(metavar="V", help="Such as v1.2.0. [default: all]")] = None,
+) -> None:
+    """Bring versions to DVC's and Git's remotes, where these lack them or were named after they were made.
+
+    Exit code: 1 when bytes of one are neither there nor here (it is named), 75 when a remote does not answer.
+    """
+    with _told("overnight push"):
+        from flows.push import push as push_versions
+
+        code = push_versions(version or [], Console(), Console(stderr=True))
+    raise typer.Exit(code)
+
+
+@app.command()
 def versions(
     last: Annotated[int, typer.Option("--last", metavar="N", min=1, help="Show this many, the newest first.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="Show them all.")] = False,
@@ -342,7 +357,7 @@ def rollback() -> None:
     with _told():
         from flows.promote import rollback as roll_back
 
-        code = roll_back(Console())
+        code = roll_back(Console(), Console(stderr=True))
     raise typer.Exit(code)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -183,6 +183,16 @@ def fetch(root: Path, remote: str | None) -> None:
 def is_at(root: Path, remote: str | None, tag: str) -> bool:
     """Whether ``remote`` has ``tag``; without a remote nothing is anywhere else."""
     return remote is not None and bool(git(root, "ls-remote", remote, f"refs/tags/{tag}"))
+
+
+def push_assignments(root: Path, remote: str, versions: Collection[Version]) -> None:
+    """Pushes what put ``versions`` into production, and took them out, where ``remote`` lacks it."""
+    listed = git(root, "ls-remote", remote, f"refs/tags/{ARTIFACT}#*").splitlines()
+    there = {line.partition("refs/tags/")[2].removesuffix("^{}") for line in listed}
+    commits = {version.commit for version in versions}
+    tags = [event.tag for event in events(root) if event.stage and event.commit in commits and event.tag not in there]
+    if tags:
+        git(root, "push", "--quiet", "--no-verify", remote, *(f"refs/tags/{tag}" for tag in tags))
 
 
 def events(root: Path) -> tuple[Event, ...]:

@@ -1,12 +1,13 @@
 """Which version is in production, by hand."""
 
 import io
+import shutil
 
 import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import promote, registry
+from flows import contents, dvc, objects, promote, registry
 from flows.git import git
 from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
@@ -14,7 +15,7 @@ from tasks.errors import TryAgain, UserMistake
 
 def said(action: str, *arguments: str) -> tuple[str, str]:
     out, err = (Console(file=io.StringIO(), width=80) for _ in range(2))
-    code = promote.promote(*arguments, out, err) if action == "promote" else promote.rollback(out)
+    code = promote.promote(*arguments, out, err) if action == "promote" else promote.rollback(out, err)
     assert code == 0
     return out.file.getvalue(), err.file.getvalue()  # type: ignore[attr-defined]
 
@@ -63,12 +64,43 @@ def test_an_unknown_version(published: Clone) -> None:
         said("promote", "v3")
 
 
-def test_what_is_on_this_machine_alone_is_not_put_into_production_for_all(published: Clone) -> None:
+def test_what_was_on_this_machine_alone_is_brought_before_it_is_in_production(published: Clone) -> None:
     git(published.shared, "tag", "-d", "lm@v1.1.0")
-    with pytest.raises(UserMistake, match=r"^v1.1.0 is not at origin: .* `git push origin lm@v1.1.0` bring it there"):
+    shutil.rmtree(published.shelf)
+    published.shelf.mkdir()
+    assert said("promote", "v1.1.0")[0] == "v1.1.0 is in production, at origin too.\n"
+    assert published.tags() == ["lm#prod#1", "lm#prod#2", "lm@v1.0.0", "lm@v1.1.0"]
+    with dvc.store(published.root) as store:
+        for version, lacks in {"v1.1.0": False, "v1.0.0": True}.items():
+            outputs = contents.recorded(published.root, registry.resolve(published.root, version).commit)
+            assert bool(store.lacking(objects.needed(store, outputs, {}))) is lacks
+
+
+@pytest.mark.parametrize("lost", ["a file", "a listing"])
+def test_what_is_lost_is_not_put_into_production(lost: str, published: Clone) -> None:
+    model = contents.recorded(published.root, registry.resolve(published.root, "v1.1.0").commit)[-1].md5
+    with dvc.store(published.root) as store:
+        outputs = contents.recorded(published.root, registry.resolve(published.root, "v1.1.0").commit)
+        listing = next(output.md5 for output in outputs if output.is_folder)
+        gone = listing if lost == "a listing" else model
+        store.discard({gone})
+    next(published.shelf.rglob(f"{gone[:2]}/{gone[2:]}")).unlink()
+    with pytest.raises(UserMistake, match=r"^v1\.1\.0: .*`overnight push v1\.1\.0` on a machine that has them"):
         said("promote", "v1.1.0")
     assert champion(published) == "v1.0.0"
-    assert published.tags() == ["lm#prod#1", "lm@v1.0.0"]
+    # What is in production stays there; nothing has to be looked for.
+    assert "lm#prod#2" not in published.tags()
+
+
+def test_rolling_back_does_not_wait_for_the_data(published: Clone) -> None:
+    said("promote", "v1.1.0")
+    shutil.rmtree(published.shelf)
+    published.shelf.write_text("no folder")
+    out, err = said("rollback")
+    assert out == "v1.0.0 is in production, at origin too.\n"
+    assert err.endswith("Whether all of v1.0.0 is there was not asked; `overnight push v1.0.0` does.\n")
+    with pytest.raises(TryAgain, match="'shelf' does not answer"):
+        said("promote", "v1.1.0")
 
 
 def test_the_remote_decides_so_it_has_to_answer(published: Clone) -> None:

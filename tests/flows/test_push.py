@@ -1,0 +1,69 @@
+"""Versions that were made before there was a remote."""
+
+import io
+import shutil
+
+import pytest
+from publishing import Clone
+from rich.console import Console
+
+from flows import contents, dvc, push, registry
+from flows.git import git
+from flows.registry import NoSuchVersion
+from tasks.errors import TryAgain, UserMistake
+
+
+def said(*names: str) -> tuple[int, str, str]:
+    out, err = (Console(file=io.StringIO(), width=80) for _ in range(2))
+    code = push.push(names, out, err)
+    return code, out.file.getvalue(), err.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def late(published: Clone) -> Clone:
+    """Two versions, and remotes that hold nothing of them."""
+    shutil.rmtree(published.shared)
+    shutil.rmtree(published.shelf)
+    git(published.root, "init", "-q", "--bare", "-b", "main", str(published.shared))
+    return published
+
+
+def test_all_that_a_remote_lacks_is_brought_there(late: Clone) -> None:
+    assert said() == (0, "v1.0.0 is at shelf and origin.\nv1.1.0 is at shelf and origin.\n", "")
+    assert late.tags() == ["lm#prod#1", "lm@v1.0.0", "lm@v1.1.0"]
+    late.check_remote()
+    before = {file: file.stat().st_mtime_ns for file in late.shelf.rglob("*")}
+    assert said()[0] == 0
+    assert {file: file.stat().st_mtime_ns for file in late.shelf.rglob("*")} == before
+
+
+def test_one_is_brought_alone_and_one_that_is_unknown_is_named(late: Clone) -> None:
+    assert said("v1.0.0")[1] == "v1.0.0 is at shelf and origin.\n"
+    assert late.tags() == ["lm#prod#1", "lm@v1.0.0"]
+    with pytest.raises(NoSuchVersion):
+        said("v7")
+
+
+def test_where_bytes_of_one_are_lost_the_others_are_brought(late: Clone) -> None:
+    model = contents.recorded(late.root, registry.resolve(late.root, "v1.0.0").commit)[-1].md5
+    with dvc.store(late.root) as store:
+        store.discard({model})
+    code, out, err = said()
+    assert (code, out) == (1, "v1.1.0 is at shelf and origin.\n")
+    assert err.startswith("error: v1.0.0: DVC's remote 'shelf' lacks 1 of the version's objects")
+    # A tag would name bytes that nobody has.
+    assert late.tags() == ["lm@v1.1.0"]
+
+
+def test_without_any_remote_there_is_nowhere_to_push_to(late: Clone) -> None:
+    late.set("publish", "git_remote", None)
+    assert said("v1.0.0")[1] == "v1.0.0 is at shelf.\n"
+    (late.root / ".dvc/config").write_text("")
+    with pytest.raises(UserMistake, match="there is no remote to push to: `dvc remote add"):
+        said()
+
+
+def test_a_remote_of_git_that_does_not_answer_is_waited_for(late: Clone) -> None:
+    git(late.root, "remote", "set-url", "origin", "nowhere")
+    with pytest.raises(TryAgain, match="the Git remote 'origin', which decides, does not answer"):
+        said()
