@@ -97,6 +97,8 @@ def chat(root: Path, settings: Settings, source: TextIO, out: TextIO, err: TextI
             # A byte that is not UTF-8 is told with its place; a terminal of another encoding shows what it can.
             stream.reconfigure(errors=errors)
     check_text(settings.system or "", "--system")
+    for text in settings.stop:
+        check_text(text, "--stop")
     check_sampling(settings.sampling)
     conversation = _begin(root, settings, err)
     try:

@@ -110,6 +110,8 @@ def continue_text(
     :class:`UserMistake` for sampling by numbers that cannot be.
     """
     check_text(prompt, "TEXT")
+    for text in stop:
+        check_text(text, "--stop")
     check_sampling(sampling)
     model = load(folder, spin)
     from lm.runtime import PromptTooLong

@@ -76,6 +76,16 @@ class Graph:
         if name not in self.names():
             raise UserMistake(f"{where}: there is no stage '{name}'; choose one of {', '.join(self.names())}.")
 
+    def check_there(self, name: str, where: str, root: Path) -> None:
+        """Raises :class:`UserMistake` where what ``name`` reads of earlier stages, which are left out, is not there."""
+        for stage in self.stages if name != COLLECT else ():
+            for output in stage.outputs if stage.name in self.ancestors(name) else ():
+                if not (root / output).exists() and any(output in one.dependencies for one in self.stages):
+                    raise UserMistake(
+                        f"{where} {name}: {output} is not there, which {stage.name} makes; take {where} "
+                        f"{stage.name}, or leave {where} out."
+                    )
+
 
 def in_order(stages: Iterable[Stage]) -> Graph:
     """Returns the graph of ``stages``, sorted topologically; ties keep the order given."""

@@ -183,7 +183,8 @@ class Night:
             self._run(CHAMPION, "Fetch and version the model in production.", upstream, lambda: self._champion(stage))
             upstream += [CHAMPION] if CHAMPION in self.runs else []
         missing = self._missing(upstream)
-        why = f"not started, because of {missing[0]}" if missing else ""
+        left = "stale, and left out by --from: what follows is of what it made before" if step.stale else ""
+        why = f"not started, because of {missing[0]}" if missing else left
 
         def body() -> State[Any]:
             if missing:
@@ -199,13 +200,19 @@ class Night:
             # A forced stage computes everything anew; from its last checkpoint it would only write the result again.
             # Its retries do go on from theirs.
             self._forget_checkpoints(stage)
-        self._run(stage.name, stage.description, upstream, body, why)
+        self._run(stage.name, stage.description, upstream, body, why, cut_off=bool(missing))
 
     def _missing(self, upstream: Sequence[str]) -> list[str]:
         return [name for name in upstream if self.runs[name].stops_downstream]
 
     def _run(
-        self, name: str, description: str, upstream: Sequence[str], body: Callable[[], State[Any]], why: str = ""
+        self,
+        name: str,
+        description: str,
+        upstream: Sequence[str],
+        body: Callable[[], State[Any]],
+        why: str = "",
+        cut_off: bool = False,
     ) -> None:
         flow: FlowParams = self._params.flow
         attempts = Attempts(name, self.site, flow, self._watch)
@@ -235,7 +242,7 @@ class Night:
             # No row of its own for what only concerns the stage that asked.
             return
         message = attempts.message or state.message or "" if outcome == "failed" else why
-        run = StageRun(name, outcome, seconds, message, attempts.exit_code if outcome == "failed" else None)
+        run = StageRun(name, outcome, seconds, message, attempts.exit_code if outcome == "failed" else None, cut_off)
         self.runs[name] = run
         self._watch.ended(run)
 

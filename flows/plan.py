@@ -25,6 +25,8 @@ class Step:
     stage: Stage
     action: Action
     force: bool = False
+    # To be skipped, though what it made before is not what it would make now.
+    stale: bool = False
 
 
 def plan(
@@ -51,9 +53,11 @@ def plan(
     forced -= frozenset(finished)
     steps: list[Step] = []
     running: set[str] = set()
+    outdated: set[str] = set()
     for stage in graph.stages:
         if stage.name in skipped:
-            steps.append(Step(stage, Action.SKIPPED))
+            steps.append(Step(stage, Action.SKIPPED, stale=stage.name in stale or bool(outdated & set(stage.upstream))))
+            outdated |= {step.stage.name for step in steps[-1:] if step.stale}
         elif stage.name in forced or stage.name in stale or running & set(stage.upstream):
             running.add(stage.name)
             steps.append(Step(stage, Action.RUN, force=stage.name in forced))

@@ -18,7 +18,7 @@ from rich.console import Console
 from flows import dvc, environment, execute, lock, project, registry, remotely
 from flows.execute import LOGS
 from flows.gate import Gate, read_gate
-from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
+from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor, show
 from flows.graph import Graph
 from flows.identity import version_of
 from flows.land import QUIET, is_pointer, land
@@ -93,6 +93,11 @@ def publish_by_hand(out: Console, err: Console) -> int:
     """
     root = project.find()
     with lock.hold(root, _name()):
+        if branch(root) is None:
+            raise UserMistake(
+                "HEAD is on no branch, and the version's commit would leave with it. `git switch NAME` (with --create "
+                "for a new one), then publish."
+            )
         done = publish(root, lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True))
     if done.new:
         out.print(f"{done.version.name} is published (commit {done.commit[:12]}).", highlight=False)
@@ -139,6 +144,7 @@ def publish(
     if version is not None:
         own = since is not None and since != version.commit == commit_of(root, "HEAD")
         return _finish(to, version, gate, measured, own)
+    _check_store(to)
     store = _push_data(to)
     commit = _commit(root)
     name = branch(root) or params.publish.branch
@@ -252,6 +258,25 @@ def _check_ready(root: Path, look: Look) -> None:
 def _data_remote(to: _Publication) -> str | None:
     with dvc.store(to.root, to.params.publish.data_remote) as store:
         return store.remote
+
+
+def _check_store(to: _Publication) -> None:
+    """Raises :class:`TryAgain` where DVC's remote lacks the last version, which was pushed there.
+
+    DVC makes a folder anew that is gone, and takes a place where nothing is mounted for the remote: what is published
+    then would be on this machine alone.
+    """
+    store, known = _data_remote(to), registry.versions(to.root)
+    if store is None or not known:
+        return
+    last = known[-1]
+    # With other settings it may have been pushed elsewhere.
+    same = (to.root / ".dvc" / "config").read_bytes() == show(to.root, last.commit, ".dvc/config")
+    if same and _lacks(to, last.commit, store):
+        raise TryAgain(
+            f"DVC's remote '{store}' lacks {last.name}, which was pushed there: look whether its place is mounted, and "
+            f"the right one. `overnight push {last.name}` brings it there anew."
+        )
 
 
 def _push_data(to: _Publication) -> str | None:

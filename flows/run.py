@@ -63,6 +63,7 @@ def _checked(request: Request, out: Console, err: Console) -> int:
             graph = dvc.graph(root)
             if request.from_stage is not None:
                 graph.check(request.from_stage, "--from")
+                graph.check_there(request.from_stage, "--from", root)
             for stage in params.flow.retries:
                 graph.check(stage, "params.yaml: flow.retries")
             record.plan(graph.names())
@@ -95,7 +96,10 @@ def _run(
         if not err.is_terminal:
             terminal.say(f"run {site.run} {'goes on' if request.again else 'starts'} in {site.root}")
         if request.again and request.again.params not in (None, digest):
-            terminal.say(f"{paths.PARAMS} was changed since this run stopped: what reads the changed values runs anew")
+            what = "what reads the changed values runs anew"
+            if request.from_stage is not None:
+                what += f", from {request.from_stage} on"
+            terminal.say(f"{paths.PARAMS} was changed since this run stopped: {what}")
         try:
             with terminal, serving.settings():
                 state = flow_runs.start(flow, kept.run.flow_run, **known)

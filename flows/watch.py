@@ -20,11 +20,13 @@ class StageRun:
     seconds: float
     message: str = ""
     exit_code: int | None = None
+    # It was to run, and what it reads has failed.
+    cut_off: bool = False
 
     @property
     def stops_downstream(self) -> bool:
         """Whether the stages that read its outputs must not start."""
-        return self.outcome == "failed" or (self.outcome == "skipped" and bool(self.message))
+        return self.outcome == "failed" or self.cut_off
 
 
 class Watch(Protocol):

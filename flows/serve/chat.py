@@ -44,7 +44,10 @@ class ChatRequest(WritingRequest):
     neutral = {
         "response_format": ({"type": "text"},),
         "tools": ([],),
-        "tool_choice": ("none",),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "service_tier": ("auto", "default"),
         "parallel_tool_calls": (False, True),
         "store": (False,),
     }
@@ -79,6 +82,9 @@ class ChatRequest(WritingRequest):
             )
         messages = [message.message() for message in self.messages]
         try:
+            if len(messages) > model.context:
+                # Each is a token at least, whatever is in it, and a template takes its time for each.
+                raise PromptTooLong(len(messages), model.context, more=True)
             model.check_characters(sum(len(message.content) for message in messages))
             prompt = template.encode(messages)
         except PromptTooLong as error:

@@ -43,8 +43,10 @@ def bad_request(message: str, parameter: str | None = None) -> Refused:
 def invalid(error: RequestValidationError) -> Refused:
     """Returns what says which parameter of a request's body is wrong, and how."""
     # Where one of several types may stand, each that was tried is told. What is of a type and wrong in another way was
-    # meant as that one; else the one that came furthest was.
-    fault = max(error.errors(), key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    # meant as that one; else the one that came furthest was. What is missing may be so for what is there in its place.
+    fault = max(
+        error.errors(), key=lambda one: (one["type"] != "missing", not one["type"].endswith("_type"), len(one["loc"]))
+    )
     parameter = _parameter(fault["loc"])
     told = "not supported here" if fault["type"] == "extra_forbidden" else fault["msg"]
     return bad_request(f"{parameter}: {told}" if parameter else f"the body is no request: {told}", parameter)

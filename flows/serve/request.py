@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from flows.serve.refused import bad_request
@@ -37,7 +46,8 @@ class Body(BaseModel):
     supported, the values that change nothing: clients send them, and they count as left out.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    # A number in quotes, or true for 1, is a mistake of whoever sent it.
+    model_config = ConfigDict(extra="forbid", strict=True)
     neutral: ClassVar[Mapping[str, Sequence[object]]] = {}
 
     @model_validator(mode="before")
@@ -56,7 +66,16 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """What a stream tells besides its text."""
 
+    neutral = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
+
+
+def _token(key: object) -> object:
+    """Returns the number that a key of ``logit_bias`` is, in one way to write it: JSON's keys are texts."""
+    if isinstance(key, str) and key.removeprefix("-").isdecimal() and key == str(int(key)):
+        return int(key)
+    return key
 
 
 class WritingRequest(Body):
@@ -69,7 +88,7 @@ class WritingRequest(Body):
     repetition_penalty: float = Field(default=1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[Annotated[int, BeforeValidator(_token)], Annotated[float, Field(ge=-100, le=100)]] = {}
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     seed: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_TEXTS)

@@ -48,6 +48,28 @@ def test_plan(stale: str, from_stage: str | None, force: bool, expected: str) ->
     assert planned(stale, from_stage, force) == expected
 
 
+def test_what_is_left_out_though_it_is_stale_or_what_it_reads_is_can_be_told() -> None:
+    def left(stale: str, from_stage: str) -> str:
+        steps = plan(DIAMOND, set(stale), from_stage)
+        return "".join(sorted(step.stage.name for step in steps if step.stale))
+
+    assert left("a", "d") == "abc"
+    assert left("b", "d") == "b"
+    assert left("ad", "b") == "a"
+    assert left("bd", "b") == ""
+
+
+def test_what_is_read_of_stages_that_are_left_out_has_to_be_there(tmp_path: Path) -> None:
+    stages = [Stage(name, "", (before,) if before else (), (Path(before),), (Path(name),)) for before, name in
+              (("", "a"), ("a", "b"), ("b", "c"))]  # fmt: skip
+    graph = in_order(stages)
+    (tmp_path / "a").touch()
+    graph.check_there("b", "--from", tmp_path)
+    graph.check_there("collect", "--from", tmp_path)
+    with pytest.raises(UserMistake, match=r"^--from c: b is not there, which b makes; take --from b, or leave --from"):
+        graph.check_there("c", "--from", tmp_path)
+
+
 def test_the_order_puts_each_stage_after_what_it_reads_and_else_keeps_that_of_the_file() -> None:
     assert [one.name for one in DIAMOND.stages] == ["a", "c", "b", "d"]
 

@@ -1,5 +1,6 @@
 """A version is made whole, once, and in an order in which no tag names bytes that are nowhere."""
 
+import io
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from typing import Any
 import publishing
 import pytest
 from publishing import Clone
+from rich.console import Console
 
-from flows import contents, dvc, land, publish, registry, worktree
+from flows import contents, dvc, land, publish, push, registry, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -385,6 +387,30 @@ def test_a_data_remote_that_is_gone_keeps_everything_before(publisher: Clone) ->
     publisher.shelf.unlink()
     assert publish.publish(publisher.root).promoted
     publisher.check_remote()
+
+
+def test_by_hand_a_version_is_made_on_a_branch(publisher: Clone) -> None:
+    git(publisher.root, "checkout", "--quiet", "--detach")
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserMistake, match="HEAD is on no branch"):
+        publish.publish_by_hand(console, console)
+    assert publisher.tags() == []
+
+
+def test_a_data_remote_that_has_lost_the_last_version_gets_no_other_before_it_has_that(published: Clone) -> None:
+    # As a place looks where nothing is mounted.
+    shutil.rmtree(published.shelf)
+    published.shelf.mkdir()
+    published.write("c.txt", "And the third.\n")
+    published.run()
+    told = r"^DVC's remote 'shelf' lacks v1\.1\.0, which was pushed there: .*`overnight push v1\.1\.0` brings it"
+    with pytest.raises(TryAgain, match=told):
+        publish.publish(published.root)
+    assert not any(published.shelf.iterdir())
+    assert "lm@v1.2.0" not in published.tags()
+    registered = registry.resolve(published.root, "v1.1.0")
+    push.bring_data(published.root, registered, "shelf")
+    assert publish.publish(published.root).version.name == "v1.2.0"
 
 
 def test_a_git_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> None:

@@ -116,6 +116,7 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
     third = project.overnight("run", "--from", "second", PREFECT_API_URL=server)
     assert (third.returncode, project.ran()) == (0, ["second"]), third.stderr
     assert [line.split()[1] for line in third.stdout.splitlines()[:4]] == ["skipped", "skipped", "ran", "cached"]
+    assert "stale, and left out by --from: what follows is of what it made" in third.stdout.splitlines()[1]
     assert not list((project.root / ".overnight/logs").rglob("*.events"))
 
 

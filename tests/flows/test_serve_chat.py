@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import tiny
 from fastapi.testclient import TestClient
 from odd import export_over_bytes, export_to_chat
 from serving import Server, lay_out_project
@@ -187,10 +188,29 @@ def test_what_changes_nothing_may_be_sent(client: openai.OpenAI, root: Path, mod
     neutral: Any = {
         **{"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "tools": []},
         **{"response_format": {"type": "text"}, "store": False, "metadata": {"of": "me"}, "user": "me", "n": 1},
-        **{"parallel_tool_calls": True, "tool_choice": "none", "top_logprobs": 0},
+        **{"parallel_tool_calls": True, "tool_choice": "auto", "top_logprobs": 0},
+        **{"functions": [], "modalities": ["text"], "service_tier": "auto"},
     }
     told = client.chat.completions.create(model=root.name, **GREEDY, **neutral)
     assert told.choices[0].message.content == answer(model, root, [Message("user", "sea")], 9, Sampling(0))
+
+
+def test_a_conversation_of_more_messages_than_tokens_fit_is_refused_before_it_is_written(
+    model: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatTemplate, "encode", None)
+    app = TestClient(make_app(model, ChatTemplate(tiny.CHATML, {}, model.tokenizer, "t"), "m", None))
+    messages = [{"role": "user", "content": ""}] * (model.context + 1)
+    told = app.post("/v1/chat/completions", json={"messages": messages})
+    assert told.status_code == 400
+    assert f"{model.context + 1} tokens or more, and the model reads at most" in told.json()["error"]["message"]
+
+
+def test_what_a_message_has_in_the_place_of_its_content_is_named(server: Server) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    told = httpx.post(f"{server.url}/chat/completions", json={"messages": [*SEA, called]})
+    assert told.status_code == 400
+    assert told.json()["error"]["message"] == "messages[1].tool_calls: not supported here"
 
 
 def test_several_answers_are_drawn_by_seeds_of_their_own(client: openai.OpenAI, root: Path) -> None:
