@@ -23,7 +23,7 @@ from tasks.errors import BadInput, UserMistake
 class Settings:
     """How to converse: what the model is told at first, how long an answer may be, how it is drawn and what ends it.
 
-    ``spin`` is that of :class:`lm.runtime.Generator`.
+    ``spin`` is that of :class:`lm.runtime.Generator`, ``version`` whose model answers, None: the project's.
     """
 
     system: str | None
@@ -31,6 +31,7 @@ class Settings:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     spin: bool = False
+    version: str | None = None
 
 
 class Conversation:
@@ -115,7 +116,7 @@ def chat(root: Path, settings: Settings, source: TextIO, out: TextIO, err: TextI
 
 
 def _begin(root: Path, settings: Settings, err: TextIO) -> Conversation:
-    folder = place(root, lambda line: err.write(f"{line}\n"))
+    folder = place(root, lambda line: err.write(f"{line}\n"), settings.version)
     model = load(folder, settings.spin)
     template = load_template(folder, model)
     if template is None:

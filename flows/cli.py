@@ -180,6 +180,10 @@ _Seed = Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")
 _Spin = Annotated[
     bool, typer.Option("--spin", help="Threads wait for each other awake: faster alone, slower beside other work.")
 ]
+_Version = Annotated[
+    str | None,
+    typer.Option("--version", metavar="V", help="Take the model of a version, such as v1.2.0 or prod. [default: here]"),
+]
 
 
 @app.command()
@@ -193,6 +197,7 @@ def generate(
     stop: _Stop = None,
     seed: _Seed = 0,
     spin: _Spin = False,
+    version: _Version = None,
 ) -> None:
     """Continue TEXT with the project's INT8 model.
 
@@ -205,7 +210,7 @@ def generate(
 
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         stops = tuple(filter(None, stop or []))
-        generation.write(project.find(), text, max_new_tokens, sampling, stops, sys.stdout, sys.stderr, spin)
+        generation.write(project.find(), text, max_new_tokens, sampling, stops, sys.stdout, sys.stderr, spin, version)
 
 
 @app.command()
@@ -219,6 +224,7 @@ def chat(
     stop: _Stop = None,
     seed: _Seed = 0,
     spin: _Spin = False,
+    version: _Version = None,
 ) -> None:
     """Converse with the project's INT8 model, if it has a chat template; a line is a message.
 
@@ -230,7 +236,8 @@ def chat(
         from lm.sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-        settings = conversing.Settings(system, max_new_tokens, sampling, tuple(filter(None, stop or [])), spin)
+        stops = tuple(filter(None, stop or []))
+        settings = conversing.Settings(system, max_new_tokens, sampling, stops, spin, version)
         code = conversing.chat(project.find(), settings, sys.stdin, sys.stdout, sys.stderr)
     raise typer.Exit(code)
 
@@ -246,6 +253,7 @@ def serve(
         typer.Option(min=1, max=64, help="So many texts are written side by side, each cached in memory; more wait."),
     ] = PARALLEL,
     spin: _Spin = False,
+    version: _Version = None,
 ) -> None:
     """Serve the project's INT8 model by OpenAI's protocol, completions and chat, until it is stopped.
 
@@ -255,7 +263,7 @@ def serve(
         from flows import project
         from flows.serve.command import serve as serve_model
 
-        code = serve_model(project.find(), host, port, Console(), parallel, spin)
+        code = serve_model(project.find(), host, port, Console(), parallel, spin, version)
     raise typer.Exit(code)
 
 

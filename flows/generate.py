@@ -30,17 +30,19 @@ def write(
     out: TextIO,
     err: TextIO,
     spin: bool = False,
+    version: str | None = None,
 ) -> None:
     """Writes ``prompt`` and what the INT8 model of the project in ``root`` writes after it to ``out``, as it comes.
 
     While a run makes the model, or after one that was stopped, the last one that was finished writes. That, and a text
     that ends because the model's context is full, is told in one line on ``err``. ``spin`` is that of
-    :class:`lm.runtime.Generator`. Raises :class:`tasks.errors.UserMistake` as :func:`continue_text` does.
+    :class:`lm.runtime.Generator`, ``version`` as of :func:`place`. Raises :class:`tasks.errors.UserMistake` as that and
+    :func:`continue_text` do.
     """
     if isinstance(out, io.TextIOWrapper):
         # A terminal of another encoding shows what it can.
         out.reconfigure(errors="replace")
-    folder = place(root, lambda line: err.write(f"{line}\n"))
+    folder = place(root, lambda line: err.write(f"{line}\n"), version)
     pieces = continue_text(folder, prompt, max_new_tokens, sampling, stop, spin)
     # The prompt goes out with the first piece: one that is refused is not written.
     waiting = prompt
@@ -60,8 +62,16 @@ def write(
         sys.exit(EXIT_INTERRUPTED)
 
 
-def place(root: Path, tell: Callable[[str], object]) -> Path:
-    """Returns the folder of the project's INT8 model: while it is being made, that of the last one; then tells so."""
+def place(root: Path, tell: Callable[[str], object], version: str | None = None) -> Path:
+    """Returns the folder of the project's INT8 model: while it is being made, that of the last one; then tells so.
+
+    With a ``version`` that of the version. Raises :class:`UserMistake` where there is none, or its model is lost.
+    """
+    if version is not None:
+        # DVC takes its time to import.
+        from flows.model import model_of
+
+        return model_of(root, version, tell)
     folder = root / paths.INT8
     if not folder.is_dir() and (finished := last.int8(root)) is not None:
         tell(f"{paths.INT8} is not there: a run makes it, or was stopped. The last finished one writes this.")

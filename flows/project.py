@@ -9,6 +9,8 @@ from tasks.notice_params import NoticeParams
 from tasks.params import Params, parse, read
 
 DAG = Path("dvc.yaml")
+# In a folder that a version was restored to: which commit it holds.
+RESTORED = paths.SCRATCH / "restored"
 
 
 class NotAProject(UserMistake):
@@ -18,6 +20,11 @@ class NotAProject(UserMistake):
 def find() -> Path:
     """Returns the project's folder, the current one. Raises :class:`NotAProject` when something is missing."""
     root = Path.cwd()
+    if (root / RESTORED).is_file() and not (root / ".git").exists():
+        raise NotAProject(
+            f"{root}: a restored version, and no project: its files are for use as they are. In the project, "
+            "`generate`, `chat` and `serve` take it with --version."
+        )
     for name in (DAG, paths.PARAMS):
         if not (root / name).is_file():
             raise NotAProject(f"{root}: no {name} here. Change to the project's folder and run this again.")

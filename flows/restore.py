@@ -30,8 +30,6 @@ from tasks.progress import Event, sink_for
 FOLDER = paths.SCRATCH / "versions"
 EXIT_LOST = 1
 _COPIES_AT_A_TIME = 8
-# In the restored folder: which commit it holds, so that the next attempt may go on in it.
-_MARK = paths.SCRATCH / "restored"
 
 
 class Source(enum.StrEnum):
@@ -73,7 +71,7 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     version = registry.resolve(root, name)
     outputs = contents.recorded(root, version.commit)
     target = (to or root / FOLDER / version.name).absolute()
-    _claim(target, version.commit)
+    claim(target, version.commit)
     _unpack(archive(root, version.commit), target)
     with progress("restore", err) as report, dvc.store(root, remote(root)) as store:
         fetched = place(store, outputs, target, root, report)
@@ -217,9 +215,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".partial-{os.getpid()}-{time.monotonic_ns()}-{path.name[:64]}")
 
 
-def _claim(target: Path, commit: str) -> None:
+def claim(target: Path, commit: str) -> None:
     """Makes ``target`` a folder that holds ``commit`` and nothing else. Raises :class:`UserMistake` if it cannot be."""
-    mark = target / _MARK
+    # The next attempt may go on in it.
+    mark = target / project.RESTORED
     if target.exists():
         held = mark.read_text().strip() if mark.is_file() else None
         if not target.is_dir():

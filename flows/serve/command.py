@@ -22,12 +22,12 @@ KEY = "OVERNIGHT_API_KEY"
 _SECONDS_TO_END = 2
 
 
-def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: bool) -> int:
+def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: bool, version: str | None = None) -> int:
     """Serves the INT8 model of the project in ``root`` until Ctrl-C; returns the exit code, 130.
 
-    ``parallel`` texts are written side by side; ``spin`` is that of :class:`lm.runtime.Generator`. Raises
-    :class:`UserMistake` for an address that is not this machine's own without a key in the environment, or one that is
-    taken, and as :func:`flows.generate.load` and :func:`load_template` do.
+    ``parallel`` texts are written side by side; ``spin`` is that of :class:`lm.runtime.Generator`, ``version`` of
+    :func:`flows.generate.place`. Raises :class:`UserMistake` for an address that is not this machine's own without a
+    key in the environment, or one that is taken, and as that, :func:`flows.generate.load` and :func:`load_template` do.
     """
     key = os.environ.get(KEY) or None
     if key is None and not _is_loopback(host):
@@ -35,7 +35,7 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
             f"--host {host}: others can reach that, so set {KEY} to a secret that they must send as 'Authorization: "
             "Bearer ...', or serve on 127.0.0.1."
         )
-    folder = place(root, lambda line: out.print(line, highlight=False, soft_wrap=True))
+    folder = place(root, lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True), version)
     generator = load(folder, spin)
     template = load_template(folder, generator)
     with _listen(host, port) as listening:

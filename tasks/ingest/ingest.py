@@ -193,7 +193,8 @@ def _check_rate(source: Source, tally: SourceTally, params: IngestParams) -> Non
     raise BadInput(
         f"source '{source.name}': {tally.rejections:,} of {tally.records:,} records are rejected "
         f"({tally.reject_rate:.2%}; ingest.max_reject_rate allows {params.max_reject_rate:.2%}): {told}. "
-        f"{REFUSED} lists them; mend the source, or raise the rate{longer} in params.yaml."
+        f"{REFUSED} lists them; mend the source (what is gone from it stays in data/raw until you delete it there), or "
+        f"raise the rate{longer} in params.yaml."
     )
 
 

@@ -86,6 +86,25 @@ def test_the_commands_load_a_model_whose_threads_spin_where_that_is_asked_for(
     assert found.args == (root / "models/int8", spin)
 
 
+@pytest.mark.parametrize("command", [["generate", "light"], ["chat"], ["serve"]], ids=" ".join)
+def test_the_commands_take_the_model_of_a_version(
+    root: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded(Exception):
+        """With where from."""
+
+    def load(folder: Path, *_: object) -> None:
+        raise Loaded(folder)
+
+    monkeypatch.setattr("flows.model.model_of", lambda root, name, say: root / name)
+    for module in ("generate", "chat", "serve.command"):
+        monkeypatch.setattr(f"flows.{module}.load", load)
+    monkeypatch.setattr("flows.project.find", lambda: root)
+    found = CliRunner().invoke(app, [*command, "--version", "v7"]).exception
+    assert isinstance(found, Loaded)
+    assert found.args == (root / "v7",)
+
+
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [

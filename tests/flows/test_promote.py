@@ -7,7 +7,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, objects, promote, registry
+from flows import contents, dvc, generate, objects, promote, registry
 from flows.git import git
 from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
@@ -90,6 +90,39 @@ def test_what_is_lost_is_not_put_into_production(lost: str, published: Clone) ->
     assert champion(published) == "v1.0.0"
     # What is in production stays there; nothing has to be looked for.
     assert "lm#prod#2" not in published.tags()
+
+
+def test_the_model_in_production_is_had_on_another_machine(published: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = published.clone("other")
+    monkeypatch.chdir(other.root)
+    told: list[str] = []
+    folder = generate.place(other.root, told.append, "prod")
+    assert folder == other.root / ".overnight/versions/v1.0.0/models/int8"
+    assert "0.75" not in (folder / "config.json").read_text()
+    monkeypatch.chdir(published.root)
+    said("promote", "v1.1.0")
+    monkeypatch.chdir(other.root)
+    # Whoever promotes elsewhere need not tell anybody here.
+    folder = generate.place(other.root, told.append, "prod")
+    assert "0.75" in (folder / "config.json").read_text()
+    # What was spoilt here is mended.
+    (folder / "model.onnx").write_text("spoilt")
+    assert "0.75" in (generate.place(other.root, told.append, "v1.1.0") / "model.onnx").read_text()
+    assert told == []
+    git(other.root, "remote", "set-url", "origin", "nowhere")
+    assert generate.place(other.root, told.append, "prod") == folder
+    assert told[0].endswith("What is known here is taken.")
+    with pytest.raises(NoSuchVersion):
+        generate.place(other.root, told.append, "v9")
+
+
+def test_a_model_that_is_lost_is_told_by_its_file(published: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(published.shelf)
+    published.shelf.mkdir()
+    other = published.clone("other")
+    monkeypatch.chdir(other.root)
+    with pytest.raises(UserMistake, match=r"^v1\.0\.0: models/int8/.*: missing in DVC's cache, and no good copy"):
+        generate.place(other.root, print, "prod")
 
 
 def test_rolling_back_does_not_wait_for_the_data(published: Clone) -> None:

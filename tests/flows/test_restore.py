@@ -9,6 +9,7 @@ import tiny
 
 from flows import contents, dvc
 from flows import restore as restoring
+from flows.project import NotAProject, find
 from flows.registry import NoSuchVersion
 from flows.restore import Fetched, Source, restore
 from flows.store import Store
@@ -53,6 +54,15 @@ def with_remote(versioned: "Versioned") -> Path:
 
 def in_remote(shelf: Path, md5: str) -> Path:
     return shelf / "files/md5" / md5[:2] / md5[2:]
+
+
+def test_in_what_was_restored_no_command_takes_it_for_a_project(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored(versioned)
+    monkeypatch.chdir(versioned.root / ".overnight/versions/v1.0.0")
+    with pytest.raises(NotAProject, match=r"v1\.0\.0: a restored version, and no project: .* with --version"):
+        find()
 
 
 def test_every_file_of_the_version_comes_back(versioned: "Versioned", tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""The INT8 model of a version, for those who write with it: brought and verified, without the rest of the version."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flows import contents, dvc, push, registry, restore
+from tasks import paths
+from tasks.errors import TryAgain, UserMistake
+
+
+def model_of(root: Path, name: str, say: Callable[[str], object]) -> Path:
+    """Returns the folder of the INT8 model of the version ``name``, each file verified; `overnight restore` has it too.
+
+    What is in production may be known to Git's remote alone, which is asked; ``say`` is told that it does not answer.
+    Raises :class:`UserMistake` when there is no such version, or a file of its model is lost.
+    """
+    try:
+        push.fetched(root)
+    except TryAgain as error:
+        say(f"{error} What is known here is taken.")
+    version = registry.resolve(root, name)
+    outputs = [output for output in contents.recorded(root, version.commit) if output.path == paths.INT8]
+    target = root / restore.FOLDER / version.name
+    restore.claim(target, version.commit)
+    with dvc.store(root, restore.remote(root)) as store:
+        fetched = restore.place(store, outputs, target, root, lambda done, total: None)
+    if lost := [str(one) for one in fetched if one.source is restore.Source.NOWHERE]:
+        raise UserMistake(f"{version.name}: {lost[0]}")
+    return target / paths.INT8
