@@ -37,6 +37,8 @@ EXIT_INTERRUPTED = 130
 # A child that ends sooner than this after its start would only end again.
 _SECONDS_TO_PROVE = 30.0
 _SECONDS_BETWEEN_LOOKS = 0.2
+# Prefect's scheduler looks every few seconds at what there is to plan.
+_TIME_TO_PLAN = timedelta(seconds=15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,10 @@ def _tell(out: Console, started: Started, times: Timetable, address: str) -> Non
     now = datetime.now().astimezone()
     start = times.next(now)
     minutes = (start - now + timedelta(seconds=59)) // timedelta(minutes=1)
-    out.print(f"Next run: {start:%A %Y-%m-%d %H:%M} {times.timezone}, in {minutes // 60} h {minutes % 60} min.")
+    told = f"Next run: {start:%A %Y-%m-%d %H:%M} {times.timezone}, in {minutes // 60} h {minutes % 60} min."
+    if start - now < _TIME_TO_PLAN:
+        told += f" If that is too soon for the server to plan it, {times.next(start):%A %Y-%m-%d %H:%M}."
+    out.print(told, soft_wrap=True)
     if started.paused:
         out.print("The deployment is paused: nothing starts until you resume it in Prefect's UI.")
     out.print(f"Runs and their logs: {address}", soft_wrap=True)

@@ -90,9 +90,10 @@ def merged(model: LanguageModel, whole: Whole) -> Whole:
     return one
 
 
-def save(model: LanguageModel, whole: Whole, folder: Path | None) -> None:
+def save(model: LanguageModel, whole: Whole, folder: Path | None, base: str | None = None) -> None:
     """Writes the factors of ``model``, which ``whole`` returns, into ``folder`` in peft's layout.
 
+    ``base`` is where peft's ``AutoPeftModel`` finds what they belong to; None: whoever loads them knows.
     Equal factors, equal bytes. Without a ``folder`` it asks for the same ones in the same order, and writes nothing.
     """
     adapted = _adapted(model)
@@ -106,7 +107,7 @@ def save(model: LanguageModel, whole: Whole, folder: Path | None) -> None:
         "target_parameters": [adapted[name].weight for name in by_weight] or None,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": one.rank,
         "lora_alpha": one.alpha,
         "lora_dropout": 0.0,

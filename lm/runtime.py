@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from lm import cores
 from lm.batch import Batch
 from lm.cache import Cache
 from lm.sampling import Logits
@@ -55,7 +55,7 @@ class Generator:
         Raises :class:`Unloadable` that names the file in ``folder`` that is at fault, and :class:`OtherInterface`.
         """
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or cores.available()
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         # Between runs they sleep.
         options.add_session_config_entry("session.force_spinning_stop", "1")

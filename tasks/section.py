@@ -239,7 +239,8 @@ def _described(fault: Any, meant: str | None, kinds_with: Sequence[str]) -> tupl
         return "missing; add it", ""
     if fault["type"] == "union_tag_invalid":
         return f"input should be one of {fault['ctx']['expected_tags']}, found '{fault['ctx']['tag']}'", ""
-    message = fault["msg"].removeprefix("Value error, ")
+    # Files know lists alone.
+    message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if fault["type"] == "value_error":
         return message, ""
     return f"{message[0].lower()}{message[1:]}, found {_short(found)}", ""

@@ -4,13 +4,13 @@ All three see the same pieces of text and the same order of merges, so that they
 """
 
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 
 import rustbpe
 import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from lm import cores
 from tasks.errors import BadParameter
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,7 +41,7 @@ class BytePairTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, on all cores, without the special token: its name in a text is plain text."""
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=cores.available())
 
     def to_json(self) -> str:
         """Returns the ``tokenizer.json`` that the ``tokenizers`` library loads; it puts ``<|endoftext|>`` first."""

@@ -84,7 +84,10 @@ def write_model(
     with atomic.folder(paths.FLOAT) if is_first else contextlib.nullcontext() as folder:
         if params.lora is not None:
             if params.lora.keep_adapter:
-                low_rank.save(model, whole, folder / paths.ADAPTER.name if folder else None)
+                # A folder of the same layout; what a GGUF file or the version in production is, peft cannot load.
+                is_folder = params.init != init.PREVIOUS and not params.init.endswith(".gguf")
+                place = folder / paths.ADAPTER.name if folder else None
+                low_rank.save(model, whole, place, params.init if is_folder else None)
             whole = low_rank.merged(model, whole)
         hugging_face.save_weights(model.config, whole, folder)
         if folder:

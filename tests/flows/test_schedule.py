@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from flows import schedule
 from flows.process import Child
+from flows.timetable import Timetable
 from tasks.errors import TryAgain, UserMistake
 
 
@@ -50,6 +52,24 @@ def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
         assert kept._child is first
         started = time.monotonic()
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(("second", "is_late"), [(40, False), (50, True)])
+def test_a_start_that_may_be_too_soon_to_be_planned_has_the_one_after_it_beside_it(
+    second: int, is_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Clock":
+            return cls(2026, 11, 29, 23, 50, second, tzinfo=UTC)
+
+    monkeypatch.setattr(schedule, "datetime", Clock)
+    out = io.StringIO()
+    started = schedule.Started(crashed=(), paused=False)
+    schedule._tell(Console(file=out, width=80), started, Timetable("51 * * * *", "UTC"), "there")
+    told = "Next run: Sunday 2026-11-29 23:51 UTC, in 0 h 1 min."
+    later = " If that is too soon for the server to plan it, Monday 2026-11-30 00:51."
+    assert out.getvalue().splitlines()[0] == told + later * is_late
 
 
 def test_a_deployment_on_a_shared_server_names_machine_and_project() -> None:

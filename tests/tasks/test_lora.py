@@ -71,6 +71,8 @@ def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(how: di
     base, trained = hugging_face.load(paths.INIT).state_dict(), hugging_face.load(paths.FLOAT).state_dict()
     assert report["parameters"] == sum(tensor.numel() for tensor in base.values())
     factors = load_file(paths.ADAPTER / low_rank.WEIGHTS)
+    # Where peft's AutoPeftModel finds what it belongs to.
+    assert json.loads((paths.ADAPTER / "adapter_config.json").read_text())["base_model_name_or_path"] == "given"
     for name, tensor in base.items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         added = torch.zeros_like(tensor)
