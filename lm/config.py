@@ -33,6 +33,18 @@ class Llama3Scaling(_Shape):
         return 1.0
 
 
+class LinearScaling(_Shape):
+    """All rotations slowed down alike (position interpolation, arXiv 2306.15595), as DeepSeek-Coder has it."""
+
+    rope_type: Literal["linear"]
+    factor: float = Field(ge=1)
+
+    @property
+    def rotation_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+
 class YarnScaling(_Shape):
     """YaRN's stretching, rotation by rotation (arXiv 2309.00071, section 3.2; in Hugging Face's terms).
 
@@ -73,7 +85,7 @@ class YarnScaling(_Shape):
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
-RopeScaling = Llama3Scaling | YarnScaling
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
 
 
 class LatentArchitecture(_Shape):

@@ -14,6 +14,7 @@ from lm.config import (
     GroupedMixtureConfig,
     GroupedShape,
     LatentConfig,
+    LinearScaling,
     Llama3Scaling,
     ModelConfig,
     YarnScaling,
@@ -131,6 +132,8 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
         own |= config.rope_scaling.model_dump(exclude_none=True)
     if isinstance(config.rope_scaling, YarnScaling):
         named |= _stretched(config.rope_scaling, isinstance(config, LatentConfig))
+    if isinstance(config.rope_scaling, LinearScaling):
+        named |= {f"{_YARN}type": "linear", f"{_YARN}factor": config.rope_scaling.factor}
     own["initializer_range"] = config.initializer_range
     prefix = architecture(config)
     return {f"{prefix}.{key}": value for key, value in named.items()} | {f"{_OWN}{key}": own[key] for key in own}
@@ -201,7 +204,9 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         _same(said, "rope.dimension_count", values["head_dim"])
         if kind is GroupedMixtureConfig:
             values["norm_topk_prob"] = True
-    values["rope_scaling"] = _yarn(found, said, family) if said.get("rope.scaling.type") == "yarn" else None
+    readers = {"yarn": _yarn, "linear": _linear}
+    read = readers.get(str(said.get("rope.scaling.type")))
+    values["rope_scaling"] = None if read is None else read(found, said, family)
     if values["rope_scaling"] is None:
         _same(said, "rope.scaling.type", "none")
     if missing := [key for key, name in _KEYS[kind].items() if values[name] is ...]:
@@ -281,6 +286,16 @@ def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dic
         # The shortest number that is the same in fp32.
         values["mscale"] = values["mscale_all_dim"] = float(str(np.float32(10 * said[f"{_YARN}{_MULTIPLIER}"])))
     return values
+
+
+@np.errstate(over="ignore")
+def _linear(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
+    key = f"{_YARN}factor"
+    _check_number(said, family, key, "with linear scaling ")
+    own = found.get(f"{_OWN}factor", said[key])
+    if not isinstance(own, int | float) or _in_fp32(key, own) != np.float32(said[key]):
+        raise Unfit(f"its {key} is {said[key]}, and Overnight's own key beside it says {own!r}")
+    return {"rope_type": "linear", "factor": float(own)}
 
 
 def _valid(kind: type[_Stretched], own: Mapping[str, Any]) -> _Stretched:

@@ -12,8 +12,10 @@ from lm.config import (
     Architecture,
     GroupedMixtureConfig,
     LatentConfig,
+    LinearScaling,
     Llama3Scaling,
     ModelConfig,
+    RopeScaling,
     YarnScaling,
 )
 
@@ -28,7 +30,7 @@ _ARCHITECTURES = {
 _CONFIGS: dict[str, type[ModelConfig]] = {
     family: kind for kind in get_args(ModelConfig) for family in get_args(kind.model_fields["model_type"].annotation)
 }
-_SCALINGS: dict[str, type[Llama3Scaling] | type[YarnScaling]] = {"llama3": Llama3Scaling, "yarn": YarnScaling}
+_SCALINGS: dict[str, type[RopeScaling]] = {"llama3": Llama3Scaling, "linear": LinearScaling, "yarn": YarnScaling}
 # What transformers takes where a configuration does not say.
 _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
 _ROPE_THETA = 10000.0
@@ -219,9 +221,11 @@ def _rope(content: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         )
     if given.get("truncate") is False:
         raise Unusable("config.json: rope_scaling.truncate is false; true alone is built here")
-    stretched = {name: given[name] for name in _SCALINGS[kind].model_fields if given.get(name) is not None}
+    fields = _SCALINGS[kind].model_fields
+    stretched = {name: given[name] for name in fields if given.get(name) is not None}
     length = content.get("original_max_position_embeddings") or content.get("max_position_embeddings")
-    return theta, {"original_max_position_embeddings": length, **stretched, "rope_type": kind}
+    before = {"original_max_position_embeddings": length} if "original_max_position_embeddings" in fields else {}
+    return theta, {**before, **stretched, "rope_type": kind}
 
 
 def _told(fault: Any) -> str:

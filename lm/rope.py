@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lm.config import Llama3Scaling, ModelConfig, RopeScaling, YarnScaling
+from lm.config import LinearScaling, Llama3Scaling, ModelConfig, RopeScaling, YarnScaling
 
 
 def rotations(positions: int, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
@@ -15,6 +15,8 @@ def rotations(positions: int, head_dim: int, theta: float, scaling: RopeScaling 
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if isinstance(scaling, Llama3Scaling):
         frequencies = _stretched(frequencies, scaling)
+    elif isinstance(scaling, LinearScaling):
+        frequencies = frequencies / scaling.factor
     elif scaling is not None:
         frequencies = _stretched_one_by_one(frequencies, head_dim, theta, scaling)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)

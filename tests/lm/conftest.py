@@ -38,7 +38,8 @@ VARIANTS |= {
 }  # fmt: skip
 GROUPED_VARIANTS = {
     "llama": {},
-    "llama, stretched": {"rope_scaling": LLAMA_3},
+    # As DeepSeek-Coder.
+    "llama, stretched evenly": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama, stretched and tied": {"rope_scaling": LLAMA_3, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},

@@ -40,6 +40,7 @@ MODELS = {
     "latent, tied": (odd.make_model, {"tie_word_embeddings": True}),
     "latent, dense only": (odd.make_model, {"first_k_dense_replace": 3}),
     "latent, not normalized": (odd.make_model, {"first_k_dense_replace": 0, "norm_topk_prob": False}),
+    "llama, stretched evenly": (odd.make_grouped, {"rope_scaling": {"rope_type": "linear", "factor": 2.1}}),
     "qwen2, stretched by YaRN": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),
     "llama, stretched by YaRN": (odd.make_grouped, {"rope_scaling": YARN}),
     "qwen3moe, stretched by YaRN": (odd.make_grouped_mixture, {"rope_scaling": YARN}),
@@ -166,7 +167,8 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"add": "blk.9.what"}, "it has, beyond what its configuration says, blk.9.what"),
         ({"llama.block_count": 2}, "it has, beyond what its configuration says, blk.2.attn_k.weight, "),
         ({"llama.feed_forward_length": 71}, r"model.layers.0.mlp.gate_proj.weight would have the shape \(70, 42\)"),
-        ({"llama.rope.scaling.type": "linear"}, "its rope.scaling.type is linear; a model with none alone can be read"),
+        ({"llama.rope.scaling.type": "longrope"}, "its rope.scaling.type is longrope; a model with none alone can be"),
+        ({"llama.rope.scaling.type": "linear"}, "its metadata lack llama.rope.scaling.factor; with linear scaling a"),
         ({"llama.rope.scaling.type": "yarn"}, "its metadata lack llama.rope.scaling.factor; with YaRN"),
         (
             {
@@ -268,13 +270,14 @@ def edited_without_own(source: Path, path: Path) -> Path:
     ("make", "changes"),
     [
         (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),
+        (odd.make_grouped, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         (odd.make_model, {"rope_scaling": DEEPSEEK_YARN}),
         (odd.make_model, {**V2, "rope_scaling": DEEPSEEK_YARN}),
         (odd.make_model, V2),
     ],
-    ids=["qwen2", "v3", "v2", "v2, not stretched"],
+    ids=["qwen2", "llama", "v3", "v2", "v2, not stretched"],
 )
-def test_yarn_and_v2_are_read_without_our_keys(
+def test_what_is_stretched_and_v2_are_read_without_our_keys(
     make: Callable[..., LanguageModel], changes: dict[str, object], tmp_path: Path
 ) -> None:
     # One of the depths at which llama.cpp takes queries as they are.
@@ -383,6 +386,28 @@ def test_keys_of_yarn_that_are_spoilt_are_named(changes: dict[str, object], said
     with pytest.raises(Unfit, match=said) as caught:
         config_from(spoilt, (101, 42), tied=False, factors=None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"overnight.factor": 2.0}, "its rope.scaling.factor is 4.0, and Overnight's own key beside it says 2.0"),
+        ({"overnight.factor": "4"}, "its rope.scaling.factor is 4.0, and Overnight's own key beside it says '4'"),
+        ({"overnight.factor": 1e300}, "its rope.scaling.factor would have to be 1e[+]300, which fp32 cannot hold"),
+        ({"llama.rope.scaling.factor": [4.0]}, r"its metadata say \[4\.0\] for llama\.rope\.scaling\.factor"),
+        (
+            {"llama.rope.scaling.factor": 0.5, "overnight.factor": 0.5},
+            "make no model: rope_scaling.linear.factor: Input",
+        ),
+    ],
+)
+def test_keys_of_linear_scaling_that_are_spoilt_are_named(changes: dict[str, object], said: str) -> None:
+    config = odd.make_grouped(rope_scaling={"rope_type": "linear", "factor": 4.0}).config
+    found = {"general.architecture": "llama", **metadata(config), "tokenizer.ggml.eos_token_id": 100}
+    assert config_from(found, (101, 42), tied=False, factors=None) == config
+    with pytest.raises(Unfit, match=said):
+        config_from({**found, **changes}, (101, 42), tied=False, factors=None)
 
 
 @pytest.mark.filterwarnings("error")

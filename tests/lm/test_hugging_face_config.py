@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from lm.config import Llama3Scaling, YarnScaling
+from lm.config import LinearScaling, Llama3Scaling, YarnScaling
 from lm.hugging_face_config import Unusable, config_from_json, config_to_json
 
 # As older releases of transformers wrote it: no head_dim, a flat base, a type of the weights under its old name.
@@ -63,6 +63,8 @@ def test_a_flat_stretching_of_any_age_is_read() -> None:
     # Qwen's cards say to add this one; it has no length of its own beside that of the model.
     stretched = config_from_json({**LLAMA, "model_type": "qwen2", "rope_scaling": {"factor": 4.0, "type": "yarn"}})
     assert stretched.rope_scaling == YarnScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
+    evenly = config_from_json({**LLAMA, "rope_scaling": {"factor": 4.0, "type": "linear"}})
+    assert evenly.rope_scaling == LinearScaling(rope_type="linear", factor=4.0)
     deepseek = config_from_json(DEEPSEEK).rope_scaling
     assert isinstance(deepseek, YarnScaling)
     assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
