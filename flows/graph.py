@@ -82,8 +82,8 @@ class Graph:
             for output in stage.outputs if stage.name in self.ancestors(name) else ():
                 if not (root / output).exists() and any(output in one.dependencies for one in self.stages):
                     raise UserMistake(
-                        f"{where} {name}: {output} is not there, which {stage.name} makes; take {where} "
-                        f"{stage.name}, or leave {where} out."
+                        f"{where} {name}: {output} is not there, which {stage.name} makes. `dvc checkout` brings what "
+                        f"it made before; else take {where} {stage.name}, or leave {where} out."
                     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from flows import contents, dvc, push, registry, restore
+from flows import contents, dvc, project, push, registry, restore
 from tasks import paths
 from tasks.errors import TryAgain, UserMistake
 
@@ -21,7 +21,11 @@ def model_of(root: Path, name: str, say: Callable[[str], object]) -> Path:
     version = registry.resolve(root, name)
     outputs = [output for output in contents.recorded(root, version.commit) if output.path == paths.INT8]
     target = root / restore.FOLDER / version.name
-    restore.claim(target, version.commit)
+    mark = target / project.RESTORED
+    if mark.is_file() and mark.read_text().strip() != version.commit:
+        # Of another version that had this name on this machine.
+        target = target.with_name(f"{version.name}-{version.commit[:12]}")
+    restore.claim(target, version.commit, "--version")
     with dvc.store(root, restore.remote(root)) as store:
         fetched = restore.place(store, outputs, target, root, lambda done, total: None)
     if lost := [str(one) for one in fetched if one.source is restore.Source.NOWHERE]:

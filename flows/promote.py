@@ -36,7 +36,7 @@ def rollback(out: Console, err: Console) -> int:
     """Puts the version that was in production before the present one back there; again, the one before that.
 
     Returns the exit code, 0. Raises :class:`UserMistake` when there was none, :class:`TryAgain` when Git's remote does
-    not answer; that DVC's does not is told, and no reason to wait.
+    not answer. That DVC's does not, or that bytes are lost, is told, and no reason to wait.
     """
     root = project.find()
     remote = push.fetched(root)
@@ -51,12 +51,15 @@ def rollback(out: Console, err: Console) -> int:
             f"{now.name} is the first version that was in production; there is none before it. `overnight promote` "
             "takes any version."
         )
+    _assign(root, before, f"{registry.ROLLED_BACK} {now.name}.", remote, out)
+    # Production changes at once, whatever has become of the bytes; it was there before.
     try:
         push.bring_data(root, before, push.data_remote(root))
     except TryAgain as error:
         told = f"{error} Whether all of {before.name} is there was not asked; `overnight push {before.name}` does."
         err.print(escape(told), soft_wrap=True)
-    _assign(root, before, f"{registry.ROLLED_BACK} {now.name}.", remote, out)
+    except UserMistake as error:
+        err.print(escape(str(error)), soft_wrap=True)
     return 0
 
 

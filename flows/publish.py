@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from flows import dvc, environment, execute, lock, project, registry, remotely
+from flows import dvc, environment, execute, lock, project, pushed, registry, remotely, worktree
 from flows.execute import LOGS
 from flows.gate import Gate, read_gate
-from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor, show
+from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
 from flows.graph import Graph
 from flows.identity import version_of
 from flows.land import QUIET, is_pointer, land
@@ -93,12 +93,8 @@ def publish_by_hand(out: Console, err: Console) -> int:
     """
     root = project.find()
     with lock.hold(root, _name()):
-        if branch(root) is None:
-            raise UserMistake(
-                "HEAD is on no branch, and the version's commit would leave with it. `git switch NAME` (with --create "
-                "for a new one), then publish."
-            )
-        done = publish(root, lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True))
+        tell = functools.partial(err.print, markup=False, highlight=False, soft_wrap=True)
+        done = publish(root, tell, by_hand=True)
     if done.new:
         out.print(f"{done.version.name} is published (commit {done.commit[:12]}).", highlight=False)
     if done.promoted:
@@ -123,13 +119,14 @@ def publish(
     log: Path | None = None,
     since: str | None = None,
     look: Look | None = None,
+    by_hand: bool = False,
 ) -> Published:
     """Makes a version of the project's outputs, unless they are one, and promotes it when the gate passed.
 
     On a branch the commit goes onto that branch; at a detached HEAD, as in a night's worktree, onto ``publish.branch``.
     ``log`` is for what DVC says, None for a log of its own. ``since`` is the commit that the run began with: a version
     on the one that it has made since is its own, though an attempt that was killed has registered it. ``look`` spares
-    another one.
+    another one. ``by_hand``: a person's checkout has to be on a branch.
     Raises :class:`UserMistake` when something is not ready, :class:`TryAgain` when a remote does not answer (all that
     was done is kept), :class:`ChampionMoved` when the gate's verdict is about a champion that is none any more.
     """
@@ -144,7 +141,8 @@ def publish(
     if version is not None:
         own = since is not None and since != version.commit == commit_of(root, "HEAD")
         return _finish(to, version, gate, measured, own)
-    _check_store(to)
+    if by_hand:
+        _check_branch(root, params)
     store = _push_data(to)
     commit = _commit(root)
     name = branch(root) or params.publish.branch
@@ -161,6 +159,8 @@ def publish(
         _dvc(to, dvc.add_command(paths.CHAMPION))
         raise
     version = to.patiently(lambda: registry.register(root, commit, gate.message, remote))
+    if store is not None:
+        pushed.remember(root, store, version)
     promoted, reasons = _promote(to, version, gate, measured)
     return Published(version, True, promoted, tuple(filter(None, [note, *reasons])))
 
@@ -230,6 +230,15 @@ def _check_champion(measured: Champion, current: Version | None) -> None:
     )
 
 
+def _check_branch(root: Path, params: Params) -> None:
+    """Raises :class:`UserMistake` where a person's commit would be on no branch that is checked out."""
+    if branch(root) is None and worktree.main(root) == root.resolve():
+        raise UserMistake(
+            f"HEAD is on no branch: the version's commit would go onto '{params.publish.branch}', and leave this "
+            "checkout with the next `git switch`. `git switch NAME` first (--create for a new one)."
+        )
+
+
 def _git_remote(root: Path, params: Params) -> str | None:
     name = params.publish.git_remote
     known = git(root, "remote").split()
@@ -260,31 +269,13 @@ def _data_remote(to: _Publication) -> str | None:
         return store.remote
 
 
-def _check_store(to: _Publication) -> None:
-    """Raises :class:`TryAgain` where DVC's remote lacks the last version, which was pushed there.
-
-    DVC makes a folder anew that is gone, and takes a place where nothing is mounted for the remote: what is published
-    then would be on this machine alone.
-    """
-    store, known = _data_remote(to), registry.versions(to.root)
-    if store is None or not known:
-        return
-    last = known[-1]
-    # With other settings it may have been pushed elsewhere.
-    same = (to.root / ".dvc" / "config").read_bytes() == show(to.root, last.commit, ".dvc/config")
-    if same and _lacks(to, last.commit, store):
-        raise TryAgain(
-            f"DVC's remote '{store}' lacks {last.name}, which was pushed there: look whether its place is mounted, and "
-            f"the right one. `overnight push {last.name}` brings it there anew."
-        )
-
-
 def _push_data(to: _Publication) -> str | None:
     """Pushes what the pointers name; returns the remote's name, None where there is no remote."""
     name = _data_remote(to)
     if name is None:
         to.tell("no DVC remote: the version's bytes are on this machine alone (`dvc remote add --default NAME PLACE`).")
         return None
+    to.patiently(lambda: pushed.check(to.root, name, to.log, to.params.publish.stall_minutes))
     to.patiently(lambda: _dvc(to, dvc.push_command(name)))
     return name
 

@@ -74,8 +74,9 @@ def bring_data(root: Path, version: Version, store: str | None) -> None:
     """
     if store is None:
         return
+    minutes = project.parameters(root).publish.stall_minutes
     try:
-        remotely.verify(root, version.commit, store, root / _LOG, project.parameters(root).publish.stall_minutes)
+        remotely.verify(root, version.commit, store, root / _LOG, minutes)
     except UserMistake as error:
         raise UserMistake(
             f"{version.name}: {str(error).split('. ')[0].rstrip('.')}. `overnight push {version.name}` on a machine "

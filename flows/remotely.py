@@ -12,7 +12,7 @@ from flows import champion, contents, dvc, dvc_fork, execute, init, objects, raw
 from tasks.atomic import disk_full_is_told
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 
-# Of `lacks`, when it does.
+# Of `lacks` and `nothing`, when it does, or has nothing.
 _EXIT_YES = 10
 
 
@@ -22,6 +22,11 @@ def lacks(root: Path, commit: str, remote: str, log: Path, minutes: float) -> bo
     Raises :class:`TryAgain` when the remote does not answer, or nothing for ``minutes``.
     """
     return _ask("lacks", root, log, minutes, commit, remote) == _EXIT_YES
+
+
+def has_nothing(root: Path, commit: str, remote: str, log: Path, minutes: float) -> bool:
+    """Whether ``remote`` has no output of ``commit`` at all. Raises as :func:`lacks` does."""
+    return _ask("nothing", root, log, minutes, commit, remote) == _EXIT_YES
 
 
 def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> None:
@@ -73,6 +78,12 @@ def _lacks(root: Path, commit: str, remote: str) -> int:
         return _EXIT_YES if store.lacking({output.md5 for output in contents.recorded(root, commit)}) else 0
 
 
+def _nothing(root: Path, commit: str, remote: str) -> int:
+    md5s = {output.md5 for output in contents.recorded(root, commit)}
+    with dvc.store(root, remote) as store:
+        return _EXIT_YES if md5s and store.lacking(md5s) == md5s else 0
+
+
 def _verify(root: Path, commit: str, remote: str) -> int:
     with dvc.store(root, remote) as store:
         lacking = store.lacking(objects.needed(store, contents.recorded(root, commit), {}))
@@ -105,6 +116,7 @@ def _text(root: Path, remote: str | None = None) -> int:
 
 _STEPS: Mapping[str, Callable[..., int]] = {
     "lacks": _lacks,
+    "nothing": _nothing,
     "verify": _verify,
     "champion": _champion,
     "init": _init,

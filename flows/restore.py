@@ -215,24 +215,27 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".partial-{os.getpid()}-{time.monotonic_ns()}-{path.name[:64]}")
 
 
-def claim(target: Path, commit: str) -> None:
-    """Makes ``target`` a folder that holds ``commit`` and nothing else. Raises :class:`UserMistake` if it cannot be."""
+def claim(target: Path, commit: str, option: str = "--to") -> None:
+    """Makes ``target`` a folder that holds ``commit`` and nothing else.
+
+    Raises :class:`UserMistake`, about what was given by ``option``, if it cannot be.
+    """
     # The next attempt may go on in it.
     mark = target / project.RESTORED
     if target.exists():
         held = mark.read_text().strip() if mark.is_file() else None
         if not target.is_dir():
-            raise UserMistake(f"--to: {target} is a file. Name a folder that is empty or not there yet.")
+            raise UserMistake(f"{option}: {target} is a file. Name a folder that is empty or not there yet.")
         if (target / ".git").exists():
-            raise UserMistake(f"--to: {target} is a Git checkout, whose files would be lost. Name another folder.")
+            raise UserMistake(f"{option}: {target} is a Git checkout, whose files would be lost. Name another folder.")
         if held not in (None, commit):
-            raise UserMistake(f"--to: {target} holds another version (commit {held[:12]}). Name another folder.")
+            raise UserMistake(f"{option}: {target} holds another version (commit {held[:12]}). Name another folder.")
         if held is None and any(target.iterdir()):
-            raise UserMistake(f"--to: {target} is not empty. Name a folder that is empty or not there yet.")
+            raise UserMistake(f"{option}: {target} is not empty. Name a folder that is empty or not there yet.")
     try:
         atomic.write_text(mark, commit + "\n")
     except OSError as error:
-        raise UserMistake(f"--to: {target} cannot be written to ({error.strerror}). Name another folder.") from None
+        raise UserMistake(f"{option}: {target} cannot be written to ({error.strerror}). Name another folder.") from None
 
 
 def _unpack(files: bytes, target: Path) -> None:

@@ -19,6 +19,11 @@ class Store:
         self._cache, self._remote, self.remote = cache, remote, name
 
     @property
+    def place(self) -> str | None:
+        """Where the remote lies; None where there is none."""
+        return None if self._remote is None else f"{self._remote.fs.protocol}:{self._remote.path}"
+
+    @property
     def folder(self) -> Path:
         """Where the cache lies."""
         return Path(self._cache.path)

@@ -35,6 +35,9 @@ _SPACE = re.compile(r"\s*")
 # Templates cut an answer at these, and trim what is left.
 _STARTS = re.compile(r"(?:\A|</?think>)\s*")
 _THINKING = re.compile(r"(?:\s|</?think>)*")
+_TAG_BEFORE = re.compile(r"</?think>\s*\Z")
+# And the space behind it.
+_LONGEST_TAG = 64
 # A model writes these itself, around what it thinks before it answers, so in its own messages they are tokens.
 _THOUGHT = frozenset({"<think>", "</think>"})
 
@@ -113,9 +116,9 @@ class ChatTemplate:
         """Returns the tokens of a whole conversation, and which of them are the assistant's; ``today`` as in `render`.
 
         To an answer belong the control token right behind it, by which a model says that it has ended, and the tags of
-        thinking before it that the prompt for it has not. Tokens that
-        the template writes around the messages belong to nobody. Raises :class:`Unrenderable`, also where the template
-        makes something else of an answer than a part of it.
+        thinking before it that the prompt for it does not have. Tokens that the template writes around the messages
+        belong to nobody. Raises :class:`Unrenderable`, also where the template makes something else of an answer than a
+        part of it.
         """
         marked = [self._mark(message) for message in messages]
         text = self.render([_mark_answer(message) for message in marked], False, today)
@@ -127,19 +130,28 @@ class ChatTemplate:
         answers = [place for place, message in enumerate(messages) if _is_answer(message)]
         # Where a template leaves one out nobody knows which.
         if len(answers) == len(spans):
-            begun = [self._beginning(whole, marked[:place], today) for place in answers]
-            spans = [(_from(start, whole, first), last) for start, (first, last) in zip(begun, spans, strict=True)]
+            spans = [
+                (self._beginning(whole, first, marked[:place], today), last)
+                for place, (first, last) in zip(answers, spans, strict=True)
+            ]
         spans = [self._with_its_end(whole, *span) for span in spans]
         ids, places = self._located(bare)
         return ids, [any(start < last and end > first for first, last in spans) for start, end in places]
 
-    def _beginning(self, text: str, before: Sequence[Message], today: date) -> int | None:
-        """Returns where in ``text`` a model begins that is asked to go on after ``before``; None: not in this text."""
+    def _beginning(self, text: str, first: int, before: Sequence[Message], today: date) -> int:
+        """Returns where in ``text`` the answer begins that has its ``first`` own character there.
+
+        That is where a model begins that is asked to go on after ``before``, if tags of thinking alone are between: it
+        has to write these itself.
+        """
+        if not _TAG_BEFORE.search(text, max(0, first - _LONGEST_TAG), first):
+            return first
         try:
             prompt = _MARKS.sub("", self.render(before, True, today))
         except Unrenderable:
-            return None
-        return len(prompt) if text.startswith(prompt) else None
+            return first
+        is_own = text.startswith(prompt) and _THINKING.fullmatch(text, len(prompt), first)
+        return len(prompt) if is_own else first
 
     def _with_its_end(self, text: str, first: int, last: int) -> tuple[int, int]:
         # Space at the end of an answer is its own, where the template leaves it.
@@ -207,14 +219,6 @@ class ChatTemplate:
 
 def _is_answer(message: Message) -> bool:
     return message.role == "assistant" and bool(message.content.strip())
-
-
-def _from(start: int | None, text: str, first: int) -> int:
-    """Returns where an answer begins that has its ``first`` own character there, if a model begins at ``start``.
-
-    That it thinks, or does not, stands between the two: it has to write so itself.
-    """
-    return first if start is None or not _THINKING.fullmatch(text, start, first) else start
 
 
 def _mark_answer(message: Message) -> Message:

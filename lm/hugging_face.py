@@ -186,8 +186,8 @@ def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: 
     ``origin`` is the folder of the checkpoint that it was trained from: what lies there about the tokenizer, the
     template of a chat and the way to generate is kept as it is.
     """
-    # Some name several ends, of which a model's shape has the first. What fills up batches is nothing that it learns:
-    # transformers keeps gradients from it, so that it must not become the end of a text here.
+    # Some name several ends, of which a model's shape has the first. What fills up batches stays the checkpoint's own:
+    # transformers keeps gradients from it, and the end of a text needs them.
     kept = {} if origin is None else read_json(origin / CONFIG)
     ends, pad = kept.get("eos_token_id"), config.eos_token_id if origin is None else kept.get("pad_token_id")
     ids = {

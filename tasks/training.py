@@ -128,6 +128,8 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
                     checkpoints.save(done, state, part)
             progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
             if stopped:
+                if world.is_first:
+                    _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
     if log:

@@ -145,7 +145,8 @@ class Pipelined:
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self._cut()
-        whole.load_model_state(self.model, model_state)
+        copies = {copy: model_state[own] for copy, own in self._copies.items() if own in model_state}
+        whole.load_model_state(self.model, model_state | copies)
         numbers = _numbered(self._names_by_group(optimizer))
         mine = [name for group in self._own_names_by_group(optimizer) for name in group]
         # Copies: those of tied weights must not share their moments.

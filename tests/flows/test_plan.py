@@ -66,7 +66,7 @@ def test_what_is_read_of_stages_that_are_left_out_has_to_be_there(tmp_path: Path
     (tmp_path / "a").touch()
     graph.check_there("b", "--from", tmp_path)
     graph.check_there("collect", "--from", tmp_path)
-    with pytest.raises(UserMistake, match=r"^--from c: b is not there, which b makes; take --from b, or leave --from"):
+    with pytest.raises(UserMistake, match=r"^--from c: b is not there, which b makes\. .* take --from b, or leave"):
         graph.check_there("c", "--from", tmp_path)
 
 

@@ -136,6 +136,18 @@ def test_rolling_back_does_not_wait_for_the_data(published: Clone) -> None:
         said("promote", "v1.1.0")
 
 
+def test_rolling_back_does_not_need_all_bytes(published: Clone) -> None:
+    said("promote", "v1.1.0")
+    first = contents.recorded(published.root, registry.resolve(published.root, "v1.0.0").commit)
+    text = next(output.md5 for output in first if str(output.path) == "data/raw")
+    with dvc.store(published.root) as store:
+        store.discard({text})
+    next(published.shelf.rglob(f"{text[:2]}/{text[2:]}")).unlink()
+    out, err = said("rollback")
+    assert out == "v1.0.0 is in production, at origin too.\n"
+    assert err.startswith("v1.0.0: data/raw (")
+
+
 def test_the_remote_decides_so_it_has_to_answer(published: Clone) -> None:
     git(published.root, "remote", "set-url", "origin", "nowhere")
     with pytest.raises(TryAgain, match="the Git remote 'origin', which decides, does not answer"):

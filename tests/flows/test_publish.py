@@ -17,7 +17,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, land, publish, push, registry, worktree
+from flows import contents, dvc, land, project, publish, push, pushed, registry, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -392,24 +392,60 @@ def test_a_data_remote_that_is_gone_keeps_everything_before(publisher: Clone) ->
 def test_by_hand_a_version_is_made_on_a_branch(publisher: Clone) -> None:
     git(publisher.root, "checkout", "--quiet", "--detach")
     console = Console(file=io.StringIO())
-    with pytest.raises(UserMistake, match="HEAD is on no branch"):
+    with pytest.raises(UserMistake, match="HEAD is on no branch: the version's commit would go onto 'nightly'"):
         publish.publish_by_hand(console, console)
     assert publisher.tags() == []
+    git(publisher.root, "switch", "--quiet", "main")
+    assert publish.publish_by_hand(console, console) == 0
+    # What is a version needs no commit.
+    git(publisher.root, "checkout", "--quiet", "--detach")
+    assert publish.publish_by_hand(console, console) == 0
+    # A night's worktree is on no branch, and a person may finish what it has begun.
+    night = worktree.add(publisher.root, "night", "HEAD")
+    publish._check_branch(night, project.parameters(publisher.root))
 
 
-def test_a_data_remote_that_has_lost_the_last_version_gets_no_other_before_it_has_that(published: Clone) -> None:
+def test_a_data_remote_that_has_nothing_of_the_last_version_gets_no_other_before_it_has_that(published: Clone) -> None:
+    pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
     # As a place looks where nothing is mounted.
     shutil.rmtree(published.shelf)
     published.shelf.mkdir()
     published.write("c.txt", "And the third.\n")
     published.run()
-    told = r"^DVC's remote 'shelf' lacks v1\.1\.0, which was pushed there: .*`overnight push v1\.1\.0` brings it"
+    told = r"^DVC's remote 'shelf' \(local:.*/shelf/files/md5\) has nothing of v1\.1\.0, which was pushed there: "
     with pytest.raises(TryAgain, match=told):
         publish.publish(published.root)
     assert not any(published.shelf.iterdir())
     assert "lm@v1.2.0" not in published.tags()
-    registered = registry.resolve(published.root, "v1.1.0")
-    push.bring_data(published.root, registered, "shelf")
+    push.bring_data(published.root, registry.resolve(published.root, "v1.1.0"), "shelf")
+    assert publish.publish(published.root).version.name == "v1.2.0"
+    assert json.loads((published.root / pushed.FILE).read_text())["version"] == "v1.2.0"
+
+
+def test_a_data_remote_at_another_place_is_a_new_one(published: Clone) -> None:
+    pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
+    other = published.shelf.with_name("other")
+    (published.root / ".dvc/config.local").write_text(f"['remote \"shelf\"']\n    url = {other}\n")
+    published.write("c.txt", "And the third.\n")
+    published.run()
+    assert publish.publish(published.root).version.name == "v1.2.0"
+    assert other.is_dir()
+
+
+@pytest.mark.parametrize("lost", ["a part", "the note"])
+def test_what_a_data_remote_has_lost_of_the_last_version_does_not_hold_up_the_next(lost: str, published: Clone) -> None:
+    last = registry.resolve(published.root, "v1.1.0")
+    pushed.remember(published.root, None, last)
+    if lost == "a part":
+        gone = contents.recorded(published.root, last.commit)[-1].md5
+        next(published.shelf.rglob(f"{gone[:2]}/{gone[2:]}")).unlink()
+        with dvc.store(published.root) as store:
+            store.discard({gone})
+    else:
+        shutil.rmtree(published.shelf)
+        (published.root / pushed.FILE).write_text("{}")
+    published.write("c.txt", "And the third.\n")
+    published.run()
     assert publish.publish(published.root).version.name == "v1.2.0"
 
 

@@ -101,7 +101,7 @@ THOUGHT = "<think>\nwest\n</think>\n\n"
 @pytest.mark.parametrize(
     ("source", "contents", "expected"),
     [
-        (tiny.CHATML, ("a", "b", "c", " d! "), [b"b|", b" d! |"]),
+        (tiny.CHATML, ("a", "b", "c", " d! "), [b"b|", b"d! |"]),
         (TRIMMING, ("a", "\nb ", "c", "é"), [b"b|", "é".encode() + b"|"]),
         (THINKING, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), [b"b|", b"west\n|\n\nd|"]),
         (DECIDING, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), [b"b|", b"|\nwest\n|\n\nd|"]),

@@ -108,6 +108,7 @@ HALVES = [
     Case({"pipeline": 2}, "latent-lora", steps=5, kept=True),
     # Of this one three copies do: the head's and that of multi-token prediction.
     Case(TIED, "latent-further-deep", steps=5, kept=True),
+    Case({}, "latent-further", steps=5, kept=True),
 ]
 RESUMED = [
     Case({}, resume=0),
@@ -124,6 +125,7 @@ RESUMED = [
     Case({"tensor": 2}, "latent-lora", micro_batch=4, resume=7),
     Case({"pipeline": 2}, "latent-lora", resume=7),
     Case({"pipeline": 2}, "latent-further-deep", steps=7, resume=8),
+    Case({"pipeline": 2}, "latent-further", steps=7, resume=9),
 ]
 # The same on four.
 HALVES_OF_FOUR = [
