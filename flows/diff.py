@@ -21,6 +21,8 @@ from tasks.errors import TryAgain, UserMistake
 
 ABSENT = "-"
 _MOST_FILES = 10
+# Of measurements that cannot be read: two of these are not the same.
+NOT_KNOWN = "not in DVC's cache nor at its remote"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def differing(before: Mapping[str, object], after: Mapping[str, object]) -> tupl
     return tuple(
         Change(name, *(_shown(side[name]) if name in side else ABSENT for side in (before, after)))
         for name in {**before, **after}
-        if before.get(name, missing) != after.get(name, missing)
+        if before.get(name, missing) != after.get(name, missing) or before.get(name) == NOT_KNOWN
     )
 
 
@@ -175,7 +177,7 @@ def _metrics(root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, O
             try:
                 content = json.loads(objects.read(store, outputs[path]))
             except (objects.Unlisted, TryAgain, ValueError):
-                content = "not in DVC's cache nor at its remote"
+                content = NOT_KNOWN
             yield from flat(content, path.stem).items()
 
 

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tasks import paths
 from tasks.errors import UserMistake
 
+# How the verdict in a tag's message begins.
+PASSED, REFUSED = "The gate passed", "Refused"
+
 
 class Check(BaseModel):
     """One check of the gate; ``reason`` is one line."""
@@ -30,7 +33,7 @@ class Gate(BaseModel):
     def message(self) -> str:
         """The message of the version's tag: the verdict, and below it each check."""
         refused = "; ".join(check.reason for check in self.checks if not check.passed)
-        verdict = "The gate passed." if self.passed else f"Refused by the gate: {refused}"
+        verdict = f"{PASSED}." if self.passed else f"{REFUSED} by the gate: {refused}"
         return "\n".join([verdict, "", *(f"{check.name}: {check.reason}" for check in self.checks)]).strip()
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.git import show
+from flows.git import git, show
 from tasks import paths
 from tasks.errors import BadParameter, UserMistake
 from tasks.notice_params import NoticeParams
@@ -38,6 +38,16 @@ def find() -> Path:
 def parameters(root: Path) -> Params:
     """Returns ``params.yaml``, whole. Raises :class:`tasks.errors.BadParameter` that names every wrong key."""
     return read(root / paths.PARAMS)
+
+
+def git_remote(root: Path, params: Params) -> str | None:
+    """Returns the name of Git's remote for versions, None where none is asked for. Raises :class:`UserMistake`."""
+    name = params.publish.git_remote
+    known = git(root, "remote").split()
+    if name is not None and name not in known:
+        there = f"there are {', '.join(known)}" if known else "there is none"
+        raise UserMistake(f"params.yaml: publish.git_remote: Git has no remote '{name}'; {there} (`git remote add`).")
+    return name
 
 
 def committed(root: Path) -> Params:

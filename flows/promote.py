@@ -8,11 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from flows import project, push, registry
+from flows import project, push, pushed, registry
+from flows.gate import REFUSED
 from flows.registry import Version
 from tasks.errors import TryAgain, UserMistake
-
-REFUSED = "Refused"
 
 
 def promote(text: str, out: Console, err: Console) -> int:
@@ -27,7 +26,10 @@ def promote(text: str, out: Console, err: Console) -> int:
     verdict = version.message.split("\n")[0].rstrip(".")
     if verdict.startswith(REFUSED):
         err.print(escape(f"{version.name}: {verdict}. It is promoted because you ask for it."), soft_wrap=True)
-    push.bring_data(root, version, push.data_remote(root))
+    if (store := push.data_remote(root)) is not None:
+        minutes = project.parameters(root).publish.stall_minutes
+        pushed.check(root, store, root / push.LOG, minutes)
+    push.bring_data(root, version, store)
     _assign(root, version, "Promoted by hand.", remote, out)
     return 0
 

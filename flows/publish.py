@@ -131,7 +131,7 @@ def publish(
     was done is kept), :class:`ChampionMoved` when the gate's verdict is about a champion that is none any more.
     """
     params = project.parameters(root)
-    remote = _git_remote(root, params)
+    remote = project.git_remote(root, params)
     to = _Publication(root, params, remote, tell, log or root / LOGS / _name() / "publish.log")
     _check_ready(root, look or Look(dvc.graph(root), dvc.changes(root)))
     gate = read_gate(root)
@@ -172,6 +172,9 @@ def _finish(to: _Publication, version: Version, gate: Gate, measured: Champion, 
     """
     root, remote = to.root, to.remote
     told = list(filter(None, [None if own else f"nothing new since {version.name}", _bring(to, version)]))
+    if git(root, "ls-files", "--", str(paths.SPEED)):
+        # What this run took is no version's, and an edited file would be in the way of the next pull.
+        git(root, "checkout", "--quiet", "HEAD", "--", str(paths.SPEED), check=False)
     version = to.patiently(lambda: registry.register(root, version.commit, version.message, remote))
     if any(event.stage == registry.PRODUCTION and event.commit == version.commit for event in registry.events(root)):
         # Whether it was promoted is settled, though it may have been rolled back since.
@@ -237,15 +240,6 @@ def _check_branch(root: Path, params: Params) -> None:
             f"HEAD is on no branch: the version's commit would go onto '{params.publish.branch}', and leave this "
             "checkout with the next `git switch`. `git switch NAME` first (--create for a new one)."
         )
-
-
-def _git_remote(root: Path, params: Params) -> str | None:
-    name = params.publish.git_remote
-    known = git(root, "remote").split()
-    if name is not None and name not in known:
-        there = f"there are {', '.join(known)}" if known else "there is none"
-        raise UserMistake(f"params.yaml: publish.git_remote: Git has no remote '{name}'; {there} (`git remote add`).")
-    return name
 
 
 def _check_ready(root: Path, look: Look) -> None:

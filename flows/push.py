@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows import dvc, project, registry, remotely
+from flows import contents, dvc, objects, project, registry, remotely
 from flows.execute import LOGS
-from flows.git import GitFailed
+from flows.git import GitFailed, branch, commit_of, git, is_ancestor
 from flows.registry import Version
 from tasks.errors import TryAgain, UserMistake
 
 EXIT_LOST = 1
-_LOG = LOGS / "push.log"
+LOG = LOGS / "push.log"
 
 
 def push(names: Sequence[str], out: Console, err: Console) -> int:
@@ -47,15 +47,19 @@ def push(names: Sequence[str], out: Console, err: Console) -> int:
     if git_remote is not None:
         with _answering(git_remote):
             registry.push_assignments(root, git_remote, brought)
+            if (name := branch(root)) and not is_at_remote(root, git_remote, name):
+                told = f"{name} at {git_remote} lacks commits of yours, and with them what a clone knows of remotes: "
+                told += f"`git push {git_remote} {name}` brings them."
+                err.print(told, markup=False, highlight=False, soft_wrap=True)
     return EXIT_LOST if len(brought) < len(versions) else 0
 
 
 def fetched(root: Path) -> str | None:
     """Returns the name of Git's remote for versions, whose tags are here now; None where there is none.
 
-    Raises :class:`TryAgain` when it does not answer.
+    Raises :class:`UserMistake` when Git knows none of that name, :class:`TryAgain` when it does not answer.
     """
-    remote = project.parameters(root).publish.git_remote
+    remote = project.git_remote(root, project.parameters(root))
     with _answering(remote):
         registry.fetch(root, remote)
     return remote
@@ -68,20 +72,32 @@ def data_remote(root: Path) -> str | None:
 
 
 def bring_data(root: Path, version: Version, store: str | None) -> None:
-    """Uploads what DVC's remote ``store`` lacks of ``version``.
+    """Uploads what DVC's remote ``store`` lacks of ``version``; None: there is none, and the cache has to have it all.
 
     Raises :class:`UserMistake` for bytes that the cache lacks too, :class:`TryAgain` when the remote does not answer.
     """
     if store is None:
+        _check_cached(root, version)
         return
     minutes = project.parameters(root).publish.stall_minutes
     try:
-        remotely.verify(root, version.commit, store, root / _LOG, minutes)
+        remotely.verify(root, version.commit, store, root / LOG, minutes)
     except UserMistake as error:
         raise UserMistake(
             f"{version.name}: {str(error).split('. ')[0].rstrip('.')}. `overnight push {version.name}` on a machine "
-            f"that has them brings them; `overnight rebuild {version.name}` makes them again."
+            "that has them brings them."
         ) from None
+
+
+def _check_cached(root: Path, version: Version) -> None:
+    with dvc.store(root) as store:
+        found, lost = objects.findable(store, contents.recorded(root, version.commit), {})
+        missing = [md5 for md5 in found if not store.path(md5).is_file()]
+    if lost or missing:
+        raise UserMistake(
+            f"{version.name}: its bytes are not in DVC's cache, and there is no remote of DVC's to have them from. "
+            "`git pull` where others have named one, or `dvc remote add --default NAME PLACE`."
+        )
 
 
 def bring_tag(root: Path, version: Version, remote: str | None) -> None:
@@ -89,6 +105,14 @@ def bring_tag(root: Path, version: Version, remote: str | None) -> None:
     with _answering(remote):
         if remote is not None and not registry.is_at(root, remote, version.tag):
             registry.register(root, version.commit, version.message, remote)
+
+
+def is_at_remote(root: Path, remote: str, name: str) -> bool:
+    """Whether the branch ``name`` at ``remote`` has all that is committed here."""
+    there = git(root, "ls-remote", remote, f"refs/heads/{name}").split("\t")[0]
+    known = bool(there) and bool(git(root, "cat-file", "-t", there, check=False))
+    # A commit that is not known here is somebody else's newer one, or not: a fetch would tell.
+    return bool(there) and (not known or is_ancestor(root, commit_of(root, "HEAD"), there))
 
 
 @contextlib.contextmanager

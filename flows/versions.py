@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import contents, dvc, objects, project, registry
+from flows.gate import PASSED, REFUSED
 from flows.git import GitFailed
 from flows.registry import Version
 from flows.summary import Evaluation
@@ -71,7 +72,11 @@ def versions(last: int | None, out: Console, err: Console) -> int:
         err.print("no version yet; `overnight publish` makes the first of what the last run made.", soft_wrap=True)
         return 0
     shown = known[-last:] if last is not None else known
-    show(out, read(root, shown[::-1], params.publish.data_remote))
+    rows = read(root, shown[::-1], params.publish.data_remote)
+    show(out, rows)
+    if lacking := [row.name for row in rows if row.data is not None and row.bits_per_byte is None]:
+        told = f"the measurements of {len(lacking)} of them are neither in DVC's cache nor can be had from its remote."
+        err.print(told, markup=False, highlight=False, soft_wrap=True)
     if len(shown) < len(known):
         err.print(f"and {len(known) - len(shown)} older ones (`overnight versions --all`).", soft_wrap=True)
     return 0
@@ -110,7 +115,9 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _row(root: Path, store: dvc.Store, version: Version) -> Row:
-    row = Row(version.name, version.at, version.commit, version.stages)
+    verdict = version.message.split("\n")[0]
+    told = True if verdict.startswith(PASSED) else False if verdict.startswith(REFUSED) else None
+    row = Row(version.name, version.at, version.commit, version.stages, passed=told)
     try:
         outputs = {output.path: output for output in contents.recorded(root, version.commit)}
     except UserMistake:
@@ -124,6 +131,6 @@ def _row(root: Path, store: dvc.Store, version: Version) -> Row:
         row,
         data=outputs[paths.RAW].md5[:_SHORT] if paths.RAW in outputs else None,
         bits_per_byte=int8.bits_per_byte.value if int8 and int8.bits_per_byte else None,
-        passed=evaluation.gate.passed if evaluation.gate else None,
+        passed=evaluation.gate.passed if evaluation.gate else told,
         size=sum(output.size for output in outputs.values()),
     )

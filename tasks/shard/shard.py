@@ -121,7 +121,9 @@ class _Encoding:
     def documents(self, split: SplitName) -> Iterator[EncodedDocument]:
         for batch, marks in batches(split):
             for document in self._encode(batch, marks):
-                self._tokens += len(document.tokens) - 1
+                # Of a conversation the bytes are those of the answers.
+                learned = document.learned
+                self._tokens += len(document.tokens) - 1 if learned is None else int(learned.sum())
                 self._bytes += document.bytes
                 yield document
             self._done += len(batch)

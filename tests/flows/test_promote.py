@@ -7,7 +7,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, generate, objects, promote, registry
+from flows import contents, dvc, generate, objects, promote, pushed, registry
 from flows.git import git
 from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
@@ -133,6 +133,28 @@ def test_rolling_back_does_not_wait_for_the_data(published: Clone) -> None:
     assert out == "v1.0.0 is in production, at origin too.\n"
     assert err.endswith("Whether all of v1.0.0 is there was not asked; `overnight push v1.0.0` does.\n")
     with pytest.raises(TryAgain, match="'shelf' does not answer"):
+        said("promote", "v1.1.0")
+
+
+def test_without_a_remote_of_data_what_the_cache_lacks_is_not_put_into_production(published: Clone) -> None:
+    (published.root / ".dvc/config").write_text("")
+    assert said("promote", "v1.1.0")[0] == "v1.1.0 is in production, at origin too.\n"
+    shutil.rmtree(published.root / ".dvc/cache")
+    with pytest.raises(UserMistake, match=r"^v1\.0\.0: its bytes are not in DVC's cache, and there is no remote"):
+        said("promote", "v1.0.0")
+
+
+def test_a_remote_that_has_nothing_of_what_was_pushed_to_it_is_told(published: Clone) -> None:
+    pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
+    shutil.rmtree(published.shelf)
+    with pytest.raises(TryAgain, match=r"has nothing of v1\.1\.0, which was pushed there"):
+        said("promote", "v1.1.0")
+    assert not published.shelf.exists()
+
+
+def test_a_remote_of_git_that_is_not_there_is_told_by_its_name(published: Clone) -> None:
+    published.set("publish", "git_remote", "orign")
+    with pytest.raises(UserMistake, match=r"publish\.git_remote: Git has no remote 'orign'; there are origin"):
         said("promote", "v1.1.0")
 
 

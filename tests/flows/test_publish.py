@@ -422,6 +422,17 @@ def test_a_data_remote_that_has_nothing_of_the_last_version_gets_no_other_before
     assert json.loads((published.root / pushed.FILE).read_text())["version"] == "v1.2.0"
 
 
+def test_what_a_run_took_that_made_nothing_new_is_put_back(published: Clone) -> None:
+    speed = published.root / "speed/train.csv"
+    speed.parent.mkdir()
+    speed.write_text("as of the version\n")
+    published.commit("Speed")
+    speed.write_text("as of a repetition\n")
+    assert publish.publish(published.root).reasons[0] == "nothing new since v1.1.0"
+    # Else the next pull of a version that others have published would stop at it.
+    assert speed.read_text() == "as of the version\n"
+
+
 def test_a_data_remote_at_another_place_is_a_new_one(published: Clone) -> None:
     pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
     other = published.shelf.with_name("other")

@@ -58,7 +58,10 @@ def test_what_the_cache_has_lost_comes_from_the_remote(published: Clone) -> None
     shutil.rmtree(published.root / ".dvc/cache")
     assert listed() == whole
     shutil.rmtree(published.shelf)
-    assert [line.split()[5:7] for line in listed()[0][1:]] == [["-", "-"], ["-", "-"]]
+    lines, err = listed()
+    # The verdict stands in the tag.
+    assert [line.split()[5:7] for line in lines[1:]] == [["-", "refused"], ["-", "passed"]]
+    assert err == "the measurements of 2 of them are neither in DVC's cache nor can be had from its remote.\n"
 
 
 def test_another_machine_s_versions_are_seen_and_without_it_those_that_are_known(published: Clone) -> None:
