@@ -4,6 +4,7 @@ DVC makes a folder anew that is gone, and takes a place where nothing is mounted
 would be on this machine alone. A place that has nothing of what was pushed to it is not the one that it was.
 """
 
+import hashlib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,7 +18,7 @@ FILE = paths.SCRATCH / "pushed.json"
 
 
 class Pushed(BaseModel):
-    """The version that was pushed last, and to which place."""
+    """The version that was pushed last, and a digest of the place: an address may hold a password."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,7 +31,7 @@ def remember(root: Path, remote: str | None, version: Version) -> None:
     """Notes that DVC's ``remote`` has ``version``."""
     with dvc.store(root, remote) as store:
         if store.place is not None:
-            note = Pushed(place=store.place, version=version.name, commit=version.commit)
+            note = Pushed(place=_digest(store.place), version=version.name, commit=version.commit)
             atomic.write_json(worktree.main(root) / FILE, note.model_dump())
 
 
@@ -41,11 +42,15 @@ def check(root: Path, remote: str, log: Path, minutes: float) -> None:
     except (OSError, ValidationError):
         return
     with dvc.store(root, remote) as store:
-        same = store.place == last.place
+        same = store.place is not None and _digest(store.place) == last.place
     known = any(version.commit == last.commit for version in registry.versions(root))
     if same and known and remotely.has_nothing(root, last.commit, remote, log, minutes):
         raise TryAgain(
-            f"DVC's remote '{remote}' ({last.place}) has nothing of {last.version}, which was pushed there: look "
-            f"whether that is mounted, and the right place. `overnight push {last.version}` brings it there anew; "
-            f"without {FILE} nobody asks."
+            f"DVC's remote '{remote}' has nothing of {last.version}, which was pushed to that very place: look whether "
+            f"it is mounted, and the right one. `overnight push {last.version}` brings it there anew; without {FILE} "
+            "nobody asks."
         )
+
+
+def _digest(place: str) -> str:
+    return hashlib.sha256(place.encode()).hexdigest()

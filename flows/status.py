@@ -108,7 +108,14 @@ def _between_runs(root: Path, params: Params) -> tuple[StageStatus, ...]:
         {name: _dated(failure, edited) for name, failure in failures.recall(place).items()},
         stopped.recall(root, params, last),
         (root / pointer).exists(),
+        _uncollected(root, params),
     )
+
+
+def _uncollected(root: Path, params: Params) -> list[str]:
+    """Returns the sources of which no run has collected anything yet."""
+    raw = root / paths.RAW
+    return [source.name for source in params.collect.sources if raw.is_dir() and not (raw / source.name).exists()]
 
 
 def _dated(failure: Failure, edited: datetime) -> Failure:
@@ -136,16 +143,18 @@ def assess(
     failed: Mapping[str, Failure],
     halted: Mapping[str, str],
     collected: bool,
+    uncollected: Sequence[str] = (),
 ) -> tuple[StageStatus, ...]:
     """Returns the status of every stage. A pure function.
 
     A failure, and where a stage stopped (``halted``), count only while the stage is not up to date; that of what a
     stage is brought has a row of its own while that stage is not. A stage that is unchanged itself is stale when
-    something upstream of it is. ``collected`` says whether ``data/raw`` has ever been
-    versioned.
+    something upstream of it is. ``collected`` says whether ``data/raw`` has ever been versioned, ``uncollected`` of
+    which sources it has nothing.
     """
     raw = [change for stale in changes.data.values() for change in stale.changes if Path(change.name) == paths.RAW]
-    found = {COLLECT: _of_collect(raw, failed, collected)}
+    new = [f"nothing of source '{name}' is there" for name in uncollected]
+    found = {COLLECT: _of_collect([*map(str, raw), *new], failed, collected)}
     for stage in graph.stages:
         stale = changes.stages.get(stage.name)
         waits = [name for name in stage.upstream if found[name].condition != Condition.UP_TO_DATE]
@@ -177,13 +186,13 @@ def assess(
     return (collect, *refused, *rest)
 
 
-def _of_collect(raw: Sequence[dvc.Change], failed: Mapping[str, Failure], collected: bool) -> StageStatus:
+def _of_collect(reasons: Sequence[str], failed: Mapping[str, Failure], collected: bool) -> StageStatus:
     if COLLECT in failed:
         return StageStatus(COLLECT, Condition.FAILED, (failed[COLLECT].message,))
     if not collected:
         return StageStatus(COLLECT, Condition.NEVER_RUN)
-    if raw:
-        return StageStatus(COLLECT, Condition.STALE, tuple(map(str, raw)))
+    if reasons:
+        return StageStatus(COLLECT, Condition.STALE, tuple(reasons))
     return StageStatus(COLLECT, Condition.UP_TO_DATE)
 
 

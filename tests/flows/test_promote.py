@@ -147,7 +147,7 @@ def test_without_a_remote_of_data_what_the_cache_lacks_is_not_put_into_productio
 def test_a_remote_that_has_nothing_of_what_was_pushed_to_it_is_told(published: Clone) -> None:
     pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
     shutil.rmtree(published.shelf)
-    with pytest.raises(TryAgain, match=r"has nothing of v1\.1\.0, which was pushed there"):
+    with pytest.raises(TryAgain, match=r"has nothing of v1\.1\.0, which was pushed to that"):
         said("promote", "v1.1.0")
     assert not published.shelf.exists()
 

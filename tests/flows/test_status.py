@@ -119,6 +119,10 @@ def test_a_stopped_stage_says_where_and_what_had_changed() -> None:
 
 def test_nothing_was_ever_collected() -> None:
     assert assess(GRAPH, Changes({}, {}), {}, {}, collected=False)[0] == StageStatus("collect", Condition.NEVER_RUN)
+    collect, *rest = assess(GRAPH, Changes({}, {}), {}, {}, collected=True, uncollected=["talks"])
+    assert collect == StageStatus("collect", Condition.STALE, ("nothing of source 'talks' is there",))
+    # What the stages read of it is not there yet, so they are as they were.
+    assert {one.condition for one in rest} == {Condition.UP_TO_DATE}
 
 
 def test_a_terminal_shows_the_first_reasons_and_counts_the_others() -> None:
