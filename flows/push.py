@@ -85,7 +85,7 @@ def bring_data(root: Path, version: Version, store: str | None) -> None:
     except UserMistake as error:
         raise UserMistake(
             f"{version.name}: {str(error).split('. ')[0].rstrip('.')}. `overnight push {version.name}` on a machine "
-            "that has them brings them."
+            f"that has them brings them; `overnight rebuild {version.name}` computes those of the stages anew."
         ) from None
 
 

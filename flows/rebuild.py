@@ -7,9 +7,10 @@ nothing of the project but ``.overnight``. Killed, it leaves no process; the nex
 import contextlib
 import dataclasses
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
                 return EXIT_FAILED
             results = tuple(_compare(store, site, output) for output in outputs if output.stage is not None)
             equal, metrics = _metrics(store, site, outputs, results)
+            if count := _put_back(store, site, [result.path for result in results if result.identical], outputs):
+                told = f"{count} files that DVC's cache had lost are there again: `overnight push` brings them to its "
+                out.print(f"{told}remote.", soft_wrap=True, highlight=False, markup=False)
         verdict, reason = certificate.judge(results, metrics, differences if recorded else None)
         made = Certificate(
             version=version.name, tag=version.tag, commit=version.commit, at=datetime.now().astimezone(),
@@ -225,6 +229,47 @@ def _metrics(
         equal += count
         unequal += others
     return equal, tuple(unequal)
+
+
+def _put_back(store: dvc.Store, site: Site, identical: Sequence[str], outputs: Sequence[Output]) -> int:
+    """Gives DVC's cache what it has lost of the ``identical`` outputs; returns how many files that were."""
+    count = 0
+    for output in outputs:
+        if str(output.path) not in identical:
+            continue
+        place = site.place / output.path
+        files = {place: output.md5}
+        if output.is_folder:
+            found = contents.files_of(place) if _lacks_any(store, output) else {}
+            files = {place / path: md5 for path, md5 in found.items()}
+            if files:
+                _heal_listing(store, output, contents.listing(found))
+        for path, md5 in files.items():
+            count += not store.path(md5).is_file() and restore.heal(store.path(md5), md5, _copies(path))
+    return count
+
+
+def _lacks_any(store: dvc.Store, output: Output) -> bool:
+    listing = store.path(output.md5)
+    if not listing.is_file():
+        return True
+    return not all(store.path(md5).is_file() for md5 in contents.parse_listing(listing.read_bytes()).values())
+
+
+def _heal_listing(store: dvc.Store, output: Output, listing: bytes) -> None:
+    def write(to: Path) -> bool:
+        return bool(to.write_bytes(listing))
+
+    if not store.path(output.md5).is_file():
+        restore.heal(store.path(output.md5), output.md5.removesuffix(contents.FOLDER_SUFFIX), write)
+
+
+def _copies(source: Path) -> Callable[[Path], bool]:
+    def copy(to: Path) -> bool:
+        shutil.copyfile(source, to)
+        return True
+
+    return copy
 
 
 def _read(store: dvc.Store, site: Site, output: Output) -> bytes:

@@ -162,7 +162,7 @@ def _fetch(store: dvc.Store, path: Path, md5: str, target: Path, root: Path) -> 
         (Source.PROJECT, lambda to: _copy_if_there(root / path, to)),
         (Source.REMOTE, lambda to: store.download(md5, to)),
     ):
-        if _heal(cached, digest, fill) and _copy(cached, target, digest):
+        if heal(cached, digest, fill) and _copy(cached, target, digest):
             return Fetched(path, source, damaged)
     if cached.exists() and _copy(cached, target, digest):
         # The same bytes under another name were found meanwhile.
@@ -187,7 +187,7 @@ def _copy(source: Path, target: Path, digest: str) -> bool:
     return True
 
 
-def _heal(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
+def heal(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
     """Puts what ``fill`` writes into the cache, in place of what is there, when it has the ``digest``."""
     with atomic.disk_full_is_told(cached):
         cached.parent.mkdir(parents=True, exist_ok=True)

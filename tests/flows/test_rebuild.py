@@ -75,6 +75,22 @@ def test_it_is_identical_whatever_the_checkout_holds_by_now(
     assert versioned.run("git", "worktree", "list").count("\n") == 1
 
 
+def test_what_the_cache_has_lost_of_what_is_identical_is_there_again(versioned: "Versioned") -> None:
+    whole = cache(versioned)
+    work, measure = (versioned.output(name).md5 for name in ("out/work", "out/measure.json"))
+    listing = versioned.cached(work).read_text()
+    lost = [work, measure, json.loads(listing)[0]["md5"]]
+    for md5 in lost:
+        versioned.cached(md5).unlink()
+    said = rebuilt(versioned)
+    assert said.code == 0, said.err
+    # The listing is no file of anybody's.
+    assert "2 files that DVC's cache had lost are there again: `overnight push`" in said.out
+    assert cache(versioned) == whole
+    assert not any(versioned.cached(md5).stat().st_mode & 0o222 for md5 in lost)
+    assert "there again" not in rebuilt(versioned).out
+
+
 def test_other_bytes_on_the_same_machine_are_no_tolerance(
     versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
 ) -> None:
