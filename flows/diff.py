@@ -82,7 +82,9 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
     with dvc.store(root, remote) as store:
         outputs = [{one.path: one for one in _recorded(root, commit)} for commit in (before, after)]
         listings = [_files(store, found.get(paths.RAW)) for found in outputs]
-        metrics = [dict(_metrics(root, store, *pair)) for pair in zip((before, after), outputs, strict=True)]
+        # Equal bytes need not be read.
+        changed = [{path: one for path, one in found.items() if not _same(outputs, path)} for found in outputs]
+        metrics = [dict(_metrics(root, store, *pair)) for pair in zip((before, after), changed, strict=True)]
     theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
     facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else ()
     return Difference(
@@ -90,8 +92,22 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
         data=None if None in listings else differing_files(*(listing or {} for listing in listings)),
         code=_code(root, before, after),
         environment=tuple(Change(fact.fact, fact.recorded, fact.here) for fact in facts),
-        metrics=differing(*metrics),
+        metrics=differing(*_known(*metrics)),
     )
+
+
+def _same(outputs: Sequence[Mapping[Path, Output]], path: Path) -> bool:
+    return len({found[path].md5 if path in found else None for found in outputs}) == 1
+
+
+def _known(*metrics: Mapping[str, object]) -> list[dict[str, object]]:
+    """Returns ``metrics`` with one line for each file that cannot be read in one of them."""
+    lost = {name for side in metrics for name, value in side.items() if value == NOT_KNOWN}
+    found: list[dict[str, object]] = []
+    for side in metrics:
+        kept = {name: value for name, value in side.items() if name.split(".")[0] not in lost}
+        found.append(kept | {name: NOT_KNOWN if side.get(name) == NOT_KNOWN else "known" for name in sorted(lost)})
+    return found
 
 
 def flat(values: object, name: str = "") -> dict[str, object]:

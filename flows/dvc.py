@@ -244,7 +244,9 @@ def store(root: Path, remote: str | None = None) -> Iterator[Store]:
             )
         name = remote or repo.config["core"].get("remote")
         behind = repo.cloud.get_remote_odb(name, "fetch") if name else None
-        yield Store(repo.cache.local, behind, name)
+        told = repo.config["remote"].get(name, {}) if name else {}
+        place = " ".join(f"{key}={told[key]}" for key in ("url", "endpointurl", "host", "port", "user") if key in told)
+        yield Store(repo.cache.local, behind, name, place or None)
 
 
 @contextlib.contextmanager

@@ -159,9 +159,9 @@ def publish(
         _dvc(to, dvc.add_command(paths.CHAMPION))
         raise
     version = to.patiently(lambda: registry.register(root, commit, gate.message, remote))
+    promoted, reasons = _promote(to, version, gate, measured)
     if store is not None:
         pushed.remember(root, store, version)
-    promoted, reasons = _promote(to, version, gate, measured)
     return Published(version, True, promoted, tuple(filter(None, [note, *reasons])))
 
 
@@ -172,9 +172,12 @@ def _finish(to: _Publication, version: Version, gate: Gate, measured: Champion, 
     """
     root, remote = to.root, to.remote
     told = list(filter(None, [None if own else f"nothing new since {version.name}", _bring(to, version)]))
-    if git(root, "ls-files", "--", str(paths.SPEED)):
+    if (store := _data_remote(to)) is not None:
+        pushed.remember(root, store, version)
+    if git(root, "diff", "--name-only", "HEAD", "--", str(paths.SPEED)):
         # What this run took is no version's, and an edited file would be in the way of the next pull.
         git(root, "checkout", "--quiet", "HEAD", "--", str(paths.SPEED), check=False)
+        to.tell(f"{paths.SPEED}/ is put back as it is in Git; {paths.MEASUREMENTS}/ has what this run took.")
     version = to.patiently(lambda: registry.register(root, version.commit, version.message, remote))
     if any(event.stage == registry.PRODUCTION and event.commit == version.commit for event in registry.events(root)):
         # Whether it was promoted is settled, though it may have been rolled back since.

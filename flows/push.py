@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows import contents, dvc, objects, project, registry, remotely
+from flows import contents, dvc, objects, project, pushed, registry, remotely
 from flows.execute import LOGS
 from flows.git import GitFailed, branch, commit_of, git, is_ancestor
 from flows.registry import Version
@@ -44,12 +44,16 @@ def push(names: Sequence[str], out: Console, err: Console) -> int:
         else:
             brought.append(version)
             out.print(f"{version.name} is at {' and '.join(places)}.", markup=False, highlight=False, soft_wrap=True)
+    if brought and store is not None:
+        pushed.remember(root, store, brought[-1])
     if git_remote is not None:
         with _answering(git_remote):
             registry.push_assignments(root, git_remote, brought)
             if (name := branch(root)) and not is_at_remote(root, git_remote, name):
-                told = f"{name} at {git_remote} lacks commits of yours, and with them what a clone knows of remotes: "
-                told += f"`git push {git_remote} {name}` brings them."
+                told = (
+                    f"{git_remote} lacks commits of your branch {name}, and with them what a clone knows of remotes: "
+                )
+                told += "`git push` brings them."
                 err.print(told, markup=False, highlight=False, soft_wrap=True)
     return EXIT_LOST if len(brought) < len(versions) else 0
 
@@ -108,11 +112,13 @@ def bring_tag(root: Path, version: Version, remote: str | None) -> None:
 
 
 def is_at_remote(root: Path, remote: str, name: str) -> bool:
-    """Whether the branch ``name`` at ``remote`` has all that is committed here."""
-    there = git(root, "ls-remote", remote, f"refs/heads/{name}").split("\t")[0]
-    known = bool(there) and bool(git(root, "cat-file", "-t", there, check=False))
-    # A commit that is not known here is somebody else's newer one, or not: a fetch would tell.
-    return bool(there) and (not known or is_ancestor(root, commit_of(root, "HEAD"), there))
+    """Whether ``remote`` has all commits of the branch ``name``, which is checked out, where that is pushed to."""
+    follows = git(root, "config", f"branch.{name}.remote", check=False) == remote
+    reference = (git(root, "config", f"branch.{name}.merge", check=False) if follows else "") or f"refs/heads/{name}"
+    if not git(root, "ls-remote", remote, reference):
+        return False
+    git(root, "fetch", "--quiet", "--no-tags", remote, reference)
+    return is_ancestor(root, commit_of(root, "HEAD"), commit_of(root, "FETCH_HEAD"))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ nothing of the project but ``.overnight``. Killed, it leaves no process; the nex
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ from flows.registry import Version
 from flows.terminal import Terminal, speaker
 from flows.watch import StageRun
 from tasks import atomic, paths
-from tasks.errors import TryAgain
+from tasks.errors import TryAgain, UserMistake
 
 EXIT_CODES = {Verdict.IDENTICAL: 0, Verdict.TOLERANCE: 3, Verdict.DIFFERS: 1}
 EXIT_FAILED = 1
@@ -106,9 +107,6 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
                 return EXIT_FAILED
             results = tuple(_compare(store, site, output) for output in outputs if output.stage is not None)
             equal, metrics = _metrics(store, site, outputs, results)
-            if count := _put_back(store, site, [result.path for result in results if result.identical], outputs):
-                told = f"{count} files that DVC's cache had lost are there again: `overnight push` brings them to its "
-                out.print(f"{told}remote.", soft_wrap=True, highlight=False, markup=False)
         verdict, reason = certificate.judge(results, metrics, differences if recorded else None)
         made = Certificate(
             version=version.name, tag=version.tag, commit=version.commit, at=datetime.now().astimezone(),
@@ -118,7 +116,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
             outputs=results, equal_metrics=equal, metrics=metrics or (),
             environment_recorded=recorded is not None, environment=differences,
         )  # fmt: skip
-        _end(site, version, done, made, out)
+        _end(site, version, done, made, outputs, out)
     return EXIT_CODES[verdict]
 
 
@@ -231,37 +229,39 @@ def _metrics(
     return equal, tuple(unequal)
 
 
-def _put_back(store: dvc.Store, site: Site, identical: Sequence[str], outputs: Sequence[Output]) -> int:
-    """Gives DVC's cache what it has lost of the ``identical`` outputs; returns how many files that were."""
-    count = 0
-    for output in outputs:
-        if str(output.path) not in identical:
-            continue
-        place = site.place / output.path
-        files = {place: output.md5}
-        if output.is_folder:
-            found = contents.files_of(place) if _lacks_any(store, output) else {}
-            files = {place / path: md5 for path, md5 in found.items()}
-            if files:
-                _heal_listing(store, output, contents.listing(found))
-        for path, md5 in files.items():
-            count += not store.path(md5).is_file() and restore.heal(store.path(md5), md5, _copies(path))
-    return count
+def _put_back(site: Site, made: Certificate, outputs: Sequence[Output], say: Callable[[str], object]) -> None:
+    """Gives DVC's cache what it has lost, or holds damaged, of the outputs that came out as recorded, and says so."""
+    identical, count = {result.path for result in made.outputs if result.identical}, 0
+    try:
+        with dvc.store(site.root, restore.remote(site.root)) as store:
+            for output in outputs:
+                if output.stage is not None and str(output.path) in identical:
+                    count += _put_back_one(store, site.place / output.path, output)
+            there = store.remote
+    except (OSError, ValueError, UserMistake, TryAgain) as error:
+        # The certificate is there; this is beside it.
+        say(f"DVC's cache was not given back what it may have lost: {error}")
+        return
+    if count:
+        more = f": `overnight push {made.version}` brings what is missing to '{there}'" if there else ""
+        say(f"objects that DVC's cache had lost are there again ({count}){more}.")
 
 
-def _lacks_any(store: dvc.Store, output: Output) -> bool:
-    listing = store.path(output.md5)
-    if not listing.is_file():
-        return True
-    return not all(store.path(md5).is_file() for md5 in contents.parse_listing(listing.read_bytes()).values())
+def _put_back_one(store: dvc.Store, place: Path, output: Output) -> int:
+    wanted: list[tuple[str, Callable[[Path], bool]]] = []
+    if output.is_folder:
+        found = contents.files_of(place)
+        listing = contents.listing(found)
+        wanted = [(md5, _copies(place / path)) for path, md5 in found.items()]
+        wanted.append((output.md5, lambda to: bool(to.write_bytes(listing))))
+    else:
+        wanted.append((output.md5, _copies(place)))
+    return sum(_mended(store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX), fill) for md5, fill in wanted)
 
 
-def _heal_listing(store: dvc.Store, output: Output, listing: bytes) -> None:
-    def write(to: Path) -> bool:
-        return bool(to.write_bytes(listing))
-
-    if not store.path(output.md5).is_file():
-        restore.heal(store.path(output.md5), output.md5.removesuffix(contents.FOLDER_SUFFIX), write)
+def _mended(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
+    is_whole = cached.is_file() and contents.md5_of(cached) == digest
+    return not is_whole and restore.heal(cached, digest, fill)
 
 
 def _copies(source: Path) -> Callable[[Path], bool]:
@@ -279,7 +279,9 @@ def _read(store: dvc.Store, site: Site, output: Output) -> bytes:
     return content
 
 
-def _end(site: Site, version: Version, journal: Journal, made: Certificate, out: Console) -> None:
+def _end(
+    site: Site, version: Version, journal: Journal, made: Certificate, outputs: Sequence[Output], out: Console
+) -> None:
     data, page = certificate.write(site.root, made)
     table = Table(box=None, pad_edge=False, show_header=False)
     for output in made.outputs:
@@ -287,6 +289,7 @@ def _end(site: Site, version: Version, journal: Journal, made: Certificate, out:
     out.print(table)
     out.print(f"{made.tag}: {made.verdict}: {made.reason}.", soft_wrap=True, highlight=False, markup=False)
     out.print(f"certificate: {page} (and {data.name})", soft_wrap=True, highlight=False, markup=False)
+    _put_back(site, made, outputs, functools.partial(out.print, soft_wrap=True, highlight=False, markup=False))
     if made.verdict is Verdict.IDENTICAL:
         worktree.remove(site.root, _worktree(version))
         return

@@ -15,13 +15,9 @@ from tasks.errors import TryAgain
 class Store:
     """The objects of a project by their MD5: its cache and, behind it, a remote."""
 
-    def __init__(self, cache: Any, remote: Any | None, name: str | None) -> None:
-        self._cache, self._remote, self.remote = cache, remote, name
-
-    @property
-    def place(self) -> str | None:
-        """Where the remote lies; None where there is none."""
-        return None if self._remote is None else f"{self._remote.fs.protocol}:{self._remote.path}"
+    def __init__(self, cache: Any, remote: Any | None, name: str | None, place: str | None = None) -> None:
+        """``place``: where the remote lies, in whatever words tell it from others."""
+        self._cache, self._remote, self.remote, self.place = cache, remote, name, place
 
     @property
     def folder(self) -> Path:

@@ -40,6 +40,8 @@ class Row:
     bits_per_byte: float | None = None
     passed: bool | None = None
     size: int | None = None
+    # Its measurements are neither in the cache nor can be had from the remote.
+    unread: bool = False
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ def versions(last: int | None, out: Console, err: Console) -> int:
     shown = known[-last:] if last is not None else known
     rows = read(root, shown[::-1], params.publish.data_remote)
     show(out, rows)
-    if lacking := [row.name for row in rows if row.data is not None and row.bits_per_byte is None]:
+    if lacking := [row.name for row in rows if row.unread]:
         told = f"the measurements of {len(lacking)} of them are neither in DVC's cache nor can be had from its remote."
         err.print(told, markup=False, highlight=False, soft_wrap=True)
     if len(shown) < len(known):
@@ -124,8 +126,12 @@ def _row(root: Path, store: dvc.Store, version: Version) -> Row:
         # Somebody tagged a commit that holds no pipeline.
         return row
     evaluation = Evaluation()
-    with contextlib.suppress(KeyError, UserMistake, TryAgain, ValidationError):
-        evaluation = Evaluation.model_validate_json(objects.read(store, outputs[paths.EVALUATION]))
+    unread = False
+    try:
+        with contextlib.suppress(KeyError, ValidationError):
+            evaluation = Evaluation.model_validate_json(objects.read(store, outputs[paths.EVALUATION]))
+    except (UserMistake, TryAgain):
+        unread = True
     int8 = evaluation.models.int8
     return dataclasses.replace(
         row,
@@ -133,4 +139,5 @@ def _row(root: Path, store: dvc.Store, version: Version) -> Row:
         bits_per_byte=int8.bits_per_byte.value if int8 and int8.bits_per_byte else None,
         passed=evaluation.gate.passed if evaluation.gate else told,
         size=sum(output.size for output in outputs.values()),
+        unread=unread,
     )

@@ -79,6 +79,7 @@ _UNSAID: dict[str, Value | None] = {
 # What llama.cpp has no key for: ours, so that a model that comes back is the one that went.
 _OWN = "overnight."
 _YARN, _MULTIPLIER = "rope.scaling.", "yarn_log_multiplier"
+_OLDER_FACTOR = "rope.scale_linear"
 # It knows keys for them, and writes the same text whatever they say (a llama in xllamacpp 2026.10.11549).
 _BETAS = (32.0, 1.0)
 _LLAMA_3 = {
@@ -205,8 +206,12 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         if kind is GroupedMixtureConfig:
             values["norm_topk_prob"] = True
     readers = {"yarn": _yarn, "linear": _linear}
-    read = readers.get(str(said.get("rope.scaling.type")))
+    # llama.cpp takes a factor without a type for linear, and knows an older name of it.
+    is_linear = any(key in said for key in (f"{_YARN}factor", _OLDER_FACTOR))
+    read = readers.get(str(said.get(f"{_YARN}type", "linear" if is_linear else "none")))
     values["rope_scaling"] = None if read is None else read(found, said, family)
+    if factors is not None and read is not None:
+        raise Unfit(f"it has rope_freqs.weight and a {_YARN}factor; a model that is stretched in one way can be read")
     if values["rope_scaling"] is None:
         _same(said, "rope.scaling.type", "none")
     if missing := [key for key, name in _KEYS[kind].items() if values[name] is ...]:
@@ -290,7 +295,7 @@ def _yarn(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dic
 
 @np.errstate(over="ignore")
 def _linear(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
-    key = f"{_YARN}factor"
+    key = _OLDER_FACTOR if f"{_YARN}factor" not in said and _OLDER_FACTOR in said else f"{_YARN}factor"
     _check_number(said, family, key, "with linear scaling ")
     own = found.get(f"{_OWN}factor", said[key])
     if not isinstance(own, int | float) or _in_fp32(key, own) != np.float32(said[key]):

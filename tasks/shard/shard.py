@@ -123,7 +123,7 @@ class _Encoding:
             for document in self._encode(batch, marks):
                 # Of a conversation the bytes are those of the answers.
                 learned = document.learned
-                self._tokens += len(document.tokens) - 1 if learned is None else int(learned.sum())
+                self._tokens += len(document.tokens) - 1 if learned is None else int(learned[1:].sum())
                 self._bytes += document.bytes
                 yield document
             self._done += len(batch)

@@ -81,6 +81,7 @@ def test_a_list_of_files_that_is_lost_everywhere(published: Clone) -> None:
     sections = shown("v1.0.0", "v1.1.0")
     assert sections["data"][0].startswith("not known: a list of files is neither in DVC's cache nor at its remote")
     assert sections["parameters"] == ["train.learning_rate: 0.25 -> 0.75"]
+    assert shown("v1.0.0", "v1.0.0")["metrics"] == ["none"]
     # Two that nobody can read are not the same.
     (told,) = sections["metrics"]
     assert told == "evaluation: not in DVC's cache nor at its remote -> not in DVC's cache nor at its remote"

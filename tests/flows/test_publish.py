@@ -431,9 +431,25 @@ def test_what_a_run_took_that_made_nothing_new_is_put_back(published: Clone) -> 
     speed.write_text("as of the version\n")
     published.commit("Speed")
     speed.write_text("as of a repetition\n")
-    assert publish.publish(published.root).reasons[0] == "nothing new since v1.1.0"
+    told: list[str] = []
+    assert publish.publish(published.root, told.append).reasons[0] == "nothing new since v1.1.0"
+    assert told == ["speed/ is put back as it is in Git; .overnight/measurements/ has what this run took."]
+    assert publish.publish(published.root, told.append).reasons[0] == "nothing new since v1.1.0"
+    assert len(told) == 1
     # Else the next pull of a version that others have published would stop at it.
     assert speed.read_text() == "as of the version\n"
+
+
+def test_what_is_brought_to_another_place_is_looked_for_there(published: Clone) -> None:
+    other = published.shelf.with_name("other")
+    (published.root / ".dvc/config.local").write_text(f"['remote \"shelf\"']\n    url = {other}\n")
+    assert publish.publish(published.root).reasons[0] == "nothing new since v1.1.0"
+    assert any(other.rglob("*"))
+    shutil.rmtree(other)
+    published.write("c.txt", "And the third.\n")
+    published.run()
+    with pytest.raises(TryAgain, match="has nothing of v1"):
+        publish.publish(published.root)
 
 
 def test_a_data_remote_at_another_place_is_a_new_one(published: Clone) -> None:

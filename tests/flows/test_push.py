@@ -13,8 +13,7 @@ from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
 
 BEHIND = (
-    "main at origin lacks commits of yours, and with them what a clone knows of remotes: `git push origin main` brings "
-    "them.\n"
+    "origin lacks commits of your branch main, and with them what a clone knows of remotes: `git push` brings them.\n"
 )
 
 
@@ -41,6 +40,13 @@ def test_all_that_a_remote_lacks_is_brought_there(late: Clone) -> None:
     git(late.root, "push", "-q", "origin", "main")
     code, _, err = said()
     assert (code, err) == (0, "")
+    # Both have gone on.
+    other = late.clone("other")
+    (other.root / "NOTES").write_text("theirs")
+    other.commit("Theirs")
+    git(other.root, "push", "-q", "origin", "main")
+    late.commit_empty()
+    assert said()[2] == BEHIND
     assert {file: file.stat().st_mtime_ns for file in late.shelf.rglob("*")} == before
 
 

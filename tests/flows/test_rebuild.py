@@ -79,16 +79,32 @@ def test_what_the_cache_has_lost_of_what_is_identical_is_there_again(versioned: 
     whole = cache(versioned)
     work, measure = (versioned.output(name).md5 for name in ("out/work", "out/measure.json"))
     listing = versioned.cached(work).read_text()
-    lost = [work, measure, json.loads(listing)[0]["md5"]]
+    lost = [measure, json.loads(listing)[0]["md5"]]
     for md5 in lost:
         versioned.cached(md5).unlink()
+    # Damaged, as nobody but who reads it sees.
+    versioned.cached(work).chmod(0o644)
+    versioned.cached(work).write_bytes(b"\xff[")
     said = rebuilt(versioned)
     assert said.code == 0, said.err
-    # The listing is no file of anybody's.
-    assert "2 files that DVC's cache had lost are there again: `overnight push`" in said.out
+    assert "objects that DVC's cache had lost are there again (3)." in said.out
     assert cache(versioned) == whole
-    assert not any(versioned.cached(md5).stat().st_mode & 0o222 for md5 in lost)
+    assert not any(versioned.cached(md5).stat().st_mode & 0o222 for md5 in [*lost, work])
     assert "there again" not in rebuilt(versioned).out
+
+
+def test_a_cache_that_cannot_be_given_anything_back_costs_no_certificate(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("flows.restore.heal", full)
+    versioned.cached(versioned.output("out/measure.json").md5).unlink()
+    said = rebuilt(versioned)
+    assert said.code == 0, said.err
+    assert "DVC's cache was not given back what it may have lost: [Errno 13] Permission denied" in said.out
+    assert certificate(versioned).verdict is Verdict.IDENTICAL
 
 
 def test_other_bytes_on_the_same_machine_are_no_tolerance(

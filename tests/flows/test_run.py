@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from processes import alive, left_within
 
-from flows import run
+from flows import run, status
+from flows.project import parameters
 from flows.watch import StageRun
 
 if TYPE_CHECKING:
@@ -125,6 +126,15 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
 )
 def test_a_run_that_met_mistakes_alone_ends_with_their_code(codes: list[int | None], expected: int) -> None:
     assert run._exit_code([StageRun("second", "failed", 1.0, "why", code) for code in codes]) == expected
+
+
+def test_a_source_of_which_nothing_was_collected_is_named(nightly: "Project") -> None:
+    names = [source.name for source in parameters(nightly.root).collect.sources]
+    for name in names:
+        (nightly.root / "data/raw" / name).mkdir(parents=True, exist_ok=True)
+    assert status._uncollected(nightly.root, parameters(nightly.root)) == []
+    (nightly.root / "data/raw" / names[0]).rename(nightly.root / "data/raw/another")
+    assert status._uncollected(nightly.root, parameters(nightly.root)) == names[:1]
 
 
 def test_before_the_first_run_there_is_none_to_list(nightly: "Project") -> None:

@@ -410,6 +410,17 @@ def test_keys_of_linear_scaling_that_are_spoilt_are_named(changes: dict[str, obj
         config_from({**found, **changes}, (101, 42), tied=False, factors=None)
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(key: str) -> None:
+    config = odd.make_grouped(rope_scaling={"rope_type": "linear", "factor": 4.0}).config
+    known = {"general.architecture": "llama", **metadata(config), "tokenizer.ggml.eos_token_id": 100}
+    foreign = {name: value for name, value in known.items() if "scaling" not in name and "overnight" not in name}
+    found = {**foreign, f"llama.{key}": 4.0}
+    assert config_from(found, (101, 42), tied=False, factors=None).rope_scaling == config.rope_scaling
+    with pytest.raises(Unfit, match=r"rope_freqs\.weight and a rope\.scaling\.factor"):
+        config_from(found, (101, 42), tied=False, factors=np.ones(8, np.float32))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("factor", "said"),
