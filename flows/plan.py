@@ -56,8 +56,9 @@ def plan(
     outdated: set[str] = set()
     for stage in graph.stages:
         if stage.name in skipped:
-            steps.append(Step(stage, Action.SKIPPED, stale=stage.name in stale or bool(outdated & set(stage.upstream))))
-            outdated |= {step.stage.name for step in steps[-1:] if step.stale}
+            is_stale = stage.name in stale or bool(outdated & set(stage.upstream))
+            outdated |= {stage.name} if is_stale else set()
+            steps.append(Step(stage, Action.SKIPPED, stale=is_stale))
         elif stage.name in forced or stage.name in stale or running & set(stage.upstream):
             running.add(stage.name)
             steps.append(Step(stage, Action.RUN, force=stage.name in forced))

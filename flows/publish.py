@@ -17,7 +17,7 @@ from rich.console import Console
 
 from flows import dvc, environment, execute, lock, project, pushed, registry, remotely, worktree
 from flows.execute import LOGS
-from flows.gate import Gate, read_gate
+from flows.gate import PASSED, Gate, read_gate
 from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
 from flows.graph import Graph
 from flows.identity import version_of
@@ -219,7 +219,7 @@ def _promote(to: _Publication, version: Version, gate: Gate, measured: Champion)
 
     before = functools.partial(_check_champion, measured)
     try:
-        to.patiently(lambda: registry.promote(to.root, version, "The gate passed.", to.remote, before))
+        to.patiently(lambda: registry.promote(to.root, version, f"{PASSED}.", to.remote, before))
     except ChampionMoved:
         # It is a version by now, and measured anew it would be another one of the same model.
         return False, [f"measured against {measured.version or 'no champion'}, which is not the champion"]

@@ -50,10 +50,8 @@ def push(names: Sequence[str], out: Console, err: Console) -> int:
         with _answering(git_remote):
             registry.push_assignments(root, git_remote, brought)
             if (name := branch(root)) and not is_at_remote(root, git_remote, name):
-                told = (
-                    f"{git_remote} lacks commits of your branch {name}, and with them what a clone knows of remotes: "
-                )
-                told += "`git push` brings them."
+                told = f"{git_remote} lacks commits of your branch {name}, and with them what a clone knows of remotes"
+                told += ": `git push` brings them."
                 err.print(told, markup=False, highlight=False, soft_wrap=True)
     return EXIT_LOST if len(brought) < len(versions) else 0
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -252,24 +251,16 @@ def _put_back_one(store: dvc.Store, place: Path, output: Output) -> int:
     if output.is_folder:
         found = contents.files_of(place)
         listing = contents.listing(found)
-        wanted = [(md5, _copies(place / path)) for path, md5 in found.items()]
+        wanted = [(md5, functools.partial(restore.copy_if_there, place / path)) for path, md5 in found.items()]
         wanted.append((output.md5, lambda to: bool(to.write_bytes(listing))))
     else:
-        wanted.append((output.md5, _copies(place)))
+        wanted.append((output.md5, functools.partial(restore.copy_if_there, place)))
     return sum(_mended(store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX), fill) for md5, fill in wanted)
 
 
 def _mended(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
     is_whole = cached.is_file() and contents.md5_of(cached) == digest
     return not is_whole and restore.heal(cached, digest, fill)
-
-
-def _copies(source: Path) -> Callable[[Path], bool]:
-    def copy(to: Path) -> bool:
-        shutil.copyfile(source, to)
-        return True
-
-    return copy
 
 
 def _read(store: dvc.Store, site: Site, output: Output) -> bytes:

@@ -159,7 +159,7 @@ def _fetch(store: dvc.Store, path: Path, md5: str, target: Path, root: Path) -> 
     if cached.exists() and not damaged:
         return Fetched(path, Source.CACHE)
     for source, fill in (
-        (Source.PROJECT, lambda to: _copy_if_there(root / path, to)),
+        (Source.PROJECT, lambda to: copy_if_there(root / path, to)),
         (Source.REMOTE, lambda to: store.download(md5, to)),
     ):
         if heal(cached, digest, fill) and _copy(cached, target, digest):
@@ -203,7 +203,7 @@ def heal(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
     return True
 
 
-def _copy_if_there(source: Path, target: Path) -> bool:
+def copy_if_there(source: Path, target: Path) -> bool:
     if not source.is_file():
         return False
     shutil.copyfile(source, target)
