@@ -22,6 +22,7 @@ from tasks.errors import BadInput, BadParameter
 from tasks.ingest.ingest import REFUSED, ingest
 from tasks.ingest.params import IngestParams
 from tasks.order import batch_of_rank
+from tasks.progress import Progress
 from tasks.section import read_section
 from tasks.shard.conversations import TODAY, Conversations
 from tasks.shard.params import ShardParams
@@ -228,6 +229,25 @@ def test_shards_say_which_tokens_are_learned(sharded: Path) -> None:
             assert tokens[mask].tolist() == [*answers[0], END, *answers[1], END]
             assert size == sum(map(len, answers))
     assert seen == 60
+
+
+def test_what_is_told_of_bytes_a_token_is_of_what_is_learned(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+
+    def update(self: Progress, done: int, total: int, unit: str, **more: float) -> None:
+        told.extend(value for name, value in more.items() if name == "bytes_per_token")
+
+    monkeypatch.setattr(Progress, "update", update)
+    shard(read_section("shard", ShardParams), init.checkpoint())
+    size = learned = 0
+    for split in ("train", "valid", "test"):
+        found = Shards(paths.SHARDS, read_manifest(), split)  # type: ignore[arg-type]
+        masks = found.learned()
+        assert masks is not None
+        size += sum(size for _, size in found.documents())
+        # Nobody learns the token that a document begins with.
+        learned += sum(int(mask[1:].sum()) for mask in masks)
+    assert told[-1] == pytest.approx(size / learned)
 
 
 def test_the_loss_is_that_of_transformers_with_labels_of_minus_100(sharded: Path) -> None:
