@@ -19,7 +19,8 @@ import torch.distributed as dist
 import xxhash
 
 from tasks import atomic, paths
-from tasks.errors import DiskFull
+from tasks.errors import DiskFull, TryAgain
+from tasks.heartbeat import ranks
 from tasks.parallel import parts
 from tasks.world import World
 
@@ -46,6 +47,8 @@ class Checkpoints:
         self._is_first = True
         self.digest = ""
         """Of the file that was loaded last, of what all processes share."""
+        self.none_intact = False
+        """Whether the last look for one found some, and none that can be used."""
         self.moved: Callable[[], None] = lambda: None
         """Is called again and again while checkpoints are read."""
 
@@ -131,6 +134,7 @@ class Checkpoints:
         In a state whose tensors lie in parts, ``parts`` is their folder.
         """
         own, passed_over = self.folder.name, False
+        self.none_intact = False
         found = sorted(
             self._stage.glob(f"{self._pattern()}/{_prefix(part)}*.pt"),
             key=lambda file: (_step(file), file.parent.name == own),
@@ -140,9 +144,11 @@ class Checkpoints:
                 continue
             state, bad, fault = self._read(file)
             if state is not None:
+                self.none_intact = False
                 if not part:
                     self.digest = file.stem.rpartition("-")[2]
                 return state
+            self.none_intact = True
             # Of parts, each process has looked at others.
             if bad.name.startswith("__") or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"warning: {bad}: {fault}; going back to the one before", file=sys.stderr, flush=True)
@@ -223,20 +229,37 @@ class _Digested:
 def agreed(checkpoints: Checkpoints, world: World, part: int) -> dict[str, Any] | None:
     """Returns the newest state that every process has, each with its ``part``. Collective.
 
-    A machine's disk may lack one that another has, or damage it.
+    A machine's disk may lack one that another has, or damage it. Raises :class:`tasks.errors.TryAgain` where one has
+    none at all: all would begin anew, and write over those of the others.
     """
-    limit = None
+    limit, latest = None, 0
     while True:
         state = newest(checkpoints, limit, part)
         step = state["step"] if state is not None else 0
+        if limit is None:
+            of_all = world.of_all(-1 if checkpoints.none_intact else step)
+            latest = max(of_all)
+            if latest > 0 and 0 in of_all:
+                world.fail(_missing(checkpoints, latest, [rank for rank, one in enumerate(of_all) if not one]))
         limit = world.lowest(step)
         if world.lowest(-step) != -limit:
             continue
         # Of one step there may be two, from different numbers of processes.
         which = int(checkpoints.digest[:15], 16) if state is not None else 0
         if world.lowest(-which) == -world.lowest(which):
+            if step < latest and world.is_first:
+                then = f"go on from step {step:,}" if step else "begin anew"
+                told = f"not all processes have the checkpoint of step {latest:,}; all {then}"
+                print(f"warning: {checkpoints.folder}: {told}", file=sys.stderr, flush=True)
             return state
         limit -= 1
+
+
+def _missing(checkpoints: Checkpoints, step: int, without: list[int]) -> TryAgain:
+    return TryAgain(
+        f"{checkpoints.folder}: {ranks(without)} found no checkpoint there, and another process that of step {step:,}. "
+        "The machines have to share that folder; where they do, run again. To begin anew, remove it everywhere."
+    )
 
 
 def newest(checkpoints: Checkpoints, limit: int | None, part: int) -> dict[str, Any] | None:

@@ -83,10 +83,10 @@ def verdict(rank: int, before: Mapping[int, Beat | None], after: Mapping[int, Be
     assert here is not None
     still = [other for other, beat in after.items() if beat is None or beat == before[other]]
     if still:
-        return f"{_ranks(still)} did not come through {here.place}: stopped, or gone", still
+        return f"{ranks(still)} did not come through {here.place}: stopped, or gone", still
     there = {other: beat for other, beat in after.items() if beat is not None}
     earliest, furthest = (choose(there.values(), key=lambda beat: beat.position) for choose in (min, max))
-    late = _ranks([other for other, beat in there.items() if beat.position == earliest.position])
+    late = ranks([other for other, beat in there.items() if beat.position == earliest.position])
     if earliest.position == furthest.position:
         return f"no process came through {here.place}: the network between them, or a disk, does not answer", []
     if earliest.place == furthest.place:
@@ -162,7 +162,8 @@ def beating(rank: int, size: int, seconds: float) -> Iterator[Heartbeat]:
         yield here
     finally:
         over.set()
-        thread.join()
+        # Where the store does not answer, the thread does not end either.
+        thread.join(_SECONDS_TO_TELL)
 
 
 @contextlib.contextmanager
@@ -181,7 +182,7 @@ def joining(rank: int, size: int, seconds: float) -> Iterator[None]:
             if over.wait(max(0.0, begun + seconds - time.monotonic())):
                 return
             missing = [other for other in range(size) if not store.check([f"{_PREFIX}/joins/{other}"])]
-            told = f"{_ranks(missing)} did not join" if missing else "the processes have not joined"
+            told = f"{ranks(missing)} did not join" if missing else "the processes have not joined"
             first = store.add(_TOLD, 1) == 1
         except DistError:
             return
@@ -339,5 +340,6 @@ def _pairs(
     return ((before[rank], after[rank]) for rank in after)
 
 
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def ranks(numbers: list[int]) -> str:
+    """Returns how processes are named."""
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

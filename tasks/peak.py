@@ -28,14 +28,20 @@ _ENOUGH = 0.002
 
 def peak(world: World) -> tuple[float, str]:
     """Returns the operations a second of all processes together, and where the number is from. All have to call it."""
-    if world.device.type == "cuda" and world.precision != "fp32":
-        name = torch.cuda.get_device_name(world.device)
-        for known, found in _DATA_SHEETS.items():
-            if known in name:
-                return found * world.size, f"data sheet of {known}"
+    known = _model_of(world.device) if world.precision != "fp32" else None
     # At the same time in all, as they train: cores that share a memory, or a clock, are then measured as they are.
-    summed = world.sum_all(torch.tensor(_measured(world), dtype=torch.float64, device=world.device))
-    return float(summed), f"{world.precision} product measured here"
+    own = _DATA_SHEETS[known] if known else _measured(world)
+    # Others may have other GPUs.
+    summed = world.sum_all(torch.tensor(own, dtype=torch.float64, device=world.device))
+    return float(summed), f"data sheet of {known}" if known else f"{world.precision} product measured here"
+
+
+def _model_of(device: torch.device) -> str | None:
+    """Returns which GPU of the data sheets ``device`` is."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((known for known in _DATA_SHEETS if known in name), None)
 
 
 def _measured(world: World) -> float:

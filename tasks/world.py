@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tasks import heartbeat, native
-from tasks.errors import EXIT_PEER_LOST, UserMistake
+from tasks import heartbeat, native, paths
+from tasks.errors import EXIT_PEER_LOST, BadParameter, TryAgain, UserMistake
 from tasks.mesh import AXES, Mesh, MeshParams
 from tasks.parallel import traffic
 from tasks.training_params import TrainingParams
@@ -42,7 +42,7 @@ class Meshes:
     experts: ``replicate`` x ``shard`` x ``expert``.
 
     ``writers`` are all of them once more, for what they say to each other about a checkpoint while training goes on,
-    and send the first one at its end.
+    and send the first one at its end. ``patience`` is the timeout of all groups, None torch's own.
     """
 
     layout: Mesh
@@ -50,6 +50,7 @@ class Meshes:
     dense: DeviceMesh
     experts: DeviceMesh
     writers: dist.ProcessGroup | None = None
+    patience: timedelta | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,14 @@ class World:
         dist.all_reduce(held, dist.ReduceOp.MIN)
         return int(held)
 
-    def fail(self, error: UserMistake) -> NoReturn:
+    def of_all(self, value: int) -> list[int]:
+        """Returns the ``value`` of each process, by rank."""
+        values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        found: list[int] = self.sum_all(values).tolist()
+        return found
+
+    def fail(self, error: UserMistake | TryAgain) -> NoReturn:
         """Ends all processes, which have all met ``error``; the first one tells it."""
         if self.is_first:
             raise error
@@ -155,7 +163,9 @@ def joined(
         with heartbeat.joining(rank, size, max(params.hang_timeout_seconds, _LEAST_SECONDS_TO_JOIN)):
             dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
             meshes = device_mesh(mesh.over(size), device, patience)
-        yield World(rank, size, device, resolve_precision(params), meshes)
+        here = World(rank, size, device, resolve_precision(params), meshes)
+        _check_precision(here)
+        yield here
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
@@ -177,20 +187,33 @@ def device_mesh(mesh: Mesh, device: torch.device, patience: timedelta | None = N
     # It warns of each tensor that two axes cut and that takes two gathers: in checkpoints, where speed is no matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
-    return dataclasses.replace(seen(processes, mesh), writers=dist.new_group(backend="gloo", timeout=patience))
+    return dataclasses.replace(
+        seen(processes, mesh, patience), writers=dist.new_group(backend="gloo", timeout=patience)
+    )
 
 
-def seen(processes: DeviceMesh, mesh: Mesh) -> Meshes:
+def seen(processes: DeviceMesh, mesh: Mesh, patience: timedelta | None) -> Meshes:
     """Returns ``processes``, one axis of torch's, as ``mesh`` sees them."""
     cut = mesh.shard * mesh.expert
-    return Meshes(
+    meshes = Meshes(
         layout=mesh,
         data=processes._unflatten(0, (mesh.pipeline, mesh.data, mesh.tensor), ("pipeline", "data", "tensor")),
         dense=processes._unflatten(
             0, (mesh.pipeline, mesh.replicate, cut, mesh.tensor), ("pipeline", "replicate", "dense", "tensor")
         ),
         experts=processes._unflatten(0, mesh.sizes, AXES),
+        patience=patience,
     )
+    for one in (meshes.data, meshes.dense, meshes.experts):
+        be_patient(one, patience)
+    return meshes
+
+
+def be_patient(mesh: DeviceMesh, patience: timedelta | None) -> None:
+    """Gives the groups of all axes the timeout ``patience``: they are made with torch's, NCCL's ten minutes."""
+    if patience is not None:
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(patience, group)
 
 
 def resolve_precision(params: TrainingParams) -> str:
@@ -198,8 +221,23 @@ def resolve_precision(params: TrainingParams) -> str:
     if params.precision != "auto":
         return params.precision
     if params.device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # Older GPUs emulate it.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def _check_precision(here: World) -> None:
+    """Ends all where ``auto`` means one thing here and another elsewhere: replicas would not compute alike."""
+    names = [*PRODUCT_TYPES]
+    found = here.of_all(names.index(here.precision))
+    if len(set(found)) > 1:
+        each = ", ".join(f"{names[number]} on rank {found.index(number)}" for number in sorted(set(found)))
+        here.fail(
+            BadParameter(
+                f"{paths.PARAMS}: precision auto is {each}: their processors are not alike. Set it to the one in which "
+                "all are to compute."
+            )
+        )
 
 
 def die_with_parent(parent: int | None = None) -> None:

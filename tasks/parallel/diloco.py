@@ -24,7 +24,7 @@ from tasks.mesh import MeshParams
 from tasks.parallel import whole
 from tasks.parallel.compressed import averaged_in_bytes
 from tasks.parallel.exchange import Exchange, State, averaged
-from tasks.world import World, seen
+from tasks.world import World, be_patient, seen
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,13 @@ def replica_of(world: World) -> Replica:
         )
     replicas, cut = world.mesh.dense["replicate"].size(), world.mesh.dense["dense"].size()
     processes = init_device_mesh(world.device.type, (replicas, cut), mesh_dim_names=("replicas", "cut"))
+    patience = world.mesh.patience
+    be_patient(processes, patience)
     inside = processes["cut"]
     number, rank = divmod(world.rank, cut)
     return Replica(
         rank=rank, size=cut, device=world.device, precision=world.precision,
-        mesh=dataclasses.replace(seen(inside, MeshParams(shard=cut).over(cut)), writers=world.mesh.writers),
+        mesh=dataclasses.replace(seen(inside, MeshParams(shard=cut).over(cut), patience), writers=world.mesh.writers),
         number=number, replicas=replicas, group=inside.get_group(), twins=processes["replicas"].get_group(),
     )  # fmt: skip
 

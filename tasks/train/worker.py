@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zlib
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from lm.weights import Weights, Whole, fill, on_meta
 from tasks import atomic, heartbeat, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.curve import Curve
-from tasks.heartbeat import Heartbeat
+from tasks.errors import BadInput
+from tasks.heartbeat import Heartbeat, ranks
 from tasks.parallel.parallelize import Parallel
 from tasks.progress import Progress, progress
 from tasks.section import read_section
@@ -43,6 +45,7 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
     manifest = read_manifest()
     origin = init.checkpoint()
     key = inputs.key("train", params, checkpoint_inputs())
+    check_alike(here, key)
     checkpoints = Checkpoints("train", key, params.keep_checkpoints, params.elastic)
     checkpoints.moved = beat.move
     if here.is_first:
@@ -69,6 +72,19 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
     if here.is_first:
         counts = {"parameters": total, "active_parameters": active, "trained_parameters": learning}
         write_reports(counts, curve, params, len(read), here.precision, origin)
+
+
+def check_alike(here: World, key: str) -> None:
+    """Ends all where a machine has other inputs, by their ``key``: replicas only exchange gradients, and would part."""
+    found = here.of_all(zlib.crc32(key.encode()))
+    if others := [rank for rank, one in enumerate(found) if one != found[0]]:
+        here.fail(
+            BadInput(
+                f"train: {ranks(others)} and rank 0 do not have the same inputs: the section train of {paths.PARAMS}, "
+                f"{paths.SHARDS}, {paths.INIT}, {paths.LOCK} and the code have to be the same on all machines. Have "
+                "them share the project's folder, or copy it from one to the others."
+            )
+        )
 
 
 def write_model(

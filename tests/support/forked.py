@@ -9,6 +9,7 @@ import runpy
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from ports import free_port
 
 if TYPE_CHECKING:
     from lm.model import LanguageModel
+    from tasks.world import Meshes
 
+PATIENCE = timedelta(hours=2)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -156,6 +159,57 @@ def overflow() -> None:
         return found
 
     LanguageModel.loss_from = overflowing  # type: ignore[method-assign]
+
+
+def only_the_first_has_bf16() -> None:
+    """Has the processor of rank 0 multiply in bf16, and that of no other rank."""
+    import torch
+
+    torch.cpu._is_avx512_bf16_supported = lambda: os.environ["RANK"] == "0"
+    torch.cpu._is_amx_tile_supported = lambda: False
+
+
+def check_patience() -> None:
+    """Makes a mesh whose groups are to have the timeout ``PATIENCE``, and looks at each."""
+    _check_groups(_mesh_of_two())
+
+
+def check_patience_of_replicas() -> None:
+    """As :func:`check_patience`, of the groups within and between replicas that train apart."""
+    import torch
+    import torch.distributed as dist
+
+    from tasks.parallel.diloco import replica_of
+    from tasks.world import World
+
+    meshes = _mesh_of_two()
+    replica = replica_of(World(dist.get_rank(), 2, torch.device("cpu"), "fp32", meshes))
+    assert replica.mesh is not None
+    _check_groups(replica.mesh, replica.group, replica.twins)
+
+
+def _mesh_of_two() -> "Meshes":
+    import torch
+    import torch.distributed as dist
+
+    from tasks.mesh import MeshParams
+    from tasks.world import device_mesh
+
+    dist.init_process_group("gloo")
+    meshes = device_mesh(MeshParams(shard=2).over(2), torch.device("cpu"), PATIENCE)
+    assert meshes is not None
+    return meshes
+
+
+def _check_groups(meshes: "Meshes", *more: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    groups = [group for one in (meshes.data, meshes.dense, meshes.experts) for group in one.get_all_groups()]
+    for group in (*groups, meshes.writers, *more):
+        assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def lose_a_peer_while_joining() -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import forked
 import pytest
@@ -17,7 +18,7 @@ import torch
 from tasks import atomic
 from tasks.checkpoints import Checkpoints, agreed
 from tasks.digest import digest_of
-from tasks.errors import DiskFull
+from tasks.errors import DiskFull, TryAgain
 
 
 @pytest.fixture
@@ -327,24 +328,69 @@ class Half:
 
     def __init__(self, number: int, told: list[int], barrier: threading.Barrier) -> None:
         self._number, self._told, self._barrier = number, told, barrier
+        self.is_first = not number
 
-    def lowest(self, value: int) -> int:
+    def of_all(self, value: int) -> list[int]:
         self._told[self._number] = value
         self._barrier.wait(30)
-        found = min(self._told)
+        found = list(self._told)
         self._barrier.wait(30)
         return found
 
+    def lowest(self, value: int) -> int:
+        return min(self.of_all(value))
 
-def test_processes_that_find_other_states_of_one_step_go_on_from_one_before(tmp_path: Path) -> None:
+    def fail(self, error: TryAgain) -> NoReturn:
+        raise error
+
+
+def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None]) -> list[object]:
+    """Returns what two machines agree on that have disks of their own, in which ``leave`` leaves checkpoints."""
     told, barrier = [0, 0], threading.Barrier(2)
 
     def agree(number: int) -> object:
-        own = Checkpoints("train", "inputs", kept=3, root=tmp_path / str(number))
-        own.save(4, {"step": 4})
-        own.save(5, {"step": 5, "weight": number})
+        own = Checkpoints("train", "inputs", kept=3, root=folder / str(number))
+        leave(number, own)
         own.finish()
         return agreed(own, Half(number, told, barrier), 0)  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(agree, range(2))) == [{"step": 4}, {"step": 4}]
+        return list(pool.map(agree, range(2)))
+
+
+def test_processes_that_find_other_states_of_one_step_go_on_from_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(number: int, own: Checkpoints) -> None:
+        own.save(4, {"step": 4})
+        own.save(5, {"step": 5, "weight": number})
+
+    assert each_agrees(tmp_path, leave) == [{"step": 4}, {"step": 4}]
+    told = f"warning: {tmp_path}/0/train/inputs: not all processes have the checkpoint of step 5; all go on from step 4"
+    assert capsys.readouterr().err.splitlines() == [told]
+
+
+def test_a_machine_without_any_checkpoint_does_not_have_the_others_begin_anew(tmp_path: Path) -> None:
+    def leave(number: int, own: Checkpoints) -> None:
+        if not number:
+            own.save(40, {"step": 40})
+            own.save(80, {"step": 80})
+
+    with pytest.raises(TryAgain, match="inputs: rank 1 found no checkpoint there, and another process that of step 80"):
+        each_agrees(tmp_path, leave)
+    assert steps(Checkpoints("train", "inputs", kept=3, root=tmp_path / "0")) == [40, 80]
+
+
+def test_where_a_machine_has_damaged_all_of_its_own_all_begin_anew_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(number: int, own: Checkpoints) -> None:
+        own.save(40, {"step": 40})
+        own.finish()
+        if number:
+            flip_a_bit(*own.folder.iterdir())
+
+    assert each_agrees(tmp_path, leave) == [None, None]
+    told = capsys.readouterr().err
+    assert "there is none before; it begins anew" in told
+    assert "not all processes have the checkpoint of step 40; all begin anew" in told

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from torch.distributed import Store
 
+from tasks import heartbeat
 from tasks.errors import EXIT_PEER_LOST, EXIT_TRY_AGAIN
 from tasks.heartbeat import Beat, Heartbeat, _Watch, verdict
 from tasks.order import batch_of_rank
@@ -214,6 +215,33 @@ def test_the_first_process_which_keeps_the_store_is_named_too(place: str, tmp_pa
     assert ranks[1].exitcode == EXIT_TRY_AGAIN, log.read_text()
     ranks[0].join()
     assert tiny.error_line(log.read_text()).startswith("rank 1: rank 0, or the launcher beside it, does not answer at ")
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    class Frozen:
+        def set(self, *_: object) -> None:
+            pass
+
+        def check(self, _: object) -> bool:
+            asked.set()
+            answers.wait()
+            return False
+
+    monkeypatch.setattr(heartbeat, "_connect", lambda seconds: Frozen())
+    monkeypatch.setattr(heartbeat, "_SECONDS_TO_TELL", 0.1)
+
+    def leave() -> None:
+        with heartbeat.beating(0, 2, 600.0):
+            asked.wait()
+
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(30)
+    ended = not leaving.is_alive()
+    answers.set()
+    assert ended
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:

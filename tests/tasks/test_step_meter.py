@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm import low_rank
 from lm.model import LanguageModel
-from tasks import step_meter
+from tasks import peak, step_meter
 from tasks.mesh import MeshParams
 from tasks.step_meter import StepMeter, active_in_products
 from tasks.world import Meshes, World
@@ -181,6 +181,21 @@ def test_the_peak_is_the_fastest_of_some_products(
     assert found == pytest.approx(2 * size**3 / fastest)
     assert next(took, None) is None
     assert source == "fp32 product measured here"
+
+
+@pytest.mark.parametrize(("gpu", "own"), [("A100", 312e12), (None, 40e12)])
+def test_the_peak_is_that_of_all_gpus_though_they_differ(
+    gpu: str | None, own: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithAnL4(World):
+        def sum_all(self, values: torch.Tensor) -> torch.Tensor:
+            return values + 121e12
+
+    monkeypatch.setattr(peak, "_model_of", lambda device: gpu)
+    monkeypatch.setattr(peak, "_measured", lambda world: 40e12)
+    found, source = peak.peak(WithAnL4(0, 2, torch.device("cpu"), "bf16"))
+    assert found == own + 121e12
+    assert source == ("data sheet of A100" if gpu else "bf16 product measured here")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
