@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -108,15 +109,13 @@ def serve(root: Path, kept: int) -> Iterator[Server]:
         check(os.environ["PREFECT_API_URL"])
         yield Server(None, None, log)
         return
-    home = root / HOME
-    home.mkdir(parents=True, exist_ok=True)
+    home = _make_home(root)
     log.write_bytes(b"")
     os.environ["PREFECT_HOME"] = str(home)
     with listen(0) as listening:
         port = listening.getsockname()[1]
-        child = Child(
-            _command(listening.fileno()), log, _environment(os.environ), kept=[kept], passed=[listening.fileno()]
-        )
+        environment = {**_environment(os.environ), **_own_origins(port)}
+        child = Child(_command(listening.fileno()), log, environment, kept=[kept], passed=[listening.fileno()])
     with child:
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
         _go_past_proxies()
@@ -129,8 +128,7 @@ def stand(root: Path, listening: socket.socket, kept: int) -> tuple[Server, Chil
     Sets the environment of this process so that what it starts uses the server. Runs of the project find it through
     :func:`standing` once :func:`announce` has been called.
     """
-    home = root / HOME
-    home.mkdir(parents=True, exist_ok=True)
+    home = _make_home(root)
     port = listening.getsockname()[1]
     os.environ.update(_QUIET)
     os.environ["PREFECT_HOME"] = str(home)
@@ -138,6 +136,7 @@ def stand(root: Path, listening: socket.socket, kept: int) -> tuple[Server, Chil
     _go_past_proxies()
     environment = {
         **os.environ,
+        **_own_origins(port),
         "PREFECT__SERVER_FINAL": "1",
         "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
         # Prefect unpacks its pages there; where it is installed may be read-only.
@@ -148,6 +147,19 @@ def stand(root: Path, listening: socket.socket, kept: int) -> tuple[Server, Chil
     log = root / LOG
     child = Child(_command(listening.fileno()), log, environment, kept=[kept], passed=[listening.fileno()])
     return Server(port, child, log), child
+
+
+def _make_home(root: Path) -> Path:
+    # Prefect's database holds the webhook's address, and the key to it beside it.
+    home = root / HOME
+    home.mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)
+    return home
+
+
+def _own_origins(port: int) -> dict[str, str]:
+    name = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
+    return {name: os.environ.get(name) or f"http://127.0.0.1:{port},http://localhost:{port}"}
 
 
 def listen(port: int) -> socket.socket:
@@ -191,7 +203,7 @@ _UVICORN = "import gc, uvicorn; gc.set_threshold(100_000, 50, 100); uvicorn.main
 
 def _command(descriptor: int) -> list[str]:
     return [
-        *(sys.executable, "-c", _UVICORN, "--factory", "prefect.server.api.server:create_app"),
+        *(sys.executable, "-c", _UVICORN, "--factory", "flows.own_pages:make"),
         *("--fd", str(descriptor), "--log-level", "error", "--lifespan", "on"),
         # Prefect's client keeps a websocket open that uvicorn would wait for.
         *("--timeout-graceful-shutdown", "0"),
@@ -222,9 +234,14 @@ def check(url: str) -> None:
         reason = str(getattr(error, "reason", error))
     if reason is not None:
         raise UserMistake(
-            f"PREFECT_API_URL is {url}, and no Prefect server answers there ({reason}). "
+            f"PREFECT_API_URL is {shown(url)}, and no Prefect server answers there ({reason}). "
             "Start it with `prefect server start`, or unset PREFECT_API_URL for a temporary one."
         )
+
+
+def shown(url: str) -> str:
+    """Returns ``url`` without the name and the password that it may hold."""
+    return re.sub(r"(?<=//)[^/]*@", "", url)
 
 
 def _authorization() -> dict[str, str]:
@@ -245,4 +262,6 @@ def _refuse(url: str) -> None:
             return
     name = "PREFECT_API_KEY" if _authorization().get("Authorization", "").startswith("Bearer") else _AUTH
     found = "is not the password of" if os.environ.get(name) else "is not set, and a password is asked for by"
-    raise UserMistake(f"{name} {found} the Prefect server at {url}. Set it to USER:PASSWORD, as that server has it.")
+    raise UserMistake(
+        f"{name} {found} the Prefect server at {shown(url)}. Set it to USER:PASSWORD, as that server has it."
+    )

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import httpx
 import page
 from chain import Chain, Running
 from prefect_server import ask
@@ -56,6 +57,11 @@ def test_after_a_power_cut_the_dead_night_is_marked_and_told_and_does_not_block_
         assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 2 * * *"]
         _check_next_start(schedule)
         _check_message(receiver, name)
+        # A page from elsewhere in a browser on this machine can neither ask nor change anything.
+        strangers = ({"Origin": "https://pages.example"}, {"Host": "pages.example"}, {"Origin": "null"})
+        assert [schedule.status(headers) for headers in strangers] == [403, 400, 403]
+        assert schedule.status({"Origin": schedule.page}) == 200
+        assert (fresh.root / ".overnight/prefect").stat().st_mode & 0o077 == 0
 
         # Only one serves a project, and says so in one line.
         assert "another `overnight schedule` (process" in fresh.overnight("schedule").complaint()
@@ -85,13 +91,18 @@ class Schedule:
         self.running, self._chain = running, chain
         running.wait_until(lambda: "Runs and their logs" in running.said() or running.process.poll() is not None)
         assert running.process.poll() is None, running.end()
-        self._api = re.findall(r"Runs and their logs: (\S+)", self.said())[0] + "/api"
+        self.page = re.findall(r"Runs and their logs: (\S+)", self.said())[0]
+        self._api = f"{self.page}/api"
 
     def said(self) -> str:
         return self.running.said()
 
     def read(self, path: str, body: dict[str, Any] | None = None) -> Any:
         return ask(self._api, path, body)
+
+    def status(self, headers: dict[str, str]) -> int:
+        """Returns how the server answers what a browser asks for a page."""
+        return httpx.post(f"{self._api}/deployments/filter", headers=headers, json={}).status_code
 
     def trigger(self) -> str:
         """Starts a night as the button in Prefect's UI does; returns the flow run's id."""
