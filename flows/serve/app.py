@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from ipaddress import ip_address
 from typing import Any
 
 import anyio.to_thread
@@ -14,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flows.serve import PARALLEL
 from flows.serve.answer import answer
@@ -22,9 +24,43 @@ from flows.serve.completions import CompletionForm, CompletionRequest
 from flows.serve.engine import MOST_WAITING
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused, bad_request, failed, invalid, unknown_model
+from flows.serve.request import MOST_TEXTS
 from flows.serve.writing import Writer
 from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
+
+# Of a body, besides its texts; and of a token in it.
+_OTHER_BYTES, _BYTES_A_TOKEN = 2**20, 16
+
+
+class _Bounded:
+    """Refuses a body of more than ``most`` bytes while it comes in."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = self._most
+
+        async def counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the body is longer than {self._most:,} bytes")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, a name or an address, is this machine and nobody else's."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def make_app(
@@ -55,14 +91,21 @@ def make_app(
     app.state.writer = writer
     created = int(time.time())
 
+    # All texts of a request, and each token of theirs as long as JSON makes any: far from it is no request.
+    app.add_middleware(_Bounded, most=_OTHER_BYTES + MOST_TEXTS * generator.context * _BYTES_A_TOKEN)
+
     @app.middleware("http")
     async def checked(request: Request, go_on: Callable[[Request], Any]) -> Response:
         # Headers are bytes, which Starlette reads as Latin-1.
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         status = 500
         try:
-            if key is None or request.url.path == "/health" or hmac.compare_digest(bearer, os.fsencode(key)):
-                response: Response = await go_on(request)
+            if key is None and not is_loopback(request.url.hostname or ""):
+                # A page whose name leads here (DNS rebinding) would be one of this server's own to a browser.
+                told = "without a key, this server is asked by its address or as localhost alone"
+                response: Response = Refused(403, "permission_error", told).response()
+            elif key is None or request.url.path == "/health" or hmac.compare_digest(bearer, os.fsencode(key)):
+                response = await go_on(request)
             else:
                 response = Refused(401, "authentication_error", "the API key is missing or wrong").response()
             status = response.status_code

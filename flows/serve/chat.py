@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from flows.serve.answer import Choice, Form, Scores, finish_reason
 from flows.serve.refused import bad_request
-from flows.serve.request import MOST_LIKELIEST, Body, Text, WritingRequest
+from flows.serve.request import MOST_KEYS, MOST_LIKELIEST, Body, Text, WritingRequest, at_most
 from flows.serve.writing import Asked
 from lm.chat_template import ChatTemplate, Message, Role, Unrenderable
 from lm.logprobs import Token
@@ -30,7 +30,7 @@ class ChatMessage(Body):
     """What was said; parts are lines of it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     def message(self) -> Message:
         """Returns it as templates know it."""
@@ -52,11 +52,11 @@ class ChatRequest(WritingRequest):
         "store": (False,),
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     # Goes with what a server keeps; this one keeps nothing.
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MOST_KEYS)] | None = None
     logprobs: StrictBool = False
     top_logprobs: int = Field(default=0, ge=0, le=MOST_LIKELIEST)
 

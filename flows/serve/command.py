@@ -7,14 +7,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
 from rich.console import Console
 
 from flows.generate import EXIT_INTERRUPTED, load, load_template, place
-from flows.serve.app import make_app
+from flows.serve.app import is_loopback, make_app
 from tasks.errors import UserMistake
 
 KEY = "OVERNIGHT_API_KEY"
@@ -30,7 +29,7 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
     key in the environment, or one that is taken, and as that, :func:`flows.generate.load` and :func:`load_template` do.
     """
     key = os.environ.get(KEY) or None
-    if key is None and not _is_loopback(host):
+    if key is None and not is_loopback(host):
         raise UserMistake(
             f"--host {host}: others can reach that, so set {KEY} to a secret that they must send as 'Authorization: "
             "Bearer ...', or serve on 127.0.0.1."
@@ -68,15 +67,6 @@ class _Server(uvicorn.Server):
         # It tells each answer that it has to cancel with a traceback.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @contextlib.contextmanager

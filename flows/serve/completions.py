@@ -11,8 +11,8 @@ from flows.serve.request import MOST_LIKELIEST, MOST_TEXTS, Text, WritingRequest
 from flows.serve.writing import Asked
 from lm.text import Done, Request
 
-_Ids = Annotated[list[StrictInt], Field(min_length=1)]
-_Several = Field(min_length=1, max_length=MOST_TEXTS)
+_Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+_Several = Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)
 
 
 class CompletionRequest(WritingRequest):

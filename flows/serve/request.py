@@ -20,6 +20,9 @@ from pydantic_core import PydanticCustomError
 from flows.serve.refused import bad_request
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 
+# Of a body that is all wrong each fault would be kept, gigabytes of them: of a list the first is enough, and of an
+# object so many.
+MOST_KEYS = 100
 # So many texts are written for one request, side by side.
 MOST_TEXTS = 32
 # So many of the likeliest tokens are told in the place of each.
@@ -55,6 +58,8 @@ class Body(BaseModel):
     def _without_what_changes_nothing(cls, content: Any) -> Any:
         if not isinstance(content, Mapping):
             return content
+        if len(content) > MOST_KEYS:
+            raise PydanticCustomError("too_many", "more keys than there are parameters")
         return {name: value for name, value in content.items() if not cls._changes_nothing(name, value)}
 
     @classmethod
@@ -78,6 +83,17 @@ def _token(key: object) -> object:
     return key
 
 
+def at_most(keys: int) -> BeforeValidator:
+    """Returns what refuses an object of more ``keys``."""
+
+    def check(found: object) -> object:
+        if isinstance(found, Mapping) and len(found) > keys:
+            raise PydanticCustomError("too_many", "more than {keys} keys", {"keys": keys})
+        return found
+
+    return BeforeValidator(check)
+
+
 class WritingRequest(Body):
     """How to write, and how to answer; ``top_k`` and ``repetition_penalty`` are ours."""
 
@@ -88,8 +104,11 @@ class WritingRequest(Body):
     repetition_penalty: float = Field(default=1.0, ge=LEAST_PENALTY, le=MOST_PENALTY)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[Annotated[int, BeforeValidator(_token)], Annotated[float, Field(ge=-100, le=100)]] = {}
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    logit_bias: Annotated[
+        dict[Annotated[int, BeforeValidator(_token)], Annotated[float, Field(ge=-100, le=100)]],
+        at_most(10_000),
+    ] = {}
+    stop: Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None = None
     seed: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_TEXTS)
     stream: bool = False

@@ -12,14 +12,19 @@ import anyio.to_thread
 import httpx
 import openai
 import pytest
+import tiny
+from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 from odd import export_over_bytes
-from serving import Server, in_this_process, lay_out_project
+from serving import HERE, Server, in_this_process, lay_out_project
 from together import written_together
 
+from flows.serve import app as serving_app
 from flows.serve.app import make_app
 from flows.serve.metrics import Metrics
+from flows.serve.refused import Refused, invalid
 from flows.serve.writing import Asked, Writer
+from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
 from lm.sampling import Sampling
 from lm.text import Request
@@ -201,7 +206,7 @@ def test_what_nobody_expected_is_an_error_of_the_protocol_and_counted(
         raise MemoryError
 
     monkeypatch.setattr(Generator, "run", fail)
-    app = TestClient(make_app(Generator(root / "models/int8"), None, "m", None), raise_server_exceptions=False)
+    app = TestClient(make_app(Generator(root / "models/int8"), None, "m", None), HERE, raise_server_exceptions=False)
     for stream in (False, True):
         answer = app.post("/v1/completions", json={**GREEDY, "stream": stream})
         assert answer.status_code == 500
@@ -225,6 +230,60 @@ def test_a_body_that_is_sent_as_something_else_is_told_what_it_is_to_be_sent_as(
         "the body is of the Content-Type 'application/x-www-form-urlencoded', and is no request; send it as "
         "application/json"
     )
+
+
+def test_without_a_key_a_name_that_leads_here_is_not_answered(root: Path) -> None:
+    def status(host: str, key: str | None = None) -> int:
+        app = TestClient(make_app(Generator(root / "models/int8"), None, "m", key), HERE)
+        return app.get("/v1/models", headers={"Host": host, "Authorization": f"Bearer {key}"}).status_code
+
+    assert [status(host) for host in ("127.0.0.1:80", "localhost", "[::1]:8080")] == [200] * 3
+    assert [status(host) for host in ("pages.example", "localhost.example:80", "10.0.0.1")] == [403] * 3
+    assert status("pages.example", "key") == 200
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_body_longer_than_any_request_is_refused_while_it_comes_in(root: Path, kept: bool) -> None:
+    app = TestClient(make_app(Generator(root / "models/int8"), None, "m", None), HERE)
+    taken = [0]
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(64):
+            taken[0] += 1
+            yield b" " * 2**20
+
+    body = b" " * 2**26 if kept else pieces()
+    told = app.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert told.status_code == 413
+    assert "POST /v1/completions: the body is longer than " in told.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "parameter"),
+    [
+        ("chat/completions", {"messages": [0] * 9999}, "messages[0]"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [0] * 9999}]}, "messages[0].content"),
+        ("completions", {"prompt": [[0.5] * 9999]}, "prompt"),
+        ("completions", {"prompt": "a", "logit_bias": {f"x{n}": 0 for n in range(19999)}}, "logit_bias"),
+        ("completions", {f"x{n}": 0 for n in range(9999)}, None),
+        ("chat/completions", {"messages": [{f"x{n}": 0 for n in range(9999)}]}, "messages[0]"),
+    ],
+)
+def test_of_a_body_that_is_all_wrong_the_first_fault_is_told(
+    path: str, wrong: dict[str, object], parameter: str | None, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, faults = Generator(root / "models/int8"), list[Any]()
+
+    def seen(error: RequestValidationError) -> Refused:
+        faults.extend(error.errors())
+        return invalid(error)
+
+    monkeypatch.setattr(serving_app, "invalid", seen)
+    app = TestClient(make_app(model, ChatTemplate(tiny.CHATML, {}, model.tokenizer, "t"), "m", None), HERE)
+    told = app.post(f"/v1/{path}", json=wrong)
+    assert told.status_code == 400
+    assert (told.json()["error"]["param"] or "").startswith(parameter or "")
+    assert len(faults) < 10
 
 
 class Breaking(Generator):
@@ -313,7 +372,7 @@ def test_so_many_texts_are_written_side_by_side_as_the_command_is_told(root: Pat
 
 
 def test_too_many_that_wait_are_an_error_of_the_protocol(root: Path) -> None:
-    full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, parallel=0, most_waiting=0))
+    full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, parallel=0, most_waiting=0), HERE)
     answer = full.post("/v1/completions", json=GREEDY)
     assert answer.status_code == 429
     assert answer.headers["retry-after"]
@@ -373,7 +432,7 @@ def test_a_key_may_have_any_characters(root: Path) -> None:
     def status(key: str, sent: str) -> int:
         app = make_app(Generator(root / "models/int8"), None, "m", key)
         headers = {b"Authorization": f"Bearer {sent}".encode()}
-        return TestClient(app).get("/v1/models", headers=headers).status_code
+        return TestClient(app, HERE).get("/v1/models", headers=headers).status_code
 
     assert [status("gehörig", sent) for sent in ("gehörig", "gehorig", "")] == [200, 401, 401]
     # As an environment has it whose bytes are no text.

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from fastapi.testclient import TestClient
 from odd import export_over_bytes, export_to_chat
-from serving import Server, lay_out_project
+from serving import HERE, Server, lay_out_project
 
 from flows.serve.app import make_app
 from lm.chat_template import ChatTemplate, Message
@@ -199,7 +199,7 @@ def test_a_conversation_of_more_messages_than_tokens_fit_is_refused_before_it_is
     model: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ChatTemplate, "encode", None)
-    app = TestClient(make_app(model, ChatTemplate(tiny.CHATML, {}, model.tokenizer, "t"), "m", None))
+    app = TestClient(make_app(model, ChatTemplate(tiny.CHATML, {}, model.tokenizer, "t"), "m", None), HERE)
     messages = [{"role": "user", "content": ""}] * (model.context + 1)
     told = app.post("/v1/chat/completions", json={"messages": messages})
     assert told.status_code == 400
@@ -247,7 +247,7 @@ def test_a_conversation_that_the_template_refuses_and_a_model_without_one_say_so
         (strict, "messages", "the model's chat template refuses this conversation: Roles must alternate."),
         (None, None, "this model has no chat template, so it continues texts and does not converse"),
     ):
-        app = TestClient(make_app(model, template, "m", None))
+        app = TestClient(make_app(model, template, "m", None), HERE)
         for stream in (False, True):
             told = app.post("/v1/chat/completions", json={**GREEDY, "stream": stream})
             assert told.status_code == 400
@@ -281,7 +281,7 @@ def test_parallel_conversations_and_completions_each_get_their_own(server: Serve
 
 def test_the_metrics_count_both_kinds(root: Path, model: Generator) -> None:
     template = ChatTemplate.read(root / "models/int8", model.tokenizer)
-    app = TestClient(make_app(model, template, "m", None))
+    app = TestClient(make_app(model, template, "m", None), HERE)
     app.post("/v1/chat/completions", json=GREEDY)
     app.post("/v1/completions", json={"prompt": "sea", "max_tokens": 2, "temperature": 0})
     app.post("/v1/chat/completions", json={**GREEDY, "tools": [{}]})
@@ -290,7 +290,7 @@ def test_the_metrics_count_both_kinds(root: Path, model: Generator) -> None:
         assert f'overnight_requests_total{{path="{path}",status="{status}"}} 1.0' in counted
     assert 'overnight_tokens_total{kind="completion"} 11.0' in counted
     assert "overnight_completion_seconds_count 2.0" in counted
-    full = TestClient(make_app(model, template, "m", None, parallel=0, most_waiting=0))
+    full = TestClient(make_app(model, template, "m", None, parallel=0, most_waiting=0), HERE)
     assert full.post("/v1/chat/completions", json=GREEDY).status_code == 429
 
 
@@ -303,7 +303,7 @@ def test_the_metrics_count_guesses(root: Path, model: Generator) -> None:
     assert "".join(write())
     wrong = ended[0].drafted - ended[0].accepted
     assert 0 < wrong < ended[0].accepted
-    app = TestClient(make_app(model, ChatTemplate.read(root / "models/int8", model.tokenizer), "m", None))
+    app = TestClient(make_app(model, ChatTemplate.read(root / "models/int8", model.tokenizer), "m", None), HERE)
     asked = {"prompt": "abab", "max_tokens": 100, "temperature": 0, "seed": 1}
     assert app.post("/v1/completions", json=asked).status_code == 200
     counted = app.get("/metrics").text

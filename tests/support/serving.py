@@ -18,6 +18,8 @@ from fastapi import FastAPI
 
 # Seconds until what a test waits for will not come any more.
 PATIENCE = 10
+# As a client in this process asks.
+HERE = "http://127.0.0.1"
 
 
 def until(true: Callable[[], bool]) -> None:
