@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,9 @@ from flows.git import git, show
 from tasks.errors import UserMistake
 
 FOLDER_SUFFIX = ".dir"
+_MD5 = re.compile(r"[0-9a-f]{32}")
+OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
+"""The MD5 of a file, or of a folder."""
 _READ_BYTES = 1 << 20
 _READERS = 8
 
@@ -75,6 +79,8 @@ def parse_listing(content: bytes) -> dict[PurePosixPath, str]:
         raise ValueError(f"no listing of a folder: {error}") from None
     if any(path.is_absolute() or ".." in path.parts for path in listed):
         raise ValueError("a listing that leaves its folder")
+    if not all(_MD5.fullmatch(md5) for md5 in listed.values()):
+        raise ValueError("a listing with what is no MD5")
     return listed
 
 
@@ -123,7 +129,8 @@ def _output(commit: str, entry: Mapping[str, Any], folder: Path, stage: str | No
     path, md5 = folder / entry["path"], entry.get("md5")
     if path.is_absolute() or ".." in path.parts:
         raise UserMistake(f"{commit[:12]}: {path} lies outside the project; only what lies inside can be restored.")
-    if md5 is None or entry.get("hash", "md5") != "md5":
+    # An object's path in the cache is made of it.
+    if md5 is None or not OBJECT.fullmatch(str(md5)) or entry.get("hash", "md5") != "md5":
         raise UserMistake(f"{commit[:12]}: {path} is recorded without an MD5, so its bytes cannot be verified.")
     return Output(path, str(md5), int(entry.get("size", 0)), stage)
 

@@ -243,8 +243,9 @@ def _unpack(files: bytes, target: Path) -> None:
     filtered: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with atomic.disk_full_is_told(target), tarfile.open(fileobj=io.BytesIO(files)) as tar:
         for member in tar:
+            # Where a link that is there already may lead.
             _check_inside(member, target)
-        tar.extractall(target, **filtered)
+            tar.extract(member, target, **filtered)
 
 
 def _check_inside(member: tarfile.TarInfo, target: Path) -> None:

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from flows.contents import OBJECT
 from tasks.errors import TryAgain
 
 
@@ -65,7 +65,7 @@ class Store:
         return {
             md5: file.stat().st_size
             for file in files
-            if _OBJECT.fullmatch(md5 := file.parent.name + file.name) and file.is_file()
+            if OBJECT.fullmatch(md5 := file.parent.name + file.name) and file.is_file()
         }
 
     def stored(self) -> dict[str, "Stored"]:
@@ -80,7 +80,7 @@ class Store:
         found = {}
         for place, entry in entries.items():
             md5 = "".join(str(place).split("/")[-2:])
-            if _OBJECT.fullmatch(md5):
+            if OBJECT.fullmatch(md5):
                 found[md5] = Stored(int(entry.get("size") or 0), _modified(entry))
         return found
 
@@ -115,9 +115,6 @@ class Stored:
 
     size: int
     modified: float | None
-
-
-_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def _modified(entry: Mapping[str, Any]) -> float | None:

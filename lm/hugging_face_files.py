@@ -45,7 +45,20 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise Unusable(f"{TOKENIZER}: no such file; a model needs the tokenizer that it was trained with")
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     beside = [folder / name for name in companions(folder)]
+    for file in beside:
+        _check_inside(file, folder)
     return [folder / CONFIG, folder / TOKENIZER, *beside, *index, *weight_files(folder)]
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """Raises :class:`Unusable` where ``file`` is a link that leads out of ``folder``: it may be nobody's business.
+
+    Nobody looks into it before it is kept. The Hub's cache keeps files as links into a folder ``blobs``.
+    """
+    place = file.resolve()
+    if not place.is_relative_to(folder.resolve()) and place.parent != folder.resolve().parents[1] / "blobs":
+        name = file.relative_to(folder)
+        raise Unusable(f"{name}: a link to {place}, outside the folder; put the file itself there if it belongs to it")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tasks.card import verdict
 from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
-from tasks.card.markdown import table
+from tasks.card.markdown import literal, table
 from tasks.card.params import CardParams
 
 EXAMPLE = Path(__file__).with_name("example.py")
@@ -153,7 +153,7 @@ def _splits(evidence: Evidence) -> str:
     rows = []
     for name, split in (evidence.corpus.get("splits") or {}).items():
         names = split.get("group_names") or []
-        shown = ", ".join(names) if 0 < len(names) <= MOST_GROUPS_NAMED else f"{split['groups']:,} groups"
+        shown = ", ".join(map(literal, names)) if 0 < len(names) <= MOST_GROUPS_NAMED else f"{split['groups']:,} groups"
         rows.append([name, f"{split['documents']:,}", f"{split['bytes']:,}", shown])
     return table(["split", "documents", "bytes", "groups"], rows) if rows else NOT_ASSESSED
 

@@ -1,6 +1,8 @@
 """A restored version has the recorded bytes, or says which of its files has not."""
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +224,36 @@ def test_a_link_that_leaves_the_folder_is_not_followed(
     versioned.commit("lm@v1.1.0")
     with pytest.raises(UserMistake, match="would lie outside"):
         restored(versioned, name="v1.1.0")
+
+
+def test_a_link_by_way_of_another_is_not_followed_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("tarfile.data_filter", raising=False)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, leads_to in (("s", "."), ("t", "s/s/s/../../..")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, leads_to
+            tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("t/evil.txt"))
+    target = tmp_path / "a/b/target"
+    target.mkdir(parents=True)
+    with pytest.raises(UserMistake, match=r"would lie outside \(t\)"):
+        restoring._unpack(packed.getvalue(), target)
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_hash_that_leads_out_of_the_cache_is_refused(versioned: "Versioned", tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    out = "/".join([".."] * len(versioned.root.parts))
+    lock, md5 = versioned.root / "dvc.lock", versioned.output("out/measure.json").md5
+    lock.write_text(lock.read_text().replace(md5, f"ab/{out}/../../..{victim}"))
+    versioned.commit("lm@v1.1.0")
+    with pytest.raises(UserMistake, match=r"out/measure\.json is recorded without an MD5"):
+        restored(versioned, name="v1.1.0")
+    assert victim.read_text() == "mine"
+    with pytest.raises(ValueError, match="no MD5"):
+        contents.parse_listing(b'[{"md5": "ab/../x", "relpath": "text.txt"}]')
 
 
 def test_a_folder_that_cannot_be_made_is_told(versioned: "Versioned") -> None:

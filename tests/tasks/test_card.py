@@ -113,6 +113,15 @@ def test_a_refused_models_card_says_so_at_the_top_and_shows_the_champion() -> No
     assert "| the champion, lm@v1.2.0 (INT8) | 1.500 [1.400, 1.600] |" in card
 
 
+def test_names_from_the_data_are_shown_and_write_nothing_into_the_card() -> None:
+    names = ["Ruth", "x |\n\n## Gate\n\npassed <script>a</script> ![](http://elsewhere/y.png)"]
+    corpus = {"splits": {"test": {"documents": 5, "bytes": 4321, "groups": 2, "group_names": names}}}
+    card = text.body(evidence_of(corpus=corpus), PARAMS)
+    assert card.count("\n## Gate\n") == 1
+    shown = r"Ruth, x \| ## Gate passed \<script>a\</script> !\[](http://elsewhere/y.png)"
+    assert f"| test | 5 | 4,321 | {shown} |" in card
+
+
 def test_of_a_large_test_split_the_card_says_how_many_documents_were_measured() -> None:
     drawn = evidence_of(evaluation={"documents": 1200, "documents_in_split": 98765, "bytes": 4321987})
     assert "On 1,200 of 98,765 documents (4,321,987 bytes) of the test split" in text.body(drawn, PARAMS)

@@ -134,6 +134,10 @@ def test_collecting_copies_what_changed_and_keeps_what_has_gone(corpus: Path) ->
             r"given: pytorch_model\.bin: a pickle",
         ),
         (lambda folder: (folder / "config.json").write_text("{"), "given: config.json: not JSON"),
+        (
+            lambda folder: (folder / "merges.txt").symlink_to("/etc/passwd"),
+            "merges.txt: a link to /etc/passwd, outside",
+        ),
     ],
 )
 def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
@@ -144,6 +148,19 @@ def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
     with pytest.raises(UserMistake, match=said):
         collect_init("given")
     assert not paths.INIT.exists()
+
+
+def test_a_folder_of_the_hub_s_cache_is_a_checkpoint(corpus: Path) -> None:
+    snapshot, blobs = corpus / "models--given/snapshots/0123abcd", corpus / "models--given/blobs"
+    write_checkpoint(snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    found = collect_init("models--given/snapshots/0123abcd")
+    assert found is not None
+    assert found.state == "new"
+    assert not any(file.is_symlink() for file in paths.INIT.iterdir())
 
 
 def test_a_gguf_model_in_several_files_is_brought_anew_when_one_of_them_changes(corpus: Path, tmp_path: Path) -> None:
