@@ -1,6 +1,7 @@
 """Makes tests/support importable, and what tests of several folders share."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import needed
 from prefect_server import PrefectServer, make_database
+
+
+def pytest_configure() -> None:
+    # Imports and thousands of tests make objects that stay: these are not looked through again and again.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

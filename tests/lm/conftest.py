@@ -1,12 +1,19 @@
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
+from graphs import CALIBRATION, opened
 from odd import make_grouped, make_grouped_mixture, make_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from lm import onnx_model
+from lm.calibration import calibrate
 from lm.model import LanguageModel
+from lm.quantization import PLANS, Plan
 
 # Whose experts blocks of 32 divide: those are one node in a graph.
 WHOLE_BLOCKS = {"hidden_size": 64}
@@ -61,10 +68,34 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
-def model(request: pytest.FixtureRequest) -> LanguageModel:
-    make, changes = request.param
+def made(name: str) -> LanguageModel:
+    make, changes = MODELS[name]
     return make(**changes)
+
+
+@pytest.fixture(params=MODELS.keys())
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return made(request.param)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model, the plan by which it was calibrated and exported, and its graph: the file, and ready to run."""
+
+    model: LanguageModel
+    plan: Plan
+    path: Path
+    session: onnxruntime.InferenceSession
+
+
+@pytest.fixture(scope="module", params=itertools.product(MODELS, PLANS), ids=lambda names: "-".join(names))
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Is there for several tests in turn, which leave the model as it is."""
+    model, plan = made(request.param[0]), PLANS[request.param[1]]
+    plan = calibrate(model, plan, CALIBRATION)
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    onnx_model.export(model, plan, path)
+    return Exported(model, plan, path, opened(path))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from graphs import CALIBRATION
 from odd import make_grouped, make_model
 
 from lm.blockwise import fake_quant_weight
@@ -20,7 +21,6 @@ KINDS = {
     "blocks of 8 bits": (Levels(127, 64), lambda weight: fake_quant_weight(weight, 8, 64)),
     "blocks of 4 bits": (Levels(7, 32), lambda weight: fake_quant_weight(weight, 4, 32)),
 }
-CALIBRATION = torch.randint(0, 100, (6, 24), generator=torch.Generator().manual_seed(8))
 
 
 def _inputs(width: int) -> torch.Tensor:

@@ -4,13 +4,14 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from graphs import CALIBRATION, opened
 from odd import make_grouped, make_grouped_mixture, make_model
 
 from lm import blockwise, onnx_model, per_token
@@ -24,9 +25,11 @@ from lm.per_token import PerToken
 from lm.planned_graph import PlannedGraph
 from lm.quantization import PLANS, Plan, prepare
 from lm.rotation import rotate, turn_hidden
-from lm.runtime import ask_for_exact_products
 from lm.scheme import Float, Rows, Scheme, Sorted
 from lm.static import Range, Static
+
+if TYPE_CHECKING:
+    from conftest import Exported
 
 EIGHT = PLANS["per-token-8"]
 SCHEMES = {
@@ -38,7 +41,6 @@ SCHEMES = {
     "fixed ranges": Static(Range.over(-40.0, 900.0)),
     "float": Float(),
 }
-CALIBRATION = torch.randint(0, 100, (6, 24), generator=torch.Generator().manual_seed(8))
 
 
 @pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
@@ -47,16 +49,9 @@ def plan(request: pytest.FixtureRequest) -> Plan:
     return found
 
 
-def _open(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    ask_for_exact_products(options)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
 def _session(model: LanguageModel, folder: Path, plan: Plan = EIGHT) -> onnxruntime.InferenceSession:
     onnx_model.export(model, plan, folder / "model.onnx")
-    return _open(folder / "model.onnx")
+    return opened(folder / "model.onnx")
 
 
 Caches = dict[str, np.ndarray]
@@ -104,7 +99,7 @@ def test_a_product_is_that_of_fake_quantization(scheme: Scheme, shape: tuple[int
     rows = Rows(graph, graph.input("x", FLOAT, ["tokens", shape[1]]))
     graph.output(scheme.lower(graph, "w", weight, rows.operand(scheme)), "y", FLOAT, ["tokens", 24])
     graph.save(tmp_path / "product.onnx")
-    computed = torch.from_numpy(_open(tmp_path / "product.onnx").run(None, {"x": x.numpy()})[0])
+    computed = torch.from_numpy(opened(tmp_path / "product.onnx").run(None, {"x": x.numpy()})[0])
     expected = scheme.project(x, weight)
     size = expected.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
     assert ((computed - expected) / size).abs().max() < 1e-5
@@ -117,15 +112,11 @@ def test_ranges_are_taken_in_fp32_whatever_is_multiplied(scheme: Scheme) -> None
     assert torch.equal(scheme.project(x.float(), weight.float()).to(x.dtype), scheme.project(x, weight).to(x.dtype))
 
 
-def test_the_graph_computes_what_fake_quantization_learned(
-    model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
-) -> None:
-    plan = calibrate(model, plan, CALIBRATION)
-    session = _session(model, tmp_path, plan)
+def test_the_graph_computes_what_fake_quantization_learned(exported: "Exported", ids: torch.Tensor) -> None:
     with torch.no_grad():
-        expected_float = model(ids).numpy()
-        expected = prepare(model, plan)(ids).numpy()
-    computed, _ = _run(session, ids)
+        expected_float = exported.model(ids).numpy()
+        expected = prepare(copy.deepcopy(exported.model), exported.plan)(ids).numpy()
+    computed, _ = _run(exported.session, ids)
     error = np.abs(computed - expected).max(axis=-1).flatten()
     # Two orders of summation differ in the seventh digit; where that tips a value over a rounding boundary, all later
     # tokens differ by one level of one value. The tokens before are equal to the last digits.
@@ -256,11 +247,8 @@ def test_routers_are_rounded_where_they_are_to_be(
     assert np.abs(apart - expected).mean() > 10 * np.quantile(error, 0.25)
 
 
-def test_a_tokens_logits_do_not_depend_on_its_batch(
-    model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
-) -> None:
-    plan = calibrate(model, plan, CALIBRATION)
-    session = _session(model, tmp_path, plan)
+def test_a_tokens_logits_do_not_depend_on_its_batch(exported: "Exported", ids: torch.Tensor) -> None:
+    session = exported.session
     together, _ = _run(session, torch.cat([ids, 100 * torch.ones_like(ids[:1])]))
     alone, _ = _run(session, ids[:1])
     np.testing.assert_allclose(alone[0], together[0], atol=1e-5)
@@ -269,13 +257,9 @@ def test_a_tokens_logits_do_not_depend_on_its_batch(
     assert np.median(np.abs(shorter[0] - together[0, :9]).max(axis=-1)) < 1e-5
 
 
-def test_decoding_token_by_token_continues_the_prefill(
-    model: LanguageModel, ids: torch.Tensor, plan: Plan, tmp_path: Path
-) -> None:
-    plan = calibrate(model, plan, CALIBRATION)
-    session = _session(model, tmp_path, plan)
-    whole, cache = _run(session, ids)
-    stepped, past = _run_step_by_step(session, ids)
+def test_decoding_token_by_token_continues_the_prefill(exported: "Exported", ids: torch.Tensor) -> None:
+    whole, cache = _run(exported.session, ids)
+    stepped, past = _run_step_by_step(exported.session, ids)
     error = np.abs(stepped - whole).max(axis=-1)
     # After a value that tips over a boundary all later tokens differ, on one kind of machine here, on another there.
     assert np.quantile(error, 0.25) < 1e-5
@@ -284,11 +268,8 @@ def test_decoding_token_by_token_continues_the_prefill(
         assert np.median(np.abs(one - cache[name])) < 1e-5
 
 
-def test_what_computes_a_cache_writes_it_where_the_caller_wants_it(
-    model: LanguageModel, plan: Plan, tmp_path: Path
-) -> None:
-    onnx_model.export(model, calibrate(model, plan, CALIBRATION), tmp_path / "model.onnx")
-    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+def test_what_computes_a_cache_writes_it_where_the_caller_wants_it(exported: "Exported") -> None:
+    graph, model = onnx.load(exported.path, load_external_data=False).graph, exported.model
     makers = {name: node for node in graph.node for name in node.output}
     caches = [value.name for value in graph.output if value.name.startswith("present_")]
     assert len(caches) == len(model.model.layers) * (2 if isinstance(model.config, GroupedShape) else 1)
@@ -298,13 +279,10 @@ def test_what_computes_a_cache_writes_it_where_the_caller_wants_it(
         assert cache.replace("present_", "past_") in makers[cache].input
 
 
-def test_exporting_twice_gives_the_same_bytes(model: LanguageModel, plan: Plan, tmp_path: Path) -> None:
-    plan = calibrate(model, plan, CALIBRATION)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        onnx_model.export(model, plan, tmp_path / name / "model.onnx")
+def test_exporting_twice_gives_the_same_bytes(exported: "Exported", tmp_path: Path) -> None:
+    onnx_model.export(exported.model, exported.plan, tmp_path / "model.onnx")
     for file in ("model.onnx", "model.onnx.data"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (tmp_path / file).read_bytes() == (exported.path.parent / file).read_bytes()
 
 
 @pytest.mark.parametrize("plan", [EIGHT, PLANS["blockwise-8"]], ids=["per-token-8", "blockwise-8"])
@@ -332,7 +310,7 @@ def test_rows_are_each_multiplied_by_their_own_expert(owners: list[int], scheme:
     graph.output(graph.experts("w", "down_proj", weights, given, rows), "y", FLOAT, ["rows", 24])
     graph.save(tmp_path / "experts.onnx")
     feed = {"x": x, "counts": torch.bincount(numbers, minlength=count), "owners": numbers}
-    session = _open(tmp_path / "experts.onnx")
+    session = opened(tmp_path / "experts.onnx")
     read = {value.name for value in session.get_inputs()}
     computed = session.run(None, {name: value.numpy() for name, value in feed.items() if name in read})[0]
     expected = torch.cat([scheme.project(x[row : row + 1], weights[owner]) for row, owner in enumerate(owners)])
@@ -363,7 +341,7 @@ def test_all_experts_in_one_node_are_each_the_product_of_fake_quantization(
     inputs = graph.input("x", FLOAT, ["tokens", 64]), graph.input("gates", FLOAT, ["tokens", 5])
     graph.output(scheme.mixture(graph, "w", gate_up, down, *inputs, chosen=3), "y", FLOAT, ["tokens", 64])
     graph.save(tmp_path / "experts.onnx")
-    computed = _open(tmp_path / "experts.onnx").run(None, {"x": x.numpy(), "gates": gates.numpy()})[0]
+    computed = opened(tmp_path / "experts.onnx").run(None, {"x": x.numpy(), "gates": gates.numpy()})[0]
     expected = torch.zeros(tokens, 64)
     for index in range(5):
         hidden = gated(scheme.project(x, gate_up[index]))

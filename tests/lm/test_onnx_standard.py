@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import graphs
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from graphs import CALIBRATION
 from odd import make_grouped, make_grouped_mixture, make_model
 from onnx.reference import ReferenceEvaluator
 
@@ -17,14 +18,12 @@ from lm.calibration import calibrate
 from lm.graph import nodes_of
 from lm.model import LanguageModel
 from lm.quantization import PLANS
-from lm.runtime import ask_for_exact_products
 
 Run = Callable[[dict[str, np.ndarray]], list[Any]]
 CAPACITY = 40
-CALIBRATION = torch.randint(0, 100, (6, 24), generator=torch.Generator().manual_seed(8))
 
 
-def graphs(model: LanguageModel, plan: str, folder: Path) -> tuple[Path, Path]:
+def written(model: LanguageModel, plan: str, folder: Path) -> tuple[Path, Path]:
     """Where the graph lies, and the same in ONNX's own operators."""
     source, target = folder / "model.onnx", folder / "standard.onnx"
     onnx_model.export(model, calibrate(model, PLANS[plan], CALIBRATION), source)
@@ -34,10 +33,7 @@ def graphs(model: LanguageModel, plan: str, folder: Path) -> tuple[Path, Path]:
 
 def opened(path: Path) -> Run:
     """onnxruntime's run of the graph in ``path``."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    ask_for_exact_products(options)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = graphs.opened(path)
     return lambda feed: session.run(None, feed)
 
 
@@ -80,7 +76,7 @@ def check(found: np.ndarray, expected: np.ndarray) -> None:
 def test_onnxruntime_computes_the_same_in_every_scheme_and_family(
     model: LanguageModel, ids: torch.Tensor, plan: str, tmp_path: Path
 ) -> None:
-    source, target = graphs(model, plan, tmp_path)
+    source, target = written(model, plan, tmp_path)
     assert {node.domain for node in nodes_of(onnx.load(target).graph)} == {""}
     check(*(logits(opened(path), path, ids.numpy(), 3) for path in (target, source)))
 
@@ -96,14 +92,14 @@ def test_onnxruntime_computes_the_same_in_every_scheme_and_family(
 def test_what_onnx_says_that_its_operators_compute_is_the_same(
     make: Callable[..., LanguageModel], changes: dict[str, Any], plan: str, ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    source, target = graphs(make(num_hidden_layers=2, **changes), plan, tmp_path)
+    source, target = written(make(num_hidden_layers=2, **changes), plan, tmp_path)
     reference = ReferenceEvaluator(str(target))
     found = logits(lambda feed: reference.run(None, feed), target, ids.numpy()[:, :7], 1)
     check(found, logits(opened(source), source, ids.numpy()[:, :7], 1))
 
 
 def test_writing_twice_gives_the_same_bytes_and_nothing_that_nobody_reads(tmp_path: Path) -> None:
-    source, target = graphs(make_grouped(), "blockwise-8", tmp_path)
+    source, target = written(make_grouped(), "blockwise-8", tmp_path)
     again = tmp_path / "again"
     again.mkdir()
     onnx_standard.write(source, again / target.name)
