@@ -1,9 +1,16 @@
 """The shape of a model, in the terms of Hugging Face's configurations of the same ``model_type``."""
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Several times what the largest models have; a tensor may have as many numbers as three of these make.
+Size = Annotated[int, Field(ge=1, le=2**18)]
+# fp32, in which rotations are computed, has every whole number up to there.
+Positions = Annotated[int, Field(ge=1, le=2**24)]
+_MOST_ROTATIONS = 2**31
 
 
 class _Shape(BaseModel):
@@ -17,7 +24,7 @@ class Llama3Scaling(_Shape):
     factor: float = Field(gt=1)
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(ge=1)
+    original_max_position_embeddings: Positions
 
     @model_validator(mode="after")
     def _the_band_is_one(self) -> Self:
@@ -53,7 +60,7 @@ class YarnScaling(_Shape):
 
     rope_type: Literal["yarn"]
     factor: float = Field(gt=1)
-    original_max_position_embeddings: int = Field(ge=1)
+    original_max_position_embeddings: Positions
     beta_fast: float = Field(default=32.0, gt=0)
     beta_slow: float = Field(default=1.0, gt=0)
     mscale: float | None = Field(default=None, ge=0)
@@ -96,26 +103,26 @@ class LatentArchitecture(_Shape):
     """
 
     model_type: Literal["deepseek_v3", "deepseek_v2"]
-    hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
     # Latent attention: queries and keys have a part without position (nope) and a rotary part (rope).
-    q_lora_rank: int | None = Field(ge=1)
-    kv_lora_rank: int = Field(ge=1)
-    qk_nope_head_dim: int = Field(ge=1)
-    qk_rope_head_dim: int = Field(ge=2)
-    v_head_dim: int = Field(ge=1)
+    q_lora_rank: Size | None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size = Field(ge=2)
+    v_head_dim: Size
     rope_theta: float = Field(gt=1)
     rope_scaling: YarnScaling | None = None
     # Feed-forward: the first layers dense, the others mixtures of experts.
-    intermediate_size: int = Field(ge=1)
+    intermediate_size: Size
     first_k_dense_replace: int = Field(ge=0)
-    moe_intermediate_size: int = Field(ge=1)
-    n_routed_experts: int = Field(ge=2)
-    n_shared_experts: int = Field(ge=1)
-    num_experts_per_tok: int = Field(ge=1)
-    n_group: int = Field(ge=1)
-    topk_group: int = Field(ge=1)
+    moe_intermediate_size: Size
+    n_routed_experts: Size = Field(ge=2)
+    n_shared_experts: Size
+    num_experts_per_tok: Size
+    n_group: Size
+    topk_group: Size
     norm_topk_prob: bool
     routed_scaling_factor: float = Field(gt=0)
     # Depths of multi-token prediction (DeepSeek-V3 report, section 2.2): 1 also learns the token after the next one.
@@ -185,11 +192,11 @@ class GroupedShape(_Shape):
     """What all decoders with grouped-query attention have."""
 
     model_type: str
-    hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=2)
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size = Field(ge=2)
     rope_theta: float = Field(gt=1)
     rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None
     tie_word_embeddings: bool
@@ -229,7 +236,7 @@ class GroupedArchitecture(GroupedShape):
     """
 
     model_type: Literal["llama", "qwen2", "qwen3"]
-    intermediate_size: int = Field(ge=1)
+    intermediate_size: Size
 
 
 class GroupedMixtureArchitecture(GroupedShape):
@@ -240,9 +247,9 @@ class GroupedMixtureArchitecture(GroupedShape):
     """
 
     model_type: Literal["qwen3_moe"]
-    moe_intermediate_size: int = Field(ge=1)
-    num_experts: int = Field(ge=2)
-    num_experts_per_tok: int = Field(ge=1)
+    moe_intermediate_size: Size
+    num_experts: Size = Field(ge=2)
+    num_experts_per_tok: Size
     norm_topk_prob: bool
 
     @model_validator(mode="after")
@@ -281,12 +288,26 @@ class GroupedMixtureArchitecture(GroupedShape):
 
 
 class _Tokens(_Shape):
-    vocab_size: int = Field(ge=2)
-    max_position_embeddings: int = Field(ge=1)
+    vocab_size: int = Field(ge=2, le=2**31)
+    max_position_embeddings: Positions
     bos_token_id: int = Field(ge=0)
     eos_token_id: int = Field(ge=0)
     # Of the windows that it was trained on last, where that is less than it has positions for.
     training_length: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _the_rotations_fit(self) -> Self:
+        if self.max_position_embeddings * self.rotary_dim > _MOST_ROTATIONS:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings:,} is too many for heads of which "
+                f"{self.rotary_dim:,} numbers turn; at most {_MOST_ROTATIONS // self.rotary_dim:,} are computed"
+            )
+        return self
+
+    @property
+    @abstractmethod
+    def rotary_dim(self) -> int:
+        """How many numbers of a head turn with the position."""
 
     @property
     def window(self) -> int:
@@ -320,6 +341,16 @@ def without_further(architecture: _Described) -> _Described:
     if not isinstance(architecture, LatentArchitecture):
         return architecture
     return architecture.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def layers_and_experts(config: ModelConfig) -> int:
+    """Returns how many layers and experts there are in all; each has tensors of its own."""
+    layers, dense, experts = config.num_hidden_layers, 0, 0
+    if isinstance(config, LatentConfig):
+        layers, dense = layers + config.num_nextn_predict_layers, config.first_k_dense_replace
+    if isinstance(config, MixtureConfig):
+        experts = config.n_routed_experts
+    return layers + (layers - dense) * experts
 
 
 def completed(architecture: Architecture, **tokens: int) -> ModelConfig:

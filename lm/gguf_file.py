@@ -10,7 +10,7 @@ import torch
 from gguf.constants import GGMLQuantizationType, GGUFValueType, TokenType
 
 from lm import gguf_sentencepiece
-from lm.config import ModelConfig
+from lm.config import ModelConfig, layers_and_experts
 from lm.gguf_metadata import config_from, files_of
 from lm.gguf_tensors import EXPANDED, Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import Vocabulary, puts_bos_before, tokenizer_json
@@ -67,6 +67,12 @@ def _load(path: Path) -> Loaded:
         tied="output.weight" not in there,
         factors=None if factors is None else _dequantized(factors),
     )
+    # Before they are listed: a small file may say that there are billions.
+    least, numbers = layers_and_experts(config), sum(tensor.n_elements for tensor in every)
+    if config.num_hidden_layers > len(every) or least > numbers:
+        raise Unfit(
+            f"its metadata say that it has {least:,} layers and experts, more than its {len(every):,} tensors hold"
+        )
     wanted = parts(config, expanded=f"blk.0.{EXPANDED}.weight" in there)
     check_names({name for part in wanted for name in part.names}, there)
     layout = {}

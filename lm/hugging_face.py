@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from lm import fp8
-from lm.config import LatentConfig, ModelConfig
+from lm.config import LatentConfig, ModelConfig, layers_and_experts
 from lm.hugging_face_config import Block, Unusable, block_of, config_from_json, config_to_json
 from lm.hugging_face_files import CONFIG, WEIGHTS, companions, is_of_mtp, read_config, read_json, weight_files
 from lm.hugging_face_layout import Piece, copies_of, layout_to_state, pieces_of, state_to_layout
 from lm.model import LanguageModel
-from lm.weights import Region, Weights, Whole, fill, held_by, on_meta, whole_region
+from lm.weights import Region, Weights, Whole, fill, held_by, on_meta, shapes, whole_region, with_buffers
 
 # Larger weights are written as several files, with an index.
 BYTES_A_FILE = 5_000_000_000
@@ -92,7 +92,7 @@ def opened(folder: Path, mtp: bool = False) -> tuple[LanguageModel, Weights]:
     In fp32, whatever type they have on disk. ``mtp`` and what is raised are as of :func:`check`.
     """
     model, files = _built(folder, mtp)
-    return model, _weights(model, files, _read)
+    return with_buffers(model), _weights(model, files, _read)
 
 
 def check(folder: Path, mtp: bool = False) -> ModelConfig:
@@ -102,10 +102,10 @@ def check(folder: Path, mtp: bool = False) -> ModelConfig:
     has a use for them. Raises :class:`Unusable` that names the tensors that are missing, surplus, or of another shape
     or type. Numbers are read of a head alone that is said to be the embedding, where it is stored as well.
     """
-    config = opened(folder, mtp)[0].config
-    if config.tie_word_embeddings:
-        _check_tied(_Files(folder))
-    return config
+    model, files = _built(folder, mtp)
+    if model.config.tie_word_embeddings:
+        _check_tied(files)
+    return model.config
 
 
 def _check_tied(files: _Files) -> None:
@@ -136,7 +136,7 @@ def mapped(folder: Path) -> LanguageModel:
     and may not be written into: a disk that fails to give it ends the process by a signal.
     """
     model, files = _built(folder)
-    fill(model, _weights(model, files, _where_it_lies))
+    fill(with_buffers(model), _weights(model, files, _where_it_lies))
     return model
 
 
@@ -240,10 +240,17 @@ def left_out(folder: Path) -> int:
 
 
 def _built(folder: Path, mtp: bool = False) -> tuple[LanguageModel, _Files]:
-    """Returns the model in ``folder`` on ``meta``, and the files with its weights, which fit it."""
+    """Returns the model in ``folder``, shapes alone, and the files with its weights, which fit it."""
     config = read_config(folder)
     files = _Files(folder)
-    model = on_meta(_with_depths(config, files.tensors, mtp))
+    config = _with_depths(config, files.tensors, mtp)
+    # Before they are built: a small file may say that there are billions.
+    if (least := layers_and_experts(config)) > len(files.tensors):
+        raise Unusable(
+            f"{CONFIG}: it has {least:,} layers and experts, more than the {len(files.tensors):,} tensors of "
+            f"{_told(files)}; take the one that belongs to these weights"
+        )
+    model = shapes(config)
     _check_weights(model, files)
     return model, files
 
@@ -278,7 +285,7 @@ def _check_weights(model: LanguageModel, files: _Files) -> None:
             scales.add(_check_scale(name, found, files.block))
         elif tensor.type not in _TYPES:
             raise Unusable(f"{tensor.file}: {name} is {tensor.type}; weights of floating point are needed")
-    what = files.names[0] if len(files.names) == 1 else f"{len(files.names)} files of weights"
+    what = _told(files)
     if missing := sorted(wanted.keys() - found.keys()):
         raise Unusable(f"{what}: without {_names(missing)}, which a {model.config.model_type} of this config.json has")
     more = int(files.config.get("num_nextn_predict_layers") or 0)
@@ -309,6 +316,10 @@ def _is_passed_over(name: str, config: ModelConfig, more: int) -> bool:
         return config.tie_word_embeddings
     # DeepSeek-V3's layers of multi-token prediction, where they are not trained.
     return is_of_mtp(name, config.num_hidden_layers, more)
+
+
+def _told(files: _Files) -> str:
+    return files.names[0] if len(files.names) == 1 else f"{len(files.names)} files of weights"
 
 
 def _names(names: list[str]) -> str:

@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the mapping in ``path``. Raises :class:`Unusable` where it holds none."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"{path.name}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise Unusable(f"{path.name}: a mapping is needed, found {type(content).__name__}")

@@ -24,14 +24,23 @@ Whole = Callable[[str], torch.Tensor]
 Make = Callable[[nn.Parameter, Read], torch.Tensor]
 
 
+def shapes(config: ModelConfig) -> LanguageModel:
+    """Returns a model that is shapes alone, on the device ``meta``."""
+    with torch.device("meta"):
+        return LanguageModel(config)
+
+
 def on_meta(config: ModelConfig) -> LanguageModel:
     """Returns a model whose parameters are shapes alone, on the device ``meta``; its buffers are as in a new one."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    return with_buffers(shapes(config))
+
+
+def with_buffers(model: LanguageModel) -> LanguageModel:
+    """Gives ``model``, which is shapes alone, the buffers of a new one, in place, and returns it."""
     for module in model.modules():
         for name, value in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros_like(value, device="cpu"))
-    model.model.rotations = rotations_of(config)
+    model.model.rotations = rotations_of(model.config)
     return model
 
 

@@ -65,7 +65,7 @@ class TrainParams(TrainingParams):
     """Training from scratch, or on from the model that ``init`` names."""
 
     init: str = Field(default=init.SCRATCH, min_length=1)
-    seq_len: int = Field(ge=2)
+    seq_len: int = Field(ge=2, le=2**24)
     # None: that of the model that training starts from.
     model: Annotated[Architecture, Field(discriminator="model_type")] | None
     compression: Compression = "none"

@@ -166,6 +166,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"drop": "blk.1.ffn_up.weight"}, "it lacks blk.1.ffn_up.weight"),
         ({"add": "blk.9.what"}, "it has, beyond what its configuration says, blk.9.what"),
         ({"llama.block_count": 2}, "it has, beyond what its configuration says, blk.2.attn_k.weight, "),
+        ({"llama.block_count": 2**18}, "its metadata say that it has 262,144 layers and experts, more than its 30 ten"),
         ({"llama.feed_forward_length": 71}, r"model.layers.0.mlp.gate_proj.weight would have the shape \(70, 42\)"),
         ({"llama.rope.scaling.type": "longrope"}, "its rope.scaling.type is longrope; a model with none alone can be"),
         ({"llama.rope.scaling.type": "linear"}, "its metadata lack llama.rope.scaling.factor; with linear scaling a"),
@@ -199,6 +200,13 @@ def test_a_file_that_does_not_fit_is_named_with_its_fault(
     more = dict.fromkeys(add, np.zeros(3, np.float32))
     path = edited(written(folder), tmp_path / "other.gguf", values, without, drop, more)
     with pytest.raises(Unfit, match=rf"^{path}: {message}"):
+        gguf_file.load(path)
+
+
+def test_more_experts_than_there_are_numbers_are_refused_before_they_are_listed(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path, odd.make_grouped_mixture)
+    path = edited(written(folder), tmp_path / "other.gguf", {"qwen3moe.expert_count": 2**18})
+    with pytest.raises(Unfit, match="say that it has 786,435 layers and experts, more than its 39 tensors hold"):
         gguf_file.load(path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from odd import make_grouped, make_model
+from odd import make_grouped, make_grouped_mixture, make_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -214,6 +214,41 @@ def test_weights_that_do_not_fit_are_named(change: Any, said: str, tokenizer_fil
     for read in (hugging_face.check, hugging_face.load):
         with pytest.raises(hugging_face.Unusable, match=said):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (make_grouped, {"num_hidden_layers": 20_000}),
+        (make_grouped_mixture, {"num_experts": 20_000}),
+        (make_model, {"n_routed_experts": 20_000}),
+        (lambda: make_model(num_nextn_predict_layers=1), {"num_nextn_predict_layers": 20_000}),
+    ],
+)
+def test_more_layers_and_experts_than_there_are_tensors_are_refused_before_they_are_built(
+    make: Any, changes: dict[str, int], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    hugging_face.save(make(), tokenizer_file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(hugging_face.Unusable, match=r"config\.json: it has [\d,]+ layers and experts, more than the "):
+        hugging_face.check(tmp_path, mtp=True)
+
+
+def test_a_checkpoint_is_checked_without_the_rotations_of_all_its_positions(
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hugging_face.save(make_grouped(), tokenizer_file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 10_485_760}))
+    monkeypatch.setattr("lm.weights.rotations_of", None)
+    assert hugging_face.check(tmp_path).max_position_embeddings == 10_485_760
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 200_000 + "]" * 200_000 + "}")
+    with pytest.raises(hugging_face.Unusable, match=r"^config\.json: not JSON \("):
+        hugging_face.check(tmp_path)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tokenizer_file: Path, tmp_path: Path) -> None:
