@@ -90,11 +90,28 @@ def _load(path: Path) -> Loaded:
 
 def _opened(path: Path, first: bool) -> tuple[gguf.GGUFReader, dict[str, Any]]:
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         return reader, {key: _content(field) for key, field in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         where = "" if first else f"{path.name}: "
-        raise Unfit(f"{where}damaged, or no GGUF file ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unfit(f"{where}damaged, or no GGUF file ({reason})") from None
+
+
+class _Reader(gguf.GGUFReader):
+    """Refuses lists that are longer than the file, to whose end gguf would go, and lists of lists, into which it would.
+
+    llama.cpp writes none of either.
+    """
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == GGUFValueType.ARRAY:
+            kind, length = self._get(orig_offs, np.uint32)[0], self._get(orig_offs + 4, np.uint64)[0]
+            if kind == GGUFValueType.ARRAY:
+                raise ValueError("a list of lists in its metadata")
+            if length > len(self.data) - orig_offs:
+                raise ValueError(f"a list of {length:,} in a file of {len(self.data):,} bytes")
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def _content(field: gguf.ReaderField) -> Any:

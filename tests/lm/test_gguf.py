@@ -1,5 +1,6 @@
 """GGUF: llama.cpp writes and reads the same tokens as the model that went in, and the same model comes out again."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import odd
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf_files import SIZE, edited, make_checkpoint, split, written
 
 from lm import gguf_file, gguf_write
@@ -227,6 +228,22 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(Unfit, match=rf"^{path}: damaged, or no GGUF file"):
             gguf_file.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (struct.pack("<IQ", GGUFValueType.UINT32, 2**60), "a list of 1,152,921,504,606,846,976 in a file of 49 bytes"),
+        (struct.pack("<IQ", GGUFValueType.ARRAY, 1) * 3000, "a list of lists in its metadata"),
+    ],
+    ids=["long", "nested"],
+)
+def test_a_list_that_the_file_cannot_hold_is_not_followed(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    key = struct.pack("<Q", 1) + b"k" + struct.pack("<I", GGUFValueType.ARRAY)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + content)
+    with pytest.raises(Unfit, match=rf"^{path}: damaged, or no GGUF file \({said}\)$"):
+        gguf_file.load(path)
 
 
 def test_a_model_in_several_files_is_read_as_one_from_the_first(tmp_path: Path) -> None:
