@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from tasks.errors import BadInput
 from tasks.ingest.record import Fields, Record, Rejection, accept, label, listed, missing, reject
 
-ROWS_PER_BATCH = 4096
+# A value may lie in a file once and be that of every row, so few are decoded at a time.
+ROWS_PER_BATCH = 16
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 

@@ -6,23 +6,26 @@ from collections.abc import Iterator
 from tasks.ingest.lines import BLOCK_BYTES, LongLine, Readable
 from tasks.ingest.record import Fields, Record, Rejection, accept, reject
 
+# A text is held whole, and so may be as long as so many of the longest lines: a hundred books by default.
+LONGEST_LINES = 100
 _NO_FIELDS = Fields(text="", document=(), group=None)
 
 
 def read_text(stream: Readable, max_line_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Record | Rejection]:
-    """Yields the file's one record, or its rejection; a file with a line over the limit is not held in memory.
+    """Yields the file's one record, or its rejection; a file with a line over the limit is not held in memory, nor one
+    that is ``LONGEST_LINES`` times as long.
 
     A file without text yields nothing: unlike an empty record among others, it is no sign of a damaged source.
     """
     whole = LongLine(1)
     chunks: list[bytes] = []
-    line_bytes, too_long = 0, False
+    line_bytes, text_bytes, too_long = 0, 0, False
     while chunk := stream.read(block_bytes):
         whole.add(chunk)
         first, *others = chunk.split(b"\n")
         lengths = [line_bytes + len(first), *(len(line) for line in others)]
-        line_bytes = lengths[-1]
-        too_long = too_long or max(lengths) > max_line_bytes
+        line_bytes, text_bytes = lengths[-1], text_bytes + len(chunk)
+        too_long = too_long or max(lengths) > max_line_bytes or text_bytes > LONGEST_LINES * max_line_bytes
         if too_long:
             chunks.clear()
         else:

@@ -280,6 +280,8 @@ def test_blocks_and_long_lines_together_are_the_lines_of_the_file(
         ("\ufeffcafé".encode("utf-16-le"), "not UTF-8"),
         (b"short\n" + b"x" * (LIMIT + 1) + b"\nshort", "line too long"),
         (b"x\n" * LIMIT, "x\n" * LIMIT),
+        (b"x\n" * 50 * LIMIT, "x\n" * 50 * LIMIT),
+        (b"x\n" * 50 * LIMIT + b"x", "line too long"),
     ],
 )
 def test_a_text_file_is_one_record(data: bytes, expected: str, block_bytes: int) -> None:
@@ -411,6 +413,30 @@ def test_parquet_rows_are_rejected_one_by_one(tmp_path: Path) -> None:
     assert [record.line for record in records] == [1, 2, 3, 4, 5, 6]
     details = [record.detail for record in records if isinstance(record, Rejection)]
     assert details == ["'text' is null", "", "", f"{LIMIT + 1:,} bytes"]
+
+
+def test_a_text_that_a_small_file_becomes_is_rejected_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    text = b"x\n" * 2**24
+    path.write_bytes(gzip.compress(text))
+    tracemalloc.start()
+    (rejection,) = FileReader(path, source("txt"), LIMIT, block_bytes=65536)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(rejection, Rejection)
+    assert rejection.digest == xxhash.xxh3_128_hexdigest(text)
+    assert rejection.detail == "33,554,432 bytes"
+    assert peak < 16 * 2**20
+
+
+def test_a_value_that_many_rows_of_parquet_have_is_not_held_once_for_each(tmp_path: Path) -> None:
+    path = tmp_path / "file.parquet"
+    pq.write_table(table([b"x" * 2**20] * 500), path, compression="zstd")
+    before = pa.total_allocated_bytes()
+    records = iter(FileReader(path, source("parquet"), LIMIT))
+    assert outcome(next(records)) == "line too long"
+    assert pa.total_allocated_bytes() - before < 64 * 2**20
+    assert len(list(records)) == 499
 
 
 @pytest.mark.parametrize(
