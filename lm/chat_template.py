@@ -8,7 +8,7 @@ that the tokenizer calls special, or that the template writes.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
@@ -19,7 +19,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 FILE = "chat_template.jinja"
@@ -71,6 +72,9 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise Malformed(f"{place}: not a chat template: line {error.lineno}: {error.message}") from None
+        # Python compiles what jinja2 makes of it, and may refuse that by anything.
+        except Exception as error:
+            raise Malformed(f"{place}: not a chat template: {_told(error)}") from None
         added = tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
         self._controls = _controls(
@@ -105,8 +109,7 @@ class ChatTemplate:
             )
         # A template is a program from outside: what it raises is anything.
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise Unrenderable(f"the model's chat template refuses this conversation: {reason}") from None
+            raise Unrenderable(f"the model's chat template refuses this conversation: {_told(error)}") from None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of :meth:`render`: the template's control tokens as such, those in messages as text."""
@@ -217,6 +220,10 @@ class ChatTemplate:
         return Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
 
 
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _is_answer(message: Message) -> bool:
     return message.role == "assistant" and bool(message.content.strip())
 
@@ -253,10 +260,30 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's own, in which products, powers and repetitions are no longer than a range may be in that."""
+
+    # What is in here is not computed while a template is compiled either.
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _length(operator, left, right) > MAX_RANGE:
+            raise jinja2.TemplateRuntimeError(f"what {operator} makes is too long; at most {MAX_RANGE:,} is computed")
+        return super().call_binop(context, operator, left, right)
+
+
+def _length(operator: str, left: object, right: object) -> int:
+    """Returns how many bits a whole number, or how many items a repetition, may come to; 0 for anything else."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    for repeated, times in ((left, right), (right, left)):
+        if isinstance(repeated, Sized) and isinstance(times, int):
+            return len(repeated) * times
+    return 0
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     # Jinja's own escapes what HTML needs escaped.
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
@@ -293,7 +320,7 @@ def source_in(folder: Path) -> tuple[Path, str] | None:
             return place, place.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise Malformed(f"{place}: not UTF-8") from None
-    found = _older(settings_in(folder).get("chat_template"))
+    found = _older(folder / SETTINGS, settings_in(folder).get("chat_template"))
     return None if found is None else (folder / SETTINGS, found)
 
 
@@ -304,16 +331,18 @@ def settings_in(folder: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed(f"{file}: damaged, or not what its name says ({error})") from None
     if not isinstance(content, dict):
         raise Malformed(f"{file}: no JSON object")
     return content
 
 
-def _older(entry: object) -> str | None:
+def _older(file: Path, entry: object) -> str | None:
     """Returns the template in ``tokenizer_config.json``, where it stood before it had a file: a text, or named ones."""
     if isinstance(entry, list):
+        if not all(isinstance(one, dict) for one in entry):
+            raise Malformed(f"{file}: chat_template lists what is no object with a name and a template")
         entry = next((one.get("template") for one in entry if one.get("name") == "default"), None)
     return entry if isinstance(entry, str) else None
 

@@ -192,6 +192,15 @@ def cut_off(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"bos')
 
 
+def nested(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"a":' + "[" * 200_000 + "]" * 200_000 + "}")
+
+
+def of_texts(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": ["x"]}')
+
+
 def of_bytes(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff")
 
@@ -206,7 +215,20 @@ def of_bytes(folder: Path) -> None:
         ),
         ("{% if %}", None, "chat_template.jinja: not a chat template: line 1: Expected an expression"),
         ("x", cut_off, "tokenizer_config.json: damaged, or not what its name says (Unterminated string"),
+        ("x", nested, "tokenizer_config.json: damaged, or not what its name says (maximum recursion depth"),
+        ("x", of_texts, "tokenizer_config.json: chat_template lists what is no object with a name and a template"),
         ("x", of_bytes, "chat_template.jinja: not UTF-8"),
+        (
+            "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
+            None,
+            "chat_template.jinja: not a chat template: too many statically nested blocks",
+        ),
+        (
+            "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+            None,
+            "chat_template.jinja: not a chat template: maximum recursion depth exceeded",
+        ),
+        ("{{ " + "9" * 5000 + " }}", None, "chat_template.jinja: not a chat template: Exceeds the limit (4300 digits)"),
     ],
 )
 def test_a_malformed_template_is_one_line(
@@ -229,6 +251,13 @@ def test_a_malformed_template_is_one_line(
         ("{{ nobody.knows }}", "'nobody' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages + 1 }}", "can only concatenate list"),
+        ("{{ 9 ** (9 ** 6) }}", "what ** makes is too long; at most 100,000 is computed"),
+        (
+            "{% set ns = namespace(n=9) %}{% for i in range(20) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+            "what * makes",
+        ),
+        ("{{ 'ab' * 50001 }}", "what * makes is too long"),
+        ("{{ (100001 * [messages]) | length }}", "what * makes is too long"),
         ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ],
@@ -239,6 +268,11 @@ def test_a_template_that_refuses_or_fails_is_one_line(tmp_path: Path, source: st
         template.encode([TALK[1]])
     assert reason in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_a_template_multiplies_and_repeats_as_long_as_it_is_not_too_much(tmp_path: Path) -> None:
+    source = "{{ 2 ** 10 }} {{ 2 ** -1 }} {{ 1.5 * 4 }} {{ 3 * 4 }} {{ ' ' * 4 }}| {{ [1] * 2 }} {{ 'x' * -1 }}|"
+    assert write(tmp_path, source).render([TALK[1]]) == "1024 0.5 6.0 12     | [1, 1] |"
 
 
 def test_it_needs_neither_torch_nor_transformers() -> None:
