@@ -39,8 +39,9 @@ _SECONDS_TOGETHER = 0.1
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Returns the environment variables of one training process."""
-    return {"OMP_NUM_THREADS": str(threads), **native.SETTINGS}
+    """Returns the environment variables of one training process. A level of torch's log that is set is left."""
+    level = {name: value for name, value in os.environ.items() if name == "TORCH_CPP_LOG_LEVEL"}
+    return {"OMP_NUM_THREADS": str(threads), **native.SETTINGS, **level}
 
 
 def launch(module: str, params: TrainingParams) -> None:

@@ -7,6 +7,7 @@ to 5,000 tokens a second on one core.
 
 import os
 import sys
+from collections.abc import Mapping
 
 _TUNABLES = ":".join(
     [
@@ -19,6 +20,8 @@ _TUNABLES = ":".join(
 )
 # Torch's warnings about what is meant as it is (`find_unused_parameters`) would come from every process.
 SETTINGS = {"GLIBC_TUNABLES": _TUNABLES, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+# What torch reads when it is imported; a fork of a process that has done so never reads it.
+_READ_ONCE = ("TORCH_CPP_LOG_LEVEL", "TORCH_DISTRIBUTED_DEBUG")
 
 
 def settle() -> None:
@@ -30,7 +33,19 @@ def settle() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if not is_set:
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        _begin_anew()
+
+
+def settle_on(variables: Mapping[str, str]) -> None:
+    """Sets ``variables``, and starts this program anew where torch, which is imported by now, has read others."""
+    is_read = all(os.environ.get(name) == variables[name] for name in _READ_ONCE if name in variables)
+    os.environ.update(variables)
+    if not is_read:
+        _begin_anew()
+
+
+def _begin_anew() -> None:
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def compute_repeatably() -> None:

@@ -70,7 +70,10 @@ class Traffic:
         self._seen = entries[-1]["record_id"]
         if self._sent is not None:
             sizes = {group.group_name: group.size() for group in distributed_c10d._world.pg_map}
-            self._sent += sum(sent_by(entry, sizes[entry["process_group"][0]]) for entry in entries)
+            # With TORCH_DISTRIBUTED_DEBUG=DETAIL gloo's groups are wrapped, and have no name by themselves.
+            known = all(entry["process_group"][0] in sizes for entry in entries)
+            sent = (sent_by(entry, sizes[entry["process_group"][0]]) for entry in entries)
+            self._sent = self._sent + sum(sent) if known else None
         return len(entries)
 
 

@@ -27,7 +27,7 @@ def main() -> None:
     if params.compile:
         compiled.check()
     check_device("train", params, machines.nproc_per_node if machines else None)
-    os.environ.update(communication.environment_here(params.communication, params.device))
+    native.settle_on(communication.environment_here(params.communication, params.device))
     manifest = read_manifest()
     manifest.check_tokenizer(paths.SHARDS)
     start.check(params, manifest)

@@ -169,6 +169,16 @@ class TrainParams(TrainingParams):
         return self
 
     @model_validator(mode="after")
+    def _torch_outlives_what_it_tells(self) -> Self:
+        plain = self.layout.is_replicated and self.compression == "none" and not self.diloco.inner_steps
+        # torch 2.13: DDP's logger takes the wrapper that checks collectives for gloo's group itself (SIGSEGV).
+        if self.communication.debug == "detail" and self.device == "cpu" and self.world_size > 1 and plain:
+            raise ValueError(
+                "communication.debug detail ends torch where it averages whole gradients on CPUs; set it to info"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _what_is_kept_can_be_seen(self) -> Self:
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError(

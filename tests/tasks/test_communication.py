@@ -87,6 +87,25 @@ def test_a_group_that_loses_patience_before_the_heartbeat_is_refused(tmp_path: P
     assert "communication.timeout_seconds 600 is not above hang_timeout_seconds 600; raise it" in str(refused.value)
 
 
+def test_what_ends_torch_is_refused(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__communication__debug="detail")
+    with pytest.raises(BadParameter, match=r"communication\.debug detail ends torch .* on CPUs; set it to info"):
+        read_section("train", TrainParams, tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(("debug", "mesh"), [("off", {}), ("info", {}), ("detail", {"shard": 2})], ids=str)
+def test_torch_s_own_log_is_printed_where_it_is_asked_for(debug: str, mesh: dict[str, int], tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, train__steps=2, train__communication__debug=debug, train__mesh=mesh)
+    tiny.write_shards(tmp_path)
+    process = tiny.stage("train", tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    # That of each rank, which is a fork, and not of the launcher alone.
+    assert all((f"[rank{rank}]:[I" in output) is (debug != "off") for rank in (0, 1)), output
+    assert ("[I" in output) is (debug != "off")
+    assert ("Running collective" in output) is (debug == "detail")
+
+
 def test_only_the_algorithm_is_part_of_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     keys = []

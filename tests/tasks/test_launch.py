@@ -12,6 +12,7 @@ import pytest
 import ranks
 
 from tasks.errors import EXIT_TRY_AGAIN
+from tasks.launch import worker_environment
 
 
 def start(folder: Path, do: str, device: str = "cpu") -> BaseProcess:
@@ -34,6 +35,13 @@ def pids(folder: Path) -> list[int]:
 def test_ranks_find_each_other(tmp_path: Path, device: str) -> None:
     assert forked.end([start(tmp_path, "meet", device)]) == [0], (tmp_path / "log").read_text()
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["0 of 2: 3", "1 of 2: 3"]
+
+
+def test_a_level_of_torch_s_log_that_is_set_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    assert worker_environment(1)["TORCH_CPP_LOG_LEVEL"] == "INFO"
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    assert worker_environment(1)["TORCH_CPP_LOG_LEVEL"] == "ERROR"
 
 
 def test_one_that_fails_takes_the_others_along_and_is_named(tmp_path: Path) -> None:
