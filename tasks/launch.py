@@ -30,10 +30,10 @@ from tasks.errors import (
 from tasks.training_params import TrainingParams
 from tasks.world import die_with_parent, tell_apart
 
-# torchrun's own: until a process that is told to end is killed.
-SECONDS_TO_STOP = 30.0
 # What ends a stage at once. SIGTERM is another matter: it leaves a checkpoint.
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# Until a process that has not ended in ``stop_seconds`` is killed.
+_SECONDS_TO_END = 10.0
 # One that fails takes others along: which of them failed in the same moment.
 _SECONDS_TOGETHER = 0.1
 
@@ -86,7 +86,7 @@ def launch(module: str, params: TrainingParams) -> None:
             failed = _failed(ranks)
             del store
         finally:
-            _end(ranks)
+            _end(ranks, seconds_to_stop(params))
     if failed:
         tell(failed, told.is_set())
         raise RuntimeError(f"of the processes of {module} failed, by rank, with exit code: {failed}; see above why")
@@ -116,10 +116,15 @@ def _failed(ranks: Sequence[BaseProcess]) -> dict[int, int]:
     return {number: rank.exitcode for number, rank in enumerate(ranks) if rank.exitcode}
 
 
-def _end(ranks: Sequence[BaseProcess]) -> None:
+def seconds_to_stop(params: TrainingParams) -> float:
+    """Returns after how many seconds a process that is told to end is killed."""
+    return params.stop_seconds + _SECONDS_TO_END
+
+
+def _end(ranks: Sequence[BaseProcess], seconds: float) -> None:
     for rank in ranks:
         rank.terminate()
-    deadline = time.monotonic() + SECONDS_TO_STOP
+    deadline = time.monotonic() + seconds
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
         if rank.is_alive():

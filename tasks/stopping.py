@@ -2,7 +2,7 @@
 
 The signal only leaves a note. The processes agree at the end of a step that one of them has it, save a checkpoint of
 that same step, and end. Who is stuck in a step, be it in a collective that waits for another process for ever, ends
-without after ``SECONDS_TO_STOP``: the last checkpoint is there.
+without after ``stop_seconds``: the last checkpoint is there.
 """
 
 import contextlib
@@ -13,9 +13,6 @@ from collections.abc import Iterator
 
 from tasks.errors import EXIT_STOPPED
 
-# Clouds give 30 s and more between the notice and the end.
-SECONDS_TO_STOP = 20.0
-
 
 class Stop:
     """Whether this process was told to end."""
@@ -25,7 +22,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def noted(seconds: float = SECONDS_TO_STOP) -> Iterator[Stop]:
+def noted(seconds: float) -> Iterator[Stop]:
     """Yields a :class:`Stop`, which SIGTERM sets. The block has ``seconds`` from then on, or the process ends."""
     stop, left = Stop(), threading.Event()
     awake, wake = os.pipe()

@@ -94,7 +94,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
         progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
-    with stopping.noted() as stop, run.meter.seeing_waits():
+    with stopping.noted(params.stop_seconds) as stop, run.meter.seeing_waits():
         if measure_first and not done and not run.measured_before(stop):
             _stop(checkpoints, world, progress, done)
         # A validation may have been broken off, behind the checkpoint that this goes on from.

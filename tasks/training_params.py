@@ -43,6 +43,8 @@ class TrainingParams(Section):
     elastic: bool = operational(default=False)
     max_skipped_steps: int = operational(default=3, ge=0)
     hang_timeout_seconds: float = operational(default=600.0, gt=0, le=1e7)
+    # Clouds give 30 s and more between the notice and the end.
+    stop_seconds: float = operational(default=20.0, gt=0, le=1e7)
     keep_checkpoints: int = operational(default=2, ge=1)
 
     @property

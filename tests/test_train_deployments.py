@@ -1,6 +1,7 @@
 """Slurm's script and the Kubernetes manifest start what docs/train-on-many-machines.md says they do."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,9 +13,12 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks.errors import EXIT_TRY_AGAIN, EXIT_USER_MISTAKE
+from tasks.launch import seconds_to_stop
+from tasks.training_params import TrainingParams
 
 DEPLOYMENTS = Path(__file__).parent.parent / "deployments"
 SCRIPT = DEPLOYMENTS / "train.sbatch"
+DOCUMENT = DEPLOYMENTS.parent / "docs/train-on-many-machines.md"
 
 SCONTROL = """\
 #!/bin/sh
@@ -116,13 +120,10 @@ def test_slurm_repeats_only_what_may_pass(
     assert (tmp_path / "requeued").exists() is again
 
 
-def test_slurm_gives_notice_before_it_ends_a_job() -> None:
+def test_slurm_puts_a_job_back_and_starts_one_task_a_machine() -> None:
     options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "--requeue" in options
     assert "--ntasks-per-node=1" in options
-    (seconds,) = [option.partition("@")[2] for option in options if option.startswith("--signal=B:USR1@")]
-    # Twenty for a step that does not end, the rest for a checkpoint: see tasks/stopping.py.
-    assert int(seconds) >= 60
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,11 @@ def test_the_pods_of_kubernetes_meet_at_the_first(
         command = [*container["command"], *container["args"]]
         told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert told == f"is_host={is_host} -m tasks.train\n"
+
+
+def test_slurm_and_kubernetes_wait_for_as_long_as_the_document_says(manifest: dict[str, dict[str, Any]]) -> None:
+    (told,) = re.findall(r"give (\d+) s, enough for `stop_seconds: (\d+)`", DOCUMENT.read_text())
+    given, seconds = map(int, told)
+    assert seconds_to_stop(TrainingParams.model_construct(stop_seconds=seconds)) < given
+    assert manifest["Job"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == given
+    assert f"#SBATCH --signal=B:USR1@{given}\n" in SCRIPT.read_text()

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from tasks import paths
 from tasks.errors import EXIT_STOPPED, EXIT_USER_MISTAKE, BadParameter, TryAgain
-from tasks.launch import ENDING, SECONDS_TO_STOP, sigterm_passed_on, tell, worker_environment
+from tasks.launch import ENDING, seconds_to_stop, sigterm_passed_on, tell, worker_environment
 from tasks.train.communication import address_here
 from tasks.train.params import TrainParams
 
@@ -54,6 +54,8 @@ def asked(params: TrainParams, variables: Mapping[str, str]) -> LaunchConfig | N
                 "Make it a multiple, or set PET_NPROC_PER_NODE."
             )
         config.nproc_per_node = params.world_size // most
+    if "PET_SHUTDOWN_TIMEOUT" not in variables:
+        config.shutdown_timeout = math.ceil(seconds_to_stop(params))
     _check_every_number(params, config)
     config.local_addr = config.local_addr or address_here(params.communication)
     return config
@@ -105,7 +107,7 @@ class _Agent(LocalElasticAgent):
             spec=spec,
             logs_specs=config.logs_specs,  # type: ignore[arg-type]
             start_method=config.start_method,
-            shutdown_timeout=config.shutdown_timeout or round(SECONDS_TO_STOP),
+            shutdown_timeout=config.shutdown_timeout,  # type: ignore[arg-type]
         )
         self._told = told
 

@@ -15,9 +15,9 @@ from tasks.errors import EXIT_TRY_AGAIN
 from tasks.launch import worker_environment
 
 
-def start(folder: Path, do: str, device: str = "cpu") -> BaseProcess:
+def start(folder: Path, do: str, device: str = "cpu", **variables: str) -> BaseProcess:
     place = {"PYTHONPATH": os.pathsep.join([str(Path(ranks.__file__).parent), str(Path(__file__).parents[2])])}
-    return forked.call(ranks.start, folder, folder / "log", {"DO": do, "DEVICE": device, **place})
+    return forked.call(ranks.start, folder, folder / "log", {"DO": do, "DEVICE": device, **place, **variables})
 
 
 def pids(folder: Path) -> list[int]:
@@ -50,6 +50,11 @@ def test_one_that_fails_takes_the_others_along_and_is_named(tmp_path: Path) -> N
         "RuntimeError: of the processes of ranks failed, by rank, with exit code: {1: 3}"
         in (tmp_path / "log").read_text()
     )
+    assert not any(map(psutil.pid_exists, pids(tmp_path)))
+
+
+def test_one_that_does_not_end_is_killed_after_stop_seconds(tmp_path: Path) -> None:
+    assert forked.end([start(tmp_path, "fail deaf", STOP_SECONDS="0.5")], 15) == [1]
     assert not any(map(psutil.pid_exists, pids(tmp_path)))
 
 

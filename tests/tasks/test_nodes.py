@@ -279,6 +279,18 @@ def test_machines_that_cannot_train_together_are_one_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("variables", "expected"), [({}, 110), ({"PET_SHUTDOWN_TIMEOUT": "5"}, 5)], ids=str)
+def test_a_machine_s_processes_have_stop_seconds_until_they_are_killed(
+    variables: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 3, train__stop_seconds=100.0)
+    for name, value in {**MANY, **variables}.items():
+        monkeypatch.setenv(name, value)
+    config = nodes.asked(read_section("train", TrainParams, tmp_path / "params.yaml"), {**MANY, **variables})
+    assert config is not None
+    assert config.shutdown_timeout == expected
+
+
 def test_one_machine_asks_for_none(tmp_path: Path) -> None:
     tiny.write_params(tmp_path)
     assert nodes.asked(read_section("train", TrainParams, tmp_path / "params.yaml"), {"PET_NNODES": "1"}) is None

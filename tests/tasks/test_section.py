@@ -121,6 +121,10 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
             "train.hang_timeout_seconds: .*less than or equal to 10000000.* quantize.hang_timeout_seconds: .*less than",
         ),
         (
+            DEFAULT.replace(b" stop_seconds: 20.0", b" stop_seconds: 0.0"),
+            "train.stop_seconds: .*greater than 0.* quantize.stop_seconds: .*greater than 0",
+        ),
+        (
             DEFAULT.replace(b" timeout_seconds: null", b" timeout_seconds: 1.0e+15"),
             "train.communication.timeout_seconds: .*less than or equal to 10000000",
         ),

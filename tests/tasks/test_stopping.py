@@ -182,6 +182,20 @@ def test_who_is_stuck_in_a_step_ends_without_its_end() -> None:
     assert process.wait(10) == EXIT_STOPPED
 
 
+def test_a_process_that_needs_more_than_stop_seconds_leaves_no_checkpoint(project: Path) -> None:
+    tiny.write_params(project, train__checkpoint_every=1000, train__steps=60, train__stop_seconds=0.2)
+    log = project / "log"
+    ranks = forked.start([project, project], log, forked.validate_slowly)
+    deadline = time.monotonic() + 60
+    while not (project / "validating").exists():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.terminate()
+    assert forked.end(ranks, 15) == [EXIT_STOPPED] * 2, log.read_text()
+    assert not saved(project)
+
+
 def test_afterwards_the_signal_does_what_it_did() -> None:
     from tasks import stopping
 
