@@ -74,7 +74,7 @@ def test_slurm_starts_an_agent_on_each_machine_that_meets_the_others_at_the_firs
         "PET_RDZV_ID=overnight-41234",
     ]
     assert command == (
-        "--ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 --wait=0 .venv/bin/python -m tasks.train"
+        "--ntasks-per-node=1 --cpu-bind=none --no-kill --kill-on-bad-exit=0 --wait=0 .venv/bin/python -m tasks.train"
     )  # fmt: skip
     assert not (tmp_path / "requeued").exists()
 
@@ -120,10 +120,12 @@ def test_slurm_repeats_only_what_may_pass(
     assert (tmp_path / "requeued").exists() is again
 
 
-def test_slurm_puts_a_job_back_and_starts_one_task_a_machine() -> None:
+def test_slurm_puts_a_job_back_and_gives_it_one_task_a_machine_and_all_of_that() -> None:
     options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "--requeue" in options
     assert "--ntasks-per-node=1" in options
+    # Else that task has one core, and the memory of one.
+    assert {"--exclusive", "--mem=0"} <= {*options}
 
 
 @pytest.fixture(scope="module")
