@@ -85,7 +85,12 @@ def read(side: str, million: int, folder: Path) -> None:
     """Reads what :func:`write` has written."""
     watch, began = Watch(), time.perf_counter()
     if side == OURS:
-        Checkpoints("train", "inputs", kept=2, root=folder).load_latest()
+        checkpoints = Checkpoints("train", "inputs", kept=2, root=folder)
+        loaded = checkpoints.load_latest()
+        assert loaded is not None
+        # As a training takes it over: the file is mapped.
+        state = {name: value.clone() for name, value in loaded["state"].items()}
+        checkpoints.confirm()
     else:
         warnings.simplefilter("ignore")
         state = {f"{key}.{number}": torch.empty(2**10, 2**10) for key in KEYS for number in range(million)}

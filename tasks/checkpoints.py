@@ -4,7 +4,6 @@ What all processes share is one file, which one of them writes. The weights of a
 it, in a folder to which each adds a file; the first file, written last, holds the digests of those.
 """
 
-import io
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from tasks.world import World
 
 KEPT_RUNS = 3
 _SECONDS_TO_TELL = 1.0
-_BLOCK = 2**26
+_BLOCK = 2**24
 
 
 class Checkpoints:
@@ -45,6 +44,8 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         # Of those that write parts of one checkpoint.
         self._is_first = True
+        # Files that are read from as what was loaded of them is copied, and which files these are on the disk.
+        self._mapped: dict[Path, tuple[int, int]] = {}
         self.digest = ""
         """Of the file that was loaded last, of what all processes share."""
         self.none_intact = False
@@ -146,7 +147,7 @@ class Checkpoints:
             if state is not None:
                 self.none_intact = False
                 if not part:
-                    self.digest = file.stem.rpartition("-")[2]
+                    self.digest = _named_digest(file)
                 return state
             self.none_intact = True
             # Of parts, each process has looked at others.
@@ -165,12 +166,15 @@ class Checkpoints:
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
         try:
-            content, digest = self._content(file)
+            with file.open("rb") as opened:
+                if self._digest(opened) != _named_digest(file):
+                    return None, file, parts.DAMAGED
+                # Mapped, so that the processes of a machine share its pages; by the descriptor, so that it is the very
+                # file that was checked. Its bytes are read when they are copied: see `confirm`.
+                state: dict[str, Any] = torch.load(f"/proc/self/fd/{opened.fileno()}", mmap=True, weights_only=True)
+                self._mapped[file] = _place(opened)
         except OSError as error:
             return None, file, f"cannot be read ({error.strerror})"
-        if digest != file.stem.rpartition("-")[2]:
-            return None, file, parts.DAMAGED
-        state: dict[str, Any] = torch.load(content, weights_only=True)
         self.moved()
         if state.pop("key") != file.parent.name:
             return None, file, "checkpoint of other inputs"
@@ -181,16 +185,29 @@ class Checkpoints:
             state["parts"] = folder
         return state, file, ""
 
-    def _content(self, file: Path) -> tuple[io.BytesIO, str]:
-        # Read once: what is loaded is what was checked. Gradients are not there yet, so that it fits where writing did.
-        content, digest = io.BytesIO(), xxhash.xxh3_128()
-        with file.open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                content.write(block)
-                digest.update(block)
-                self.moved()
-        content.seek(0)
-        return content, digest.hexdigest()
+    def confirm(self) -> None:
+        """Raises :class:`TryAgain` where a file that was loaded is no longer what was checked.
+
+        To be called when what is needed of the states that were loaded has been copied.
+        """
+        for file, place in self._mapped.items():
+            try:
+                with file.open("rb") as opened:
+                    intact = _place(opened) == place and self._digest(opened) == _named_digest(file)
+            except OSError:
+                intact = False
+            if not intact:
+                raise TryAgain(
+                    f"{file}: the checkpoint changed while it was read. Run again to go on from what is intact."
+                )
+        self._mapped.clear()
+
+    def _digest(self, opened: BinaryIO) -> str:
+        digest = xxhash.xxh3_128()
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+            self.moved()
+        return digest.hexdigest()
 
     def forget_others(self) -> None:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them.
@@ -286,6 +303,15 @@ def _parts(folder: Path, step: int) -> Path:
 
 def _step(file: Path) -> int:
     return int(file.name.split("-")[1])
+
+
+def _named_digest(file: Path) -> str:
+    return file.stem.rpartition("-")[2]
+
+
+def _place(opened: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(opened.fileno())
+    return found.st_dev, found.st_ino
 
 
 def _copy(value: Any) -> Any:

@@ -87,6 +87,7 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
     if run.exchange.in_parts:
         checkpoints.keep_one_before()
     done = run.restore(agreed(checkpoints, world, run.exchange.reads))
+    checkpoints.confirm()
     if done < params.steps and run.curve.processes[-1:] != [world.size]:
         run.curve.processes.append(world.size)
     progress.begin("training", done)

@@ -48,7 +48,7 @@ class Alone:
 
     def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
         self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
-        optimizer.load_state_dict(optimizer_state)
+        whole.take_optimizer_state(optimizer, optimizer_state)
 
     def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
         parts.load(self.model, optimizer, folder, rest)

@@ -105,7 +105,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
         number: {key: part(value, parameters[number]) if value.dim() else value for key, value in own.items()}
         for number, own in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": entries})
+    take_optimizer_state(optimizer, {**state, "state": entries})
+
+
+def take_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Has ``optimizer`` load ``state`` and keep nothing of it, as it does of what lies on its parameters' device."""
+    optimizer.load_state_dict(state)
+    for own in optimizer.state.values():
+        here = {key: value for key, value in own.items() if isinstance(value, torch.Tensor) and value.is_cpu}
+        own.update({key: value.clone() for key, value in here.items()})
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from tasks import atomic
 from tasks.checkpoints import Checkpoints, agreed
 from tasks.digest import digest_of
 from tasks.errors import DiskFull, TryAgain
+from tasks.parallel.whole import take_optimizer_state
 
 
 @pytest.fixture
@@ -68,6 +69,74 @@ def test_reading_one_is_told_block_by_block(checkpoints: Checkpoints, monkeypatc
     assert state is not None
     assert torch.equal(state["model"], torch.arange(10_000))
     assert len(told) >= 80_000 // 2**12
+
+
+def own_memory() -> int:
+    """Of this process, in bytes, without pages of files."""
+    (kilobytes,) = re.findall(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(kilobytes)
+
+
+def test_processes_share_what_they_read(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.checkpoints._BLOCK", 2**20)
+    checkpoints.save(1, {"step": 1, "model": torch.ones(2**24)})
+    checkpoints.finish()
+    before = own_memory()
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert state["model"].sum() == 2**24
+    assert own_memory() - before < 2**24
+
+
+def test_an_optimizer_keeps_nothing_of_the_file(checkpoints: Checkpoints) -> None:
+    def stepped() -> torch.optim.Optimizer:
+        weight = torch.nn.Parameter(torch.ones(1000))
+        weight.grad = torch.ones(1000)
+        optimizer = torch.optim.AdamW([weight])
+        optimizer.step()
+        return optimizer
+
+    optimizer = stepped()
+    checkpoints.save(1, {"step": 1, "optimizer": optimizer.state_dict()})
+    checkpoints.finish()
+    state, other = checkpoints.load_latest(), stepped()
+    assert state is not None
+    assert str(checkpoints.folder) in Path("/proc/self/maps").read_text()
+    take_optimizer_state(other, state["optimizer"])
+    del state
+    assert str(checkpoints.folder) not in Path("/proc/self/maps").read_text()
+    (found,), (expected,) = other.state.values(), optimizer.state.values()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("change", ["damaged", "replaced", "gone"])
+def test_what_changes_between_its_check_and_its_use_is_told(
+    checkpoints: Checkpoints, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(1, {"step": 1, "model": torch.arange(10_000)})
+    checkpoints.finish()
+    (file,) = checkpoints.folder.iterdir()
+    load = torch.load
+
+    def loaded(*arguments: object, **more: object) -> object:
+        if change == "damaged":
+            with file.open("r+b") as opened:
+                opened.seek(file.stat().st_size // 2)
+                opened.write(b"\xff")
+        else:
+            other = file.rename(file.with_suffix(".old"))
+            if change == "replaced":
+                torch.save({"step": 1, "key": "inputs", "model": torch.zeros(10_000)}, file)
+            assert other.exists()
+        return load(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "load", loaded)
+    state = checkpoints.load_latest()
+    assert state is not None
+    # What is under the name by now is not read.
+    assert change == "damaged" or torch.equal(state["model"], torch.arange(10_000))
+    with pytest.raises(TryAgain, match=f"{file}: the checkpoint changed while it was read. Run again"):
+        checkpoints.confirm()
 
 
 def test_one_that_cannot_be_read_is_passed_over_as_a_damaged_one_is(
