@@ -17,7 +17,6 @@ from prefect.flow_engine import run_flow
 from prefect.states import Pending
 
 from flows import dvc, dvc_fork
-from flows.server import shown
 from tasks.errors import TryAgain
 
 
@@ -71,6 +70,6 @@ def _told() -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         raise ServerGone(
-            f"Prefect's server at {shown(os.environ['PREFECT_API_URL'])} went away ({error}). What was done until here "
-            "is kept; when the server is back, `overnight rerun` ends this run."
+            f"Prefect's server at {os.environ['PREFECT_API_URL']} went away ({error}). What was done until here is "
+            "kept; when the server is back, `overnight rerun` ends this run."
         ) from None

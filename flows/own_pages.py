@@ -8,7 +8,6 @@ origins are let in, and with them their hosts.
 
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI
 from prefect.server.api.server import create_app
 from prefect.settings import get_current_settings
 from starlette.datastructures import Headers
@@ -34,11 +33,8 @@ class OwnPages:
             await PlainTextResponse(f"pages of {origin} are not let in", 403)(scope, receive, send)
 
 
-def make() -> FastAPI:
-    """Returns Prefect's application."""
+def make() -> ASGIApp:
+    """Returns Prefect's application behind both; its automations ask the application itself, as another host."""
     origins = tuple(get_current_settings().server.api.cors_allowed_origins.split(","))
     hosts = [urlsplit(origin).hostname or origin for origin in origins]
-    app = create_app()
-    app.add_middleware(OwnPages, origins=origins)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, *hosts])
-    return app
+    return TrustedHostMiddleware(OwnPages(create_app(), origins), [*_LOOPBACK, *hosts])

@@ -9,7 +9,6 @@ from rich.console import Console
 from flows import dvc, failures, lock, project, run, runs, server
 from flows.execute import LOGS
 from flows.git import commit_of, is_ancestor
-from flows.server import shown
 from flows.terminal import speaker
 from flows.termination import sigterm_raises
 from tasks.errors import UserMistake
@@ -82,7 +81,7 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
         serving.wait()
         if chosen.flow_run is None or not flow_runs.is_known(chosen.flow_run):
             raise UserMistake(
-                f"the Prefect server at {shown(os.environ['PREFECT_API_URL'])} does not know run {chosen.run}. Set "
+                f"the Prefect server at {os.environ['PREFECT_API_URL']} does not know run {chosen.run}. Set "
                 "PREFECT_API_URL to the server that it was started on."
             )
         _tell_commit(root, chosen, err)

@@ -112,7 +112,7 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
     with contextlib.ExitStack() as stack:
         if shared:
             stack.enter_context(server.serve(root, descriptor))
-            address = server.shown(os.environ["PREFECT_API_URL"])
+            address = os.environ["PREFECT_API_URL"]
         else:
             # Held open here over the server's restarts: who asks meanwhile waits and is not refused.
             listening = stack.enter_context(_listen(port))

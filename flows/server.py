@@ -9,11 +9,11 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import socket
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -150,16 +150,21 @@ def stand(root: Path, listening: socket.socket, kept: int) -> tuple[Server, Chil
 
 
 def _make_home(root: Path) -> Path:
-    # Prefect's database holds the webhook's address, and the key to it beside it.
     home = root / HOME
     home.mkdir(parents=True, exist_ok=True)
-    home.chmod(0o700)
+    # It holds the webhook's address, and the key to it beside it. What SQLite writes next to it is as private.
+    (home / "prefect.db").touch(mode=0o600)
+    for file in home.glob("prefect.db*"):
+        # Somebody else's is theirs to open or not.
+        with contextlib.suppress(PermissionError):
+            file.chmod(0o600)
     return home
 
 
 def _own_origins(port: int) -> dict[str, str]:
     name = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
-    return {name: os.environ.get(name) or f"http://127.0.0.1:{port},http://localhost:{port}"}
+    own = [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
+    return {name: ",".join(filter(None, [os.environ.get(name), *own]))}
 
 
 def listen(port: int) -> socket.socket:
@@ -217,6 +222,9 @@ def _environment(outer: Mapping[str, str]) -> dict[str, str]:
 
 def check(url: str) -> None:
     """Raises :class:`UserMistake` when no Prefect server answers at ``url``, or it asks for another password."""
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        # It would be printed wherever the address is.
+        raise UserMistake(f"PREFECT_API_URL holds a password, or a name. Set {_AUTH} to USER:PASSWORD instead.")
     try:
         # Health is told to everybody, the version to those whom the server lets in.
         for path in ("health", "admin/version"):
@@ -234,14 +242,9 @@ def check(url: str) -> None:
         reason = str(getattr(error, "reason", error))
     if reason is not None:
         raise UserMistake(
-            f"PREFECT_API_URL is {shown(url)}, and no Prefect server answers there ({reason}). "
+            f"PREFECT_API_URL is {url}, and no Prefect server answers there ({reason}). "
             "Start it with `prefect server start`, or unset PREFECT_API_URL for a temporary one."
         )
-
-
-def shown(url: str) -> str:
-    """Returns ``url`` without the name and the password that it may hold."""
-    return re.sub(r"(?<=//)[^/]*@", "", url)
 
 
 def _authorization() -> dict[str, str]:
@@ -262,6 +265,4 @@ def _refuse(url: str) -> None:
             return
     name = "PREFECT_API_KEY" if _authorization().get("Authorization", "").startswith("Bearer") else _AUTH
     found = "is not the password of" if os.environ.get(name) else "is not set, and a password is asked for by"
-    raise UserMistake(
-        f"{name} {found} the Prefect server at {shown(url)}. Set it to USER:PASSWORD, as that server has it."
-    )
+    raise UserMistake(f"{name} {found} the Prefect server at {url}. Set it to USER:PASSWORD, as that server has it.")

@@ -45,7 +45,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise Unusable(f"{TOKENIZER}: no such file; a model needs the tokenizer that it was trained with")
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     beside = [folder / name for name in companions(folder)]
-    for file in beside:
+    for file in (folder / TOKENIZER, *beside):
         _check_inside(file, folder)
     return [folder / CONFIG, folder / TOKENIZER, *beside, *index, *weight_files(folder)]
 
@@ -53,10 +53,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def _check_inside(file: Path, folder: Path) -> None:
     """Raises :class:`Unusable` where ``file`` is a link that leads out of ``folder``: it may be nobody's business.
 
-    Nobody looks into it before it is kept. The Hub's cache keeps files as links into a folder ``blobs``.
+    Nobody looks into it before it is kept. Caches, such as the Hub's, have links for all files, its configuration too.
     """
     place = file.resolve()
-    if not place.is_relative_to(folder.resolve()) and place.parent != folder.resolve().parents[1] / "blobs":
+    if not any(one.is_relative_to(folder.resolve()) for one in (place, (folder / CONFIG).resolve())):
+        return
+    if not place.is_relative_to(folder.resolve()):
         name = file.relative_to(folder)
         raise Unusable(f"{name}: a link to {place}, outside the folder; put the file itself there if it belongs to it")
 

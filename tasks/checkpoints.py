@@ -287,6 +287,8 @@ def newest(checkpoints: Checkpoints, limit: int | None, part: int) -> dict[str, 
             return state
         own = checkpoints.load_latest(state["step"], part)
         if own is None:
+            # Whoever wrote the first part was the only one to come so far.
+            checkpoints.none_intact = True
             return None
         if own["step"] == state["step"]:
             return {**state, **own}

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -162,9 +163,9 @@ def joined(
         # Another one that has joined may have found a mistake, and be gone, before all have.
         with heartbeat.joining(rank, size, max(params.hang_timeout_seconds, _LEAST_SECONDS_TO_JOIN)):
             dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
-            meshes = device_mesh(mesh.over(size), device, patience)
-        here = World(rank, size, device, resolve_precision(params), meshes)
-        _check_precision(here)
+            here = World(rank, size, device, resolve_precision(params))
+            _check_alike(here, mesh)
+            here = dataclasses.replace(here, mesh=device_mesh(mesh.over(size), device, patience))
         yield here
     except RuntimeError as error:
         if not _is_lost_peer(error):
@@ -226,16 +227,20 @@ def resolve_precision(params: TrainingParams) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def _check_precision(here: World) -> None:
-    """Ends all where ``auto`` means one thing here and another elsewhere: replicas would not compute alike."""
+def _check_alike(here: World, mesh: MeshParams) -> None:
+    """Ends all where they would make other groups, and wait in them, or would not compute in one precision."""
+    meshes = here.of_all(zlib.crc32(mesh.model_dump_json().encode()))
+    if others := [rank for rank, one in enumerate(meshes) if one != meshes[0]]:
+        told = f"the mesh of {heartbeat.ranks(others)} is not that of rank 0; all machines need the same {paths.PARAMS}"
+        here.fail(BadParameter(f"{paths.PARAMS}: {told}."))
     names = [*PRODUCT_TYPES]
     found = here.of_all(names.index(here.precision))
     if len(set(found)) > 1:
         each = ", ".join(f"{names[number]} on rank {found.index(number)}" for number in sorted(set(found)))
         here.fail(
             BadParameter(
-                f"{paths.PARAMS}: precision auto is {each}: their processors are not alike. Set it to the one in which "
-                "all are to compute."
+                f"{paths.PARAMS}: precision is {each}: where it is auto, their processors are not alike. Set it to the "
+                "one in which all are to compute."
             )
         )
 

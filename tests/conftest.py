@@ -20,7 +20,7 @@ import needed
 from prefect_server import PrefectServer, make_database
 
 
-def pytest_configure() -> None:
+def pytest_collectstart() -> None:
     # Imports and thousands of tests make objects that stay: these are not looked through again and again.
     gc.disable()
 

@@ -29,6 +29,7 @@ from flows.serve.writing import Writer
 from lm.chat_template import ChatTemplate
 from lm.runtime import Generator
 
+KEY = "OVERNIGHT_API_KEY"
 # Of a body, besides its texts; and of a token in it.
 _OTHER_BYTES, _BYTES_A_TOKEN = 2**20, 16
 
@@ -100,11 +101,12 @@ def make_app(
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         status = 500
         try:
-            if key is None and not is_loopback(request.url.hostname or ""):
+            everybodys = request.url.path == "/health"
+            if key is None and not everybodys and not is_loopback(request.url.hostname or ""):
                 # A page whose name leads here (DNS rebinding) would be one of this server's own to a browser.
-                told = "without a key, this server is asked by its address or as localhost alone"
+                told = f"without a key, this server is asked at 127.0.0.1 or localhost; set {KEY} for other names"
                 response: Response = Refused(403, "permission_error", told).response()
-            elif key is None or request.url.path == "/health" or hmac.compare_digest(bearer, os.fsencode(key)):
+            elif key is None or everybodys or hmac.compare_digest(bearer, os.fsencode(key)):
                 response = await go_on(request)
             else:
                 response = Refused(401, "authentication_error", "the API key is missing or wrong").response()

@@ -13,10 +13,9 @@ import uvicorn
 from rich.console import Console
 
 from flows.generate import EXIT_INTERRUPTED, load, load_template, place
-from flows.serve.app import is_loopback, make_app
+from flows.serve.app import KEY, is_loopback, make_app
 from tasks.errors import UserMistake
 
-KEY = "OVERNIGHT_API_KEY"
 # Answers end within this, or are cut off.
 _SECONDS_TO_END = 2
 

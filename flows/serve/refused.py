@@ -20,7 +20,8 @@ class Refused(Exception):
 
     def response(self) -> JSONResponse:
         """The answer as OpenAI gives it."""
-        headers = {"Retry-After": "5"} if self.status == 429 else None
+        # What is left of a body that is too long is not read.
+        headers = {429: {"Retry-After": "5"}, 413: {"Connection": "close"}}.get(self.status)
         return JSONResponse(self.content, self.status, headers)
 
 

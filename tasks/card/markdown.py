@@ -10,7 +10,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def literal(text: str) -> str:
-    """Returns what shows ``text``, which comes from data, as it is: no heading, link, picture or HTML."""
+    """Returns what shows ``text``, which comes from data, as it is: no emphasis, picture or HTML."""
     return re.sub(r"([\\`*\[<&])", r"\\\1", text)
 
 

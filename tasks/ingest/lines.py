@@ -119,7 +119,8 @@ class LongLine:
         self._characters += len(self._decoder.decode(piece))
         self._bytes += len(piece)
 
-    def rejection(self) -> Rejection:
+    def rejection(self, why: str = "") -> Rejection:
         characters = self._characters + len(self._decoder.decode(b"", final=True))
         size = Size(characters, self._bytes)
-        return Rejection(self._line, "line too long", self._digest.hexdigest(), size, f"{self._bytes:,} bytes")
+        detail = f"{self._bytes:,} bytes{why}"
+        return Rejection(self._line, "line too long", self._digest.hexdigest(), size, detail)

@@ -10,7 +10,7 @@ from tasks.errors import BadInput
 from tasks.ingest.record import Fields, Record, Rejection, accept, label, listed, missing, reject
 
 # A value may lie in a file once and be that of every row, so few are decoded at a time.
-ROWS_PER_BATCH = 16
+ROWS_PER_BATCH = 64
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 

@@ -19,19 +19,19 @@ def read_text(stream: Readable, max_line_bytes: int, block_bytes: int = BLOCK_BY
     """
     whole = LongLine(1)
     chunks: list[bytes] = []
-    line_bytes, text_bytes, too_long = 0, 0, False
+    line_bytes, text_bytes, too_long, most = 0, 0, False, LONGEST_LINES * max_line_bytes
     while chunk := stream.read(block_bytes):
         whole.add(chunk)
         first, *others = chunk.split(b"\n")
         lengths = [line_bytes + len(first), *(len(line) for line in others)]
         line_bytes, text_bytes = lengths[-1], text_bytes + len(chunk)
-        too_long = too_long or max(lengths) > max_line_bytes or text_bytes > LONGEST_LINES * max_line_bytes
+        too_long = too_long or max(lengths) > max_line_bytes or text_bytes > most
         if too_long:
             chunks.clear()
         else:
             chunks.append(chunk)
     if too_long:
-        yield whole.rejection()
+        yield whole.rejection(f" in all, over {LONGEST_LINES} x max_line_bytes" if text_bytes > most else "")
         return
     data = b"".join(chunks)
     try:

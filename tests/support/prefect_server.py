@@ -1,4 +1,4 @@
-"""A Prefect server as users start one, which a scenario can kill and start again on the same port and database."""
+"""A Prefect server as the project starts one, which a scenario can kill and start again on the same database."""
 
 import contextlib
 import json
@@ -61,9 +61,15 @@ class PrefectServer:
             **_plain_environment(),
             "HOME": str(self._home),
             "PREFECT_HOME": str(self._home / "prefect"),
+            "PREFECT_UI_ENABLED": "0",
+            "PREFECT__SERVER_FINAL": "1",
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{self._port}",
         }
         log = self._home / "server.log"
-        command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(self._port)]
+        command = [
+            *(sys.executable, "-m", "uvicorn", "--factory", "flows.own_pages:make", "--port", str(self._port)),
+            *("--log-level", "warning", "--timeout-graceful-shutdown", "0"),
+        ]
         self._child = Child(command, log, environment)
         for _ in range(120):
             try:

@@ -29,6 +29,13 @@ def test_other_parameters_on_one_machine_are_told(mesh: dict[str, object], tmp_p
     assert error.startswith("error: train: rank 1 and rank 0 do not have the same inputs: the section train of params")
 
 
+def test_another_mesh_on_one_machine_is_told_before_any_group_of_it_is_made(tmp_path: Path) -> None:
+    codes, errors = train_on_two(tmp_path, {"train__mesh__shard": 2}, train__precision="fp32")
+    assert codes == [EXIT_USER_MISTAKE] * 2
+    told = "the mesh of rank 1 is not that of rank 0; all machines need the same params.yaml"
+    assert errors == [f"error: params.yaml: {told}."]
+
+
 def test_folders_of_their_own_with_the_same_content_are_no_matter(tmp_path: Path) -> None:
     assert train_on_two(tmp_path, {}, train__precision="fp32") == ([0, 0], [])
 
@@ -37,8 +44,8 @@ def test_processors_that_auto_takes_apart_are_told(tmp_path: Path) -> None:
     codes, errors = train_on_two(tmp_path, {}, train__precision="auto")
     assert codes == [EXIT_USER_MISTAKE] * 2
     assert errors == [
-        "error: params.yaml: precision auto is bf16 on rank 0, fp32 on rank 1: their processors are not alike. Set it "
-        "to the one in which all are to compute."
+        "error: params.yaml: precision is bf16 on rank 0, fp32 on rank 1: where it is auto, their processors are not "
+        "alike. Set it to the one in which all are to compute."
     ]
 
 

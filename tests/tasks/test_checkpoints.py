@@ -365,7 +365,7 @@ def test_a_disk_that_is_full_of_parts_is_one_line(
 def test_what_another_mesh_has_written_is_taken_over(project: Path) -> None:
     shutil.rmtree(project / "models")
     newest_first(project)[0].unlink()
-    for changes in ({"train__mesh__shard": 1, "train__mesh__pipeline": 2}, tiny.ALONE):
+    for changes in ({"train__mesh__shard": 1, "train__mesh__pipeline": 2}, {"train__world_size": 1}):
         tiny.write_params(project, train__elastic=True, **changes)
         events = project / "events"
         code, output = tiny.run("train", project, OVERNIGHT_EVENTS=str(events))
@@ -413,7 +413,7 @@ class Half:
         raise error
 
 
-def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None]) -> list[object]:
+def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None], part: int = 0) -> list[object]:
     """Returns what two machines agree on that have disks of their own, in which ``leave`` leaves checkpoints."""
     told, barrier = [0, 0], threading.Barrier(2)
 
@@ -421,7 +421,7 @@ def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None]) -> list
         own = Checkpoints("train", "inputs", kept=3, root=folder / str(number))
         leave(number, own)
         own.finish()
-        return agreed(own, Half(number, told, barrier), 0)  # type: ignore[arg-type]
+        return agreed(own, Half(number, told, barrier), part)  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(agree, range(2)))
@@ -448,6 +448,15 @@ def test_a_machine_without_any_checkpoint_does_not_have_the_others_begin_anew(tm
     with pytest.raises(TryAgain, match="inputs: rank 1 found no checkpoint there, and another process that of step 80"):
         each_agrees(tmp_path, leave)
     assert steps(Checkpoints("train", "inputs", kept=3, root=tmp_path / "0")) == [40, 80]
+
+
+def test_where_the_first_checkpoint_was_cut_off_between_its_parts_all_begin_anew(tmp_path: Path) -> None:
+    def leave(number: int, own: Checkpoints) -> None:
+        own.save(40, {"step": 40})
+        if not number:
+            own.save(40, {"step": 40}, part=1)
+
+    assert each_agrees(tmp_path, leave, part=1) == [None, None]
 
 
 def test_where_a_machine_has_damaged_all_of_its_own_all_begin_anew_and_say_so(
