@@ -407,6 +407,7 @@ class _Run:
         state = {"step": step, "own": own, "scale": self.scale.state()}
         # What replicas that train apart have in common when they have met.
         common = {
+            "precision": self.world.precision,
             "model": kept.model,
             "skipped": self.curve.skipped,
             "losses": self.losses,
@@ -434,6 +435,8 @@ class _Run:
             self.parallel.load_parts(self.optimizer, state["parts"], (state["model"], state["optimizer"]))
         else:
             self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
+        if (was := state["precision"]) != self.world.precision:
+            self.progress.notice(f"precision auto is {self.world.precision} here, and was {was}: a rebuild will differ")
         self.exchange.load_state(own)
         self.scale.load_state(state["scale"])
         self.curve.overflows = self.scale.overflows

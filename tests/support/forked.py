@@ -169,6 +169,13 @@ def only_the_first_has_bf16() -> None:
     torch.cpu._is_amx_tile_supported = lambda: False
 
 
+def lack_bf16() -> None:
+    """Has no processor multiply in bf16."""
+    import torch
+
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+
+
 def check_patience() -> None:
     """Makes a mesh whose groups are to have the timeout ``PATIENCE``, and looks at each."""
     _check_groups(_mesh_of_two())

@@ -1,5 +1,6 @@
 """Machines that would not train the same thing are told so before they begin."""
 
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,6 +48,21 @@ def test_processors_that_auto_takes_apart_are_told(tmp_path: Path) -> None:
         "error: params.yaml: precision is bf16 on rank 0, fp32 on rank 1: where it is auto, their processors are not "
         "alike. Set it to the one in which all are to compute."
     ]
+
+
+def test_another_processor_that_goes_on_in_another_precision_says_so(tmp_path: Path) -> None:
+    tiny.write_params(tmp_path, **tiny.ALONE, train__precision="auto")
+    tiny.write_shards(tmp_path)
+    said = []
+    for prepare in (forked.only_the_first_has_bf16, forked.lack_bf16):
+        code, output = tiny.run("train", tmp_path, prepare)
+        assert code == 0, output
+        said.append(output)
+        shutil.rmtree(tmp_path / "models")
+        # The last steps again.
+        for file in sorted(tmp_path.glob(".overnight/checkpoints/train/*/step-*"))[1:]:
+            file.unlink()
+    assert ["precision auto is fp32 here, and was bf16: a rebuild will differ" in one for one in said] == [False, True]
 
 
 @pytest.mark.parametrize("check", [forked.check_patience, forked.check_patience_of_replicas])
