@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,13 @@ def test_the_lock_file_pins_every_package_exactly() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     assert all(line.count("==") == 1 and "+" not in line for line in lines)
     assert "torch==2.13.0" in lines
+
+
+def test_no_test_lies_where_none_is_looked_for() -> None:
+    looked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    places = [place for pattern in looked for place in ROOT.glob(pattern)]
+    found = {file for place in places for file in (place.rglob("test_*.py") if place.is_dir() else [place])}
+    assert found == set((ROOT / "tests").rglob("test_*.py"))
 
 
 def _file(module: str) -> Path:
