@@ -54,7 +54,7 @@ def test_one_that_fails_takes_the_others_along_and_is_named(tmp_path: Path) -> N
 
 
 def test_one_that_does_not_end_is_killed_after_stop_seconds(tmp_path: Path) -> None:
-    assert forked.end([start(tmp_path, "fail deaf", STOP_SECONDS="0.5")], 15) == [1]
+    assert forked.end([start(tmp_path, "fail deaf", STOP_SECONDS="0.5")], 25) == [1]
     assert not any(map(psutil.pid_exists, pids(tmp_path)))
 
 

@@ -103,7 +103,7 @@ def test_a_validation_is_broken_off_and_done_by_the_next_attempt(
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     ranks[1].terminate()
-    assert forked.end(ranks, 15) == [EXIT_STOPPED] * 2, log.read_text()
+    assert forked.end(ranks, 18) == [EXIT_STOPPED] * 2, log.read_text()
     assert saved(project) == [4]
     assert forked.end(forked.start([project, project], log)) == [0, 0], log.read_text()
     assert tiny.files_of(project / "models") == undisturbed
@@ -192,7 +192,7 @@ def test_a_process_that_needs_more_than_stop_seconds_leaves_no_checkpoint(projec
         time.sleep(0.01)
     for rank in ranks:
         rank.terminate()
-    assert forked.end(ranks, 15) == [EXIT_STOPPED] * 2, log.read_text()
+    assert forked.end(ranks, 18) == [EXIT_STOPPED] * 2, log.read_text()
     assert not saved(project)
 
 
