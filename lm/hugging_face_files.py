@@ -55,10 +55,8 @@ def _check_inside(file: Path, folder: Path) -> None:
 
     Nobody looks into it before it is kept. Caches, such as the Hub's, have links for all files, its configuration too.
     """
-    place = file.resolve()
-    if not any(one.is_relative_to(folder.resolve()) for one in (place, (folder / CONFIG).resolve())):
-        return
-    if not place.is_relative_to(folder.resolve()):
+    place, config = file.resolve(), (folder / CONFIG).resolve()
+    if config.is_relative_to(folder.resolve()) and not place.is_relative_to(folder.resolve()):
         name = file.relative_to(folder)
         raise Unusable(f"{name}: a link to {place}, outside the folder; put the file itself there if it belongs to it")
 

@@ -104,6 +104,11 @@ class World:
         found: list[int] = self.sum_all(values).tolist()
         return found
 
+    def unlike_first(self, text: str) -> list[int]:
+        """Returns the ranks of those that have another ``text`` than the first process."""
+        found = self.of_all(zlib.crc32(text.encode()))
+        return [rank for rank, one in enumerate(found) if one != found[0]]
+
     def fail(self, error: UserMistake | TryAgain) -> NoReturn:
         """Ends all processes, which have all met ``error``; the first one tells it."""
         if self.is_first:
@@ -229,8 +234,7 @@ def resolve_precision(params: TrainingParams) -> str:
 
 def _check_alike(here: World, mesh: MeshParams) -> None:
     """Ends all where they would make other groups, and wait in them, or would not compute in one precision."""
-    meshes = here.of_all(zlib.crc32(mesh.model_dump_json().encode()))
-    if others := [rank for rank, one in enumerate(meshes) if one != meshes[0]]:
+    if others := here.unlike_first(mesh.model_dump_json()):
         told = f"the mesh of {heartbeat.ranks(others)} is not that of rank 0; all machines need the same {paths.PARAMS}"
         here.fail(BadParameter(f"{paths.PARAMS}: {told}."))
     names = [*PRODUCT_TYPES]

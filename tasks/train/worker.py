@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import zlib
 from pathlib import Path
 
 import torch
@@ -76,8 +75,7 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
 
 def check_alike(here: World, key: str) -> None:
     """Ends all where a machine has other inputs, by their ``key``: replicas only exchange gradients, and would part."""
-    found = here.of_all(zlib.crc32(key.encode()))
-    if others := [rank for rank, one in enumerate(found) if one != found[0]]:
+    if others := here.unlike_first(key):
         here.fail(
             BadInput(
                 f"train: {ranks(others)} and rank 0 do not have the same inputs: the section train of {paths.PARAMS}, "

@@ -52,6 +52,20 @@ def test_a_missing_or_wrong_password_is_one_line_that_names_the_variable(
     server.check(guarded)
 
 
+def test_a_password_in_the_address_is_refused_and_not_printed() -> None:
+    with pytest.raises(UserMistake, match=r"PREFECT_API_URL holds a password.* Set PREFECT_API_AUTH_STRING") as caught:
+        server.check("http://bob:s3cret@127.0.0.1:1/api")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_origins_that_the_user_lets_in_do_not_keep_the_server_s_own_pages_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, own = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "http://127.0.0.1:7,http://localhost:7"
+    monkeypatch.delenv(name, raising=False)
+    assert server._own_origins(7) == {name: own}
+    monkeypatch.setenv(name, "https://nights.example")
+    assert server._own_origins(7) == {name: f"https://nights.example,{own}"}
+
+
 def test_automations_are_installed_from_a_project_on_a_server_that_was_named(
     guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

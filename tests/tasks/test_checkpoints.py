@@ -18,7 +18,7 @@ import torch
 from tasks import atomic
 from tasks.checkpoints import Checkpoints, agreed
 from tasks.digest import digest_of
-from tasks.errors import DiskFull, TryAgain
+from tasks.errors import EXIT_TRY_AGAIN, DiskFull, TryAgain
 from tasks.parallel.whole import take_optimizer_state
 
 
@@ -457,6 +457,15 @@ def test_where_the_first_checkpoint_was_cut_off_between_its_parts_all_begin_anew
             own.save(40, {"step": 40}, part=1)
 
     assert each_agrees(tmp_path, leave, part=1) == [None, None]
+
+
+def test_a_training_takes_no_step_from_what_changed_while_it_was_read(project: Path) -> None:
+    newest_first(project)[0].unlink()
+    shutil.rmtree(project / "models")
+    code, output = tiny.run("train", project, forked.damage_what_is_loaded)
+    assert code == EXIT_TRY_AGAIN, output
+    assert "the checkpoint changed while it was read. Run again to go on from what is intact." in output
+    assert not (project / "models").exists()
 
 
 def test_where_a_machine_has_damaged_all_of_its_own_all_begin_anew_and_say_so(
