@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Several times what the largest models have; a tensor may have as many numbers as three of these make.
 Size = Annotated[int, Field(ge=1, le=2**18)]
+# What the routers, and the norms, of a quantized model are.
+FloatOrInt8 = Literal["float", "int8"]
 # fp32, in which rotations are computed, has every whole number up to there.
 Positions = Annotated[int, Field(ge=1, le=2**24)]
 _MOST_ROTATIONS = 2**31

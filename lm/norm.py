@@ -1,5 +1,6 @@
 """Root mean square normalization (arXiv 1910.07467), in fp32 whatever the precision around it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,10 +30,16 @@ class _Normalize(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """``x / rms(x) * weight`` over the last axis; [..., D] of any float type to [..., D] in the weight's type."""
+    """``x / rms(x) * weight`` over the last axis; [..., D] of any float type to [..., D] in the weight's type.
+
+    Where there is a ``table``, ``weight`` is what that makes of it, as in :class:`lm.linear.Embedding`.
+    """
+
+    table: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight if self.table is None else self.table(self.weight)
         if x.device.type != "cpu":
-            return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
-        result: torch.Tensor = _Normalize.apply(x, self.weight, self.eps)
+            return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
+        result: torch.Tensor = _Normalize.apply(x, weight, self.eps)
         return result

@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm.graph import Graph
+from lm.graph import FLOAT, Graph
 from lm.linear import Linear
 from lm.norm import RMSNorm
 from lm.packing import packable, packed_name
-from lm.per_token import PerToken
+from lm.per_token import PerToken, quantize_weight
 from lm.quantization import Plan
 from lm.scheme import Rows, Sorted, expert_name
 
@@ -86,7 +86,13 @@ class PlannedGraph(Graph):
 
     def norm(self, name: str, norm: RMSNorm, x: str) -> str:
         """[..., K] to [..., K]. Twin of :class:`lm.norm.RMSNorm`."""
-        weight = self.weight(f"{name}.weight", array(norm.weight))
+        if self.plan.norms == "int8":
+            integers, scale = quantize_weight(norm.weight.detach())
+            as_float = self.op("Cast", self.weight(f"{name}.int8", integers.numpy()), to=FLOAT)
+            # onnxruntime computes it when it loads.
+            weight = self.op("Mul", as_float, self.weight(f"{name}.scales", array(scale)))
+        else:
+            weight = self.weight(f"{name}.weight", array(norm.weight))
         return self.op("RMSNormalization", x, weight, axis=-1, epsilon=float(norm.eps or 0.0))
 
     def unflat(self, rows: str, ids: str, *inner: int) -> str:

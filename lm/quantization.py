@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Literal
 
 from lm.blockwise import Blockwise
+from lm.config import FloatOrInt8
 from lm.feed_forward import Experts, Router
 from lm.linear import Embedding, Linear, Project
 from lm.model import LanguageModel
+from lm.norm import RMSNorm
 from lm.per_token import PerToken, fake_quant_rows
 from lm.scheme import Float, Scheme
 from lm.static import Range, Static
@@ -27,6 +28,7 @@ class Plan:
     Patterns are those of a shell, over names as in ``model.layers.0.mlp.down_proj``; a layer's routed experts are one
     name, ``model.layers.1.mlp.experts``. The embedding, ``model.embed_tokens``, is INT8, a scale a row, unless a
     pattern matches it. ``routers`` that are INT8 have the scheme of the head, as what decides on much and is small.
+    The weights of ``norms`` that are INT8 have one scale each.
     ``ranges`` are those of :class:`lm.static.Static`, by the names of :func:`products`; other schemes need none.
     """
 
@@ -34,7 +36,8 @@ class Plan:
     head: Scheme
     in_float: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    routers: Literal["float", "int8"] = "float"
+    routers: FloatOrInt8 = "float"
+    norms: FloatOrInt8 = "float"
 
     def of(self, layer: str, product: str | None = None) -> Scheme:
         """Returns the scheme of the layer ``layer``, or of that one of its products."""
@@ -91,10 +94,12 @@ def replace(name: str, layer: Layer, by: Callable[[str, Project], Project]) -> N
 
 
 def prepare(model: LanguageModel, plan: Plan) -> LanguageModel:
-    """Makes each linear layer, expert, router and embedding of ``model`` compute as its graph will."""
+    """Makes each linear layer, expert, router, embedding and norm of ``model`` compute as its graph will."""
     for name, layer in layers(model).items():
         replace(name, layer, lambda product, _: plan.of(name, product).project)  # noqa: B023
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
             module.table = None if plan.matches(name, plan.in_float) else fake_quant_rows
+        elif isinstance(module, RMSNorm):
+            module.table = fake_quant_rows if plan.norms == "int8" else None
     return model

@@ -5,11 +5,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lm import onnx_model
+from lm.config import FloatOrInt8
 from lm.model import LanguageModel
 from lm.quantization import PLANS, Plan
 from lm.static import Range
@@ -24,7 +24,8 @@ class Made(BaseModel):
 
     plan: str
     in_float: tuple[str, ...]
-    routers: Literal["float", "int8"]
+    routers: FloatOrInt8
+    norms: FloatOrInt8
     ranges: dict[str, Range]
     rotated: bool
     compensated: bool
@@ -47,7 +48,7 @@ def post_training(model: LanguageModel) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan = Plan(plan.others, plan.head, made.in_float, made.ranges, made.routers)
+        plan = Plan(plan.others, plan.head, made.in_float, made.ranges, made.routers, made.norms)
         onnx_model.export(model, plan, folder / paths.INT8_GRAPH.name)
         for beside in ("config.json", "tokenizer.json"):
             shutil.copy(paths.INT8 / beside, folder / beside)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lm.linear import Embedding
 from lm.model import LanguageModel
+from lm.norm import RMSNorm
 from lm.planned_graph import turn_name
 from lm.quantization import Plan, layers
 from lm.scheme import Float
@@ -70,7 +71,7 @@ def audit(path: Path, model: LanguageModel, plan: Plan) -> Audit:
     faults += _missing_products(nodes, expected | dict.fromkeys(turns, "MatMul"))
     faults += _unturned(nodes, model, plan)
     faults += other_numerics(nodes, model, plan) + _coarse_scales(tensors, model, plan)
-    faults += _other_embeddings(nodes, model, plan)
+    faults += _other_embeddings(nodes, model, plan) + _other_norms(nodes, model, plan)
     if faults:
         raise Refused(f"{path}: the audit refuses this graph: " + "; ".join(faults))
     weights = [_weight(tensor) for tensor in tensors.values()]
@@ -158,6 +159,8 @@ def _coarse_scales(tensors: dict[str, onnx.TensorProto], model: LanguageModel, p
         for name, module in _embeddings(model).items()
         if not plan.matches(name, plan.in_float)
     }
+    if plan.norms == "int8":
+        wanted |= {f"{name}.scales": 1 for name in _norms(model)}
     for name, product in products(model, plan).items():
         if (levels := product.scheme.levels) is not None:
             wanted[f"{name}.scales"] = product.outputs * math.ceil(product.inputs / (levels.group or product.inputs))
@@ -187,6 +190,21 @@ def _other_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[st
     return [
         *(f"{name} is looked up in float" for name in sorted(floating - {f"{name}.weight" for name in in_float})),
         *(f"{name} is not looked up" for name in sorted(meant - looked_up)),
+    ]
+
+
+def _norms(model: LanguageModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, RMSNorm)]
+
+
+def _other_norms(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
+    """Norms that are multiplied by other weights than those meant, or by none that are stored."""
+    ending = "int8" if plan.norms == "int8" else "weight"
+    meant = {f"{name}.{ending}" for name in _norms(model)}
+    found = {nodes.scaled(node.input[1]) for node in nodes.all if node.op_type == "RMSNormalization"}
+    return [
+        *(f"{name} weighs a norm" for name in sorted(found - meant)),
+        *(f"{name} weighs no norm" for name in sorted(meant - found)),
     ]
 
 

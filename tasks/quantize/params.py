@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lm.config import Architecture, without_further
+from lm.config import Architecture, FloatOrInt8, without_further
 from lm.hugging_face_files import weight_files
 from lm.layer_names import last_part, layer_names
 from tasks import paths
@@ -35,7 +35,8 @@ class QuantizeParams(TrainingParams):
 
     scheme: Literal["dynamic", "static", "weight-only-8", "qat", "weight-only-4", "auto"]
     in_float: tuple[str, ...] = Field(strict=False)
-    routers: Literal["float", "int8"] = "float"
+    routers: FloatOrInt8 = "float"
+    norms: FloatOrInt8 = "float"
     max_relative_loss: float
     rotate: bool
     compensate: bool

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
-from lm.config import ModelConfig
+from lm.config import FloatOrInt8, ModelConfig
 from lm.loss import logits_held
 from lm.model import LanguageModel
 from lm.quantization import PLANS, WIDE, Plan, layers
@@ -76,7 +76,8 @@ class Quantization(BaseModel):
     fine_tuned: bool
     objective: Objective | None
     in_float: tuple[str, ...]
-    routers: Literal["float", "int8"]
+    routers: FloatOrInt8
+    norms: FloatOrInt8
     ranges: dict[str, Range]
     windows: int
     trials: tuple[Trial, ...]
@@ -94,7 +95,8 @@ def plan_name(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> 
 
 def plan_of(name: SchemeName, params: QuantizeParams, config: ModelConfig) -> Plan:
     """Returns the scheme of each layer, without the ranges that ``static`` needs."""
-    return dataclasses.replace(PLANS[plan_name(name, params, config)], in_float=params.in_float, routers=params.routers)
+    plan = PLANS[plan_name(name, params, config)]
+    return dataclasses.replace(plan, in_float=params.in_float, routers=params.routers, norms=params.norms)
 
 
 def check_in_float(model: LanguageModel, params: QuantizeParams) -> None:

@@ -90,6 +90,7 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
         objective=params.objective if SCHEMES[name].fine_tuned else None,
         in_float=params.in_float,
         routers=params.routers,
+        norms=params.norms,
         ranges=dict(attempt.plain.ranges),
         windows=schemes.measure.count,
         trials=tuple(itertools.chain.from_iterable(tried.values())),

@@ -247,6 +247,28 @@ def test_routers_are_rounded_where_they_are_to_be(
     assert np.abs(apart - expected).mean() > 10 * np.quantile(error, 0.25)
 
 
+@pytest.mark.parametrize("make", [make_model, make_grouped, make_grouped_mixture])
+@torch.no_grad()
+def test_norms_are_rounded_where_they_are_to_be(
+    make: Callable[..., LanguageModel], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = make(**({"q_lora_rank": 24} if make is make_model else {}))
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.copy_(torch.linspace(-0.7, 1.3, len(weight)).cos())
+    # Nothing else is, so that every number has to agree.
+    rounded = Plan(Float(), Float(), ("model.embed_tokens",), norms="int8")
+    session = _session(model, tmp_path, rounded)
+    floating = model(ids).numpy()
+    expected = prepare(model, rounded)(ids).numpy()
+    for computed, _ in (_run(session, ids), _run_step_by_step(session, ids)):
+        assert np.abs(computed - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(floating - expected).max() > 1e-3 * np.abs(expected).max()
+    stored = {one.name for one in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer}
+    assert {"model.norm.int8", "model.norm.scales"} <= stored
+    assert not any("norm.weight" in name for name in stored)
+
+
 def test_a_tokens_logits_do_not_depend_on_its_batch(exported: "Exported", ids: torch.Tensor) -> None:
     session = exported.session
     together, _ = _run(session, torch.cat([ids, 100 * torch.ones_like(ids[:1])]))

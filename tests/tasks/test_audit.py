@@ -549,6 +549,18 @@ def test_routers_are_what_they_are_meant_to_be(name: str, model: LanguageModel, 
         audit(tmp_path / "model.onnx", model, rounded)
 
 
+def test_norms_are_what_they_are_meant_to_be(model: LanguageModel, tmp_path: Path) -> None:
+    rounded = dataclasses.replace(PLAN, norms="int8")
+    onnx_model.export(model, rounded, tmp_path / "model.onnx")
+    found = {weight.name: weight for weight in audit(tmp_path / "model.onnx", model, rounded).weights}
+    assert (found["model.norm.int8"].type, found["model.norm.scales"].shape) == ("int8", [1])
+    with pytest.raises(Refused, match=r"model\.norm\.int8 weighs a norm.*model\.norm\.weight weighs no norm"):
+        audit(tmp_path / "model.onnx", model, PLAN)
+    onnx_model.export(model, PLAN, tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=r"model\.norm\.scales holds 0 scales, not 1.*model\.norm\.weight weighs a norm"):
+        audit(tmp_path / "model.onnx", model, rounded)
+
+
 def test_an_embedding_that_is_meant_to_be_float_is_no_fault(model: LanguageModel, tmp_path: Path) -> None:
     plan = dataclasses.replace(PLAN, in_float=("model.embed_tokens",))
     onnx_model.export(model, plan, tmp_path / "model.onnx")

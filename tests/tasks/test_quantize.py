@@ -284,11 +284,15 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
 
 
 @pytest.mark.parametrize("scheme", ["static", "qat"])
-def test_routers_are_rounded_if_they_are_to_be(trained: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.write_params(trained, **tiny.ALONE, quantize__scheme=scheme, quantize__routers="int8")
+def test_routers_and_norms_are_rounded_if_they_are_to_be(
+    trained: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"quantize__routers": "int8", "quantize__norms": "int8"}
+    tiny.write_params(trained, **tiny.ALONE, quantize__scheme=scheme, **chosen)
     code, output = tiny.run("quantize", trained)
     assert code == 0, output
-    assert json.loads((trained / "models/int8/quantization.json").read_text())["routers"] == "int8"
+    made = json.loads((trained / "models/int8/quantization.json").read_text())
+    assert (made["routers"], made["norms"]) == ("int8", "int8")
     found = json.loads((trained / "models/int8/audit.json").read_text())
     assert not any("gate.weight" in name for name in found["float_products"])
     # The float model that is evaluated beside it is rounded in the same places.
@@ -296,7 +300,7 @@ def test_routers_are_rounded_if_they_are_to_be(trained: Path, scheme: str, monke
     with post_training(hugging_face.load(Path("models/float"))) as folder:
         assert folder is not None
         beside = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
-    assert "model.layers.1.mlp.gate.int8" in {tensor.name for tensor in beside}
+    assert {"model.layers.1.mlp.gate.int8", "model.norm.int8"} <= {tensor.name for tensor in beside}
 
 
 @pytest.mark.parametrize(
