@@ -157,7 +157,10 @@ def _check_whole_pieces(model: Mapping[str, Any], pre: str) -> None:
 def beginning(content: str) -> list[int]:
     """Returns the ids that the ``tokenizer.json`` adds to a text. Raises :class:`Unfit` where it is none."""
     try:
-        return Tokenizer.from_str(content).encode("").ids
+        tokenizer = Tokenizer.from_str(content)
+        # What it may have been saved with fills up batches, and is nothing that it adds to a text.
+        tokenizer.no_padding()
+        return tokenizer.encode("").ids
     except Exception as error:
         # tokenizers has no exception of its own.
         raise Unfit(f"it is no tokenizer ({' '.join(str(error).split())})") from None

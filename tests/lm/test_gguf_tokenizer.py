@@ -86,6 +86,16 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
             written(folder)
 
 
+def test_padding_that_a_tokenizer_was_saved_with_is_nothing_that_it_adds_to_a_text(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = [tokenizer.encode(text).ids for text in HARD]
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert llama_cpp.tokenized(written(folder), HARD) == expected
+
+
 def with_a_token_that_nothing_is_merged_to(folder: Path, ignores: bool) -> str:
     """Has the tokenizer of the checkpoint in ``folder`` hold a word as a token, in the place of another one."""
     path = folder / "tokenizer.json"
