@@ -14,6 +14,7 @@ options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.no_truncation()
+tokenizer.no_padding()
 
 config = json.loads(Path("config.json").read_text())
 context = config["max_position_embeddings"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import odd
 import pytest
 import tiny
 from huggingface_hub import ModelCard
+from tokenizers import Tokenizer
 
 from lm.hugging_face_config import config_to_json
 from tasks.card import figures, text
@@ -193,7 +195,7 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
     assert program
     (tmp_path / "example.py").write_text(program[1])
 
-    def run(prompt: str) -> "subprocess.CompletedProcess[str]":
+    def run(prompt: str, folder: Path = project / "models/int8") -> "subprocess.CompletedProcess[str]":
         # Only these three packages may be imported, whatever else is installed.
         guard = (
             "import sys, runpy\n"
@@ -205,14 +207,19 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
             f"sys.argv = ['example.py', {prompt!r}]\n"
             f"runpy.run_path({str(tmp_path / 'example.py')!r}, run_name='__main__')\n"
         )
-        return subprocess.run(
-            [sys.executable, "-c", guard], cwd=project / "models/int8", capture_output=True, text=True, check=False
-        )
+        return subprocess.run([sys.executable, "-c", guard], cwd=folder, capture_output=True, text=True, check=False)
 
     done = run("in the beginning")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("in the beginning")
     assert len(done.stdout) > len("in the beginning\n")
+    # Whatever the tokenizer was saved with.
+    shutil.copytree(project / "models/int8", tmp_path / "padding")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "padding/tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=32)
+    tokenizer.save(str(tmp_path / "padding/tokenizer.json"))
+    assert run("in the beginning", tmp_path / "padding").stdout == done.stdout
     refused = run("in the beginning " * 100)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert re.fullmatch(
