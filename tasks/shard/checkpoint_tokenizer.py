@@ -3,10 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from lm import hugging_face_files
 from lm.tokenizer import read_tokenizer, size_of
 from tasks.errors import BadInput
 from tasks.init import unusable_is_told
+
+
+def opened(folder: Path) -> Tokenizer:
+    """Returns the tokenizer of the checkpoint in ``folder``. Raises :class:`BadInput` where it is none."""
+    path = folder / hugging_face_files.TOKENIZER
+    try:
+        return read_tokenizer(path)
+    except Exception as error:
+        # tokenizers has no exception of its own.
+        raise BadInput(f"{path}: not a tokenizer ({' '.join(str(error).split())}).") from None
 
 
 class CheckpointTokenizer:
@@ -17,12 +29,8 @@ class CheckpointTokenizer:
         path = folder / hugging_face_files.TOKENIZER
         with unusable_is_told(folder, "Name another checkpoint in train.init."):
             config = hugging_face_files.read_config(folder)
+        self._tokenizer = opened(folder)
         self._content = path.read_text()
-        try:
-            self._tokenizer = read_tokenizer(path)
-        except Exception as error:
-            # tokenizers has no exception of its own.
-            raise BadInput(f"{path}: not a tokenizer ({' '.join(str(error).split())}).") from None
         # A text may hold the name of a special token; to a model it is plain text.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = size_of(self._tokenizer)

@@ -10,10 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lm.chat_template import ChatTemplate, Malformed, Message, Unrenderable
-from lm.hugging_face_files import TOKENIZER
-from lm.tokenizer import read_tokenizer
 from tasks import paths
 from tasks.errors import BadInput, BadParameter
+from tasks.shard.checkpoint_tokenizer import opened
 from tasks.shard.pack import EncodedDocument
 
 # What templates that write the day get for it: a clock's would make other shards of the same data tomorrow.
@@ -61,11 +60,12 @@ class Conversations:
 def of_checkpoint(origin: Path | None) -> Conversations:
     """Returns what encodes conversations for the checkpoint in ``origin``.
 
-    Raises :class:`BadParameter` where it has no chat template, and :class:`BadInput` where that is damaged.
+    Raises :class:`BadParameter` where it has no chat template, and :class:`BadInput` where that or its tokenizer is
+    damaged.
     """
     template = None
     if origin is not None:
-        tokenizer = read_tokenizer(origin / TOKENIZER)
+        tokenizer = opened(origin)
         try:
             template = ChatTemplate.read(origin, tokenizer)
         except Malformed as error:

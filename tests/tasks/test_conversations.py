@@ -338,3 +338,7 @@ def test_without_a_template_there_is_nothing_to_write_conversations_with(sharded
     (paths.INIT / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(BadInput, match=r"60 of 60 conversations are left out, the first because .*: no\. Mend"):
         shard(params.model_copy(update={"vocab_size": None}), paths.INIT)
+    whole = (paths.INIT / "tokenizer.json").read_text()
+    (paths.INIT / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=r"^models/init/tokenizer\.json: not a tokenizer \(EOF while parsing"):
+        shard(params.model_copy(update={"vocab_size": None}), paths.INIT)
