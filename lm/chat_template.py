@@ -77,11 +77,14 @@ class ChatTemplate:
             raise Malformed(f"{place}: not a chat template: {_told(error)}") from None
         added = tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
-        self._controls = _controls(
-            token.content
-            for token in added.values()
+        controls = {
+            id_: token.content
+            for id_, token in added.items()
             if token.special or (token.content in source and not token.content.isspace())
-        )
+        }
+        self.ending = frozenset(id_ for id_, text in controls.items() if text not in _THOUGHT)
+        """The ids of the control tokens by which an answer may end."""
+        self._controls = _controls(controls.values())
 
     @classmethod
     def read(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":

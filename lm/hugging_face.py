@@ -7,7 +7,7 @@ and written one file after the other. Nothing is unpickled.
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,16 @@ from tokenizers import Tokenizer
 from lm import fp8
 from lm.config import LatentConfig, ModelConfig, layers_and_experts
 from lm.hugging_face_config import Block, Unusable, block_of, config_from_json, config_to_json
-from lm.hugging_face_files import CONFIG, WEIGHTS, companions, is_of_mtp, read_config, read_json, weight_files
+from lm.hugging_face_files import (
+    CONFIG,
+    GENERATION,
+    WEIGHTS,
+    companions,
+    is_of_mtp,
+    read_config,
+    read_json,
+    weight_files,
+)
 from lm.hugging_face_layout import Piece, copies_of, layout_to_state, pieces_of, state_to_layout
 from lm.model import LanguageModel
 from lm.weights import Region, Weights, Whole, fill, held_by, on_meta, shapes, whole_region, with_buffers
@@ -180,11 +189,14 @@ def save_weights(config: ModelConfig, whole: Whole, folder: Path | None, bytes_a
         (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: Path | None = None) -> None:
+def save_companions(
+    config: ModelConfig, tokenizer: Path, folder: Path, origin: Path | None = None, answer_ends: Sequence[int] = ()
+) -> None:
     """Writes all of a checkpoint but its weights, with a copy of the file ``tokenizer``.
 
     ``origin`` is the folder of the checkpoint that it was trained from: what lies there about the tokenizer, the
-    template of a chat and the way to generate is kept as it is.
+    template of a chat and the way to generate is kept as it is. Only ``answer_ends``, the tokens by which it was taught
+    to end an answer, are added to what ends a text, where they are missing: a base model's template may write others.
     """
     # Some name several ends, of which a model's shape has the first. What fills up batches stays the checkpoint's own:
     # transformers keeps gradients from it, and the end of a text needs them.
@@ -206,6 +218,11 @@ def save_companions(config: ModelConfig, tokenizer: Path, folder: Path, origin: 
         for beside in companions(origin):
             (folder / beside).parent.mkdir(exist_ok=True)
             (folder / beside).write_bytes((origin / beside).read_bytes())
+    generation = read_json(folder / GENERATION)
+    found = generation.get("eos_token_id")
+    known = found if isinstance(found, list) else [config.eos_token_id if found is None else found]
+    if more := [end for end in answer_ends if end not in known]:
+        (folder / GENERATION).write_text(json.dumps({**generation, "eos_token_id": [*known, *more]}, indent=2) + "\n")
 
 
 def _weights(model: LanguageModel, files: _Files, read: _ReadPieces) -> Weights:

@@ -63,6 +63,8 @@ class Manifest(BaseModel):
     shards: list[ShardEntry]
     # Whether the shards say which tokens are learned.
     has_conversations: bool = False
+    # The control tokens by which answers end.
+    answer_ends: list[int] = []
 
     def write(self, folder: Path) -> None:
         atomic.write_json(folder / paths.MANIFEST.name, self.model_dump(exclude_defaults=True))

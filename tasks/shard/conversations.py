@@ -21,13 +21,17 @@ TODAY = date(2024, 7, 26)
 
 @dataclass
 class Conversations:
-    """Encodes conversations; counts those that the template refuses, and why it refused the first."""
+    """Encodes conversations; counts those that the template refuses, and why it refused the first.
+
+    ``ends`` are the control tokens by which answers end.
+    """
 
     template: ChatTemplate
     tokenizer: Tokenizer
     encoded: int = 0
     refused: int = 0
     reason: str = field(default="")
+    ends: set[int] = field(default_factory=set)
 
     def encode(self, text: str, bos_token_id: int, dtype: str) -> EncodedDocument | None:
         """Returns the conversation in the JSON ``text``, its bytes those of the answers; None where it is refused."""
@@ -43,6 +47,9 @@ class Conversations:
         if ids[0] != bos_token_id:
             ids, answers = [bos_token_id, *ids], [False, *answers]
         self.encoded += 1
+        for id_, is_own, goes_on in zip(ids, answers, [*answers[1:], False], strict=True):
+            if is_own and not goes_on and id_ in self.template.ending:
+                self.ends.add(id_)
         learned = np.array(answers, dtype=np.uint8)
         answered = self.tokenizer.decode(list(itertools.compress(ids, answers)), skip_special_tokens=True)
         return EncodedDocument(np.array(ids, dtype=dtype), len(answered.encode()), learned)

@@ -63,6 +63,8 @@ def shard(params: ShardParams, origin: Path | None = None) -> Manifest:
                 for split in SPLITS
                 for index, packed in enumerate(pack(encoding.documents(split), params.tokens_per_shard))
             ],
+            # Known once all are encoded.
+            answer_ends=[] if conversations is None else sorted(conversations.ends),
         )
         manifest.write(folder)
         if conversations is not None and (told := conversations.told()):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
         model, params, read, held_out, checkpoints, here, shown, "train", beat, origin is not None, unread
     )
     beat.at(params.steps, "the model's writing")
-    write_model(model, params, parallel, here.is_first, origin, beat)
+    write_model(model, params, parallel, here.is_first, origin, manifest.answer_ends, beat)
     if here.is_first:
         counts = {"parameters": total, "active_parameters": active, "trained_parameters": learning}
         write_reports(counts, curve, params, len(read), here.precision, origin)
@@ -86,9 +87,18 @@ def check_alike(here: World, key: str) -> None:
 
 
 def write_model(
-    model: LanguageModel, params: TrainParams, parallel: Parallel, is_first: bool, origin: Path | None, here: Heartbeat
+    model: LanguageModel,
+    params: TrainParams,
+    parallel: Parallel,
+    is_first: bool,
+    origin: Path | None,
+    answer_ends: Sequence[int],
+    here: Heartbeat,
 ) -> None:
-    """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs."""
+    """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs.
+
+    ``answer_ends`` is as of :func:`lm.hugging_face.save_companions`.
+    """
 
     def moving(name: str) -> torch.Tensor:
         here.move()
@@ -105,7 +115,7 @@ def write_model(
             whole = low_rank.merged(model, whole)
         hugging_face.save_weights(model.config, whole, folder)
         if folder:
-            hugging_face.save_companions(model.config, paths.TOKENIZER, folder, origin)
+            hugging_face.save_companions(model.config, paths.TOKENIZER, folder, origin, answer_ends)
 
 
 def write_reports(

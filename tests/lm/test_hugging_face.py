@@ -153,6 +153,23 @@ def test_all_ends_of_a_text_are_kept_and_its_beginning_is_that_of_generation(
     assert hugging_face.load(origin).config.bos_token_id == 5
 
 
+@pytest.mark.parametrize(
+    ("known", "then"), [(100, [100, 7, 8]), ([5, 8], [5, 8, 7]), ([7, 8], [7, 8]), (None, [100, 7, 8])]
+)
+def test_what_ends_an_answer_ends_a_text(known: object, then: object, tokenizer_file: Path, tmp_path: Path) -> None:
+    origin, kept = tmp_path / "origin", tmp_path / "kept"
+    for folder in (origin, kept):
+        folder.mkdir()
+    model = make_grouped(bos_token_id=100, eos_token_id=100)
+    hugging_face.save(model, tokenizer_file, origin)
+    content = json.dumps({"eos_token_id": known, "top_p": 0.8})
+    (origin / "generation_config.json").write_text(content)
+    hugging_face.save_companions(model.config, tokenizer_file, kept, origin, [7, 8])
+    assert json.loads((kept / "generation_config.json").read_text()) == {"eos_token_id": then, "top_p": 0.8}
+    hugging_face.save_companions(model.config, tokenizer_file, kept, origin)
+    assert (kept / "generation_config.json").read_text() == content
+
+
 @pytest.mark.parametrize("pad", [7, 0, None])
 def test_what_fills_up_batches_stays_what_it_was(pad: int | None, tokenizer_file: Path, tmp_path: Path) -> None:
     origin, kept = tmp_path / "origin", tmp_path / "kept"

@@ -212,6 +212,7 @@ def sharded(project: Path, write_jsonl: WriteJsonl) -> Path:
 def test_shards_say_which_tokens_are_learned(sharded: Path) -> None:
     manifest = read_manifest()
     assert manifest.has_conversations
+    assert manifest.answer_ends == [END]
     seen = 0
     for split in ("train", "valid", "test"):
         shards = Shards(paths.SHARDS, manifest, split)  # type: ignore[arg-type]
@@ -295,6 +296,8 @@ def test_how_the_windows_are_dealt_out_does_not_weigh_the_answers(sharded: Path)
         rows[world] = [dict(zip(lines[0], map(float, line), strict=True)) for line in lines[1:]]
     for one, two in zip(rows[1], rows[2], strict=True):
         assert two == pytest.approx(one, rel=2e-5)
+    # The checkpoint does not name the token that answers were taught to end by.
+    assert END in json.loads((paths.FLOAT / "generation_config.json").read_text())["eos_token_id"]
     first = batch_of_rank(0, len(reader("train")), 1, 8, 8, 0, 1)[0]
     assert rows[1][0]["train_loss"] == pytest.approx(by_hand(paths.INIT, "train", first), rel=1e-5)
     spread = np.arange(6) * len(reader("valid")) // 6
