@@ -273,6 +273,7 @@ def _push_data(to: _Publication) -> str | None:
         to.tell("no DVC remote: the version's bytes are on this machine alone (`dvc remote add --default NAME PLACE`).")
         return None
     to.patiently(lambda: pushed.check(to.root, name, to.log, to.params.publish.stall_minutes))
+    to.patiently(lambda: remotely.check(to.root, name, to.log, to.params.publish.stall_minutes))
     to.patiently(lambda: _dvc(to, dvc.push_command(name)))
     return name
 

@@ -4,11 +4,13 @@
 waits for it at its end, so a run would never end and the next one never start.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from flows import champion, contents, dvc, dvc_fork, execute, init, objects, raw
+from flows import champion, contents, dvc, dvc_fork, execute, init, objects, raw, restore
+from flows.contents import Output
 from tasks.atomic import disk_full_is_told
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 
@@ -35,6 +37,14 @@ def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> N
     DVC's own push passes over what its cache has lost.
     """
     _ask("verify", root, log, minutes, commit, remote)
+
+
+def check(root: Path, remote: str, log: Path, minutes: float) -> None:
+    """Reads again what a push of the project to ``remote`` would upload, and mends what is damaged in the cache.
+
+    DVC would push it as it is. Raises as :func:`verify` does, where there is no good copy in the project either.
+    """
+    _ask("check", root, log, minutes, remote)
 
 
 def bring_champion(root: Path, log: Path, minutes: float) -> None:
@@ -88,6 +98,7 @@ def _verify(root: Path, commit: str, remote: str) -> int:
     with dvc.store(root, remote) as store:
         lacking = store.lacking(objects.needed(store, contents.recorded(root, commit), {}))
         if lacking:
+            _mend(root, store, contents.recorded(root, commit), lacking)
             # DVC does not push what it believes to be there, though another machine's `dvc gc` has removed it.
             store.upload(lacking)
             lacking = store.lacking(lacking)
@@ -97,6 +108,38 @@ def _verify(root: Path, commit: str, remote: str) -> int:
             "cache. `overnight run --force` makes them again."
         )
     return 0
+
+
+def _check(root: Path, remote: str) -> int:
+    outputs = contents.present(root)
+    with dvc.store(root, remote) as store:
+        lost = _mend(root, store, outputs, store.lacking(objects.needed(store, outputs, {})))
+    if lost:
+        raise UserMistake(
+            f"{lost[0]}: damaged in DVC's cache (removed), and no good copy is left in the project. "
+            "`overnight run --force` makes it again."
+        )
+    return 0
+
+
+def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterable[str]) -> list[Path]:
+    """Replaces those objects of the cache that are damaged, as a power failure leaves them, by the project's files.
+
+    Removes those of which it has none, and returns what they were.
+    """
+    places = {output.md5: output.path for output in outputs}
+    for output in filter(lambda output: output.is_folder, outputs):
+        listing = contents.parse_listing(objects.read(store, output))
+        places |= {md5: output.path / path for path, md5 in listing.items()}
+    lost = []
+    for md5 in sorted(md5s):
+        cached, digest = store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX)
+        if not cached.is_file() or contents.md5_of(cached) == digest:
+            continue
+        if not restore.heal(cached, digest, functools.partial(restore.copy_if_there, root / places[md5])):
+            cached.unlink()
+            lost.append(places[md5])
+    return lost
 
 
 def _champion(root: Path) -> int:
@@ -118,6 +161,7 @@ _STEPS: Mapping[str, Callable[..., int]] = {
     "lacks": _lacks,
     "nothing": _nothing,
     "verify": _verify,
+    "check": _check,
     "champion": _champion,
     "init": _init,
     "text": _text,

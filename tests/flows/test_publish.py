@@ -17,7 +17,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, land, project, publish, push, pushed, registry, worktree
+from flows import contents, dvc, land, project, publish, push, pushed, registry, remotely, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -46,6 +46,32 @@ def test_a_version_is_pushed_committed_registered_and_promoted(publisher: Clone)
     assert again.reasons == ("nothing new since v1.0.0",)
     assert len(publisher.tags()) == 2
     assert commit_of(publisher.root, "main") == done.commit
+
+
+def test_what_is_damaged_in_the_cache_is_mended_before_it_is_pushed(publisher: Clone) -> None:
+    model = publisher.root / "models/int8/model.onnx"
+    with dvc.store(publisher.root) as store:
+        cached = store.path(contents.md5_of(model))
+        # As a machine leaves it that went down before the disk had all of it.
+        cached.chmod(0o644)
+        cached.write_bytes(b"")
+        cached.chmod(0o444)
+        publish.publish(publisher.root)
+        fetched = publisher.root / ".overnight/fetched"
+        assert store.download(contents.md5_of(model), fetched)
+    assert fetched.read_bytes() == cached.read_bytes() == model.read_bytes()
+
+
+def test_what_is_damaged_everywhere_is_not_pushed(publisher: Clone) -> None:
+    model = publisher.root / "models/int8/model.onnx"
+    with dvc.store(publisher.root) as store:
+        cached = store.path(contents.md5_of(model))
+    cached.chmod(0o644)
+    cached.write_bytes(b"")
+    model.unlink()
+    with pytest.raises(UserMistake, match=r"^models/int8/model.onnx: damaged in DVC's cache \(removed\), and no good"):
+        remotely.check(publisher.root, "shelf", publisher.root / ".overnight/log", 1.0)
+    assert not cached.exists()
 
 
 def test_what_the_gate_refuses_is_a_version_but_no_champion(publisher: Clone) -> None:
@@ -533,7 +559,7 @@ def test_a_data_remote_that_says_nothing_is_not_waited_for(publisher: Clone, sil
     with pytest.raises(TryAgain, match="nothing was read or written for 2 s"):
         publish.publish(publisher.root, told.append)
     assert publisher.tags() == []
-    assert told == ["DVC: nothing was read or written for 2 s, so it was ended. Trying again in 0 s."]
+    assert told == ["DVC's remote: nothing was read or written for 2 s, so it was ended. Trying again in 0 s."]
     here.unlink()
     assert publish.publish(publisher.root).promoted
     publisher.check_remote()

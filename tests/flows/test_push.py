@@ -57,6 +57,17 @@ def test_one_is_brought_alone_and_one_that_is_unknown_is_named(late: Clone) -> N
         said("v7")
 
 
+def test_what_is_damaged_in_the_cache_is_not_brought_as_it_is(late: Clone) -> None:
+    model = late.root / "models/int8/model.onnx"
+    with dvc.store(late.root) as store:
+        md5 = contents.md5_of(model)
+        store.path(md5).chmod(0o644)
+        store.path(md5).write_bytes(b"")
+        assert said("v1.1.0")[0] == 0
+        assert store.download(md5, late.root / ".overnight/fetched")
+    assert (late.root / ".overnight/fetched").read_bytes() == model.read_bytes()
+
+
 def test_where_bytes_of_one_are_lost_the_others_are_brought(late: Clone) -> None:
     model = contents.recorded(late.root, registry.resolve(late.root, "v1.0.0").commit)[-1].md5
     with dvc.store(late.root) as store:
