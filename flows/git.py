@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ _SSH = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o S
 _ASK_A_REMOTE = ("fetch", "ls-remote", "push")
 _SECONDS_FOR_A_REMOTE = 600.0
 _SECONDS_TO_END = 5.0
+_MOST_SAID = 3
+# What a hook of the remote says, and Git of a branch or tag that the remote does not take.
+_REFUSED = re.compile(r"^(?:remote: +(?P<said>\S.*)| ! \[.+\] +(?P<refused>\S.*))$", re.MULTILINE)
 
 
 class GitFailed(UserMistake):
@@ -104,10 +108,20 @@ def _run(
     if check and done.returncode:
         complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         told = next((line for line in complaints if line.startswith(("fatal:", "error:"))), (complaints or [""])[-1])
+        if arguments[0] == "push" and (why := _refusal(complaints)):
+            told += f" ({why})"
         if told.endswith(".lock': File exists."):
             told += " Another Git command is at work there, or died: if none is, remove that file."
         raise GitFailed(f"git {' '.join(arguments[:2])} failed in {root}: {told or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _refusal(complaints: list[str]) -> str:
+    """Returns why a remote has refused what was pushed, in its own words; the last line of Git's is that it has."""
+    found = [match for line in complaints if (match := _REFUSED.match(line))]
+    refused = [match["refused"] for match in found if match["refused"]]
+    said = [match["said"].strip() for match in found if match["said"]]
+    return "; ".join([*refused[:1], *said[:_MOST_SAID]]) if refused else ""
 
 
 def _ask(root: Path, command: list[str], variables: dict[str, str]) -> "subprocess.CompletedProcess[bytes]":

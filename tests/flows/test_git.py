@@ -57,3 +57,15 @@ def test_commits_and_tags_are_not_signed(repository: Path) -> None:
         git(repository, "config", name, value)
     git(repository, "commit", "-q", "--allow-empty", "-m", "-", environment=registry.author(repository))
     assert registry.register(repository, commit_of(repository, "HEAD"), "-").name == "v1.0.0"
+
+
+def test_what_a_remote_says_when_it_refuses_is_told(repository: Path, tmp_path: Path) -> None:
+    git(repository, "init", "-q", "--bare", str(tmp_path / "there"))
+    hook = tmp_path / "there/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\necho 'this branch is protected' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    git(repository, "commit", "-q", "--allow-empty", "-m", "-", environment=registry.author(repository))
+    with pytest.raises(GitFailed, match=r"declined\); this branch is protected\)$") as caught:
+        git(repository, "push", "--quiet", str(tmp_path / "there"), "HEAD:refs/heads/main")
+    assert "\n" not in str(caught.value)
