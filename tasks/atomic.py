@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from tasks.errors import DiskFull
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -25,9 +25,14 @@ def disk_full_is_told(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
-        raise DiskFull(f"{where}: the disk is full ({_free(where)} free). Free some space and run again.") from error
+        raise disk_full(where) from error
+
+
+def disk_full(where: Path) -> DiskFull:
+    """Returns what is told of a disk, that of ``where``, on which there is no room."""
+    return DiskFull(f"{where}: the disk is full ({_free(where)} free). Free some space and run again.")
 
 
 @contextlib.contextmanager

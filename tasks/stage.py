@@ -7,7 +7,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from tasks import atomic
 from tasks.errors import EXIT_TRY_AGAIN, Refused, TryAgain, UserMistake
 
 # What the kernel says when there are no more processes, threads, sockets or buffers; gloo has only the words.
@@ -47,6 +49,12 @@ def run(stage: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in atomic.FULL:
+            # A library's own file, such as TensorBoard's.
+            where = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
+            full = atomic.disk_full(where)
+            print(f"error: {full}", file=sys.stderr, flush=True)
+            sys.exit(full.exit_code)
         if not _machine_is_short(error):
             raise
         told = " ".join(str(error).split())

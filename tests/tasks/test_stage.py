@@ -54,6 +54,13 @@ def test_a_machine_that_is_short_of_processes_or_sockets_is_worth_another_attemp
     assert told.count("\n") == 1
 
 
+def test_a_full_disk_that_a_library_meets_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = ends(capsys, OSError(errno.ENOSPC, "No space left on device", ".overnight/tensorboard/events"))
+    assert code == 2
+    assert told.startswith("error: .overnight/tensorboard/events: the disk is full (")
+    assert told.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("shapes differ")])
 def test_a_bug_stays_a_traceback(error: Exception) -> None:
     def fail() -> None:
