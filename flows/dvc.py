@@ -10,7 +10,9 @@ import dataclasses
 import logging
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -261,6 +263,8 @@ def _repo(root: Path) -> Iterator[Any]:
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
+    except sqlite3.DatabaseError as error:
+        raise UserMistake(_tables(root, error)) from None
     except LockError:
         raise dvc_lock.Busy("another DVC command is at work in this project; ask again when it has ended.") from None
     except DvcException as error:
@@ -269,6 +273,21 @@ def _repo(root: Path) -> Iterator[Any]:
         lock = "`git checkout dvc.lock` brings back the one that was committed."
         cure = lock if "dvc.lock" in complaint else "`dvc status` shows more."
         raise UserMistake(f"DVC cannot read the project: {complaint}. {cure}") from None
+
+
+def _tables(root: Path, error: sqlite3.DatabaseError) -> str:
+    """Returns what to do where DVC cannot use what it keeps of the hashes of files, on another disk perhaps."""
+    from dvc.config import Config
+    from dvc.dirs import site_cache_dir
+
+    with contextlib.suppress(Exception):
+        place = Path(site_cache_dir(Config(str(root / ".dvc"))["core"].get("site_cache_dir")))
+        free = f"{shutil.disk_usage(place).free / 2**20:,.1f} MiB free"
+        return (
+            f"{place}: DVC cannot use the tables that it keeps there ({error}; {free}). Make room there, or remove "
+            f"{place / 'repo'}: DVC makes it anew."
+        )
+    return f"DVC cannot use the tables that it keeps of the hashes of files: {error}."
 
 
 def _relative(entry: Any, root: Path) -> Path:

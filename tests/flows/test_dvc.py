@@ -1,5 +1,6 @@
 """What is read from DVC: its graph, its status, and how its commands end."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,6 +153,22 @@ def test_a_broken_dvc_yaml_is_one_line(project: "Project", content: str, complai
         dvc.graph(project.root)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_of_dvc_that_are_damaged_or_have_no_room_are_one_line(
+    project: "Project", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "site"
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(place))
+    dvc.changes(project.root)
+    for file in place.rglob("*.db"):
+        file.write_bytes(b"no table" * 4096)
+    with pytest.raises(UserMistake, match="DVC cannot use the tables that it keeps there") as caught:
+        dvc.changes(project.root)
+    assert str(caught.value).startswith(f"{place}: ")
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(place / "repo")
+    dvc.changes(project.root)
 
 
 def test_a_stage_sees_no_setting_of_prefect_and_one_shell() -> None:
