@@ -238,14 +238,14 @@ def read(events: Sequence[Event]) -> tuple[Version, ...]:
     return tuple(sorted(found, key=lambda version: version.number))
 
 
-def history(events: Sequence[Event], stage: str = PRODUCTION) -> tuple[str, ...]:
-    """Returns the commits that ``stage`` leads back through, the present one last. A pure function.
+def history(events: Sequence[Event]) -> tuple[str, ...]:
+    """Returns the commits that were in production and can be gone back to, the present one last. A pure function.
 
     A rollback goes back to the commit's place, so that two of them go back twice; any other assignment adds to it.
     """
     line: list[str] = []
     for event in events:
-        if event.stage != stage:
+        if event.stage != PRODUCTION:
             continue
         if event.cancels:
             line = [commit for commit in line if commit != event.commit]

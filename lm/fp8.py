@@ -14,19 +14,13 @@ from lm.weights import Region
 
 # How safetensors calls the type.
 TYPE = "F8_E4M3"
-_SUFFIX = "_scale_inv"
 # Matrices alone have blocks.
 DIMENSIONS = 2
 
 
 def scale_name(weight: str) -> str:
     """Returns the name of the scales of the tensor ``weight``."""
-    return weight + _SUFFIX
-
-
-def is_scale(name: str) -> bool:
-    """Whether ``name`` is one that :func:`scale_name` returns."""
-    return name.endswith(_SUFFIX)
+    return f"{weight}_scale_inv"
 
 
 def scale_shape(weight: Sequence[int], block: Block) -> list[int]:

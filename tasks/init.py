@@ -51,9 +51,9 @@ def kind(init: str) -> Kind:
     return "previous" if init == PREVIOUS else "checkpoint"
 
 
-def wanted(params: Path = paths.PARAMS) -> str:
+def wanted() -> str:
     """Returns ``train.init``. Whether it is one is checked with the rest of its section."""
-    section = read_yaml(params).get("train")
+    section = read_yaml(paths.PARAMS).get("train")
     found = section.get("init") if isinstance(section, dict) else None
     return found if isinstance(found, str) else SCRATCH
 

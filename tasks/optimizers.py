@@ -22,6 +22,8 @@ from tasks.training_params import TrainingParams
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPSILON = 1e-7
+# That of torch.optim.Muon where nothing else is said.
+_MOMENTUM = 0.95
 
 
 def make_optimizer(model: LanguageModel, params: TrainingParams) -> torch.optim.Optimizer:
@@ -77,20 +79,15 @@ class StackedMuon(torch.optim.Optimizer):
     matrices, each process puts a momentum together from its parts, and takes its part of what is made of that.
     """
 
-    def __init__(self, params: ParamsT, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: ParamsT, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": _MOMENTUM})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
-        return loss
 
     def _move(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -158,11 +155,6 @@ class Together(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": [{**own, **saved} for own, saved in groups]})
         self._share()
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
         for optimizer in self._optimizers:
             optimizer.step()
-        return loss
