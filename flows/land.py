@@ -80,7 +80,7 @@ def _join(root: Path, commit: str, other: str, name: str) -> str:
         return other
     with _scratch(root, commit) as place:
         # The branch's end is to hold the text that the version was made from.
-        merge(place, other, lambda path: is_written(path) or path == raw.POINTER)
+        merge(place, other, lambda path: is_written(path) or Path(path) == raw.POINTER)
         if found := conflict(place):
             raise _Conflict(found)
         git(

@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, champion, dvc, dvc_lock, failures, init, remotely, worktree
+from flows import artifacts, champion, dvc, dvc_lock, failures, init, raw, remotely, worktree
 from flows.attempts import Attempts, StageFailed
 from flows.execute import Classify, Site, drop_old_logs, execute, remember
 from flows.graph import CHAMPION, CHECKOUT, COLLECT, INIT, PUBLISH, Graph, Stage
@@ -248,17 +248,16 @@ class Night:
 
     def _collect(self, graph: Graph) -> State[Any]:
         root = self.site.root
-        pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
-        if (root / pointer).exists() and not (root / paths.RAW).exists():
+        if (root / raw.POINTER).exists() and not (root / paths.RAW).exists():
             # Else what is gone at the sources by now would be left out of the next version without a word.
-            self._restore_raw(pointer)
+            self._restore_raw()
         if (root / init.POINTER).exists() and not (root / paths.INIT).exists():
             # As with the text: a checkpoint that has gone from where it was is still that of the project.
             self._ask_remote(COLLECT, dvc.checkout_command(root, self._params.publish.data_remote, init.POINTER))
         command = [sys.executable, "-m", "tasks.collect", "--relative-to", str(worktree.main(root))]
         self._execute(COLLECT, command, dvc.classify_stage)
         report = read_report(root)
-        copied = {paths.RAW: (pointer, report.has_news)}
+        copied = {paths.RAW: (raw.POINTER, report.has_news)}
         if report.init is not None and any(stage.reads_init for stage in graph.stages):
             copied[paths.INIT] = (init.POINTER, report.init.state in ("new", "changed"))
         changes = None
@@ -272,13 +271,13 @@ class Night:
                 self._execute(COLLECT, dvc.add_command(folder))
         return Completed(name="Ran", data="ran")
 
-    def _restore_raw(self, pointer: Path) -> None:
-        self._ask_remote(COLLECT, dvc.checkout_command(self.site.root, self._params.publish.data_remote, pointer))
+    def _restore_raw(self) -> None:
+        self._ask_remote(COLLECT, dvc.checkout_command(self.site.root, self._params.publish.data_remote, raw.POINTER))
         if not (self.site.root / paths.RAW).exists():
             raise StageFailed(
-                f"{pointer} names text that lies neither here nor in DVC's cache nor at a remote. Name the remote that "
-                f"has it (`dvc remote add --default NAME PLACE`), or delete {pointer} to begin with what the sources "
-                "have now.",
+                f"{raw.POINTER} names text that lies neither here nor in DVC's cache nor at a remote. Name the remote "
+                f"that has it (`dvc remote add --default NAME PLACE`), or delete {raw.POINTER} to begin with what the "
+                "sources have now.",
                 False,
                 EXIT_USER_MISTAKE,
             )

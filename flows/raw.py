@@ -10,7 +10,7 @@ from flows.contents import Output
 from flows.git import git
 from tasks import atomic, paths
 
-POINTER = f"{paths.RAW}.dvc"
+POINTER = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
 Listing = dict[PurePosixPath, str]
 # As Git numbers the sides of a conflict: what both began with, ours, theirs.
 _SIDES = (1, 2, 3)
@@ -28,7 +28,7 @@ def merge(before: Listing, ours: Listing, theirs: Listing) -> Listing:
 
 def is_in_conflict(root: Path) -> bool:
     """Whether Git has stopped at a conflict in the pointer."""
-    return bool(git(root, "ls-files", "--unmerged", "--", POINTER))
+    return bool(git(root, "ls-files", "--unmerged", "--", str(POINTER)))
 
 
 def resolve(root: Path, remote: str | None) -> None:
@@ -56,7 +56,7 @@ def resolve(root: Path, remote: str | None) -> None:
         entry["size"] = sum(place.stat().st_size for place in places)
     with atomic.file(root / POINTER) as file:
         YAML().dump({"outs": [entry]}, file)
-    git(root, "add", "--", POINTER)
+    git(root, "add", "--", str(POINTER))
 
 
 def _files(store: dvc.Store, pointer: str) -> Listing:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows import dvc, dvc_lock, failures, lock, running, runs, stopped
+from flows import dvc, dvc_lock, failures, lock, raw, running, runs, stopped
 from flows.failures import Failure
 from flows.graph import CHAMPION, COLLECT, INIT, Graph
 from flows.running import Running
@@ -98,7 +98,6 @@ def _at_work(root: Path) -> Running | None:
 
 def _between_runs(root: Path, params: Params) -> tuple[StageStatus, ...]:
     last = max(runs.read(root), key=lambda run: run.since, default=None)
-    pointer = paths.RAW.with_name(f"{paths.RAW.name}.dvc")
     # What a night left lies in its worktree.
     place = stopped.place(root, last)
     edited = datetime.fromtimestamp((place / paths.PARAMS).stat().st_mtime, UTC)
@@ -107,15 +106,15 @@ def _between_runs(root: Path, params: Params) -> tuple[StageStatus, ...]:
         dvc.changes(root),
         {name: _dated(failure, edited) for name, failure in failures.recall(place).items()},
         stopped.recall(root, params, last),
-        (root / pointer).exists(),
+        (root / raw.POINTER).exists(),
         _uncollected(root, params),
     )
 
 
 def _uncollected(root: Path, params: Params) -> list[str]:
     """Returns the sources of which no run has collected anything yet."""
-    raw = root / paths.RAW
-    return [source.name for source in params.collect.sources if raw.is_dir() and not (raw / source.name).exists()]
+    text = root / paths.RAW
+    return [source.name for source in params.collect.sources if text.is_dir() and not (text / source.name).exists()]
 
 
 def _dated(failure: Failure, edited: datetime) -> Failure:
@@ -152,9 +151,9 @@ def assess(
     something upstream of it is. ``collected`` says whether ``data/raw`` has ever been versioned, ``uncollected`` of
     which sources it has nothing.
     """
-    raw = [change for stale in changes.data.values() for change in stale.changes if Path(change.name) == paths.RAW]
+    text = [change for stale in changes.data.values() for change in stale.changes if Path(change.name) == paths.RAW]
     new = [f"nothing of source '{name}' is there" for name in uncollected]
-    found = {COLLECT: _of_collect([*map(str, raw), *new], failed, collected)}
+    found = {COLLECT: _of_collect([*map(str, text), *new], failed, collected)}
     for stage in graph.stages:
         stale = changes.stages.get(stage.name)
         waits = [name for name in stage.upstream if found[name].condition != Condition.UP_TO_DATE]
