@@ -141,8 +141,7 @@ class Night:
             except ChampionMoved as error:
                 return Completed(name="Skipped", message=str(error), data="skipped")
             except (UserMistake, TryAgain) as error:
-                remember(self.site, PUBLISH, dvc.Result("failed", error.exit_code, str(error)))
-                raise StageFailed(str(error), False, error.exit_code) from None
+                raise self._refused(PUBLISH, error) from None
             return Completed(name="Ran" if published[0].new else "Cached", data=published[0].version.name)
 
         self._run(PUBLISH, "Push the data, commit, push Git, register the version, promote it.", [*self.runs], body)
@@ -292,8 +291,7 @@ class Night:
         try:
             self._params.check_start(root / paths.INIT)
         except UserMistake as error:
-            remember(self.site, INIT, dvc.Result("failed", error.exit_code, str(error)))
-            raise StageFailed(str(error), False, error.exit_code) from None
+            raise self._refused(INIT, error) from None
         if action != champion.Action.KEEP:
             # What was seen is stale itself by now.
             self._changes = None
@@ -323,8 +321,7 @@ class Night:
             if action == champion.Action.BRING:
                 bring(self.site.root / self.site.log(name), self._params.publish.stall_minutes)
         except (UserMistake, TryAgain) as error:
-            remember(self.site, name, dvc.Result("failed", error.exit_code, str(error)))
-            raise StageFailed(str(error), isinstance(error, TryAgain), error.exit_code) from None
+            raise self._refused(name, error, mendable=isinstance(error, TryAgain)) from None
         match action:
             case champion.Action.KEEP:
                 failures.forget(self.site.root, name)
@@ -342,6 +339,11 @@ class Night:
             case champion.Action.BRING:
                 self._execute(name, dvc.add_command(folder))
         return action
+
+    def _refused(self, name: str, error: UserMistake | TryAgain, mendable: bool = False) -> StageFailed:
+        """Remembers what ``name`` has met outside of any command, for `overnight status`; returns it as its failure."""
+        remember(self.site, name, dvc.Result("failed", error.exit_code, str(error)))
+        return StageFailed(str(error), mendable, error.exit_code)
 
     def _forget_checkpoints(self, stage: Stage) -> None:
         shutil.rmtree(self.site.root / paths.CHECKPOINTS / stage.name, ignore_errors=True)
