@@ -16,6 +16,7 @@ from flows import contents, dvc, environment, objects, project, registry
 from flows.contents import Output
 from flows.git import GitFailed, commit_of, git, show
 from flows.land import is_pointer
+from flows.terminal import print_line
 from tasks import paths
 from tasks.errors import TryAgain, UserMistake
 
@@ -231,4 +232,4 @@ def _heading(console: Console, text: str) -> None:
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"  {text}")

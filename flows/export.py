@@ -16,6 +16,7 @@ from typing import get_args
 from rich.console import Console
 
 from flows import generate, project
+from flows.terminal import print_line
 from flows.versions import describe_size
 from tasks import atomic, paths
 from tasks.errors import BadInput, UserMistake
@@ -59,7 +60,7 @@ def export(root: Path, request: Request, out: Console) -> Path:
     except OSError as error:
         raise UserMistake(f"{error.filename or request.output}: {error.strerror or error}.") from None
     size = sum(file.stat().st_size for file in [target, *target.rglob("*")] if file.is_file())
-    out.print(f"{target}  {describe_size(size)}", markup=False, highlight=False, soft_wrap=True)
+    print_line(out, f"{target}  {describe_size(size)}")
     return target
 
 

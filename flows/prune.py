@@ -32,6 +32,7 @@ from flows import (
 )
 from flows.git import GitFailed, git
 from flows.store import Store, Stored
+from flows.terminal import print_line
 from flows.versions import describe_size
 from tasks import paths
 from tasks.errors import TryAgain, UserMistake
@@ -245,7 +246,7 @@ def _remove(root: Path, store: Store, found: Plan) -> None:
 
 def _show(out: Console, root: Path, found: Plan, remote: str | None, delete: bool) -> None:
     def line(text: str) -> None:
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(out, text)
 
     for where, gone in (("DVC's cache", found.cache), (f"DVC's remote '{remote}'", found.remote)):
         if gone:

@@ -23,6 +23,7 @@ from flows.graph import Graph
 from flows.identity import version_of
 from flows.land import QUIET, is_pointer, land
 from flows.registry import Version
+from flows.terminal import print_line
 from tasks import paths
 from tasks.champion import Champion
 from tasks.champion import read as read_champion
@@ -93,7 +94,7 @@ def publish_by_hand(out: Console, err: Console) -> int:
     """
     root = project.find()
     with lock.hold(root, _name()):
-        tell = functools.partial(err.print, markup=False, highlight=False, soft_wrap=True)
+        tell = functools.partial(print_line, err)
         done = publish(root, tell, by_hand=True)
     if done.new:
         out.print(f"{done.version.name} is published (commit {done.commit[:12]}).", highlight=False)
@@ -101,7 +102,7 @@ def publish_by_hand(out: Console, err: Console) -> int:
         out.print(f"{done.version.name} is in production.", highlight=False)
     for reason in done.reasons:
         prefix = "" if done.promoted or not done.new else "not promoted: "
-        out.print(f"{prefix}{reason}", markup=False, highlight=False, soft_wrap=True)
+        print_line(out, f"{prefix}{reason}")
     return 0
 
 

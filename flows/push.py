@@ -13,6 +13,7 @@ from flows import contents, dvc, objects, project, pushed, registry, remotely
 from flows.execute import LOGS
 from flows.git import GitFailed, branch, commit_of, git, is_ancestor
 from flows.registry import Version
+from flows.terminal import print_line
 from tasks.errors import TryAgain, UserMistake
 
 EXIT_LOST = 1
@@ -40,10 +41,10 @@ def push(names: Sequence[str], out: Console, err: Console) -> int:
             bring_data(root, version, store)
             bring_tag(root, version, git_remote)
         except UserMistake as error:
-            err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            print_line(err, f"error: {error}")
         else:
             brought.append(version)
-            out.print(f"{version.name} is at {' and '.join(places)}.", markup=False, highlight=False, soft_wrap=True)
+            print_line(out, f"{version.name} is at {' and '.join(places)}.")
     if brought and store is not None:
         pushed.remember(root, store, brought[-1])
     if git_remote is not None:
@@ -52,7 +53,7 @@ def push(names: Sequence[str], out: Console, err: Console) -> int:
             if (name := branch(root)) and not is_at_remote(root, git_remote, name):
                 told = f"{git_remote} lacks commits of your branch {name}, and with them what a clone knows of remotes"
                 told += ": `git push` brings them."
-                err.print(told, markup=False, highlight=False, soft_wrap=True)
+                print_line(err, told)
     return EXIT_LOST if len(brought) < len(versions) else 0
 
 

@@ -37,7 +37,7 @@ from flows.contents import Output
 from flows.environment import Environment
 from flows.execute import logged
 from flows.registry import Version
-from flows.terminal import Terminal, speaker
+from flows.terminal import Terminal, print_line, speaker
 from flows.watch import StageRun
 from tasks import atomic, paths
 from tasks.errors import TryAgain, UserMistake
@@ -176,8 +176,8 @@ def _compute(site: Site, journal: Journal, err: Console) -> Journal | None:
                 terminal.ended(StageRun(stage.name, "failed", seconds, result.message))
                 err.print(f"[bold red]error:[/] {escape(f'{stage.name}: {result.message}')}", soft_wrap=True)
                 for line in log.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
-                    err.print(f"  {escape(line)}", style="dim", soft_wrap=True, highlight=False)
-                err.print(f"The whole log: {site.place / log}", soft_wrap=True, highlight=False)
+                    print_line(err, f"  {line}", "dim")
+                print_line(err, f"The whole log: {site.place / log}")
                 return None
             terminal.ended(StageRun(stage.name, "ran", seconds))
             journal = journal.model_copy(update={"stages": {**journal.stages, stage.name: seconds}})
@@ -278,15 +278,15 @@ def _end(
     for output in made.outputs:
         table.add_row(output.path, "[green]identical[/]" if output.identical else "[bold red]differs[/]")
     out.print(table)
-    out.print(f"{made.tag}: {made.verdict}: {made.reason}.", soft_wrap=True, highlight=False, markup=False)
-    out.print(f"certificate: {page} (and {data.name})", soft_wrap=True, highlight=False, markup=False)
-    _put_back(site, made, outputs, functools.partial(out.print, soft_wrap=True, highlight=False, markup=False))
+    print_line(out, f"{made.tag}: {made.verdict}: {made.reason}.")
+    print_line(out, f"certificate: {page} (and {data.name})")
+    _put_back(site, made, outputs, functools.partial(print_line, out))
     if made.verdict is Verdict.IDENTICAL:
         worktree.remove(site.root, _worktree(version))
         return
     _write(site.place, journal.model_copy(update={"ended": True}))
     where = site.place.relative_to(site.root.resolve())
-    out.print(f"what was rebuilt: {where} (until the next rebuild)", soft_wrap=True, highlight=False, markup=False)
+    print_line(out, f"what was rebuilt: {where} (until the next rebuild)")
 
 
 def _worktree(version: Version) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from flows import dvc, failures, lock, project, run, runs, server
 from flows.execute import LOGS
 from flows.git import commit_of, is_ancestor
-from flows.terminal import speaker
+from flows.terminal import print_line, speaker
 from flows.termination import sigterm_raises
 from tasks.errors import UserMistake
 from tasks.stage import importing
@@ -96,10 +96,10 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
         return 0
     failed = runs.find(root, chosen.run)
     stage = failed.last_stage
-    err.print(f"error: {state.message}", markup=False, highlight=False, soft_wrap=True)
+    print_line(err, f"error: {state.message}")
     if stage is not None and (log := root / LOGS / failed.run / f"{failures.file_name(stage.stage)}.log").is_file():
-        err.print(f"The whole log: {log.relative_to(root)}", markup=False, highlight=False, soft_wrap=True)
-    err.print(f"Go on with: overnight rerun {failed.run}", markup=False, highlight=False, soft_wrap=True)
+        print_line(err, f"The whole log: {log.relative_to(root)}")
+    print_line(err, f"Go on with: overnight rerun {failed.run}")
     return run.EXIT_FAILED
 
 

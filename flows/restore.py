@@ -23,6 +23,7 @@ from rich.markup import escape
 from flows import contents, dvc, project, registry
 from flows.contents import Output
 from flows.git import archive
+from flows.terminal import print_line
 from tasks import atomic, paths
 from tasks.errors import UserMistake
 from tasks.progress import Event, sink_for
@@ -80,7 +81,7 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     said = f"{len(fetched) - lost} of {len(fetched)} files verified, {from_remote} of them fetched from the remote"
     where = target.relative_to(root) if target.is_relative_to(root) else target
     how = "is not whole in" if lost else "is in"
-    out.print(f"{version.name} {how} {where}: {said}", soft_wrap=True, highlight=False, markup=False)
+    print_line(out, f"{version.name} {how} {where}: {said}")
     return EXIT_LOST if lost else 0
 
 
@@ -90,7 +91,7 @@ def tell(fetched: Sequence[Fetched], err: Console) -> int:
         if one.source is Source.NOWHERE:
             err.print(f"[bold red]error:[/] {escape(str(one))}", soft_wrap=True, highlight=False)
         elif one.damaged:
-            err.print(escape(str(one)), soft_wrap=True, highlight=False)
+            print_line(err, str(one))
     return sum(one.source is Source.NOWHERE for one in fetched)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from flows import dvc, dvc_lock, lock, project, running, runs, server, summary
 from flows.execute import Site
 from flows.graph import Graph
-from flows.terminal import Terminal, speaker
+from flows.terminal import Terminal, print_line, speaker
 from flows.termination import sigterm_raises
 from flows.watch import All, StageRun
 from tasks import paths
@@ -118,7 +118,7 @@ def _run(
         out.print()
         summary.show_model(out, site.root)
     elif not any(one.outcome == "failed" for one in terminal.runs):
-        err.print(f"error: {state.message or 'the flow failed'}", markup=False, highlight=False, soft_wrap=True)
+        print_line(err, f"error: {state.message or 'the flow failed'}")
     if not err.is_terminal:
         how = "completed" if state.is_completed() else "failed"
         gate = summary.read_evaluation(site.root).gate if state.is_completed() else None
@@ -148,7 +148,7 @@ def _line(run: StageRun) -> summary.StageLine:
 
 def _show_failure(err: Console, site: Site, run: StageRun) -> None:
     def show(line: str, style: str | None = None) -> None:
-        err.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        print_line(err, line, style)
 
     show(f"error: {run.stage}: {run.message}", "bold red")
     log = site.log(run.stage)

@@ -18,6 +18,7 @@ from flows import dvc, dvc_lock, failures, lock, raw, running, runs, stopped
 from flows.failures import Failure
 from flows.graph import CHAMPION, COLLECT, INIT, Graph
 from flows.running import Running
+from flows.terminal import print_line
 from tasks import paths
 from tasks.errors import EXIT_USER_MISTAKE
 from tasks.params import Params
@@ -200,7 +201,7 @@ def show(console: Console, statuses: Sequence[StageStatus]) -> None:
     if not console.is_terminal:
         for status in statuses:
             line = ": ".join(filter(None, [status.stage, status.condition, "; ".join(status.reasons)]))
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, line)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("stage", "status", "why"):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.terminal import print_line
 from tasks import paths
 
 NOT_ASSESSED = "not assessed"
@@ -177,7 +178,7 @@ def _print(console: Console, table: Table) -> None:
     with wide.capture() as captured:
         wide.print(table)
     for line in captured.get().splitlines():
-        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line.rstrip())
 
 
 def objections(evaluation: Evaluation) -> list[str]:

@@ -1,4 +1,7 @@
-"""What a run says while it works: to people at a terminal a bar and short lines, to a log lines with their time."""
+"""What a run says while it works: to people at a terminal a bar and short lines, to a log lines with their time.
+
+And how every command prints a line of its own.
+"""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -51,12 +54,17 @@ class Terminal:
             self._sink = None
 
 
+def print_line(console: Console, line: str, style: str | None = None) -> None:
+    """Prints ``line`` as it is: not wrapped, and nothing in it taken for markup."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def speaker(console: Console) -> Callable[..., None]:
     """Returns a function that prints one line on ``console``, unwrapped; with its time where that is no terminal."""
 
     def say(line: str, style: str | None = None) -> None:
         if console.is_terminal:
-            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, line, style)
         else:
             print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=console.file, flush=True)
 

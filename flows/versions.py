@@ -16,6 +16,7 @@ from flows.gate import PASSED, REFUSED
 from flows.git import GitFailed
 from flows.registry import Version
 from flows.summary import Evaluation
+from flows.terminal import print_line
 from tasks import paths
 from tasks.errors import TryAgain, UserMistake
 
@@ -78,7 +79,7 @@ def versions(last: int | None, out: Console, err: Console) -> int:
     show(out, rows)
     if lacking := [row.name for row in rows if row.unread]:
         told = f"the measurements of {len(lacking)} of them are neither in DVC's cache nor can be had from its remote."
-        err.print(told, markup=False, highlight=False, soft_wrap=True)
+        print_line(err, told)
     if len(shown) < len(known):
         err.print(f"and {len(known) - len(shown)} older ones (`overnight versions --all`).", soft_wrap=True)
     return 0
@@ -113,7 +114,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, text.rstrip())
 
 
 def _row(root: Path, store: dvc.Store, version: Version) -> Row:

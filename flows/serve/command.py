@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flows.generate import EXIT_INTERRUPTED, load, load_template, place
 from flows.serve.app import KEY, is_loopback, make_app
+from flows.terminal import print_line
 from tasks.errors import UserMistake
 
 # Answers end within this, or are cut off.
@@ -33,7 +34,7 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
             f"--host {host}: others can reach that, so set {KEY} to a secret that they must send as 'Authorization: "
             "Bearer ...', or serve on 127.0.0.1."
         )
-    folder = place(root, lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True), version)
+    folder = place(root, lambda line: print_line(out, line), version)
     generator = load(folder, spin)
     template = load_template(folder, generator)
     with _listen(host, port) as listening:
@@ -41,7 +42,7 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         what = "completions and chat" if template else "completions"
         told = f"Serving {folder} as '{root.name}' at {address}: {what}, {asked}. Ctrl-C stops it."
-        out.print(told, markup=False, highlight=False, soft_wrap=True)
+        print_line(out, told)
         stopped = threading.Event()
         app = make_app(generator, template, root.name, key, parallel, stopped=stopped)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END)
