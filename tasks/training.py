@@ -1,7 +1,6 @@
 """The training loop: data parallel, resumable at any step, equal after a resume to a run that was never disturbed.
 
-What a step does depends on the parameters, the shards and the step's number alone, so the state of a run is the model,
-the optimizer, the number of steps done and the curve so far.
+When it validates, writes a checkpoint, logs and ends; what a step does says :mod:`tasks.trainer`.
 """
 
 import dataclasses
@@ -10,33 +9,22 @@ import math
 import resource
 import sys
 import time
-from typing import Any, NamedTuple, NoReturn
-
-import numpy as np
-import numpy.typing as npt
-import torch
+from typing import NamedTuple, NoReturn
 
 from lm.model import LanguageModel
 from lm.weights import Weights
 from tasks import atomic, divergence, out_of_memory, paths, stopping
-from tasks.balance import Balance
 from tasks.checkpoints import Checkpoints, agreed
-from tasks.compiled import compile_layers
 from tasks.curve import Curve
-from tasks.errors import EXIT_STOPPED, BadParameter
+from tasks.errors import EXIT_STOPPED
 from tasks.heartbeat import Heartbeat
-from tasks.loss_scale import LossScale
-from tasks.optimizers import make_optimizer
-from tasks.order import batch_of_rank
-from tasks.parallel.parallelize import Parallel, lay_out
-from tasks.parallel.traffic import Traffic, of_all_reduce
+from tasks.parallel.parallelize import Parallel
+from tasks.parallel.traffic import of_all_reduce
 from tasks.progress import Progress
-from tasks.recomputation import recompute
-from tasks.schedule import learning_rate_at
-from tasks.shards import WindowReader, share_learned
+from tasks.shards import WindowReader
 from tasks.step_log import StepLog, logged, sum_up
-from tasks.step_meter import StepMeter, StepReport
-from tasks.stopping import Stop
+from tasks.step_meter import StepReport
+from tasks.trainer import Trainer
 from tasks.training_params import TrainingParams
 from tasks.world import World
 
@@ -75,49 +63,49 @@ def train(
         out_of_memory.told, stage, params=params, length=train_windows.length, precision=world.precision
     )
     with told(model):
-        run = _Run(stage, model, params, train_windows, valid_windows, world, progress, here, weights)
-    with told(run.model):
-        _go_on(run, checkpoints, stage, measure_first)
-    return Trained(run.curve, run.parallel)
+        trainer = Trainer(stage, model, params, train_windows, valid_windows, world, progress, here, weights)
+    with told(trainer.model):
+        _go_on(trainer, checkpoints, measure_first)
+    return Trained(trainer.curve, trainer.parallel)
 
 
-def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: bool) -> None:
-    """Takes the steps of ``run`` that no checkpoint has."""
-    params, world, progress = run.params, run.world, run.progress
-    if run.exchange.in_parts:
+def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> None:
+    """Takes the steps of ``trainer`` that no checkpoint has."""
+    stage, params, world, progress = trainer.stage, trainer.params, trainer.world, trainer.progress
+    if trainer.exchange.in_parts:
         checkpoints.keep_one_before()
-    done = run.restore(agreed(checkpoints, world, run.exchange.reads))
+    done = trainer.restore(agreed(checkpoints, world, trainer.exchange.reads))
     checkpoints.confirm()
-    if done < params.steps and run.curve.processes[-1:] != [world.size]:
-        run.curve.processes.append(world.size)
+    if done < params.steps and trainer.curve.processes[-1:] != [world.size]:
+        trainer.curve.processes.append(world.size)
     progress.begin("training", done)
     if 0 < done < params.steps:
         progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
-    with stopping.noted(params.stop_seconds) as stop, run.meter.seeing_waits():
-        if measure_first and not done and not run.measured_before(stop):
+    with stopping.noted(params.stop_seconds) as stop, trainer.meter.seeing_waits():
+        if measure_first and not done and not trainer.measured_before(stop):
             _stop(checkpoints, world, progress, done)
         # A validation may have been broken off, behind the checkpoint that this goes on from.
-        if done and not run.recorded(done, stop):
+        if done and not trainer.recorded(done, stop):
             _stop(checkpoints, world, progress, done)
         while done < params.steps:
-            report = run.step(done, stop)
+            report = trainer.step(done, stop)
             done += 1
             # Where they have just met, all have agreed already, and may be on the way to what they do together.
-            if run.exchange.apart and run.met < done:
-                run.agree_to_stop(done, stop)
+            if trainer.exchange.apart and trainer.met < done:
+                trainer.agree_to_stop(done, stop)
             if log:
-                sent = run.traffic.after_step(done == params.steps or run.told_to_stop)
+                sent = trainer.traffic.after_step(done == params.steps or trainer.told_to_stop)
                 log.write(dataclasses.replace(report, bytes_sent=sent))
-            if run.fault is not None:
-                world.fail(run.fault)
-            stopped = not run.recorded(done, stop) or (run.told_to_stop and done < params.steps)
+            if trainer.fault is not None:
+                world.fail(trainer.fault)
+            stopped = not trainer.recorded(done, stop) or (trainer.told_to_stop and done < params.steps)
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
-                run.here.at(done, "the checkpoint")
+                trainer.here.at(done, "the checkpoint")
                 # Each process has a part in the state, even if one alone writes it.
-                state, tensors = run.state(done)
-                if run.exchange.in_parts:
+                state, tensors = trainer.state(done)
+                if trainer.exchange.in_parts:
                     # Nobody writes the next one before all have this one's predecessor.
                     checkpoints.finish()
                     world.lowest(0)
@@ -125,22 +113,22 @@ def _go_on(run: "_Run", checkpoints: Checkpoints, stage: str, measure_first: boo
                     assert world.mesh is not None
                     assert world.mesh.writers is not None
                     checkpoints.save_parts(done, state, tensors, world.mesh.writers)
-                elif (part := run.exchange.writes) is not None:
+                elif (part := trainer.exchange.writes) is not None:
                     checkpoints.save(done, state, part)
-            progress.update(done, params.steps, "steps", loss=report.loss, **run.latest(), **_shown(report))
+            progress.update(done, params.steps, "steps", loss=report.loss, **trainer.latest(), **_shown(report))
             if stopped:
                 if world.is_first:
-                    _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
+                    _write_measurements(trainer, time.monotonic() - started, (done - first) * trainer.tokens_per_step)
                 _stop(checkpoints, world, progress, done)
     checkpoints.finish()
     if log:
         log.close()
         sum_up(stage, logged(stage), params.validate_every)
-    if math.isnan(run.curve.last("train_loss")):
-        world.fail(divergence.no_step(stage, params, world.precision, run.scale.overflows))
+    if math.isnan(trainer.curve.last("train_loss")):
+        world.fail(divergence.no_step(stage, params, world.precision, trainer.scale.overflows))
     if world.is_first and done > first:
-        _write_measurements(stage, run, time.monotonic() - started, (done - first) * run.tokens_per_step)
-        if told := run.meter.waited_too_long():
+        _write_measurements(trainer, time.monotonic() - started, (done - first) * trainer.tokens_per_step)
+        if told := trainer.meter.waited_too_long():
             progress.notice(told)
 
 
@@ -152,319 +140,6 @@ def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int)
     sys.exit(EXIT_STOPPED)
 
 
-class _Run:
-    def __init__(
-        self,
-        stage: str,
-        model: LanguageModel,
-        params: TrainingParams,
-        train_windows: WindowReader,
-        valid_windows: WindowReader,
-        world: World,
-        progress: Progress,
-        here: Heartbeat,
-        weights: Weights | None = None,
-    ) -> None:
-        self.stage = stage
-        self.params, self.world, self.progress, self.here = params, world, progress, here
-        self.train_windows, self.valid_windows = train_windows, valid_windows
-        self.curve = Curve()
-        self.tokens_per_step = params.global_batch * train_windows.length
-        self.traffic = Traffic(world.device, world.mesh is not None and world.mesh.layout.pipeline > 1)
-        # Counts the parameters of the whole model.
-        self.meter = StepMeter(model, self.tokens_per_step, world, params.compiles)
-        self.parallel, self.exchange = lay_out(model, world, params, weights and here.along(weights))
-        self.model = self.parallel.model
-        if params.compiles:
-            compile_layers(self.model, world.device)
-        recompute(self.model, params.activation_checkpointing)
-        self.optimizer = make_optimizer(self.model, params)
-        self.scale = LossScale(world.precision)
-        # Since the last row of the curve: the sums of losses and of gradient norms.
-        self.losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-        self.balance = Balance(self.model.routers(), params, world.device)
-        self.steps_since_row: float = 0
-        self.told_to_stop = False
-        # What ends the training behind this step.
-        self.fault: BadParameter | None = None
-        # After how many steps the replicas were last equal, where they train apart.
-        self.met = 0
-
-    def step(self, step: int, stop: Stop) -> StepReport:
-        """Takes one optimizer step; returns what it came to, its loss the mean over those that take it together.
-
-        Sets ``told_to_stop``, on all of them alike, when one had been told to before the end of the step.
-        """
-        self.meter.begin()
-        self.here.at(step + 1, "the gradients")
-        # What draws at random within a step depends on nothing before it, and no state has to be kept.
-        drawn = np.random.SeedSequence([self.params.seed, step, self.world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn[0]))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.params, group["initial_lr"])
-        with self.meter.waiting_for_data():
-            samples = batch_of_rank(
-                step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
-                self.world.data_rank, self.world.data_size,
-            )  # fmt: skip
-        samples = self.parallel.grouped(samples)
-        self.parallel.scale = self.scale.value
-        self.balance.press(self.scale.value * self.parallel.weight * self.world.data_size / self.tokens_per_step)
-        total = torch.zeros((), device=self.world.device)
-        passes = len(samples) * self._share_learned(step)
-        for index, micro in enumerate(samples):
-            # All passes but the last only add up gradients; the last one reduces them over the processes.
-            self.parallel.reduce_in_backward(index == len(samples) - 1)
-            with self.meter.waiting_for_data():
-                windows = self._read(self.train_windows, micro)
-            self.here.batch()
-            with self.world.autocast():
-                loss = self.parallel.loss(windows, passes)
-            self.here.batch()
-            self.parallel.backward(loss)
-            total += loss.detach()
-        self.scale.unscale(self.model.parameters())
-        self.exchange.reduce(total)
-        self.meter.reduced()
-        norm = self.parallel.clip(self.params.clip_grad_norm)
-        # What the processes have to agree on, summed over them; those along `tensor` have the same loss.
-        spoilt = ~(norm.isfinite() & total.isfinite())
-        self.here.at(step + 1, "the agreement")
-        with self.meter.communicating():
-            near, told_here = self.exchange.near, total.new_tensor(float(stop.told))
-            agreed = near.sum_all(torch.stack([total, told_here, spoilt.to(total)]))
-        mean = agreed[0] / near.size
-        told, spoilt_in = agreed[1:].tolist()
-        if not self.exchange.apart:
-            self.told_to_stop = told > 0
-        load: list[float] = []
-        if spoilt_in:
-            self._skip(step, float(mean))
-        else:
-            self.scale.keep()
-            self.optimizer.step()
-            # Those along `tensor` have counted shares of the tokens. Where all counted the same ones (multi-token
-            # prediction), the sum is a multiple, and only proportions matter.
-            counts = self.balance.counted()
-            if len(counts):
-                with self.meter.communicating():
-                    counts = near.sum_all(counts)
-            load = self.balance.after_step(counts)
-            self.losses += torch.stack([mean, norm]).double()
-            self.steps_since_row += 1
-        self.optimizer.zero_grad()
-        if self.exchange.due(step + 1, self.params.steps):
-            self.here.at(step + 1, "the agreement")
-            with self.meter.communicating():
-                self._meet(step + 1, told > 0)
-        rate = learning_rate_at(step, self.params, self.params.learning_rate)
-        report = self.meter.end(step + 1, float(mean), float(norm), rate, load)
-        return dataclasses.replace(report, skipped=bool(spoilt_in))
-
-    def agree_to_stop(self, done: int, stop: Stop) -> None:
-        """Sets ``told_to_stop`` where one of the replicas was told to, and each has taken ``done`` steps."""
-        if stop.told and not self.here.told:
-            self.here.tell()
-        if self.here.told and not self.told_to_stop:
-            self.told_to_stop = self.here.settled(done)
-
-    def _meet(self, done: int, told: bool) -> None:
-        """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps.
-
-        ``told``: one of this replica was told to stop. All of a replica know that alike, and meet with others apart.
-        """
-        skipped = [float(step in self.curve.skipped) for step in range(self.met + 1, done + 1)]
-        known = [self.losses, self.losses.new_tensor([self.steps_since_row, float(told), *skipped])]
-        load = self.balance.load
-        means = self.exchange.meet(torch.cat([*known, load.double().flatten()])).split(
-            [2, 1, 1, len(skipped), load.numel()]
-        )
-        self.losses.copy_(means[0])
-        self.steps_since_row, self.told_to_stop = means[1].item(), means[2].item() > 0
-        load.copy_(means[4].view_as(load))
-        known_here = {*self.curve.skipped}
-        self.curve.skipped = [step for step in self.curve.skipped if step <= self.met]
-        self.curve.skipped += [self.met + 1 + number for number, share in enumerate(means[3].tolist()) if share]
-        self.met = done
-        for step in sorted({*self.curve.skipped} - known_here):
-            self.progress.notice(f"skipped {self._named(step)} in another replica: the gradient is not finite")
-        if any(means[3].tolist()):
-            self._end_if_too_many(self._named(self.curve.skipped[-1]))
-
-    def _skip(self, step: int, loss: float) -> None:
-        """Leaves all as it was before ``step``; in fp16 the factor of its ``loss`` may have been too large."""
-        self.balance.skip_step()
-        if math.isfinite(loss) and self.scale.halve():
-            self.curve.overflows = self.scale.overflows
-            return
-        self.curve.skipped.append(step + 1)
-        where = self._named(step + 1, f"loss {loss:.4g}, ")
-        if not self.exchange.apart:
-            self._end_if_too_many(where)
-        if self.fault is None:
-            self.progress.notice(f"skipped {where}: the gradient is not finite")
-
-    def _named(self, step: int, more: str = "") -> str:
-        """Returns ``step``, counted from 1, with ``more`` and the windows of all processes in words."""
-        windows = map(str, sorted(self._batch(step - 1).flatten().tolist()))
-        return f"step {step:,} ({more}windows {', '.join(windows)})"
-
-    def _batch(self, step: int) -> npt.NDArray[np.int64]:
-        """Returns the windows of all processes in ``step``, counted from 0."""
-        params = self.params
-        return batch_of_rank(step, len(self.train_windows), params.seed, params.global_batch, params.micro_batch, 0, 1)
-
-    def _end_if_too_many(self, where: str) -> None:
-        """Sets ``fault``, on all processes, when a step was skipped once too often, ``where``."""
-        in_a_row = self.curve.skipped_in_a_row()
-        # Nothing was learned when there was no other step.
-        if in_a_row > self.params.max_skipped_steps or len(self.curve.skipped) == self.params.steps:
-            self.fault = divergence.too_many_skipped(self.params, where, in_a_row)
-
-    def measured_before(self, stop: Stop) -> bool:
-        """Validates the weights that are there at the start; False where that was broken off."""
-        self.here.at(0, "the validation")
-        if (loss := self.validate(stop)) is None:
-            return False
-        if not math.isfinite(loss):
-            self.world.fail(divergence.starts_diverged(self.stage, self.world.precision, loss))
-        self.curve.before = loss
-        self.progress.notice(f"validation loss before the first step: {loss:.4f} nats a token")
-        return True
-
-    def recorded(self, step: int, stop: Stop) -> bool:
-        """Validates and adds a row to the curve, where one is due after ``step`` steps and not there.
-
-        False where that was broken off: another attempt has to do it.
-        """
-        due = step % self.params.validate_every == 0 or step == self.params.steps
-        if not due or (self.curve.rows and self.curve.last("step") == step):
-            return True
-        self.here.at(step, "the validation")
-        if (loss := self.validate(stop)) is None:
-            return False
-        self._add_row(step, loss)
-        if not math.isfinite(loss):
-            self.world.fail(divergence.diverged(self.stage, self.params, self.world.precision, loss, step))
-        return True
-
-    def _add_row(self, step: int, valid_loss: float) -> None:
-        rate = learning_rate_at(step - 1, self.params, self.params.learning_rate)
-        if self.steps_since_row:
-            train_loss, norm = (self.losses / self.steps_since_row).tolist()
-            imbalance = self.balance.imbalance()
-        else:
-            # All were skipped.
-            known = bool(self.curve.rows)
-            train_loss, norm, imbalance = (
-                self.curve.last(column) if known else math.nan
-                for column in ("train_loss", "grad_norm", "expert_imbalance")
-            )
-        self.curve.rows.append((step, rate, train_loss, valid_loss, norm, imbalance))
-        self.losses.zero_()
-        self.balance.load.zero_()
-        self.steps_since_row = 0
-
-    @torch.no_grad()
-    def validate(self, stop: Stop) -> float | None:
-        """Returns the mean loss over validation windows spread evenly over the split.
-
-        None where one of the processes has been told to end: on large splits this may take longer than that may. Sets
-        ``told_to_stop`` then, on all of them.
-        """
-        available = len(self.valid_windows)
-        wanted = min(self.params.validation_windows, available)
-        chosen = torch.arange(wanted) * available // wanted
-        mine = chosen[self.world.data_rank :: self.world.data_size].numpy()
-        # Each process computes as often as the first one, which has most: the parts of a layer come from all of them.
-        most = len(chosen[:: self.world.data_size])
-        summed = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self.model.eval()
-        for start in range(0, most, self.params.micro_batch):
-            if self._told_to_end(stop):
-                self.model.train()
-                return None
-            share = mine[start : start + self.params.micro_batch]
-            windows = self._read(self.valid_windows, share if len(share) else chosen[:1].numpy())
-            with self.world.autocast():
-                summed += self.parallel.evaluate(windows).double() * len(share)
-        self.model.train()
-        return float(self.world.sum(summed) / (wanted * share_learned(self.valid_windows, chosen.numpy())))
-
-    def _told_to_end(self, stop: Stop) -> bool:
-        told = self.world.sum_all(torch.tensor(float(stop.told or self.told_to_stop), device=self.world.device))
-        self.told_to_stop = bool(told)
-        return self.told_to_stop
-
-    def latest(self) -> dict[str, float]:
-        return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
-
-    def state(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
-        """Returns what one process writes after ``step`` steps, and what this one does where each writes a part."""
-        kept = self.parallel.state(self.optimizer)
-        between = self.exchange.apart and self.met < step
-        own = self.exchange.own_state(kept.optimizer, between)
-        state = {"step": step, "own": own, "scale": self.scale.state()}
-        # What replicas that train apart have in common when they have met.
-        common = {
-            "precision": self.world.precision,
-            "model": kept.model,
-            "skipped": self.curve.skipped,
-            "losses": self.losses,
-            "load": self.balance.load,
-            "steps_since_row": self.steps_since_row,
-            "met": self.met,
-        }
-        if self.exchange.writes:
-            return (state | common if between else state), None
-        of_all = {
-            "optimizer": kept.optimizer,
-            "curve": self.curve.rows,
-            "processes": self.curve.processes,
-            "before": self.curve.before,
-            "sent": self.traffic.so_far() if self.world.is_first else None,
-        }
-        return state | common | of_all, kept.tensors
-
-    def restore(self, state: dict[str, Any] | None) -> int:
-        """Takes over ``state``; returns how many steps are done."""
-        if state is None:
-            return 0
-        own = state["own"]
-        if "parts" in state:
-            self.parallel.load_parts(self.optimizer, state["parts"], (state["model"], state["optimizer"]))
-        else:
-            self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
-        if (was := state["precision"]) != self.world.precision:
-            self.progress.notice(f"precision auto is {self.world.precision} here, and was {was}: a rebuild will differ")
-        self.exchange.load_state(own)
-        self.scale.load_state(state["scale"])
-        self.curve.overflows = self.scale.overflows
-        self.met = state.get("met", state["step"])
-        self.curve.rows = [tuple(row) for row in state["curve"]]
-        self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
-        self.curve.before = state.get("before")
-        self.traffic.go_on(state.get("sent"))
-        self.losses.copy_(state["losses"])
-        self.balance.load.copy_(state["load"])
-        self.steps_since_row = state["steps_since_row"]
-        return int(state["step"])
-
-    def _share_learned(self, step: int) -> float:
-        """Returns :func:`share_learned` of the windows of all processes: the loss is the mean over what is learned."""
-        if self.train_windows.learned is None:
-            return 1.0
-        return share_learned(self.train_windows, self._batch(step).flatten())
-
-    def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
-        batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
-        if windows.learned is not None:
-            learned = torch.from_numpy(windows.learned.batch(indices)).to(self.world.device).long()
-            batch = torch.stack([batch, learned], dim=1)
-        self.here.move()
-        return batch
-
-
 def _shown(report: StepReport) -> dict[str, float]:
     return {
         "grad_norm": report.grad_norm,
@@ -474,24 +149,24 @@ def _shown(report: StepReport) -> dict[str, float]:
     }
 
 
-def _share_of_whole_gradients(run: _Run, sent: int | None) -> float | None:
+def _share_of_whole_gradients(trainer: Trainer, sent: int | None) -> float | None:
     """Returns ``sent`` over what all-reduces of the gradients alone would have sent; None where a mesh cuts these."""
-    world = run.world
+    world = trainer.world
     if sent is None or world.mesh is not None or world.size == 1:
         return None
-    gradients = sum(4 * value.numel() for value in run.model.parameters() if value.requires_grad)
-    return round(sent / (run.params.steps * of_all_reduce(gradients, world.size)), 4)
+    gradients = sum(4 * value.numel() for value in trainer.model.parameters() if value.requires_grad)
+    return round(sent / (trainer.params.steps * of_all_reduce(gradients, world.size)), 4)
 
 
-def _write_measurements(stage: str, run: _Run, seconds: float, tokens: int) -> None:
+def _write_measurements(trainer: Trainer, seconds: float, tokens: int) -> None:
     measured = {
         "tokens_per_second": round(tokens / seconds, 1),
         "seconds": round(seconds, 2),
-        **run.meter.totals(),
+        **trainer.meter.totals(),
         "peak_memory_of_a_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "processes": run.world.size,
-        "device": run.world.device.type,
-        "bytes_sent": (sent := run.traffic.so_far()),
-        "share_of_whole_gradients": _share_of_whole_gradients(run, sent),
+        "processes": trainer.world.size,
+        "device": trainer.world.device.type,
+        "bytes_sent": (sent := trainer.traffic.so_far()),
+        "share_of_whole_gradients": _share_of_whole_gradients(trainer, sent),
     }
-    atomic.write_json(paths.MEASUREMENTS / f"{stage}.json", measured)
+    atomic.write_json(paths.MEASUREMENTS / f"{trainer.stage}.json", measured)

@@ -132,16 +132,16 @@ def _last_windows() -> set[int]:
 
 def diverge() -> None:
     """Makes the validation loss what the variable ``LOSS`` says, from the validation on that ``FROM`` counts."""
-    from tasks.training import _Run
+    from tasks.trainer import Trainer
 
-    validate, first, calls = _Run.validate, int(os.environ["FROM"]), [0]
+    validate, first, calls = Trainer.validate, int(os.environ["FROM"]), [0]
 
-    def diverging(self: _Run, stop: Any) -> float | None:
+    def diverging(self: Trainer, stop: Any) -> float | None:
         found = validate(self, stop)
         calls[0] += 1
         return float(os.environ["LOSS"]) if calls[0] >= first else found
 
-    _Run.validate = diverging  # type: ignore[method-assign]
+    Trainer.validate = diverging  # type: ignore[method-assign]
 
 
 def overflow() -> None:
@@ -279,18 +279,18 @@ def stand_still() -> None:
 
 def damage_what_is_loaded() -> None:
     """Changes the checkpoints when all have found theirs intact, and take them over."""
-    from tasks.training import _Run
+    from tasks.trainer import Trainer
 
-    restore = _Run.restore
+    restore = Trainer.restore
 
-    def damaging(self: _Run, state: Any) -> int:
+    def damaging(self: Trainer, state: Any) -> int:
         for file in Path.cwd().glob(".overnight/checkpoints/train/*/*.pt"):
             with file.open("r+b") as opened:
                 opened.seek(-1, os.SEEK_END)
                 opened.write(b"\xff")
         return restore(self, state)
 
-    _Run.restore = damaging  # type: ignore[method-assign]
+    Trainer.restore = damaging  # type: ignore[method-assign]
 
 
 def stall_a_checkpoint() -> None:
@@ -385,17 +385,17 @@ def slowly() -> None:
 
 def validate_slowly() -> None:
     """Makes each batch of a validation take a second, and leaves a file ``validating`` where there is one."""
-    from tasks.training import _Run
+    from tasks.trainer import Trainer
 
-    read = _Run._read
+    read = Trainer._read
 
-    def slow(self: _Run, *arguments: Any) -> Any:
+    def slow(self: Trainer, *arguments: Any) -> Any:
         if not self.model.training:
             Path("validating").touch()
             time.sleep(1)
         return read(self, *arguments)
 
-    _Run._read = slow  # type: ignore[method-assign]
+    Trainer._read = slow  # type: ignore[method-assign]
 
 
 def draw() -> None:

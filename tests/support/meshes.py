@@ -26,7 +26,7 @@ from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelCo
 from lm.loss import LOGITS_HELD
 from lm.model import LanguageModel
 from lm.weights import Read, Region, Weights, on_meta, reads
-from tasks import step_meter, training
+from tasks import step_meter, trainer
 from tasks.compiled import compile_layers
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.heartbeat import Heartbeat
@@ -35,7 +35,7 @@ from tasks.parallel import parts, tensor, vocabulary, whole
 from tasks.parallel.stages import EMBED_AGAIN
 from tasks.progress import Lines, Progress
 from tasks.stopping import Stop
-from tasks.training import _Run
+from tasks.trainer import Trainer
 from tasks.training_params import TrainingParams
 from tasks.world import Meshes, World, device_mesh
 
@@ -275,13 +275,13 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     result = Result()
     world = World(rank, size, torch.device("cpu"), "fp32", _mesh(MeshParams(**case.mesh).over(size)))
     counters.clear()
-    training.compile_layers = functools.partial(compile_layers, backend=case.compiled)
+    trainer.compile_layers = functools.partial(compile_layers, backend=case.compiled)
     model, reader = model_of(case), Reader(1, WINDOWS, case.answers)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     weights = None
     if world.mesh is not None:
         model, weights = _on_meta(model, case, result)
-    run = _Run(
+    run = Trainer(
         "train",
         model,
         params_of(case, world.data_size),
@@ -364,7 +364,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     return result
 
 
-def _slow_down(run: _Run, where: str) -> list[int]:
+def _slow_down(run: Trainer, where: str) -> list[int]:
     """Returns what gets an entry with each sleep."""
     sleeps: list[int] = []
 

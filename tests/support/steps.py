@@ -6,9 +6,9 @@ from typing import Any
 
 def on_each_step(tell: Callable[[Any, list[Any]], None]) -> None:
     """Calls ``tell(run, [step, windows])`` after each step, with this process's windows of it."""
-    from tasks import training
+    from tasks import trainer
 
-    step, batch_of_rank = training._Run.step, training.batch_of_rank
+    step, batch_of_rank = trainer.Trainer.step, trainer.batch_of_rank
     last: list[Any] = []
 
     def remembered(*arguments: Any) -> Any:
@@ -16,9 +16,9 @@ def on_each_step(tell: Callable[[Any, list[Any]], None]) -> None:
         last[:] = [arguments[0], batch.flatten().tolist()]
         return batch
 
-    def told(self: training._Run, *arguments: Any) -> Any:
+    def told(self: trainer.Trainer, *arguments: Any) -> Any:
         report = step(self, *arguments)
         tell(self, last)
         return report
 
-    training.batch_of_rank, training._Run.step = remembered, told  # type: ignore[method-assign]
+    trainer.batch_of_rank, trainer.Trainer.step = remembered, told  # type: ignore[method-assign]

@@ -183,7 +183,7 @@ def test_a_process_that_stops_within_a_step_is_named_with_what_is_waited_for(
     tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=4, train__mesh=mesh)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    place = "tasks.training.batch_of_rank"
+    place = "tasks.trainer.batch_of_rank"
     codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT=place), 60)
     assert codes == [EXIT_TRY_AGAIN, -signal.SIGKILL]
     told = tiny.error_line(log.read_text())
@@ -203,7 +203,7 @@ def test_a_process_that_stops_before_it_has_joined_is_named(tmp_path: Path) -> N
     assert tiny.error_line(log.read_text()).startswith("rank 1 did not join the others within 2 s")
 
 
-@pytest.mark.parametrize("place", ["tasks.world.tell_apart", "tasks.training.batch_of_rank"])
+@pytest.mark.parametrize("place", ["tasks.world.tell_apart", "tasks.trainer.batch_of_rank"])
 def test_the_first_process_which_keeps_the_store_is_named_too(place: str, tmp_path: Path) -> None:
     tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=4)
     tiny.write_shards(tmp_path)

@@ -197,9 +197,9 @@ def test_other_errors_pass(project: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "changes"),
     [
-        ("training._Run.step", {}),
-        ("training._Run.validate", {}),
-        ("training.lay_out", {}),
+        ("trainer.Trainer.step", {}),
+        ("trainer.Trainer.validate", {}),
+        ("trainer.lay_out", {}),
         ("parallel.sharded.fill", {"train__mesh__shard": 2}),
         ("parallel.pipeline.fill", {"train__mesh__pipeline": 2}),
     ],
