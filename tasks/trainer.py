@@ -88,30 +88,7 @@ class Trainer:
         torch.manual_seed(int(drawn[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.params, group["initial_lr"])
-        with self.meter.waiting_for_data():
-            samples = batch_of_rank(
-                step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
-                self.world.data_rank, self.world.data_size,
-            )  # fmt: skip
-        samples = self.parallel.grouped(samples)
-        self.parallel.scale = self.scale.value
-        self.balance.press(self.scale.value * self.parallel.weight * self.world.data_size / self.tokens_per_step)
-        total = torch.zeros((), device=self.world.device)
-        passes = len(samples) * self._share_learned(step)
-        for index, micro in enumerate(samples):
-            # All passes but the last only add up gradients; the last one reduces them over the processes.
-            self.parallel.reduce_in_backward(index == len(samples) - 1)
-            with self.meter.waiting_for_data():
-                windows = self._read(self.train_windows, micro)
-            self.here.batch()
-            with self.world.autocast():
-                loss = self.parallel.loss(windows, passes)
-            self.here.batch()
-            self.parallel.backward(loss)
-            total += loss.detach()
-        self.scale.unscale(self.model.parameters())
-        self.exchange.reduce(total)
-        self.meter.reduced()
+        total = self._add_up_gradients(step)
         norm = self.parallel.clip(self.params.clip_grad_norm)
         # What the processes have to agree on, summed over them; those along `tensor` have the same loss.
         spoilt = ~(norm.isfinite() & total.isfinite())
@@ -146,6 +123,34 @@ class Trainer:
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
         report = self.meter.end(step + 1, float(mean), float(norm), rate, load)
         return dataclasses.replace(report, skipped=bool(spoilt_in))
+
+    def _add_up_gradients(self, step: int) -> torch.Tensor:
+        """Computes the gradients of ``step``, pass by pass, reduced over the processes; returns the loss here."""
+        with self.meter.waiting_for_data():
+            samples = batch_of_rank(
+                step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
+                self.world.data_rank, self.world.data_size,
+            )  # fmt: skip
+        samples = self.parallel.grouped(samples)
+        self.parallel.scale = self.scale.value
+        self.balance.press(self.scale.value * self.parallel.weight * self.world.data_size / self.tokens_per_step)
+        total = torch.zeros((), device=self.world.device)
+        passes = len(samples) * self._share_learned(step)
+        for index, micro in enumerate(samples):
+            # All passes but the last only add up gradients; the last one reduces them over the processes.
+            self.parallel.reduce_in_backward(index == len(samples) - 1)
+            with self.meter.waiting_for_data():
+                windows = self._read(self.train_windows, micro)
+            self.here.batch()
+            with self.world.autocast():
+                loss = self.parallel.loss(windows, passes)
+            self.here.batch()
+            self.parallel.backward(loss)
+            total += loss.detach()
+        self.scale.unscale(self.model.parameters())
+        self.exchange.reduce(total)
+        self.meter.reduced()
+        return total
 
     def agree_to_stop(self, done: int, stop: Stop) -> None:
         """Sets ``told_to_stop`` where one of the replicas was told to, and each has taken ``done`` steps."""

@@ -102,19 +102,7 @@ def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> N
                 world.fail(trainer.fault)
             stopped = not trainer.recorded(done, stop) or (trainer.told_to_stop and done < params.steps)
             if done % params.checkpoint_every == 0 or done == params.steps or stopped:
-                trainer.here.at(done, "the checkpoint")
-                # Each process has a part in the state, even if one alone writes it.
-                state, tensors = trainer.state(done)
-                if trainer.exchange.in_parts:
-                    # Nobody writes the next one before all have this one's predecessor.
-                    checkpoints.finish()
-                    world.lowest(0)
-                if tensors is not None:
-                    assert world.mesh is not None
-                    assert world.mesh.writers is not None
-                    checkpoints.save_parts(done, state, tensors, world.mesh.writers)
-                elif (part := trainer.exchange.writes) is not None:
-                    checkpoints.save(done, state, part)
+                _save(trainer, checkpoints, done)
             progress.update(done, params.steps, "steps", loss=report.loss, **trainer.latest(), **_shown(report))
             if stopped:
                 if world.is_first:
@@ -130,6 +118,24 @@ def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> N
         _write_measurements(trainer, time.monotonic() - started, (done - first) * trainer.tokens_per_step)
         if told := trainer.meter.waited_too_long():
             progress.notice(told)
+
+
+def _save(trainer: Trainer, checkpoints: Checkpoints, done: int) -> None:
+    """Begins the checkpoint after ``done`` steps, which is written while training goes on. Collective."""
+    trainer.here.at(done, "the checkpoint")
+    # Each process has a part in the state, even if one alone writes it.
+    state, tensors = trainer.state(done)
+    if trainer.exchange.in_parts:
+        # Nobody writes the next one before all have this one's predecessor.
+        checkpoints.finish()
+        trainer.world.lowest(0)
+    if tensors is not None:
+        mesh = trainer.world.mesh
+        assert mesh is not None
+        assert mesh.writers is not None
+        checkpoints.save_parts(done, state, tensors, mesh.writers)
+    elif (part := trainer.exchange.writes) is not None:
+        checkpoints.save(done, state, part)
 
 
 def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int) -> NoReturn:
