@@ -13,7 +13,8 @@ import uvicorn
 from rich.console import Console
 
 from flows.generate import EXIT_INTERRUPTED, load, load_template, place
-from flows.serve.app import KEY, is_loopback, make_app
+from flows.serve.app import make_app
+from flows.serve.guard import KEY, is_loopback
 from flows.terminal import print_line
 from tasks.errors import UserMistake
 

@@ -1,9 +1,12 @@
 """What the server says to a request that it does not answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 
 class Refused(Exception):
@@ -64,3 +67,37 @@ def _parameter(place: Sequence[int | str]) -> str | None:
         elif step.isidentifier() and step not in ("str", "int"):
             found += f".{step}"
     return found
+
+
+async def _refused(_: Request, error: Refused) -> JSONResponse:
+    return error.response()
+
+
+async def _misunderstood(request: Request, error: RequestValidationError) -> JSONResponse:
+    kind = request.headers.get("content-type", "")
+    if "json" not in kind.lower():
+        sent = f"is of the Content-Type '{kind}'" if kind else "has no Content-Type"
+        told = f"the body {sent}, and is no request; send it as application/json"
+        return bad_request(told).response()
+    return invalid(error).response()
+
+
+async def _unanswerable(request: Request, error: HTTPException) -> JSONResponse:
+    what = f"{request.method} {request.url.path}"
+    if error.status_code == 400:
+        what = "the body is no request"
+    told = "there is nothing here" if error.status_code == 404 else error.detail
+    return Refused(error.status_code, "invalid_request_error", f"{what}: {told}").response()
+
+
+async def _unexpected(_: Request, error: Exception) -> JSONResponse:
+    return failed(error).response()
+
+
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+    Refused: _refused,
+    RequestValidationError: _misunderstood,
+    HTTPException: _unanswerable,
+    Exception: _unexpected,
+}
+"""What answers each kind of exception, as FastAPI wants it."""

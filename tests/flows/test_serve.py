@@ -20,7 +20,6 @@ from odd import export_over_bytes
 from serving import HERE, Server, in_this_process, lay_out_project
 from together import written_together
 
-from flows.serve import app as serving_app
 from flows.serve.app import make_app
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused, invalid
@@ -281,7 +280,7 @@ def test_of_a_body_that_is_all_wrong_the_first_fault_is_told(
         faults.extend(error.errors())
         return invalid(error)
 
-    monkeypatch.setattr(serving_app, "invalid", seen)
+    monkeypatch.setattr("flows.serve.refused.invalid", seen)
     app = TestClient(make_app(model, ChatTemplate(tiny.CHATML, {}, model.tokenizer, "t"), "m", None), HERE)
     told = app.post(f"/v1/{path}", json=wrong)
     assert told.status_code == 400
