@@ -189,31 +189,14 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
     }
     values["tie_word_embeddings"] = tied
     if kind is LatentConfig:
-        if found.get(f"{_OWN}plain_queries"):
-            values["q_lora_rank"] = None
-        values["qk_nope_head_dim"] = said.get("attention.key_length_mla", ...)
-        if values["qk_nope_head_dim"] is not ...:
-            for key in ("attention.key_length_mla", "rope.dimension_count"):
-                _check_number(said, family, key)
-            values["qk_nope_head_dim"] -= said["rope.dimension_count"]
+        values |= _of_latent_heads(found, said, family)
     else:
-        if values["head_dim"] is ...:
-            values["head_dim"] = values["hidden_size"] // said["attention.head_count"]
-        if values["num_key_value_heads"] is ...:
-            values["num_key_value_heads"] = said["attention.head_count"]
-        _same(said, "attention.value_length", values["head_dim"])
-        _same(said, "rope.dimension_count", values["head_dim"])
+        values |= _of_grouped_heads(values, said)
         if kind is GroupedMixtureConfig:
             values["norm_topk_prob"] = True
-    readers = {"yarn": _yarn, "linear": _linear}
-    # llama.cpp takes a factor without a type for linear, and knows an older name of it.
-    is_linear = any(key in said for key in (f"{_YARN}factor", _OLDER_FACTOR))
-    read = readers.get(str(said.get(f"{_YARN}type", "linear" if is_linear else "none")))
-    values["rope_scaling"] = None if read is None else read(found, said, family)
-    if factors is not None and read is not None:
+    values["rope_scaling"] = _told_scaling(found, said, family)
+    if factors is not None and values["rope_scaling"] is not None:
         raise Unfit(f"it has rope_freqs.weight and a {_YARN}factor; a model that is stretched in one way can be read")
-    if values["rope_scaling"] is None:
-        _same(said, "rope.scaling.type", "none")
     if missing := [key for key, name in _KEYS[kind].items() if values[name] is ...]:
         raise Unfit(f"its metadata lack {family}.{missing[0]}")
     try:
@@ -239,6 +222,38 @@ def _latent_family(said: Mapping[str, Any]) -> str:
     if scored not in (_SOFTMAX, _SIGMOID):
         raise Unfit(f"its expert_gating_func is {scored}; a model with {_SOFTMAX} or {_SIGMOID} alone can be read")
     return "deepseek_v3" if scored == _SIGMOID else "deepseek_v2"
+
+
+def _of_latent_heads(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Returns the widths of a latent model's heads that no single key says."""
+    values: dict[str, Any] = {"q_lora_rank": None} if found.get(f"{_OWN}plain_queries") else {}
+    if "attention.key_length_mla" in said:
+        for key in ("attention.key_length_mla", "rope.dimension_count"):
+            _check_number(said, family, key)
+        return values | {"qk_nope_head_dim": said["attention.key_length_mla"] - said["rope.dimension_count"]}
+    return values | {"qk_nope_head_dim": ...}
+
+
+def _of_grouped_heads(values: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the width and the number of a grouped model's heads, of which ``values`` are what its metadata say."""
+    heads, width = values["num_key_value_heads"], values["head_dim"]
+    if width is ...:
+        width = values["hidden_size"] // said["attention.head_count"]
+    _same(said, "attention.value_length", width)
+    _same(said, "rope.dimension_count", width)
+    return {"head_dim": width, "num_key_value_heads": said["attention.head_count"] if heads is ... else heads}
+
+
+def _told_scaling(found: Mapping[str, Any], said: Mapping[str, Any], family: str) -> dict[str, Any] | None:
+    """Returns the ``rope_scaling`` that the metadata tell; that of Llama 3 lies in a tensor."""
+    readers = {"yarn": _yarn, "linear": _linear}
+    # llama.cpp takes a factor without a type for linear, and knows an older name of it.
+    is_linear = any(key in said for key in (f"{_YARN}factor", _OLDER_FACTOR))
+    read = readers.get(str(said.get(f"{_YARN}type", "linear" if is_linear else "none")))
+    if read is None:
+        _same(said, f"{_YARN}type", "none")
+        return None
+    return read(found, said, family)
 
 
 def _stretched(scaling: YarnScaling, latent: bool) -> dict[str, Value]:
