@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from lm.graph import SMALLEST_SCALE
 from lm.linear import Project
 from lm.model import LanguageModel
-from lm.per_token import SMALLEST_SCALE
 from lm.quantization import Plan, layers, prepare, replace
 from lm.scheme import Levels
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 23
 IR_VERSION = 11
-# A block of zeros has this scale, and stays a block of zeros.
+# Of a token, a channel or a block of zeros, which stay zeros so; far below any scale that matters.
 SMALLEST_SCALE = 1e-12
 
 

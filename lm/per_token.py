@@ -14,11 +14,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from lm.graph import FLOAT, UINT8, Graph
+from lm.graph import FLOAT, SMALLEST_SCALE, UINT8, Graph
 from lm.scheme import Levels, Operand, Sorted, expert_name
-
-# Keeps the scale of an all-zero token or channel from dividing by zero; far below any scale that matters.
-SMALLEST_SCALE = 1e-12
 
 
 def weight_scales(weight: torch.Tensor) -> torch.Tensor:

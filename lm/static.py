@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lm.graph import Graph
-from lm.per_token import OPERATOR, SMALLEST_SCALE, PerToken, fake_quant_rows, quantize_weight, zero_point
+from lm.graph import SMALLEST_SCALE, Graph
+from lm.per_token import OPERATOR, PerToken, fake_quant_rows, quantize_weight, zero_point
 from lm.scheme import Levels, Operand
 
 # Weights are stored as this scheme stores them.
