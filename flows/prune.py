@@ -35,13 +35,12 @@ from flows.store import Store, Stored
 from flows.terminal import print_line
 from flows.versions import describe_size
 from tasks import paths
+from tasks.atomic import PARTIAL
 from tasks.errors import TryAgain, UserMistake
 
 # Another machine may have pushed a version's data and not yet its tag.
 REMOTE_GRACE_SECONDS = 24 * 3600.0
 _MOST_NAMED = 5
-# As tasks.atomic names what it has not finished.
-PARTIAL = ".partial-"
 Tell = Callable[[str], object]
 
 

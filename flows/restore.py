@@ -213,7 +213,7 @@ def copy_if_there(source: Path, target: Path) -> bool:
 
 def _beside(path: Path) -> Path:
     # Several may fetch one object at a time: equal files of one version, or two commands.
-    return path.with_name(f".partial-{os.getpid()}-{time.monotonic_ns()}-{path.name[:64]}")
+    return path.with_name(f"{atomic.PARTIAL}{os.getpid()}-{time.monotonic_ns()}-{path.name[:64]}")
 
 
 def claim(target: Path, commit: str, option: str = "--to") -> None:

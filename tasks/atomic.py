@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 from tasks.errors import DiskFull
 
+# How the name of what is not finished begins.
+PARTIAL = ".partial-"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -108,7 +110,7 @@ def write_json(path: Path, content: object) -> None:
 
 def clear(folder: Path) -> None:
     """Removes the files that killed processes have begun in ``folder``, where nobody else may be writing now."""
-    for partial in folder.glob(".partial-new-*"):
+    for partial in folder.glob(f"{PARTIAL}new-*"):
         partial.unlink(missing_ok=True)
 
 
@@ -122,7 +124,7 @@ def said_by_the_disk(error: RuntimeError) -> BaseException:
 
 def _partial(path: Path, kind: str) -> Path:
     # A digest of the name, not the name: that may already be as long as a name can be.
-    return path.parent / f".partial-{kind}-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
+    return path.parent / f"{PARTIAL}{kind}-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,6 @@ from tasks.progress import Progress, progress
 from tasks.sources import CollectParams, Source, printable
 
 _CHUNK = 2**20
-_PARTIAL = ".partial-"
 _NAMES_TOLD = 3
 
 
@@ -146,7 +145,7 @@ def _equal(content: BinaryIO, target: Path) -> bool:
 
 
 def _remove_partials(folder: Path) -> None:
-    for partial in folder.rglob(f"{_PARTIAL}*"):
+    for partial in folder.rglob(f"{atomic.PARTIAL}*"):
         partial.unlink(missing_ok=True)
 
 

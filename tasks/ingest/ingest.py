@@ -151,7 +151,7 @@ def _files_of(source: Source) -> list[Path]:
         if path.is_symlink() and not path.exists():
             raise BadInput(f"{printable(path)}: a link to a file that is not there. Remove the link and collect again.")
         # What a killed attempt of collecting left behind does not count.
-        if path.is_file() and not path.name.startswith(".partial-"):
+        if path.is_file() and not path.name.startswith(atomic.PARTIAL):
             _check_name(path)
             found.append(path)
     if not found:
