@@ -9,7 +9,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from flows.generate import EXIT_INTERRUPTED, check_sampling, check_text, load, load_template, place
+from flows.generate import check_sampling, check_text, load, load_template, place
+from flows.termination import EXIT_INTERRUPTED
 from lm.batch import Batch
 from lm.chat_template import ChatTemplate, Message, Unrenderable
 from lm.runtime import Generator as Model

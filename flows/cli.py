@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from flows.serve import PARALLEL
+from flows.termination import EXIT_INTERRUPTED
 from tasks.atomic import disk_full_is_told
 from tasks.errors import TryAgain, UserMistake
 
-EXIT_INTERRUPTED = 130
 # Prefect's database and DVC's locks need some room at any moment.
 _LEAST_FREE = 32 * 2**20
 

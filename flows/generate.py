@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from flows import last
+from flows.termination import EXIT_INTERRUPTED
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 from tasks import paths
 from tasks.errors import BadInput, UserMistake
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from lm.chat_template import ChatTemplate
     from lm.runtime import Generator
 
-EXIT_INTERRUPTED = 130
 DEFAULT = Sampling()
 
 

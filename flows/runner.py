@@ -6,7 +6,6 @@ night in an interpreter of its own, which reads the code as it is then.
 
 import asyncio
 import os
-import signal
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows import automations, crashed, lost, project, server
 from flows.schedule import STARTED, Started
+from flows.termination import EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import atomic
 
@@ -97,7 +97,7 @@ class _Runner(Runner):
 def _exit_after_children() -> None:
     while psutil.Process().children():
         time.sleep(0.05)
-    os._exit(128 + signal.SIGTERM)
+    os._exit(EXIT_TERMINATED)
 
 
 if __name__ == "__main__":

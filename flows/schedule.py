@@ -24,6 +24,7 @@ from rich.console import Console
 
 from flows import lock, project, server, timetable
 from flows.process import Child
+from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import paths
 from tasks.errors import TryAgain
@@ -32,8 +33,6 @@ LOCK = paths.SCRATCH / "schedule.lock"
 LOG = paths.SCRATCH / "logs" / "schedule.log"
 STARTED = paths.SCRATCH / "schedule.json"
 PORT = 4200
-EXIT_TERMINATED = 128 + signal.SIGTERM
-EXIT_INTERRUPTED = 130
 # A child that ends sooner than this after its start would only end again.
 _SECONDS_TO_PROVE = 30.0
 _SECONDS_BETWEEN_LOOKS = 0.2

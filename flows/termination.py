@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # The supervisors of what still lives take up to three more; ten is what a service manager's patience may be.
 _SECONDS_TO_END = 6.5

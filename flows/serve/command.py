@@ -12,10 +12,11 @@ from pathlib import Path
 import uvicorn
 from rich.console import Console
 
-from flows.generate import EXIT_INTERRUPTED, load, load_template, place
+from flows.generate import load, load_template, place
 from flows.serve.app import make_app
 from flows.serve.guard import KEY, is_loopback
 from flows.terminal import print_line
+from flows.termination import EXIT_INTERRUPTED
 from tasks.errors import UserMistake
 
 # Answers end within this, or are cut off.
