@@ -23,7 +23,6 @@ FOLDER_SUFFIX = ".dir"
 _MD5 = re.compile(r"[0-9a-f]{32}")
 OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 """The MD5 of a file, or of a folder."""
-_READ_BYTES = 1 << 20
 _READERS = 8
 
 
@@ -99,10 +98,7 @@ def listing_md5(files: Mapping[PurePosixPath, str]) -> str:
 def md5_of(path: Path) -> str:
     """Returns the MD5 of the bytes of the file at ``path``, read now: DVC's own table of hashes is not asked."""
     with path.open("rb") as file:
-        digest = hashlib.md5()
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def files_of(path: Path) -> dict[PurePosixPath, str]:
