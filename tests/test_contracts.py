@@ -26,6 +26,13 @@ def imports() -> grimp.ImportGraph:
     return grimp.build_graph("tasks", "lm", cache_dir=None)
 
 
+def code_of(stage: str, imports: grimp.ImportGraph) -> set[Path]:
+    """The files of the stage's package and of all that it imports, at whatever remove."""
+    package = f"tasks.{stage}"
+    starts = {module for module in imports.modules if module == package or module.startswith(f"{package}.")}
+    return {_file(module) for start in starts for module in {start, *imports.find_upstream_modules(start)}}
+
+
 def test_imports_point_down_only() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -34,11 +41,7 @@ def test_imports_point_down_only() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_all_the_code_that_it_imports(stage: str, imports: grimp.ImportGraph) -> None:
-    starts = {
-        module for module in imports.modules if module == f"tasks.{stage}" or module.startswith(f"tasks.{stage}.")
-    }
-    used = starts | {found for start in starts for found in imports.find_upstream_modules(start)}
-    files = {_file(module) for module in used}
+    files = code_of(stage, imports)
     declared = [ROOT / dependency for dependency in STAGES[stage]["deps"]]
     missing = {
         str(file.relative_to(ROOT))
@@ -50,12 +53,8 @@ def test_a_stage_depends_on_all_the_code_that_it_imports(stage: str, imports: gr
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_no_code_that_it_does_not_import(stage: str, imports: grimp.ImportGraph) -> None:
-    starts = {
-        module for module in imports.modules if module == f"tasks.{stage}" or module.startswith(f"tasks.{stage}.")
-    }
-    used = starts | {found for start in starts for found in imports.find_upstream_modules(start)}
     single_files = {dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")}
-    surplus = single_files - {str(_file(module).relative_to(ROOT)) for module in used}
+    surplus = single_files - {str(file.relative_to(ROOT)) for file in code_of(stage, imports)}
     assert not surplus, f"dvc.yaml: {stage}: remove from deps: {sorted(surplus)}"
 
 
