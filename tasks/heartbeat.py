@@ -77,7 +77,7 @@ def verdict(rank: int, before: Mapping[int, Beat | None], after: Mapping[int, Be
 
     The words are empty when something has moved meanwhile.
     """
-    if any(beat is not None and was is not None and beat.moves != was.moves for was, beat in _pairs(before, after)):
+    if any(beat and (was := before[other]) and beat.moves != was.moves for other, beat in after.items()):
         return "", []
     here = after[rank]
     assert here is not None
@@ -332,12 +332,6 @@ class _Watch:
             rank: Beat(*json.loads(self.store.get(key))) if self.store.check([key]) else None
             for rank, key in keys.items()
         }
-
-
-def _pairs(
-    before: Mapping[int, Beat | None], after: Mapping[int, Beat | None]
-) -> Iterator[tuple[Beat | None, Beat | None]]:
-    return ((before[rank], after[rank]) for rank in after)
 
 
 def ranks(numbers: list[int]) -> str:

@@ -16,7 +16,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -226,15 +226,11 @@ def _windows(tokens: Tokens | Learned, length: int) -> Tokens:
     return windows
 
 
-class _MappedShard:
-    def __init__(
-        self,
-        tokens: Tokens,
-        offsets: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
-        learned: Learned | None,
-    ) -> None:
-        self.tokens, self.offsets, self.bytes, self.learned = tokens, offsets, sizes, learned
+class _MappedShard(NamedTuple):
+    tokens: Tokens
+    offsets: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+    learned: Learned | None
 
 
 def _map_shard(path: Path, entry: ShardEntry, dtype: str) -> _MappedShard:
