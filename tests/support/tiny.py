@@ -17,7 +17,9 @@ from ruamel.yaml import YAML
 
 from tasks import shards
 from tasks.champion import MODEL_FILES
+from tasks.section import read_section
 from tasks.shards import Manifest, ShardEntry
+from tasks.train.params import TrainParams
 
 ROOT = Path(__file__).parent.parent.parent
 VOCAB = 257
@@ -100,6 +102,12 @@ def write_params(folder: Path, **changes: Any) -> None:
     with (folder / "params.yaml").open("w") as file:
         yaml.dump(params, file)
     (folder / "requirements.lock").write_text("")
+
+
+def train_params(folder: Path, **changes: Any) -> TrainParams:
+    """Writes ``params.yaml`` as :func:`write_params` does and returns its section ``train``."""
+    write_params(folder, **changes)
+    return read_section("train", TrainParams, folder / "params.yaml")
 
 
 def write_shards(folder: Path, documents: int = 40) -> Manifest:

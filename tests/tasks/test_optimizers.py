@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import odd
 import pytest
@@ -12,18 +11,14 @@ from torch import nn
 
 from lm.model import LanguageModel
 from tasks.optimizers import StackedMuon, Together, make_optimizer, orthogonalized
-from tasks.section import read_section
 from tasks.train.params import TrainParams
-
-
-def params_with(folder: Path, **changes: Any) -> TrainParams:
-    tiny.write_params(folder, **changes)
-    return read_section("train", TrainParams, folder / "params.yaml")
 
 
 @pytest.fixture
 def muon(tmp_path: Path) -> TrainParams:
-    return params_with(tmp_path, train__optimizer="muon", train__muon_learning_rate=0.02, train__learning_rate=0.005)
+    return tiny.train_params(
+        tmp_path, train__optimizer="muon", train__muon_learning_rate=0.02, train__learning_rate=0.005
+    )
 
 
 def small_model() -> LanguageModel:
@@ -115,7 +110,7 @@ def test_a_rate_that_is_set_on_the_whole_is_the_one_that_is_taken(muon: TrainPar
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_resumed_optimizer_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    params = params_with(tmp_path, train__optimizer=kind)
+    params = tiny.train_params(tmp_path, train__optimizer=kind)
     model = small_model()
     optimizer = make_optimizer(model, params)
     take_steps(model, optimizer, 0, 2)
@@ -136,7 +131,7 @@ def test_a_resumed_optimizer_goes_on_to_the_same_bits(kind: str, tmp_path: Path)
 
 def test_muon_s_state_is_smaller_than_adamw_s(muon: TrainParams, tmp_path: Path) -> None:
     sizes = []
-    for params in (muon, params_with(tmp_path, train__optimizer="adamw")):
+    for params in (muon, tiny.train_params(tmp_path, train__optimizer="adamw")):
         model = small_model()
         optimizer = make_optimizer(model, params)
         take_steps(model, optimizer, 0, 1)

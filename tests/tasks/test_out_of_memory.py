@@ -25,15 +25,9 @@ from tasks.optimizers import make_optimizer
 from tasks.out_of_memory import activation_bytes, largest, remember_allocations, told
 from tasks.quantize import memory
 from tasks.recomputation import Recomputation, recompute
-from tasks.section import read_section
 from tasks.train.params import TrainParams
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 is free."
-
-
-def params_with(folder: Path, **changes: Any) -> TrainParams:
-    tiny.write_params(folder, **changes)
-    return read_section("train", TrainParams, folder / "params.yaml")
 
 
 def message(params: TrainParams, model: LanguageModel, length: int = 16) -> str:
@@ -43,7 +37,7 @@ def message(params: TrainParams, model: LanguageModel, length: int = 16) -> str:
 
 
 def test_the_three_largest_are_named_with_numbers_and_cures(project: Path) -> None:
-    told_line = message(params_with(project, train__micro_batch=4), odd.make_model(), length=4096)
+    told_line = message(tiny.train_params(project, train__micro_batch=4), odd.make_model(), length=4096)
     assert told_line.startswith("params.yaml: train: out of GPU memory (CUDA out of memory). The largest")
     assert "\n" not in told_line
     sizes = re.findall(
@@ -58,7 +52,7 @@ def test_the_three_largest_are_named_with_numbers_and_cures(project: Path) -> No
 def test_fewer_windows_are_not_advised_where_logits_come_in_pieces(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params, model = params_with(project, train__micro_batch=4), odd.make_model()
+    params, model = tiny.train_params(project, train__micro_batch=4), odd.make_model()
     monkeypatch.setattr("lm.loss.LOGITS_HELD", 4096 * 101)
     told_line = message(params, model, length=4096)
     assert re.search(r"logits 6\.\d+ MiB \(whatever micro_batch is\)", told_line), told_line
@@ -70,7 +64,7 @@ def test_fewer_windows_are_not_advised_where_logits_come_in_pieces(
 
 
 def test_what_lora_leaves_as_it_is_has_neither_gradients_nor_moments(project: Path) -> None:
-    params, model = params_with(project), odd.make_model()
+    params, model = tiny.train_params(project), odd.make_model()
     whole = sum(parameter.numel() for parameter in model.parameters())
     low_rank.adapt(model, ["q_proj"], rank=2, alpha=4, seed=1)
     factors = sum(parameter.numel() for parameter in model.parameters()) - whole
@@ -82,15 +76,17 @@ def test_what_lora_leaves_as_it_is_has_neither_gradients_nor_moments(project: Pa
 
 def test_a_float_model_that_teaches_is_counted(project: Path) -> None:
     model, teacher = odd.make_model(), odd.make_model()
-    assert "teaches" not in message(params_with(project), model, length=1)
+    assert "teaches" not in message(tiny.train_params(project), model, length=1)
     teach(model, teacher)
-    (found,) = (use for use in largest(model, params_with(project), 1, "fp32") if "teaches" in use.what)
+    (found,) = (use for use in largest(model, tiny.train_params(project), 1, "fp32") if "teaches" in use.what)
     assert found.size == 4 * sum(value.numel() for value in teacher.parameters())
     assert "objective: text" in found.cure
 
 
 def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None:
-    params = params_with(project, train__micro_batch=1, train__activation_checkpointing="full", train__optimizer="muon")
+    params = tiny.train_params(
+        project, train__micro_batch=1, train__activation_checkpointing="full", train__optimizer="muon"
+    )
     told_line = message(params, odd.make_model(), length=4096)
     assert "activation_checkpointing: full makes" not in told_line
     assert "micro_batch: " not in told_line
@@ -101,7 +97,7 @@ def test_what_is_turned_down_already_is_not_advised_again(project: Path) -> None
     ("make", "experts"), [(odd.make_model, "n_routed_experts"), (odd.make_grouped_mixture, "num_experts")]
 )
 def test_a_large_model_for_few_tokens_is_told_to_shrink_itself(make: Any, experts: str, project: Path) -> None:
-    told_line = message(params_with(project, train__micro_batch=1), make(), length=2)
+    told_line = message(tiny.train_params(project, train__micro_batch=1), make(), length=2)
     assert re.search(
         rf"weights and their gradients .* of it routed experts; lower train.model's .* or {experts}\b", told_line
     )
@@ -131,7 +127,7 @@ def test_the_estimate_of_activations_is_near_what_is_kept(which: Recomputation, 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_size_of_the_optimizer_s_state_is_its_own(kind: str, project: Path) -> None:
-    params = params_with(project, train__optimizer=kind)
+    params = tiny.train_params(project, train__optimizer=kind)
     model = odd.make_model().train()
     optimizer = make_optimizer(model, params)
     model.loss(torch.zeros(1, 9, dtype=torch.long)).backward()
@@ -150,7 +146,7 @@ def eight() -> Iterator[DeviceMesh]:
 
 
 def test_what_a_process_has_of_a_model_that_is_cut_is_told(eight: DeviceMesh, project: Path) -> None:
-    params = params_with(project, train__mesh__shard=8, train__world_size=16, train__global_batch=32)
+    params = tiny.train_params(project, train__mesh__shard=8, train__world_size=16, train__global_batch=32)
     model = odd.make_grouped(hidden_size=48)
     count = sum(parameter.numel() for parameter in model.parameters())
     for layer in model.model.layers:
@@ -166,7 +162,7 @@ def test_what_a_process_has_of_a_model_that_is_cut_is_told(eight: DeviceMesh, pr
         assert re.search(r"gradients [\d.]+ MiB \(lower .* or num_hidden_layers; mesh.shard: 16 makes it ", told_line)
         assert re.search(r"optimizer [\d.]+ MiB \(optimizer: muon makes .*, mesh.shard: 16 makes it ", told_line)
         # With eight processes there are no replicas to take them from.
-        alone = params_with(project, train__mesh__shard=8, train__world_size=8, train__global_batch=16)
+        alone = tiny.train_params(project, train__mesh__shard=8, train__world_size=8, train__global_batch=16)
         assert "mesh.shard" not in message(alone, found, length=1)
 
 
@@ -180,7 +176,7 @@ def test_torch_s_summary_and_snapshot_are_written_on_a_gpu(project: Path, monkey
     assert not recorded
     remember_allocations(torch.device("cuda"))
     assert recorded
-    told_line = message(params_with(project), odd.make_model())
+    told_line = message(tiny.train_params(project), odd.make_model())
     for name, content in {"train-memory-0.txt": b"the summary", "train-memory-0.pickle": b"the snapshot"}.items():
         assert f".overnight/measurements/{name}" in told_line
         assert (project / ".overnight/measurements" / name).read_bytes() == content
@@ -189,7 +185,7 @@ def test_torch_s_summary_and_snapshot_are_written_on_a_gpu(project: Path, monkey
 def test_other_errors_pass(project: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="another"),
-        told("train", odd.make_model(), params_with(project), 16, "bf16"),
+        told("train", odd.make_model(), tiny.train_params(project), 16, "bf16"),
     ):
         raise RuntimeError("another")
 

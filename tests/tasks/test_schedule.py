@@ -9,16 +9,13 @@ import tiny
 
 from tasks.errors import BadParameter
 from tasks.schedule import learning_rate_at
-from tasks.section import read_section
-from tasks.train.params import TrainParams
 
 PEAK = 2.0
 
 
 def rates(folder: Path, **changes: Any) -> list[float]:
     given = {"train__steps": 100, "train__min_learning_rate_ratio": 0.1, **changes}
-    tiny.write_params(folder, **given)
-    params = read_section("train", TrainParams, folder / "params.yaml")
+    params = tiny.train_params(folder, **given)
     return [learning_rate_at(step, params, PEAK) for step in range(params.steps)]
 
 

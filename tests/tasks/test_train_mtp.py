@@ -14,17 +14,10 @@ from lm.weights import fill
 from tasks import init, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadParameter
-from tasks.section import read_section
 from tasks.train import start
-from tasks.train.params import TrainParams
 
 FURTHER = {"train__model__num_nextn_predict_layers": 1}
 GIVEN = {"train__init": "given", "train__model": None, "train__world_size": 1}
-
-
-def _params(folder: Path, **changes: object) -> TrainParams:
-    tiny.write_params(folder, **changes)
-    return read_section("train", TrainParams, folder / "params.yaml")
 
 
 def test_what_is_trained_with_it_is_deployed_without(tmp_path: Path) -> None:
@@ -52,7 +45,7 @@ def test_what_is_trained_with_it_is_deployed_without(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("weight", "layers"), [(0.3, 1), (0.0, 0)])
 def test_a_training_goes_on_with_the_layers_of_its_checkpoint(weight: float, layers: int, project: Path) -> None:
-    params = _params(project, **GIVEN, train__mtp_loss_weight=weight)
+    params = tiny.train_params(project, **GIVEN, train__mtp_loss_weight=weight)
     manifest = tiny.write_shards(project)
     write_checkpoint(project / "given", make_model, num_nextn_predict_layers=1)
     (project / "given/tokenizer.json").write_bytes((project / paths.TOKENIZER).read_bytes())
@@ -70,13 +63,13 @@ def test_a_window_has_a_token_that_far_ahead(tmp_path: Path) -> None:
     with pytest.raises(
         BadParameter, match="num_nextn_predict_layers 2 predicts further ahead than a window of seq_len 2"
     ):
-        _params(tmp_path, train__model__num_nextn_predict_layers=2, train__seq_len=2)
+        tiny.train_params(tmp_path, train__model__num_nextn_predict_layers=2, train__seq_len=2)
 
 
 def test_of_lora_it_is_left_out(tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"], "keep_adapter": False}
-    assert _params(tmp_path, **GIVEN).trains_mtp
-    assert not _params(tmp_path, **GIVEN, train__lora=lora).trains_mtp
+    assert tiny.train_params(tmp_path, **GIVEN).trains_mtp
+    assert not tiny.train_params(tmp_path, **GIVEN, train__lora=lora).trains_mtp
 
 
 def test_what_is_exported_passes_its_layers_over(tmp_path: Path) -> None:
