@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from lm.cache import Cache
+from lm.drafting import Ids
 from lm.sampling import Logits
-from lm.text import Ids, Text
+from lm.text import Text
 
 # So many tokens of a prompt are read at once: enough for products of matrices, and they stay in a core's cache.
 PIECE = 256

@@ -15,8 +15,9 @@ import onnxruntime
 from lm import cores
 from lm.batch import Batch
 from lm.cache import Cache
+from lm.drafting import Ids
 from lm.sampling import Logits
-from lm.text import Done, Ids, Request, Text
+from lm.text import Done, Request, Text
 from lm.tokenizer import Detokenizer, read_tokenizer
 
 _LONGEST_REASON = 200

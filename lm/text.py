@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from lm.drafting import MOST, Drafter
+from lm.drafting import MOST, Drafter, Ids
 from lm.logprobs import Scored, Token, logprobs
 from lm.sampling import Logits, Sampling, held_back
 from lm.tokenizer import Detokenizer
 
 DEFAULT = Sampling()
-Ids = npt.NDArray[np.int64]
 # Why a text ended: the model ended it, a string that was to stop it came, it is as long as was asked for, or it fills
 # the model's context.
 Ending = Literal["end of text", "stop", "length", "context"]

@@ -11,7 +11,8 @@ from tasks import champion, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
 from tasks.evaluate import report
-from tasks.evaluate.score import Ids, Learned, Scores, Sums, nats_of
+from tasks.evaluate.routing import Ids
+from tasks.evaluate.score import Learned, Scores, Sums, nats_of
 from tasks.progress import Progress
 from tasks.section import read_yaml
 from tasks.shards import Tokens

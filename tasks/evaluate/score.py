@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 from lm.runtime import Generator
-from tasks.evaluate.routing import FloatRouting, Int8Routing
+from tasks.evaluate.routing import FloatRouting, Ids, Int8Routing
 from tasks.progress import Progress
 from tasks.shards import Tokens
 
@@ -22,7 +22,6 @@ WINDOWS_AT_ONCE = 8
 # 64 MiB of fp32, of which a thread holds about five at a time: of eight windows of 2,048 tokens and a vocabulary of
 # 150,000 they would be 10 GB each. Where that is too little for one window, it is read piece by piece, as a text is.
 LOGITS_AT_ONCE = 2**24
-Ids = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]
 Learned = npt.NDArray[np.bool_]
 Found = TypeVar("Found")

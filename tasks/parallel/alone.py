@@ -9,8 +9,8 @@ from lm.model import LanguageModel
 from lm.weights import tensor_of
 from tasks.order import Indices
 from tasks.parallel import parts, whole
-from tasks.parallel.exchange import State
 from tasks.parallel.parts import Kept
+from tasks.parallel.whole import State
 from tasks.world import World
 
 

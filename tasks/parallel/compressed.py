@@ -4,7 +4,6 @@ Shape suffixes: E matrices of a stack, A and B their sides, R the rank, N proces
 """
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,8 @@ import torch.distributed as dist
 from lm.model import LanguageModel
 from tasks.errors import BadInput
 from tasks.exchange_params import Compression
-from tasks.parallel.exchange import Exchange, State, averaged, equal_weights
+from tasks.parallel.exchange import Exchange, averaged, equal_weights
+from tasks.parallel.whole import State
 from tasks.world import World
 
 _BLOCK = 256
@@ -161,7 +161,7 @@ class Int8(Compressed):
     def _own_state(self) -> State:
         return {"sent": self._error_NK, "mean": self._error_K}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         self._error_NK.copy_(state["sent"])
         self._error_K.copy_(state["mean"])
 

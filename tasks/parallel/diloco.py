@@ -23,7 +23,8 @@ from tasks.exchange_params import DilocoParams
 from tasks.mesh import MeshParams
 from tasks.parallel import whole
 from tasks.parallel.compressed import averaged_in_bytes
-from tasks.parallel.exchange import Exchange, State, averaged
+from tasks.parallel.exchange import Exchange, averaged
+from tasks.parallel.whole import State
 from tasks.world import World, be_patient, seen
 
 

@@ -4,16 +4,13 @@ Most trainings have nothing here. :class:`tasks.parallel.compressed.Compressed` 
 :class:`tasks.parallel.diloco.Diloco` exchanges the differences that many steps have made.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import nn
 
+from tasks.parallel.whole import State
 from tasks.world import World
-
-State = dict[str, Any]
 
 
 class Exchange:

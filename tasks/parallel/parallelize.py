@@ -19,10 +19,11 @@ from tasks.order import Indices
 from tasks.parallel.alone import Alone
 from tasks.parallel.compressed import compressed
 from tasks.parallel.diloco import Diloco, replica_of
-from tasks.parallel.exchange import Exchange, State
+from tasks.parallel.exchange import Exchange
 from tasks.parallel.parts import Kept
 from tasks.parallel.pipeline import Pipelined
 from tasks.parallel.sharded import Sharded
+from tasks.parallel.whole import State
 from tasks.training_params import TrainingParams
 from tasks.world import World
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,8 +29,8 @@ from torch.futures import Future
 from tasks import atomic
 from tasks.digest import digest_of
 from tasks.parallel import whole
+from tasks.parallel.whole import State
 
-State = dict[str, Any]
 NONE: Mapping[str, str] = {}
 DAMAGED = "damaged checkpoint"
 _METADATA = ".metadata"

@@ -38,9 +38,9 @@ from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gr
 from tasks.parallel.stages import EMBED_AGAIN, Stage, stages_of
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
+from tasks.parallel.whole import State
 from tasks.world import World
 
-State = dict[str, Any]
 Running = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
 _HEAD, _EMBEDDING, _AGAIN = "lm_head.weight", "model.embed_tokens.weight", f"{EMBED_AGAIN}.weight"
 

@@ -7,7 +7,6 @@ lies in one place of ``expert``, cut over ``shard``.
 import copy
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +23,8 @@ from tasks.parallel.gathered import Gathered
 from tasks.parallel.parts import Kept
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
+from tasks.parallel.whole import State
 from tasks.world import Meshes, World
-
-State = dict[str, Any]
 
 
 class Sharded:

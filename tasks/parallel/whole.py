@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lm.weights import Read, Region, whole_region
 
 State = dict[str, Any]
+"""What of a model, or of an optimizer, goes into a checkpoint."""
 
 
 def gathered(value: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,10 @@ from flows.serve.engine import Engine, Job
 from flows.serve.refused import Refused
 from lm.batch import Batch
 from lm.cache import Cache
+from lm.drafting import Ids
 from lm.runtime import Generator
 from lm.sampling import Logits, Sampling
-from lm.text import Ids, Request, Text
+from lm.text import Request, Text
 
 
 @pytest.fixture(scope="module")

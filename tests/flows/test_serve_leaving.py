@@ -15,9 +15,9 @@ from serving import PATIENCE, in_this_process, until
 
 from flows.serve.app import make_app
 from lm.cache import Cache
+from lm.drafting import Ids
 from lm.runtime import Generator
 from lm.sampling import Logits
-from lm.text import Ids
 
 
 class Letters(Generator):

@@ -8,9 +8,10 @@ from odd import export_over_bytes, make_grouped, make_model
 
 from lm.batch import Batch
 from lm.cache import Cache
+from lm.drafting import Ids
 from lm.runtime import Generator
 from lm.sampling import Logits, Sampling
-from lm.text import Ids, Request, Text
+from lm.text import Request, Text
 
 REQUESTS = [
     Request("light", 14, Sampling(seed=3)),
