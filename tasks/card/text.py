@@ -166,19 +166,11 @@ def _training(evidence: Evidence) -> str:
         ["passes over the training split", train.show("epochs", "{:.2f}")],
         ["processes", train.show("processes")],
         ["precision", train.show("precision")],
-        *(
-            [["validation loss before the first step (nats a token)", train.show("valid_loss_before", "{:.4f}")]]
-            if train.get("valid_loss_before")
-            else []
-        ),
+        *_if_told(train, "valid_loss_before", "validation loss before the first step (nats a token)", "{:.4f}"),
         ["last training loss (nats a token)", train.show("train_loss", "{:.4f}")],
         ["last validation loss (nats a token)", train.show("valid_loss", "{:.4f}")],
-        *([["started from", train.show("started_from")]] if train.get("started_from") else []),
-        *(
-            [["parameters trained (LoRA)", train.show("trained_parameters", "{:,}")]]
-            if train.get("trained_parameters")
-            else []
-        ),
+        *_if_told(train, "started_from", "started from"),
+        *_if_told(train, "trained_parameters", "parameters trained (LoRA)", "{:,}"),
         *(
             [["busiest expert's tokens over the mean's", train.show("expert_imbalance", "{:.2f}")]]
             if evidence.config.get("num_experts_per_tok")
@@ -186,6 +178,11 @@ def _training(evidence: Evidence) -> str:
         ),
     ]
     return table(["", ""], rows)
+
+
+def _if_told(report: Report, where: str, name: str, style: str = "{}") -> list[list[str]]:
+    """Returns a row ``name`` for what lies at ``where``, and none where that is nothing."""
+    return [[name, report.show(where, style)]] if report.get(where) else []
 
 
 def _evaluation(evidence: Evidence) -> str:
