@@ -209,8 +209,6 @@ def _other_norms(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
 
 
 def _weight(tensor: onnx.TensorProto) -> Weight:
-    count = 1
-    for dimension in tensor.dims:
-        count *= dimension
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return Weight(name=tensor.name, type=str(dtype), shape=list(tensor.dims), bytes=count * dtype.itemsize)
+    size = math.prod(tensor.dims) * dtype.itemsize
+    return Weight(name=tensor.name, type=str(dtype), shape=list(tensor.dims), bytes=size)
