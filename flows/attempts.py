@@ -36,12 +36,14 @@ class Attempts:
 
     @property
     def message(self) -> str:
+        """The last complaint in one line; nothing where there was none."""
         if self._failure is None:
             return ""
         kind = "" if isinstance(self._failure, StageFailed) else f"{type(self._failure).__name__}: "
         return kind + " ".join(str(self._failure).split())
 
     def run(self, body: Callable[[], State[Any]]) -> State[Any]:
+        """Returns what ``body`` does, one more attempt; what it raises is raised, and remembered as the complaint."""
         self._count += 1
         try:
             with atomic.disk_full_is_told(self.site.root):
@@ -64,6 +66,7 @@ class Attempts:
             raise
 
     def may_retry(self) -> bool:
+        """Returns whether another attempt may succeed; says so where there will be one."""
         mendable = isinstance(self._failure, StageFailed) and self._failure.mendable
         if mendable and self._count <= self._params.retries.get(self._name, 0):
             self._watch.retrying(self._name, self.message, self._count + 1, self._params.retry_delay_seconds)

@@ -33,6 +33,7 @@ class Holder(BaseModel):
 
     @property
     def alive(self) -> bool:
+        """Whether its process still runs, somebody else's too."""
         try:
             # A killed one that its parent has not yet asked for is a zombie, whom a signal would still find.
             return str(psutil.Process(self.pid).status()) != psutil.STATUS_ZOMBIE

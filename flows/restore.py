@@ -205,6 +205,7 @@ def heal(cached: Path, digest: str, fill: Callable[[Path], bool]) -> bool:
 
 
 def copy_if_there(source: Path, target: Path) -> bool:
+    """Copies the file ``source``; returns False, and writes nothing, where there is none."""
     if not source.is_file():
         return False
     shutil.copyfile(source, target)

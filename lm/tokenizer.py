@@ -44,6 +44,7 @@ class Detokenizer:
         self._closed = ""
 
     def append(self, token: int) -> None:
+        """Takes the next token, and adds to the text what is whole now."""
         self._open.append(token)
         piece = self._tokenizer.decode([*self._before, *self._open])[len(self._told) :]
         whole = piece.rstrip(HALF)

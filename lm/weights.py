@@ -80,6 +80,7 @@ def _given(found: dict[str, nn.Parameter]) -> Weights:
 
 
 def whole_region(shape: Iterable[int]) -> Region:
+    """Returns the region that is all of a tensor of ``shape``."""
     return tuple(slice(0, size) for size in shape)
 
 

@@ -128,6 +128,7 @@ def _partial(path: Path, kind: str) -> Path:
 
 
 def sync(path: Path) -> None:
+    """Returns when what the file or folder ``path`` holds is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

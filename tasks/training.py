@@ -55,8 +55,8 @@ def train(
     stays there. ``here`` is told how this gets on.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
-    :class:`BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was taken, or
-    where the validation loss is not finite: of such a model nothing is written.
+    :class:`tasks.errors.BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was
+    taken, or where the validation loss is not finite: of such a model nothing is written.
     """
     out_of_memory.remember_allocations(world.device)
     told = functools.partial(

@@ -55,6 +55,8 @@ class Models(_Report):
 
 
 class NGramResult(_Report):
+    """An interpolated model of so many characters at a time, trained on the training split."""
+
     order: int
     bits_per_byte: Estimate
 
@@ -66,10 +68,14 @@ class Point(_Report):
 
 
 class XzResult(_Report):
+    """`xz -9` over the test text, behind the training split."""
+
     bits_per_byte: Point
 
 
 class Baselines(_Report):
+    """What a model has to beat. Both have read the last ``trained_on_bytes`` of the training split."""
+
     trained_on_bytes: int
     ngram: NGramResult
     xz: XzResult
@@ -113,6 +119,8 @@ class Gate(_Report):
 
 
 class Evaluation(_Report):
+    """``models/evaluation.json``: how much was measured, in what context (tokens), and what came of it."""
+
     documents: int
     documents_in_split: int
     tokens: int

@@ -32,6 +32,7 @@ class Documents:
 
 
 def documents(shards: Shards) -> Documents:
+    """Returns all documents of a split."""
     return Documents(shards.documents(), shards.learned())
 
 

@@ -143,4 +143,5 @@ def release(module: nn.Module) -> None:
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Returns the modules of ``model`` whose weights FSDP2 has cut and gathers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def check_model(params: QuantizeParams) -> None:
-    """Raises :class:`BadParameter` when the float model does not fit ``params``."""
+    """Raises :class:`BadParameter` when the float model does not fit ``params``, :class:`BadInput` when it is none."""
     try:
         told = params.misfit(architecture_of(read_config(paths.FLOAT)))
     except Unusable as error:

@@ -41,7 +41,7 @@ def shard(params: ShardParams, origin: Path | None = None) -> Manifest:
     ``origin`` is the folder of the checkpoint that training starts from, whose tokenizer is kept; None trains one.
     Raises :class:`BadInput` for a missing or damaged corpus, or a tokenizer that does not keep its text as it is;
     :class:`BadParameter` for a vocabulary that the corpus cannot fill, or that is not the checkpoint's, and for
-    conversations without a chat template; :class:`DiskFull` when there is no room.
+    conversations without a chat template; :class:`tasks.errors.DiskFull` when there is no room.
     """
     totals = {split: documents(split) for split in SPLITS}
     conversations = of_checkpoint(origin) if has_conversations() else None

@@ -42,6 +42,7 @@ def main() -> None:
 
 
 def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Progress) -> None:
+    """Trains from where ``params`` say, with all processes; leaves ``models/float``, the curve and the report."""
     manifest = read_manifest()
     origin = init.checkpoint()
     key = inputs.key("train", params, checkpoint_inputs())
