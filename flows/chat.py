@@ -9,30 +9,25 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from flows.generate import check_sampling, check_text, load, load_template, place
+from flows.generate import Writing, check_text, load, load_template, place
 from flows.termination import EXIT_INTERRUPTED
 from lm.batch import Batch
 from lm.chat_template import ChatTemplate, Message, Unrenderable
 from lm.runtime import Generator as Model
 from lm.runtime import PromptTooLong
-from lm.sampling import Sampling
 from lm.text import Done, Request
 from tasks.errors import BadInput, UserMistake
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to converse: what the model is told at first, how long an answer may be, how it is drawn and what ends it.
+class Settings(Writing):
+    """How to converse: how each answer is written, and what the model is told at first."""
 
-    ``spin`` is that of :class:`lm.runtime.Generator`, ``version`` whose model answers, None: the project's.
-    """
+    system: str | None = None
 
-    system: str | None
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    spin: bool = False
-    version: str | None = None
+    def check(self) -> None:
+        check_text(self.system or "", "--system")
+        super().check()
 
 
 class Conversation:
@@ -98,10 +93,7 @@ def chat(root: Path, settings: Settings, source: TextIO, out: TextIO, err: TextI
         if isinstance(stream, io.TextIOWrapper):
             # A byte that is not UTF-8 is told with its place; a terminal of another encoding shows what it can.
             stream.reconfigure(errors=errors)
-    check_text(settings.system or "", "--system")
-    for text in settings.stop:
-        check_text(text, "--stop")
-    check_sampling(settings.sampling)
+    settings.check()
     conversation = _begin(root, settings, err)
     try:
         if source.isatty():

@@ -210,7 +210,8 @@ def generate(
 
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         stops = tuple(filter(None, stop or []))
-        generation.write(project.find(), text, max_new_tokens, sampling, stops, sys.stdout, sys.stderr, spin, version)
+        how = generation.Writing(max_new_tokens, sampling, stops, spin, version)
+        generation.write(project.find(), text, how, sys.stdout, sys.stderr)
 
 
 @app.command()
@@ -237,7 +238,7 @@ def chat(
 
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         stops = tuple(filter(None, stop or []))
-        settings = conversing.Settings(system, max_new_tokens, sampling, stops, spin, version)
+        settings = conversing.Settings(max_new_tokens, sampling, stops, spin, version, system)
         code = conversing.chat(project.find(), settings, sys.stdin, sys.stdout, sys.stderr)
     raise typer.Exit(code)
 

@@ -1,5 +1,6 @@
 """Text from the project's INT8 model, with onnxruntime and no torch."""
 
+import dataclasses
 import io
 import math
 import sys
@@ -21,29 +22,46 @@ if TYPE_CHECKING:
 DEFAULT = Sampling()
 
 
-def write(
-    root: Path,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: tuple[str, ...],
-    out: TextIO,
-    err: TextIO,
-    spin: bool = False,
-    version: str | None = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How a text is written: its tokens at most, how they are drawn, and what ends it.
+
+    ``spin`` is that of :class:`lm.runtime.Generator`, ``version`` as of :func:`place`.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = DEFAULT
+    stop: tuple[str, ...] = ()
+    spin: bool = False
+    version: str | None = None
+
+    def check(self) -> None:
+        """Raises :class:`BadInput` for what is not UTF-8, :class:`UserMistake` for numbers that cannot be."""
+        for text in self.stop:
+            check_text(text, "--stop")
+        if math.isnan(self.sampling.temperature):
+            raise UserMistake("--temperature: nan is no number. 0 takes the likeliest token, higher values vary more.")
+        if not 0 < self.sampling.top_p <= 1:
+            raise UserMistake("--top-p: a share above 0 and up to 1 is needed. 1 leaves nothing out.")
+        if not LEAST_PENALTY <= self.sampling.repetition_penalty <= MOST_PENALTY:
+            raise UserMistake(
+                f"--repetition-penalty: a number from {LEAST_PENALTY:g} to {MOST_PENALTY:g} is needed. 1 changes "
+                "nothing, 1.1 repeats less."
+            )
+
+
+def write(root: Path, prompt: str, how: Writing, out: TextIO, err: TextIO) -> None:
     """Writes ``prompt`` and what the INT8 model of the project in ``root`` writes after it to ``out``, as it comes.
 
     While a run makes the model, or after one that was stopped, the last one that was finished writes. That, and a text
-    that ends because the model's context is full, is told in one line on ``err``. ``spin`` is that of
-    :class:`lm.runtime.Generator`, ``version`` as of :func:`place`. Raises :class:`tasks.errors.UserMistake` as that and
-    :func:`continue_text` do.
+    that ends because the model's context is full, is told in one line on ``err``. Raises
+    :class:`tasks.errors.UserMistake` as :func:`place` and :func:`continue_text` do.
     """
     if isinstance(out, io.TextIOWrapper):
         # A terminal of another encoding shows what it can.
         out.reconfigure(errors="replace")
-    folder = place(root, lambda line: err.write(f"{line}\n"), version)
-    pieces = continue_text(folder, prompt, max_new_tokens, sampling, stop, spin)
+    folder = place(root, lambda line: err.write(f"{line}\n"), how.version)
+    pieces = continue_text(folder, prompt, how)
     # The prompt goes out with the first piece: one that is refused is not written.
     waiting = prompt
     try:
@@ -106,36 +124,27 @@ def load_template(folder: Path, model: "Generator") -> "ChatTemplate | None":
         raise BadInput(f"{error}. Put the file of the model that this one was started from there.") from None
 
 
-def continue_text(
-    folder: Path,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    stop: tuple[str, ...] = (),
-    spin: bool = False,
-) -> abc.Generator[str, None, str]:
+def continue_text(folder: Path, prompt: str, how: Writing) -> abc.Generator[str, None, str]:
     """Yields what the model in ``folder`` writes after ``prompt``; returns why it had to stop early, or nothing.
 
     Raises :class:`BadInput` where there is no model or a damaged one, and for a prompt that is not UTF-8 or too long;
-    :class:`UserMistake` for sampling by numbers that cannot be.
+    and as :meth:`Writing.check` does.
     """
     check_text(prompt, "TEXT")
-    for text in stop:
-        check_text(text, "--stop")
-    check_sampling(sampling)
-    model = load(folder, spin)
+    how.check()
+    model = load(folder, how.spin)
     from lm.runtime import PromptTooLong
     from lm.text import Request
 
     try:
-        done = yield from model.generate(Request(prompt, max_new_tokens, sampling, stop))
+        done = yield from model.generate(Request(prompt, how.max_new_tokens, how.sampling, how.stop))
     except PromptTooLong as error:
         raise BadInput(f"{error}.") from None
     if done.ending != "context":
         return ""
     return (
         f"The model's context of {model.context:,} tokens is full: the text ends before "
-        f"--max-new-tokens {max_new_tokens:,}."
+        f"--max-new-tokens {how.max_new_tokens:,}."
     )
 
 
@@ -149,16 +158,3 @@ def check_text(text: str, name: str) -> None:
         raise BadInput(
             f"{name} is not UTF-8: byte 0x{byte:02x} after {error.start:,} characters. Write it in UTF-8."
         ) from None
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raises :class:`UserMistake` for sampling by numbers that cannot be."""
-    if math.isnan(sampling.temperature):
-        raise UserMistake("--temperature: nan is no number. 0 takes the likeliest token, higher values vary more.")
-    if not 0 < sampling.top_p <= 1:
-        raise UserMistake("--top-p: a share above 0 and up to 1 is needed. 1 leaves nothing out.")
-    if not LEAST_PENALTY <= sampling.repetition_penalty <= MOST_PENALTY:
-        raise UserMistake(
-            f"--repetition-penalty: a number from {LEAST_PENALTY:g} to {MOST_PENALTY:g} is needed. 1 changes nothing, "
-            "1.1 repeats less."
-        )

@@ -230,10 +230,10 @@ def describe_gate(gate: Gate | None) -> list[Text]:
 
 def sample(root: Path) -> str:
     """Returns one line that the INT8 model writes."""
-    from flows.generate import continue_text
+    from flows.generate import Writing, continue_text
 
     try:
-        pieces = continue_text(root / paths.INT8, _SAMPLE_PROMPT, max_new_tokens=_SAMPLE_TOKENS)
+        pieces = continue_text(root / paths.INT8, _SAMPLE_PROMPT, Writing(_SAMPLE_TOKENS))
         return " ".join((_SAMPLE_PROMPT + "".join(pieces)).split())
     except Exception as error:
         # The run has succeeded; a model that cannot speak is told, not raised.

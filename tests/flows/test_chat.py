@@ -26,7 +26,7 @@ from lm.sampling import Sampling
 from lm.text import Request
 from tasks.errors import BadInput, UserMistake
 
-GREEDY = Settings(None, 8, Sampling(0))
+GREEDY = Settings(8, Sampling(0))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_each_line_is_answered_after_all_that_was_said(root: Path, model: Genera
         messages.append(Message("assistant", answer))
         expected += f"{answer}\n"
         assert len(messages) == 2 * turn + 3
-    settings = Settings("Be short.", 8, Sampling(1.3, seed=5), ("e",))
+    settings = Settings(8, Sampling(1.3, seed=5), ("e",), system="Be short.")
     assert said(root, "sea\n\n  \nand the land?\n", settings) == (0, expected, "")
 
 
@@ -107,7 +107,7 @@ def test_a_conversation_that_outgrows_the_context_is_told_and_not_cut(model: Gen
 
 
 def test_an_answer_that_fills_the_context_says_so_beside_it(root: Path) -> None:
-    settings = Settings(None, 1000, Sampling(1.0, seed=1), ())
+    settings = Settings(1000, Sampling(1.0, seed=1))
     code, out, err = said(root, "a" * 200 + "\n", settings)
     assert code == 0
     assert len(out) > 1
@@ -122,8 +122,8 @@ def test_an_answer_that_fills_the_context_says_so_beside_it(root: Path) -> None:
     [
         (GREEDY, "caf\udce9\n", "the message is not UTF-8: byte 0xe9 after 3 characters. Write it in UTF-8."),
         (GREEDY, "a" * 300, "the conversation has 319 tokens with this message, and the model reads at most 256, "),
-        (Settings("\udce9", 8, Sampling()), "", "--system is not UTF-8: byte 0xe9 after 0 characters."),
-        (Settings(None, 8, Sampling(top_p=0)), "", "--top-p: a share above 0 and up to 1 is needed."),
+        (Settings(8, system="\udce9"), "", "--system is not UTF-8: byte 0xe9 after 0 characters."),
+        (Settings(8, Sampling(top_p=0)), "", "--top-p: a share above 0 and up to 1 is needed."),
     ],
 )
 def test_what_cannot_be_answered_ends_a_conversation_in_a_pipe(

@@ -8,7 +8,7 @@ from odd import export_over_bytes
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.generate import write
+from flows.generate import Writing, write
 from lm.sampling import Sampling
 from tasks.errors import BadInput, UserMistake
 
@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(root: Path, prompt: str, max_new_tokens: int = 4, **sampling: float) -> tuple[str, str]:
     out, err = io.StringIO(), io.StringIO()
-    write(root, prompt, max_new_tokens, Sampling(**sampling), (), out, err)  # type: ignore[arg-type]
+    write(root, prompt, Writing(max_new_tokens, Sampling(**sampling)), out, err)  # type: ignore[arg-type]
     return out.getvalue(), err.getvalue()
 
 
@@ -44,11 +44,11 @@ def test_a_text_of_the_length_that_was_asked_for_says_nothing_more(root: Path) -
 def test_a_terminal_of_another_encoding_shows_what_it_can(root: Path) -> None:
     shown = io.BytesIO()
     terminal = io.TextIOWrapper(shown, "ascii")
-    write(root, "café", 1, Sampling(0), (), terminal, io.StringIO())
+    write(root, "café", Writing(1, Sampling(0)), terminal, io.StringIO())
     assert shown.getvalue().startswith(b"caf?")
 
 
-@pytest.mark.parametrize(("command", "place"), [(["generate", "light"], 3), (["chat"], 1)], ids=["generate", "chat"])
+@pytest.mark.parametrize(("command", "place"), [(["generate", "light"], 2), (["chat"], 1)], ids=["generate", "chat"])
 def test_the_commands_draw_as_they_are_told(
     command: list[str], place: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,8 +64,7 @@ def test_the_commands_draw_as_they_are_told(
     how = ["--temperature", "1.5", "--top-k", "7", "--top-p", "0.5", "--repetition-penalty", "1.2", "--seed", "9"]
     found = CliRunner().invoke(app, [*command, *how]).exception
     assert isinstance(found, Asked)
-    asked = found.args[place]
-    assert getattr(asked, "sampling", asked) == Sampling(1.5, 7, 0.5, 1.2, 9)
+    assert found.args[place].sampling == Sampling(1.5, 7, 0.5, 1.2, 9)
 
 
 @pytest.mark.parametrize("command", [["generate", "light"], ["chat"], ["serve"]], ids=" ".join)
@@ -134,7 +133,7 @@ def test_what_cannot_be_continued_is_refused_and_nothing_written(
 ) -> None:
     out = io.StringIO()
     with pytest.raises(UserMistake) as refused:
-        write(root, prompt, 4, Sampling(**sampling), (), out, io.StringIO())
+        write(root, prompt, Writing(4, Sampling(**sampling)), out, io.StringIO())
     assert (str(refused.value), out.getvalue()) == (message, "")
 
 
