@@ -59,6 +59,31 @@ def products_saved(config: LatentConfig) -> int:
     return 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
 
 
+def _queries_and_latents(
+    graph: PlannedGraph, name: str, attention: LatentAttention, x: str, places: LatentPlaces
+) -> tuple[str, str, str]:
+    """Returns the queries' parts without position [B, H, T, P] and with, the latter not rotated yet [B, H, T, R].
+
+    And what the cache gets for the new tokens: the rounded latents, and behind each its rotary key [N, C + R].
+    """
+    config = attention.config
+    heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    layers = siblings(attention)
+    widths = graph.ints(len(next(iter(layers.values())).weight), config.kv_lora_rank, rope)
+    q, new, k_rope = graph.ops("Split", graph.packed(name, layers, Rows(graph, x)), widths, outputs=3, axis=-1)
+    if config.q_lora_rank is not None:
+        q = graph.norm(f"{name}.q_a_layernorm", attention.q_a_layernorm, q)
+        q = graph.linear(f"{name}.q_b_proj", attention.q_b_proj, Rows(graph, q))
+    q = graph.op("Transpose", graph.unflat(q, places.positions, heads, config.qk_head_dim), perm=[0, 2, 1, 3])
+    q_nope, q_rope = graph.ops("Split", q, graph.ints(nope, rope), outputs=2, axis=-1)
+
+    new = graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new)
+    new = graph.rounded(f"{name}.kv_b_proj", new, config.kv_lora_rank)
+    k_rope = graph.unflat(k_rope, places.positions, rope)
+    k_rope = graph.op("Reshape", _rotate(graph, k_rope, places, num_heads=1), graph.ints(-1, rope))
+    return q_nope, q_rope, graph.op("Concat", new, k_rope, axis=-1)
+
+
 def latent(
     graph: PlannedGraph, name: str, attention: LatentAttention, x: str, pasts: list[str], places: LatentPlaces
 ) -> tuple[str, list[str]]:
@@ -73,21 +98,7 @@ def latent(
     config = attention.config
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     rank, width = config.kv_lora_rank, config.cache_width
-    rows = Rows(graph, x)
-    layers = siblings(attention)
-    widths = graph.ints(len(next(iter(layers.values())).weight), rank, rope)
-    q, new, k_rope = graph.ops("Split", graph.packed(name, layers, rows), widths, outputs=3, axis=-1)
-    if config.q_lora_rank is not None:
-        q = graph.norm(f"{name}.q_a_layernorm", attention.q_a_layernorm, q)
-        q = graph.linear(f"{name}.q_b_proj", attention.q_b_proj, Rows(graph, q))
-    q = graph.op("Transpose", graph.unflat(q, places.positions, heads, config.qk_head_dim), perm=[0, 2, 1, 3])
-    q_nope, q_rope = graph.ops("Split", q, graph.ints(nope, rope), outputs=2, axis=-1)
-
-    new = graph.norm(f"{name}.kv_a_layernorm", attention.kv_a_layernorm, new)
-    new = graph.rounded(f"{name}.kv_b_proj", new, rank)
-    k_rope = graph.unflat(k_rope, places.positions, rope)
-    k_rope = graph.op("Reshape", _rotate(graph, k_rope, places, num_heads=1), graph.ints(-1, rope))
-    new = graph.op("Concat", new, k_rope, axis=-1)
+    q_nope, q_rope, new = _queries_and_latents(graph, name, attention, x, places)
     present = graph.op("ScatterND", *pasts, places.in_cache, new)
 
     weight = graph.constant(f"{name}.kv_b_proj", attention.kv_b_proj)
