@@ -2,13 +2,13 @@
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from processes import alive
+from waiting import until
 
 from flows import dvc_fork, dvc_lock, supervise
 from flows.dvc_fork import PREFIX, DvcChild
@@ -80,11 +80,7 @@ def test_a_stage_ends_with_the_block_and_a_killed_command_says_so(project: Path)
         return [one for one in parent.children(recursive=True) if one.name() == "sleep"]
 
     def wait() -> psutil.Process:
-        deadline = time.monotonic() + 30
-        while not (found := sleeping(forker())):
-            assert time.monotonic() < deadline, (project / "log").read_text()
-            time.sleep(0.05)
-        return found[0]
+        return until(lambda: sleeping(forker()), 30, (project / "log").read_text)[0]
 
     with DvcChild([*PREFIX, "repro"], project / "log", environment) as child:
         sleeper = wait()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import pytest
 import tiny
 from processes import left_within
 from ruamel.yaml import YAML
+from waiting import until
 
 from flows import virtual_environment
 from flows.certificate import Certificate, Verdict
@@ -175,11 +175,8 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
     running = subprocess.Popen(
         [sys.executable, "-m", "flows", "rebuild", "v1.0.0"], cwd=versioned.root, env=environment
     )
-    deadline = time.monotonic() + 60
-    while not report.exists() or "measure" not in report.read_text():
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: (report.exists() and "measure" in report.read_text()) or running.poll() is not None)
+    assert running.poll() is None
     with pytest.raises(TryAgain, match=r"v1\.0\.0 is being rebuilt by another process"):
         rebuilt(versioned)
     running.send_signal(signal.SIGKILL)

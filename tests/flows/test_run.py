@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from processes import alive, left_within
+from waiting import until
 
 from flows import run, status
 from flows.project import parameters
@@ -66,13 +67,6 @@ def flow_states(root: Path) -> list[str]:
 def run_of(root: Path) -> str:
     """The run at work, or the last one that was stopped."""
     return str(json.loads((root / ".overnight/running.json").read_text())["run"])
-
-
-def wait_for_file(path: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.05)
 
 
 def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database: Path, server: str) -> None:
@@ -181,7 +175,7 @@ def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "P
 def test_sigterm_leaves_no_process_and_meanwhile_no_other_run_starts(nightly: "Project") -> None:
     nightly.do("second", STAY)
     flow = nightly.start("run")
-    wait_for_file(nightly.root / "staying")
+    until((nightly.root / "staying").exists)
 
     other = nightly.overnight("run")
     assert other.returncode == 75
@@ -214,7 +208,7 @@ def test_sigterm_leaves_no_process_and_meanwhile_no_other_run_starts(nightly: "P
 def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Project") -> None:
     nightly.do("second", STAY)
     flow = nightly.start("run")
-    wait_for_file(nightly.root / "staying")
+    until((nightly.root / "staying").exists)
     left = nightly.processes()
     # The flow, two supervisors, the server, DVC, the stage, its worker.
     assert len(left) >= 7

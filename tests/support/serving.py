@@ -1,6 +1,7 @@
 """``overnight serve`` as a process, and as much of a project as it needs."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -8,26 +9,19 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiny
 import uvicorn
+import waiting
 from fastapi import FastAPI
 
 # Seconds until what a test waits for will not come any more.
 PATIENCE = 10
 # As a client in this process asks.
 HERE = "http://127.0.0.1"
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Waits for it."""
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+until = functools.partial(waiting.until, seconds=PATIENCE)
 
 
 def lay_out_project(root: Path) -> Path:

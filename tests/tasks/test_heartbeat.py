@@ -14,6 +14,7 @@ import psutil
 import pytest
 import tiny
 from torch.distributed import Store
+from waiting import until
 
 from tasks import heartbeat
 from tasks.errors import EXIT_PEER_LOST, EXIT_TRY_AGAIN
@@ -78,11 +79,8 @@ def test_a_stopped_process_is_named_and_the_stage_ends(tmp_path: Path) -> None:
     tiny.write_params(tmp_path, train__steps=100000, train__hang_timeout_seconds=5.0)
     tiny.write_shards(tmp_path)
     process = tiny.stage("train", tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: any(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")) or process.poll() is not None, 120)
+    assert process.poll() is None, process.communicate()[0]
     workers = psutil.Process(process.pid).children()
     (second,) = [worker for worker in workers if worker.name() == "rank 1"]
     second.send_signal(signal.SIGSTOP)
@@ -249,10 +247,7 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
     ranks = forked.start([tmp_path, tmp_path], log, forked.slowly)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: any(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")), told=log.read_text)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
             assert rank.pid is not None
@@ -266,10 +261,7 @@ def test_a_lost_process_is_one_line_for_those_that_remain(tmp_path: Path) -> Non
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
     ranks = forked.start([tmp_path, tmp_path], log)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: any(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")), told=log.read_text)
     assert ranks[1].pid is not None
     os.kill(ranks[1].pid, signal.SIGKILL)
     assert forked.end(ranks) == [EXIT_PEER_LOST, -9]

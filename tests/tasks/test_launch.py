@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import forked
 import psutil
 import pytest
 import ranks
+from waiting import until
 
 from tasks.errors import EXIT_TRY_AGAIN
 from tasks.launch import worker_environment
@@ -22,11 +22,8 @@ def start(folder: Path, do: str, device: str = "cpu", **variables: str) -> BaseP
 
 def pids(folder: Path) -> list[int]:
     """Waits until both ranks are at work."""
-    deadline = time.monotonic() + 60
     files = [folder / f"rank-{rank}" for rank in (0, 1)]
-    while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() < deadline, (folder / "log").read_text()
-        time.sleep(0.01)
+    until(lambda: all(file.exists() and file.read_text() for file in files), told=(folder / "log").read_text)
     return [int(file.read_text()) for file in files]
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import tiny
 import torch
 from odd import make_model, write_checkpoint
 from onnx import numpy_helper
+from waiting import until
 
 from lm import blockwise, hugging_face
 from lm.quantization import PLANS, prepare
@@ -388,11 +388,8 @@ def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: i
 
     shutil.rmtree(trained / ".overnight/checkpoints/quantize")
     process = tiny.stage("quantize", trained)
-    deadline = time.monotonic() + 120
-    while not list(trained.glob(".overnight/checkpoints/quantize/*/*.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: any(trained.glob(".overnight/checkpoints/quantize/*/*.pt")) or process.poll() is not None, 120)
+    assert process.poll() is None, process.communicate()[0]
     process.kill()
     process.communicate()
     code, output = tiny.run("quantize", trained)

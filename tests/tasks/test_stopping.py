@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import forked
 import psutil
 import pytest
 import tiny
+from waiting import until
 
 from tasks import native
 from tasks.errors import EXIT_STOPPED
@@ -36,10 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def await_step(events: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while not events.exists() or not any(json.loads(line)["done"] >= step for line in events.read_text().splitlines()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: events.exists() and any(json.loads(line)["done"] >= step for line in events.read_text().splitlines()))
 
 
 def saved(project: Path) -> list[int]:
@@ -98,10 +95,7 @@ def test_a_validation_is_broken_off_and_done_by_the_next_attempt(
         shutil.rmtree(project / "models")
         shutil.rmtree(project / ".overnight")
     ranks = forked.start([project, project], log, forked.validate_slowly)
-    deadline = time.monotonic() + 60
-    while not (project / "validating").exists():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.01)
+    until((project / "validating").exists, told=log.read_text)
     ranks[1].terminate()
     assert forked.end(ranks, 18) == [EXIT_STOPPED] * 2, log.read_text()
     assert saved(project) == [4]
@@ -186,10 +180,7 @@ def test_a_process_that_needs_more_than_stop_seconds_leaves_no_checkpoint(projec
     tiny.write_params(project, train__checkpoint_every=1000, train__steps=60, train__stop_seconds=0.2)
     log = project / "log"
     ranks = forked.start([project, project], log, forked.validate_slowly)
-    deadline = time.monotonic() + 60
-    while not (project / "validating").exists():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.01)
+    until((project / "validating").exists, told=log.read_text)
     for rank in ranks:
         rank.terminate()
     assert forked.end(ranks, 18) == [EXIT_STOPPED] * 2, log.read_text()
@@ -202,8 +193,5 @@ def test_afterwards_the_signal_does_what_it_did() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stopping.noted(60) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while not stop.told:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: stop.told, 10)
     assert signal.getsignal(signal.SIGTERM) == before

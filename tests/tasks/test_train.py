@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import psutil
 import pytest
 import tiny
 from processes import alive
+from waiting import until
 
 from lm import hugging_face
 from tasks.errors import UserMistake
@@ -84,11 +84,9 @@ def test_speed_is_measured_outside_the_version(trained: Path) -> None:
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project: Path, trained: Path) -> None:
     # Kills as soon as the second checkpoint lies there, somewhere in the steps that follow.
     process = tiny.stage("train", project)
-    deadline = time.monotonic() + 120
-    while not list(project.glob(".overnight/checkpoints/train/*/step-000000004-*.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    second = ".overnight/checkpoints/train/*/step-000000004-*.pt"
+    until(lambda: any(project.glob(second)) or process.poll() is not None, 120)
+    assert process.poll() is None, process.communicate()[0]
     process.kill()
     process.communicate()
     assert not (project / "models").exists()
@@ -108,11 +106,8 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(project
 def test_no_worker_outlives_a_killed_launcher(project: Path) -> None:
     tiny.write_params(project, train__steps=100000)
     process = tiny.stage("train", project)
-    deadline = time.monotonic() + 120
-    while not list(project.glob(".overnight/checkpoints/train/*/*.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: any(project.glob(".overnight/checkpoints/train/*/*.pt")) or process.poll() is not None, 120)
+    assert process.poll() is None, process.communicate()[0]
     workers = psutil.Process(process.pid).children(recursive=True)
     assert {worker.name() for worker in workers} == {"rank 0", "rank 1"}
     process.send_signal(signal.SIGKILL)
