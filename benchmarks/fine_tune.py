@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from lm import hugging_face  # noqa: E402
 from lm.model import LanguageModel  # noqa: E402
 from tasks import paths  # noqa: E402
+from tasks.evaluate import texts  # noqa: E402
 from tasks.evaluate.score import windows_of  # noqa: E402
 from tasks.shards import Shards, read_manifest  # noqa: E402
 
@@ -121,7 +122,8 @@ def run(stage: str, project: Path) -> None:
 def bits_per_byte(folder: Path, project: Path, tokens: int) -> float:
     """Returns the loss of the model in ``folder`` on documents spread over the test split, ``tokens`` in all."""
     model: LanguageModel = hugging_face.load(folder).eval()
-    documents = Shards(project / paths.SHARDS, read_manifest(project / paths.SHARDS), "test").documents()
+    manifest = read_manifest(project / paths.SHARDS)
+    documents = texts.documents(Shards(project / paths.SHARDS, manifest, "test"), manifest).tokens
     share = max(1, round(sum(len(ids) for ids, _ in documents) / tokens))
     nats = size = 0.0
     for number, (ids, count) in enumerate(documents[::share]):

@@ -154,7 +154,7 @@ class Shards:
         return WindowReader([file.tokens for file in self._files], length, learned)
 
     def documents(self) -> list[tuple[Tokens, int]]:
-        """Returns each document: its tokens, BOS first, and the UTF-8 bytes of its text."""
+        """Returns each document: its tokens as they are learned, BOS first, and the UTF-8 bytes of its text."""
         found = []
         for file in self._files:
             for start, end, size in zip(file.offsets[:-1], file.offsets[1:], file.bytes, strict=True):

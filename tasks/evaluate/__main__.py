@@ -29,7 +29,7 @@ def main() -> None:
     for made, by in ((paths.FLOAT / "config.json", "train"), (paths.INT8_GRAPH, "quantize")):
         if not made.is_file():
             raise BadInput(f"{made}: no such file. Run the stage '{by}' first.")
-    in_split = texts.documents(Shards(paths.SHARDS, manifest, "test"))
+    in_split = texts.documents(Shards(paths.SHARDS, manifest, "test"), manifest)
     if not in_split.tokens:
         raise BadInput(f"{paths.SHARDS}: the test split is empty. Raise ingest.split.test in params.yaml.")
     measured = texts.drawn(in_split, params.test_tokens, params.seed)
@@ -39,7 +39,7 @@ def main() -> None:
     native.compute_repeatably()
     model = hugging_face.mapped(paths.FLOAT)
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
-    known = texts.last(texts.documents(Shards(paths.SHARDS, manifest, "train")), baselines.MOST_BYTES)
+    known = texts.last(texts.documents(Shards(paths.SHARDS, manifest, "train"), manifest), baselines.MOST_BYTES)
     test = measured.texts(tokenizer)
     with progress("evaluate") as shown, post_training(model) as rounded:
         quantized = {report.INT8: Int8Routing(paths.INT8, model)}

@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from tasks.shards import Shards, Tokens
+from tasks.shards import Manifest, Shards, Tokens
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Each document's tokens, its beginning first, and its text's bytes; and which tokens count, None for all."""
+    """Each document's tokens, its beginning first, and its text's bytes; and which tokens count, None for all.
+
+    A plain text's own end is left out: it has no bytes, and of many tokenizers none.
+    """
 
     tokens: list[tuple[Tokens, int]]
     learned: list[npt.NDArray[np.bool_]] | None
@@ -31,9 +34,15 @@ class Documents:
         return Documents([self.tokens[number] for number in numbers], learned)
 
 
-def documents(shards: Shards) -> Documents:
-    """Returns all documents of a split."""
-    return Documents(shards.documents(), shards.learned())
+def documents(shards: Shards, manifest: Manifest) -> Documents:
+    """Returns all documents of a split, whose shards ``manifest`` names."""
+    found, learned = shards.documents(), shards.learned()
+    if manifest.bos_token_id == manifest.eos_token_id:
+        return Documents(found, learned)
+    # Of a conversation the beginning is not learned, and the end is that of an answer.
+    ends = [len(tokens) if learned and not learned[index].all() else -1 for index, (tokens, _) in enumerate(found)]
+    kept = [(tokens[:end], size) for (tokens, size), end in zip(found, ends, strict=True)]
+    return Documents(kept, learned and [mask[:end] for mask, end in zip(learned, ends, strict=True)])
 
 
 def drawn(found: Documents, tokens: int, seed: int) -> Documents:

@@ -11,7 +11,7 @@ from tasks.shards import Learned, Tokens
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """The tokens of one document, [tokens], BOS first, and the UTF-8 bytes of its text.
+    """The tokens of one document, [tokens], BOS first, EOS last if that is another, and the UTF-8 bytes of its text.
 
     ``learned`` [tokens] is there where the corpus has conversations: see :mod:`tasks.shards`.
     """

@@ -134,7 +134,9 @@ class _Encoding:
 
     def _encode(self, batch: list[str], marks: list[bool]) -> Iterator[EncodedDocument]:
         dtype = token_dtype(self._tokenizer.vocab_size)
-        bos = self._tokenizer.bos_token_id
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        # Where one token is both, the beginning of the next document is the end of this one.
+        end = [] if eos == bos else [eos]
         plain = iter(self._tokenizer.encode([text for text, mark in zip(batch, marks, strict=True) if not mark]))
         for text, is_conversation in zip(batch, marks, strict=True):
             if is_conversation:
@@ -143,7 +145,7 @@ class _Encoding:
                 if document is not None:
                     yield document
                 continue
-            tokens = np.array([bos, *next(plain)], dtype=dtype)
+            tokens = np.array([bos, *next(plain), *end], dtype=dtype)
             learned = None if self._conversations is None else np.ones(len(tokens), dtype=np.uint8)
             yield EncodedDocument(tokens, len(text.encode()), learned)
 

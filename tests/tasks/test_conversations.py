@@ -19,6 +19,7 @@ from lm.chat_template import ChatTemplate, Message, Unrenderable
 from tasks import init, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadInput, BadParameter
+from tasks.evaluate.texts import documents
 from tasks.ingest.ingest import REFUSED, ingest
 from tasks.ingest.params import IngestParams
 from tasks.order import batch_of_rank
@@ -230,6 +231,27 @@ def test_shards_say_which_tokens_are_learned(sharded: Path) -> None:
             assert tokens[mask].tolist() == [*answers[0], END, *answers[1], END]
             assert size == sum(map(len, answers))
     assert seen == 60
+
+
+def test_the_end_of_a_plain_text_is_learned_and_not_measured(sharded: Path) -> None:
+    config = json.loads((sharded / "given/config.json").read_text())
+    (sharded / "given/config.json").write_text(json.dumps({**config, "bos_token_id": 7}))
+    collect_init("given")
+    manifest = shard(read_section("shard", ShardParams), init.checkpoint())
+    shards = Shards(paths.SHARDS, manifest, "train")
+    measured, masks = documents(shards, manifest), shards.learned()
+    assert masks is not None
+    assert measured.learned is not None
+    plain = 0
+    pairs = zip(shards.documents(), masks, measured.tokens, measured.learned, strict=True)
+    for (tokens, _), mask, (kept, _), counted in pairs:
+        if START in tokens:
+            assert (kept.tolist(), counted.tolist()) == (tokens.tolist(), mask.tolist())
+        else:
+            plain += 1
+            assert (tokens[0], tokens[-1], mask.all()) == (7, config["eos_token_id"], True)
+            assert (kept.tolist(), counted.tolist()) == (tokens[:-1].tolist(), mask[:-1].tolist())
+    assert 0 < plain < len(masks)
 
 
 def test_what_is_told_of_bytes_a_token_is_of_what_is_learned(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from tasks import init, paths
 from tasks.collect.init import collect_init
 from tasks.digest import digest_of
 from tasks.errors import BadInput, BadParameter, UserMistake
+from tasks.evaluate.texts import documents
 from tasks.section import read_section
 from tasks.shard.params import ShardParams
 from tasks.shard.shard import shard
@@ -100,6 +101,23 @@ def test_shards_are_written_in_the_checkpoint_s_tokens(brought: Path) -> None:
     # The name of a special token in a text is text: one token begins each document.
     (entry,) = manifest.of_split("test")
     assert entry.tokens == entry.bytes + entry.documents
+
+
+@pytest.mark.parametrize("bos", [tiny.VOCAB - 1, 7])
+def test_a_document_ends_as_the_checkpoint_ends_texts(bos: int, corpus: Path) -> None:
+    eos = tiny.VOCAB - 1
+    write_checkpoint(corpus / "given", bos_token_id=bos, eos_token_id=eos)
+    collect_init("given")
+    manifest = shard(read_section("shard", ShardParams), init.checkpoint())
+    shards = Shards(paths.SHARDS, manifest, "test")
+    # The beginning of the next one is the end where a checkpoint has one token for both.
+    end = [eos] if bos != eos else []
+    measured = documents(shards, manifest)
+    assert measured.learned is None
+    for (tokens, size), (text, text_size) in zip(shards.documents(), measured.tokens, strict=True):
+        assert (tokens[0], len(tokens)) == (bos, 1 + size + len(end))
+        # An end has no bytes, and the champion's tokenizer may have none.
+        assert (text.tolist() + end, text_size) == (tokens.tolist(), size)
 
 
 def test_collecting_copies_what_changed_and_keeps_what_has_gone(corpus: Path) -> None:
