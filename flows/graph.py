@@ -76,14 +76,14 @@ class Graph:
         if name not in self.names():
             raise UserMistake(f"{where}: there is no stage '{name}'; choose one of {', '.join(self.names())}.")
 
-    def check_there(self, name: str, where: str, root: Path) -> None:
-        """Raises :class:`UserMistake` where what ``name`` reads of earlier stages, which are left out, is not there."""
+    def check_there(self, name: str, root: Path) -> None:
+        """Raises :class:`UserMistake` where what is read of the stages that ``--from name`` leaves out is not there."""
         for stage in self.stages if name != COLLECT else ():
             for output in stage.outputs if stage.name in self.ancestors(name) else ():
                 if not (root / output).exists() and any(output in one.dependencies for one in self.stages):
                     raise UserMistake(
-                        f"{where} {name}: {output} is not there, which {stage.name} makes. `dvc checkout` brings what "
-                        f"it made before; else take {where} {stage.name}, or leave {where} out."
+                        f"--from {name}: {output} is not there, which {stage.name} makes. `dvc checkout` brings what "
+                        f"it made before; else take --from {stage.name}, or leave --from out."
                     )
 
 

@@ -63,7 +63,7 @@ def _checked(request: Request, out: Console, err: Console) -> int:
             graph = dvc.graph(root)
             if request.from_stage is not None:
                 graph.check(request.from_stage, "--from")
-                graph.check_there(request.from_stage, "--from", root)
+                graph.check_there(request.from_stage, root)
             for stage in params.flow.retries:
                 graph.check(stage, "params.yaml: flow.retries")
             record.plan(graph.names())

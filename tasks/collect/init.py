@@ -17,10 +17,10 @@ from tasks.digest import digest_of
 from tasks.errors import BadInput, BadParameter
 
 
-def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = None) -> InitReport | None:
-    """Makes ``models/init`` of the project in ``root`` hold the checkpoint ``wanted``; None where that is none.
+def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | None:
+    """Makes ``models/init`` hold the checkpoint ``wanted``; None where that is none.
 
-    A relative path starts at ``relative_to``, at ``root`` without it. A checkpoint that has gone stays here, and is
+    A relative path starts at ``relative_to``, without it in this folder. A checkpoint that has gone stays here, and is
     still used. Raises :class:`BadParameter` where there never was one, :class:`BadInput` for a folder that holds none,
     and :class:`tasks.errors.DiskFull` when there is no room.
     """
@@ -29,8 +29,8 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
     # Each night collects, and few of them a checkpoint.
     from lm.hugging_face_files import checkpoint_files
 
-    held = _held(root, wanted)
-    source = _place(wanted, root if relative_to is None else relative_to)
+    held = _held(wanted)
+    source = _place(wanted, Path() if relative_to is None else relative_to)
     if not source.exists():
         if held is None:
             raise BadParameter(
@@ -38,12 +38,12 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
                 f"or file ({source}). Name a folder in Hugging Face layout, or a GGUF file."
             )
         return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
-    known = (root / paths.INIT_RECORD).is_file()
+    known = paths.INIT_RECORD.is_file()
     if not source.is_dir():
         unpacked = _digest_of_gguf(source)
         if held is not None and held.unpacked == unpacked:
             return InitReport(state="unchanged")
-        with atomic.folder(root / paths.INIT) as folder:
+        with atomic.folder(paths.INIT) as folder:
             _unpack(source, folder)
             init.write_record(folder, init.Init(init=wanted, unpacked=unpacked))
         return InitReport(state="changed" if known else "new")
@@ -51,7 +51,7 @@ def collect_init(wanted: str, root: Path = Path(), relative_to: Path | None = No
         files = checkpoint_files(source)
     if held is not None and dict(held.files) == _digests(source, files):
         return InitReport(state="unchanged")
-    with atomic.folder(root / paths.INIT) as folder:
+    with atomic.folder(paths.INIT) as folder:
         for file in files:
             copy = folder / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
@@ -107,13 +107,13 @@ def _unfit_is_told(source: Path) -> Iterator[None]:
         ) from None
 
 
-def _held(root: Path, wanted: str) -> init.Init | None:
+def _held(wanted: str) -> init.Init | None:
     """Returns the record of what lies in ``models/init``, where that is all there and of the same ``train.init``."""
     try:
-        record = init.read(root / paths.INIT)
+        record = init.read(paths.INIT)
     except BadInput:
         return None
-    whole = all((root / paths.INIT / name).is_file() for name in record.files)
+    whole = all((paths.INIT / name).is_file() for name in record.files)
     return record if record.init == wanted and whole else None
 
 

@@ -64,10 +64,10 @@ def test_what_is_read_of_stages_that_are_left_out_has_to_be_there(tmp_path: Path
               (("", "a"), ("a", "b"), ("b", "c"))]  # fmt: skip
     graph = in_order(stages)
     (tmp_path / "a").touch()
-    graph.check_there("b", "--from", tmp_path)
-    graph.check_there("collect", "--from", tmp_path)
+    graph.check_there("b", tmp_path)
+    graph.check_there("collect", tmp_path)
     with pytest.raises(UserMistake, match=r"^--from c: b is not there, which b makes\. .* take --from b, or leave"):
-        graph.check_there("c", "--from", tmp_path)
+        graph.check_there("c", tmp_path)
 
 
 def test_the_order_puts_each_stage_after_what_it_reads_and_else_keeps_that_of_the_file() -> None:
