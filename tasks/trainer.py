@@ -47,19 +47,19 @@ class Trainer:
         valid_windows: WindowReader,
         world: World,
         progress: Progress,
-        here: Heartbeat,
+        beat: Heartbeat,
         weights: Weights | None,
     ) -> None:
         """Lays ``model`` out over the processes; ``weights`` are its own where it is on ``meta``."""
         self.stage = stage
-        self.params, self.world, self.progress, self.here = params, world, progress, here
+        self.params, self.world, self.progress, self.beat = params, world, progress, beat
         self.train_windows, self.valid_windows = train_windows, valid_windows
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * train_windows.length
         self.traffic = Traffic(world.device, world.mesh is not None and world.mesh.layout.pipeline > 1)
         # Counts the parameters of the whole model.
         self.meter = StepMeter(model, self.tokens_per_step, world, params.compiles)
-        self.parallel, self.exchange = lay_out(model, world, params, weights and here.along(weights))
+        self.parallel, self.exchange = lay_out(model, world, params, weights and beat.along(weights))
         self.model = self.parallel.model
         if params.compiles:
             compile_layers(self.model, world.device)
@@ -82,7 +82,7 @@ class Trainer:
         Sets ``told_to_stop``, on all of them alike, when one had been told to before the end of the step.
         """
         self.meter.begin()
-        self.here.at(step + 1, "the gradients")
+        self.beat.at(step + 1, "the gradients")
         # What draws at random within a step depends on nothing before it, and no state has to be kept.
         drawn = np.random.SeedSequence([self.params.seed, step, self.world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))
@@ -92,7 +92,7 @@ class Trainer:
         norm = self.parallel.clip(self.params.clip_grad_norm)
         # What the processes have to agree on, summed over them; those along `tensor` have the same loss.
         spoilt = ~(norm.isfinite() & total.isfinite())
-        self.here.at(step + 1, "the agreement")
+        self.beat.at(step + 1, "the agreement")
         with self.meter.communicating():
             near, told_here = self.exchange.near, total.new_tensor(float(stop.told))
             agreed = near.sum_all(torch.stack([total, told_here, spoilt.to(total)]))
@@ -117,7 +117,7 @@ class Trainer:
             self.steps_since_row += 1
         self.optimizer.zero_grad()
         if self.exchange.due(step + 1, self.params.steps):
-            self.here.at(step + 1, "the agreement")
+            self.beat.at(step + 1, "the agreement")
             with self.meter.communicating():
                 self._meet(step + 1, told > 0)
         rate = learning_rate_at(step, self.params, self.params.learning_rate)
@@ -141,10 +141,10 @@ class Trainer:
             self.parallel.reduce_in_backward(index == len(samples) - 1)
             with self.meter.waiting_for_data():
                 windows = self._read(self.train_windows, micro)
-            self.here.batch()
+            self.beat.batch()
             with self.world.autocast():
                 loss = self.parallel.loss(windows, passes)
-            self.here.batch()
+            self.beat.batch()
             self.parallel.backward(loss)
             total += loss.detach()
         self.scale.unscale(self.model.parameters())
@@ -154,10 +154,10 @@ class Trainer:
 
     def agree_to_stop(self, done: int, stop: Stop) -> None:
         """Sets ``told_to_stop`` where one of the replicas was told to, and each has taken ``done`` steps."""
-        if stop.told and not self.here.told:
-            self.here.tell()
-        if self.here.told and not self.told_to_stop:
-            self.told_to_stop = self.here.settled(done)
+        if stop.told and not self.beat.told:
+            self.beat.tell()
+        if self.beat.told and not self.told_to_stop:
+            self.told_to_stop = self.beat.settled(done)
 
     def _meet(self, done: int, told: bool) -> None:
         """Makes the replicas equal after ``done`` steps: in their weights, and in what they know of these steps.
@@ -214,7 +214,7 @@ class Trainer:
 
     def measured_before(self, stop: Stop) -> bool:
         """Validates the weights that are there at the start; False where that was broken off."""
-        self.here.at(0, "the validation")
+        self.beat.at(0, "the validation")
         if (loss := self.validate(stop)) is None:
             return False
         if not math.isfinite(loss):
@@ -231,7 +231,7 @@ class Trainer:
         due = step % self.params.validate_every == 0 or step == self.params.steps
         if not due or (self.curve.rows and self.curve.last("step") == step):
             return True
-        self.here.at(step, "the validation")
+        self.beat.at(step, "the validation")
         if (loss := self.validate(stop)) is None:
             return False
         self._add_row(step, loss)
@@ -352,5 +352,5 @@ class Trainer:
         if windows.learned is not None:
             learned = torch.from_numpy(windows.learned.batch(indices)).to(self.world.device).long()
             batch = torch.stack([batch, learned], dim=1)
-        self.here.move()
+        self.beat.move()
         return batch

@@ -45,14 +45,14 @@ def train(
     world: World,
     progress: Progress,
     stage: str,
-    here: Heartbeat,
+    beat: Heartbeat,
     measure_first: bool = False,
     weights: Weights | None = None,
 ) -> Trained:
     """Runs ``params.steps`` optimizer steps on ``model``; returns the curve and what has the weights now.
 
     ``measure_first`` has the weights validated that it begins with. ``weights`` are those of a model on ``meta``, which
-    stays there. ``here`` is told how this gets on.
+    stays there. ``beat`` is told how this gets on.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
     :class:`tasks.errors.BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was
@@ -63,7 +63,7 @@ def train(
         out_of_memory.told, stage, params=params, length=train_windows.length, precision=world.precision
     )
     with told(model):
-        trainer = Trainer(stage, model, params, train_windows, valid_windows, world, progress, here, weights)
+        trainer = Trainer(stage, model, params, train_windows, valid_windows, world, progress, beat, weights)
     with told(trainer.model):
         _go_on(trainer, checkpoints, measure_first)
     return Trained(trainer.curve, trainer.parallel)
@@ -122,7 +122,7 @@ def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> N
 
 def _save(trainer: Trainer, checkpoints: Checkpoints, done: int) -> None:
     """Begins the checkpoint after ``done`` steps, which is written while training goes on. Collective."""
-    trainer.here.at(done, "the checkpoint")
+    trainer.beat.at(done, "the checkpoint")
     # Each process has a part in the state, even if one alone writes it.
     state, tensors = trainer.state(done)
     if trainer.exchange.in_parts:

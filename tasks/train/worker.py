@@ -94,7 +94,7 @@ def write_model(
     is_first: bool,
     origin: Path | None,
     answer_ends: Sequence[int],
-    here: Heartbeat,
+    beat: Heartbeat,
 ) -> None:
     """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs.
 
@@ -102,7 +102,7 @@ def write_model(
     """
 
     def moving(name: str) -> torch.Tensor:
-        here.move()
+        beat.move()
         return parallel.whole(name)
 
     whole: Whole = moving
