@@ -292,7 +292,7 @@ def export(
         from flows import export as exporting
         from flows import project
 
-        exporting.export(project.find(), exporting.Request(to, output, type_), Console())
+        exporting.export(project.find(), exporting.Request(to, output, type_), Console(), Console(stderr=True))
 
 
 @app.command()

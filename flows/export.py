@@ -39,8 +39,10 @@ class Request:
     type: str | None = None
 
 
-def export(root: Path, request: Request, out: Console) -> Path:
+def export(root: Path, request: Request, out: Console, err: Console) -> Path:
     """Writes the model of the project in ``root`` and returns where it lies; it is there whole, or not at all.
+
+    ``out`` is told where, ``err`` what the format has no room for.
 
     Raises :class:`UserMistake` for a format or a type that does not exist, and for a place that is taken, that runs
     write to, or that cannot be written; :class:`BadInput` where there is no model, a damaged one, or one that the
@@ -56,7 +58,7 @@ def export(root: Path, request: Request, out: Console) -> Path:
         if request.output is not None and request.output.resolve().is_relative_to((root / place).resolve()):
             raise UserMistake(f"{request.output}: in {place}/, where runs write; name another place with --output.")
     try:
-        target = _to_gguf(root, request) if request.to == "gguf" else _to_folder(root, request)
+        target = _to_gguf(root, request, err) if request.to == "gguf" else _to_folder(root, request)
     except OSError as error:
         raise UserMistake(f"{error.filename or request.output}: {error.strerror or error}.") from None
     size = sum(file.stat().st_size for file in [target, *target.rglob("*")] if file.is_file())
@@ -64,7 +66,7 @@ def export(root: Path, request: Request, out: Console) -> Path:
     return target
 
 
-def _to_gguf(root: Path, request: Request) -> Path:
+def _to_gguf(root: Path, request: Request, err: Console) -> Path:
     from lm.gguf_tensors import Unfit
     from lm.gguf_write import Kind, write
 
@@ -81,9 +83,14 @@ def _to_gguf(root: Path, request: Request) -> Path:
     try:
         with atomic.file(target) as opened:
             # The library opens the file itself, by the name that it has until it is whole.
-            write(source, Path(opened.name), found[0], {"general.name": card.name, "general.license": card.licence})
+            about = {"general.name": card.name, "general.license": card.licence}
+            untold = write(source, Path(opened.name), found[0], about)
     except Unfit as error:
         raise BadInput(f"{error}.") from None
+    if untold:
+        print_line(
+            err, f"A GGUF file names three tokens that end a text; llama.cpp will not stop at {', '.join(untold)}."
+        )
     return target
 
 

@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType, TokenType
 
 from lm import gguf_sentencepiece
 from lm.config import ModelConfig, layers_and_experts
-from lm.gguf_metadata import config_from, files_of
+from lm.gguf_metadata import config_from, files_of, told_ends
 from lm.gguf_tensors import EXPANDED, Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import Vocabulary, puts_bos_before, tokenizer_json
 from lm.hugging_face import layout_to_state
@@ -25,13 +25,14 @@ class Loaded(NamedTuple):
     """What a GGUF file holds: the model's shape, its fp32 state in :mod:`lm`'s names, and its ``tokenizer.json``.
 
     ``tokenizer`` is None where the file has none, or one that cuts texts in a way that is not known here;
-    ``chat_template`` where it has none.
+    ``chat_template`` where it has none. ``ends`` are the tokens that end a text beside the one in ``config``.
     """
 
     config: ModelConfig
     state: dict[str, torch.Tensor]
     tokenizer: str | None
     chat_template: str | None
+    ends: list[int]
 
 
 def load(path: Path) -> Loaded:
@@ -85,7 +86,8 @@ def _load(path: Path) -> Loaded:
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     _check_shapes(config, state)
-    return Loaded(config, state, _tokenizer(found, config), found.get("tokenizer.chat_template"))
+    template, ends = found.get("tokenizer.chat_template"), told_ends(found, config.vocab_size)
+    return Loaded(config, state, _tokenizer(found, config), template, ends)
 
 
 def _opened(path: Path, first: bool) -> tuple[gguf.GGUFReader, dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -82,6 +82,13 @@ _YARN, _MULTIPLIER = "rope.scaling.", "yarn_log_multiplier"
 _OLDER_FACTOR = "rope.scale_linear"
 # It knows keys for them, and writes the same text whatever they say (a llama in xllamacpp 2026.10.11549).
 _BETAS = (32.0, 1.0)
+# Beside the one that eos is, it takes these two for ends of a text, and tokens of these names in any file.
+_FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_EOM = "<|eom_id|>"
+_NAMED_ENDS = {
+    *(_EOM, "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
+    *("<EOT>", "_<EOT>", "<|end_of_text|>"),
+}
 _LLAMA_3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -138,6 +145,38 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     own["initializer_range"] = config.initializer_range
     prefix = architecture(config)
     return {f"{prefix}.{key}": value for key, value in named.items()} | {f"{_OWN}{key}": own[key] for key in own}
+
+
+class Ends(NamedTuple):
+    """The tokens that end a text beside eos, as a GGUF file tells them: none, one or two of its keys.
+
+    ``untold`` are those that it has no key for, and that llama.cpp does not know by their names.
+    """
+
+    eot: int | None
+    eom: int | None
+    untold: list[int]
+
+
+def further_ends(ends: Sequence[int], eos: int, tokens: Sequence[str]) -> Ends:
+    """Returns what ``ends`` has beside ``eos``; ``tokens`` are the names of all tokens."""
+    further = [end for end in dict.fromkeys(ends) if end != eos and end < len(tokens)]
+    if len(further) > len(_FURTHER_ENDS):
+        further.sort(key=lambda end: tokens[end] in _NAMED_ENDS)
+    told = further[: len(_FURTHER_ENDS)]
+    eom = next((end for end in told if tokens[end] == _EOM), None)
+    others = [end for end in told if end != eom]
+    return Ends(
+        eot=others[0] if others else None,
+        eom=others[1] if len(others) > 1 else eom,
+        untold=[end for end in further[len(told) :] if tokens[end] not in _NAMED_ENDS],
+    )
+
+
+def told_ends(found: Mapping[str, Any], vocab_size: int) -> list[int]:
+    """Returns what ends a text beside eos, as ``found`` tells; as llama.cpp does, it passes over what is no token."""
+    ends = [found.get(key) for key in _FURTHER_ENDS]
+    return [end for end in ends if isinstance(end, int) and 0 <= end < vocab_size]
 
 
 def files_of(path: Path) -> list[Path]:

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 
 from lm import chat_template, gguf_sentencepiece
 from lm.config import LatentConfig, ModelConfig
-from lm.gguf_metadata import Value, architecture, metadata
+from lm.gguf_metadata import Value, architecture, further_ends, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
 from lm.hugging_face_config import Unusable, config_from_json
-from lm.hugging_face_files import is_of_mtp, weight_files
+from lm.hugging_face_files import is_of_mtp, read_ends, weight_files
 
 Encoded = npt.NDArray[Any]
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -41,12 +41,13 @@ _TYPES = {
 }
 
 
-def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
+def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> list[str]:
     """Writes the model in ``folder`` to ``path``, its matrices as ``kind``; equal models give equal bytes.
 
     Norms, biases and routers stay fp32, as llama.cpp's own converter has it; in ``q8_0``, rows that are no multiple of
-    32 long become f16. ``about`` are further metadata, such as general.name. Raises :class:`Unfit` that names the file
-    in ``folder`` that is at fault.
+    32 long become f16. ``about`` are further metadata, such as general.name. Returns the tokens that end a text and of
+    which llama.cpp does not learn: a file has keys for three. Raises :class:`Unfit` that names the file in ``folder``
+    that is at fault.
     """
     config = _config(folder / "config.json")
     with _named(folder / "config.json"):
@@ -60,12 +61,14 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> None:
     try:
         values = {"general.type": "model", **about, "general.file_type": int(_KINDS[kind][1]), **described}
         _add(writer, values)
-        _add_tokenizer(writer, folder / "tokenizer.json", config, settings.get("add_bos_token") is True)
+        tokens = _add_tokenizer(writer, folder / "tokenizer.json", config, settings.get("add_bos_token") is True)
+        untold = _add_ends(writer, folder, config, tokens)
         if template is not None:
             writer.add_chat_template(template[1])
         _write_tensors(writer, folder, config, kind)
     finally:
         writer.close()
+    return untold
 
 
 def check(folder: Path) -> None:
@@ -97,8 +100,8 @@ def _add(writer: gguf.GGUFWriter, values: dict[str, Value]) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig, adds_bos: bool) -> None:
-    """``adds_bos``: bos is put before a text, even where the file of the tokenizer does not say so."""
+def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig, adds_bos: bool) -> Sequence[str]:
+    """Returns the names of the tokens. ``adds_bos``: bos is put before a text, even where the file does not say so."""
     with _named(path, ValueError, KeyError):
         content = path.read_text()
         spells = gguf_sentencepiece.spells_in_bytes(content)
@@ -121,6 +124,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig, add
     writer.add_pad_token_id(config.eos_token_id)
     writer.add_add_bos_token(known.adds_bos or adds_bos)
     writer.add_add_eos_token(False)
+    return known.tokens
+
+
+def _add_ends(writer: gguf.GGUFWriter, folder: Path, config: ModelConfig, tokens: Sequence[str]) -> list[str]:
+    """Adds what ends a text beside eos; returns the names of those tokens that a file has no room for."""
+    with _named(folder, Unusable):
+        ends = further_ends(read_ends(folder), config.eos_token_id, tokens)
+    if ends.eot is not None:
+        writer.add_eot_token_id(ends.eot)
+    if ends.eom is not None:
+        writer.add_eom_token_id(ends.eom)
+    return [tokens[end] for end in ends.untold]
 
 
 @contextlib.contextmanager

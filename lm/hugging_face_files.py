@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,26 @@ def read_config(folder: Path) -> ModelConfig:
         if isinstance(bos, int) and not isinstance(bos, bool):
             content["bos_token_id"] = bos
     return config_from_json(content)
+
+
+def read_ends(folder: Path) -> list[int]:
+    """Returns the tokens that end a text: those of the way to generate, of the configuration where it names none.
+
+    Raises :class:`Unusable` that says what is wrong with a file.
+    """
+    for name in (GENERATION, CONFIG):
+        if (folder / name).is_file() and (ends := _token_ids(name, read_json(folder / name), "eos_token_id")):
+            return ends
+    return []
+
+
+def _token_ids(name: str, content: Mapping[str, Any], key: str) -> list[int]:
+    """Returns the ids that the file ``name`` has for ``key``: one, several or none."""
+    found = content.get(key)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0 for id_ in ids):
+        raise Unusable(f"{name}: {key} is {found!r}; a whole number, or a list of them, is needed")
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:

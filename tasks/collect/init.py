@@ -66,6 +66,7 @@ def _unpack(source: Path, folder: Path) -> None:
     from lm import gguf_file, hugging_face
     from lm.hugging_face_files import CHAT_TEMPLATE
     from lm.model import LanguageModel
+    from lm.weights import held_by
 
     with _unfit_is_told(source):
         loaded = gguf_file.load(source)
@@ -79,7 +80,8 @@ def _unpack(source: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch) / "tokenizer.json"
         tokenizer.write_text(loaded.tokenizer)
-        hugging_face.save(model, tokenizer, folder)
+        hugging_face.save_weights(loaded.config, held_by(model), folder)
+        hugging_face.save_companions(loaded.config, tokenizer, folder, answer_ends=loaded.ends)
     if loaded.chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(loaded.chat_template, encoding="utf-8")
 

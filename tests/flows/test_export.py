@@ -1,5 +1,7 @@
 """Exporting: what others load, what is told, and what is refused."""
 
+import io
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +50,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def exported(root: Path, to: str, output: Path | None = None, type_: str | None = None) -> Path:
-    return export(root, Request(to, output, type_), Console(quiet=True))
+    return export(root, Request(to, output, type_), Console(quiet=True), Console(quiet=True))
 
 
 @pytest.mark.parametrize(("to", "type_"), [("gguf", None), ("hf", None), ("onnx", None), ("onnx", "standard")])
@@ -71,6 +73,18 @@ def test_gguf_holds_the_float_model_under_the_cards_name(root: Path) -> None:
     assert fields["general.name"].contents() == "tiny-lm"
     assert fields["general.license"].contents() == "cc0-1.0"
     assert gguf_file.load(path).config == hugging_face.load(root / "models/float").config
+
+
+def test_what_ends_a_text_and_llama_cpp_does_not_learn_of_is_told(root: Path) -> None:
+    generation = root / "models/float/generation_config.json"
+    for ends, told in (([SIZE - 1, 5, 6], ""), ([SIZE - 1, 5, 6, 7], "llama.cpp will not stop at (.")):
+        generation.write_text(json.dumps({"eos_token_id": ends}))
+        err = io.StringIO()
+        export(root, Request("gguf"), Console(quiet=True), Console(file=err, width=40))
+        assert err.getvalue() == (told and f"A GGUF file names three tokens that end a text; {told}\n")
+    generation.write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(BadInput, match=r"generation_config\.json: eos_token_id is '</s>'; a whole number, or a list"):
+        exported(root, "gguf")
 
 
 def test_hf_is_a_folder_that_transformers_loads_with_its_card(root: Path) -> None:
@@ -145,7 +159,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     Path("link").symlink_to("models/int8")
     before = tiny.files_of(root)
     with pytest.raises(UserMistake) as refused:
-        export(root, request_, Console(quiet=True))
+        export(root, request_, Console(quiet=True), Console(quiet=True))
     assert str(refused.value) == message
     assert tiny.files_of(root) == before
 

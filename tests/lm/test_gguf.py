@@ -1,5 +1,6 @@
 """GGUF: llama.cpp writes and reads the same tokens as the model that went in, and the same model comes out again."""
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from gguf_files import SIZE, edited, make_checkpoint, split, written
 
 from lm import gguf_file, gguf_write
 from lm.config import Llama3Scaling
-from lm.gguf_metadata import config_from, metadata
+from lm.gguf_metadata import config_from, further_ends, metadata, told_ends
 from lm.gguf_tensors import Unfit, rope_factors
 from lm.model import LanguageModel
 
@@ -77,6 +78,43 @@ def test_llama_cpp_writes_the_same_tokens(checkpoint: tuple[LanguageModel, Path]
     answers = llama_cpp.continued(written(folder), PROMPTS, NEW)
     assert [len(answer) for answer in answers] == [NEW, NEW]
     assert answers == greedy(model, PROMPTS, answers)
+
+
+def test_llama_cpp_ends_a_text_at_whatever_ends_it(tmp_path: Path) -> None:
+    _, folder = make_checkpoint(tmp_path)
+    (answer,) = llama_cpp.continued(written(folder), PROMPTS[:1], NEW)
+    # Tokens of text, whose names say nothing to llama.cpp.
+    first, second, *_ = (token for token in dict.fromkeys(answer) if token not in answer[:2])
+    asked = "/completion", {"prompt": PROMPTS[0], "n_predict": NEW, "temperature": 0, "top_k": 1, "return_tokens": True}
+    for ends in ([SIZE - 1, first, second], [SIZE - 1, second], [first]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        (found,) = llama_cpp.ask(written(folder), asked)
+        place = min(answer.index(end) for end in ends if end in answer)
+        assert (found["stop_type"], found["tokens"][:place]) == ("eos", answer[:place])
+
+
+@pytest.mark.parametrize(
+    ("ends", "told", "untold"),
+    [
+        ([0], (None, None), []),
+        ([0, 1, 0, 9], (1, None), []),
+        ([2, 0], (None, 2), []),
+        ([0, 2, 1], (1, 2), []),
+        ([1, 3], (1, 3), []),
+        # What it knows by its name needs no key where there are too few.
+        ([0, 4, 1, 3], (1, 3), []),
+        ([0, 4, 1, 3, 5], (1, 3), [5]),
+    ],
+)
+def test_what_ends_a_text_takes_the_keys_that_llama_cpp_has_for_it(
+    ends: list[int], told: tuple[int | None, int | None], untold: list[int]
+) -> None:
+    names = ["<eos>", "<a>", "<|eom_id|>", "<b>", "<|im_end|>", "<c>"]
+    assert further_ends(ends, 0, names) == (*told, untold)
+    keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    there = {key: end for key, end in zip(keys, told, strict=True) if end is not None}
+    assert told_ends(there, len(names)) == [end for end in told if end is not None]
+    assert told_ends(there, 1) == []
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,8 @@ def test_a_gguf_file_is_unpacked_into_a_checkpoint(corpus: Path, tmp_path: Path)
     write_trained_tokenizer(tmp_path / "tokenizer.json", PIECES["llama-bpe"], size)
     hugging_face.save(model, tmp_path / "tokenizer.json", tmp_path / "source")
     (tmp_path / "source/chat_template.jinja").write_text("{{ messages[0].content }}\n")
+    ends = [size - 1, 7, 5]
+    (tmp_path / "source/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     gguf_write.write(tmp_path / "source", corpus / "given.gguf", "f32", {})
 
     first, again = (collect_init("given.gguf") for _ in range(2))
@@ -217,6 +219,7 @@ def test_a_gguf_file_is_unpacked_into_a_checkpoint(corpus: Path, tmp_path: Path)
     assert (first.state, again.state) == ("new", "unchanged")
     assert init.read().unpacked == digest_of(corpus / "given.gguf")
     assert (paths.INIT / "chat_template.jinja").read_text() == "{{ messages[0].content }}\n"
+    assert json.loads((paths.INIT / "generation_config.json").read_text())["eos_token_id"] == ends
     unpacked, written = (load_file(folder / "model.safetensors") for folder in (paths.INIT, tmp_path / "source"))
     assert unpacked.keys() == written.keys()
     assert all(torch.equal(unpacked[name], tensor) for name, tensor in written.items())
