@@ -16,13 +16,15 @@ from tasks.collect.report import InitReport
 from tasks.digest import digest_of
 from tasks.errors import BadInput, BadParameter
 
+_MEND = "Mend the folder, or name another in train.init."
+
 
 def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | None:
     """Makes ``models/init`` hold the checkpoint ``wanted``; None where that is none.
 
     A relative path starts at ``relative_to``, without it in this folder. A checkpoint that has gone stays here, and is
     still used. Raises :class:`BadParameter` where there never was one, :class:`BadInput` for a folder that holds none,
-    and :class:`tasks.errors.DiskFull` when there is no room.
+    or weights that do not fit it, and :class:`tasks.errors.DiskFull` when there is no room.
     """
     if init.kind(wanted) != "checkpoint":
         return None
@@ -47,10 +49,11 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
             _unpack(source, folder)
             init.write_record(folder, init.Init(init=wanted, unpacked=unpacked))
         return InitReport(state="changed" if known else "new")
-    with init.unusable_is_told(source, "Mend the folder, or name another in train.init."):
+    with init.unusable_is_told(source, _MEND):
         files = checkpoint_files(source)
     if held is not None and dict(held.files) == _digests(source, files):
         return InitReport(state="unchanged")
+    _check_weights(source)
     with atomic.folder(paths.INIT) as folder:
         for file in files:
             copy = folder / file.relative_to(source)
@@ -58,6 +61,19 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
             shutil.copyfile(file, copy)
         init.write_record(folder, init.Init(init=wanted))
     return InitReport(state="changed" if known else "new")
+
+
+def _check_weights(source: Path) -> None:
+    """Raises :class:`BadInput` where the weights in ``source`` are damaged, missing or too many.
+
+    Training looks as well, hours later where there is much text to read before. Layers of multi-token prediction are
+    left to it: it may have no use for them.
+    """
+    # It imports torch, which takes seconds.
+    from lm import hugging_face
+
+    with init.unusable_is_told(source, _MEND):
+        hugging_face.check(source)
 
 
 def _unpack(source: Path, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,17 @@ def test_collecting_copies_what_changed_and_keeps_what_has_gone(corpus: Path) ->
     assert collect_init("previous") is collect_init("scratch") is None
 
 
+def with_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Writes the weights in ``folder`` again with other tensors; None leaves one out."""
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -156,6 +169,19 @@ def test_collecting_copies_what_changed_and_keeps_what_has_gone(corpus: Path) ->
             lambda folder: (folder / "merges.txt").symlink_to("/etc/passwd"),
             "merges.txt: a link to /etc/passwd, outside",
         ),
+        (
+            lambda folder: with_weights(folder, **{"model.norm.weight": None}),
+            r"given: model\.safetensors: without model\.norm\.weight, .*\. Mend the folder, or name another in train",
+        ),
+        (
+            lambda folder: with_weights(folder, more=torch.zeros(2)),
+            r"given: model\.safetensors: a llama of this config\.json has no more\. Mend",
+        ),
+        (
+            lambda folder: with_weights(folder, **{"model.norm.weight": torch.zeros(3)}),
+            r"given: model\.safetensors: model\.norm\.weight is \[3\]; config\.json makes it",
+        ),
+        (lambda folder: cut(folder / "model.safetensors"), r"given: model\.safetensors: damaged, or no safetensors"),
     ],
 )
 def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
@@ -166,6 +192,26 @@ def test_a_folder_that_holds_no_checkpoint_is_refused_before_it_is_copied(
     with pytest.raises(UserMistake, match=said):
         collect_init("given")
     assert not paths.INIT.exists()
+
+
+def test_a_checkpoint_that_has_become_unusable_leaves_the_one_that_is_there(corpus: Path) -> None:
+    write_checkpoint(corpus / "given")
+    collect_init("given")
+    before = tiny.files_of(paths.INIT)
+    (corpus / "given/chat_template.jinja").write_text("{{ other }}")
+    cut(corpus / "given/model.safetensors")
+    with pytest.raises(BadInput, match=r"given: model\.safetensors: damaged"):
+        collect_init("given")
+    assert tiny.files_of(paths.INIT) == before
+
+
+def test_torch_is_imported_for_a_new_checkpoint_alone(corpus: Path) -> None:
+    write_checkpoint(corpus / "given")
+    look = (
+        "import sys; from tasks.collect.init import collect_init; collect_init('given'); print('torch' in sys.modules)"
+    )
+    found = [subprocess.run([sys.executable, "-c", look], capture_output=True, text=True).stdout for _ in range(2)]
+    assert found == ["True\n", "False\n"]
 
 
 def test_a_folder_of_the_hub_s_cache_is_a_checkpoint(corpus: Path) -> None:
