@@ -100,10 +100,13 @@ def read_config(folder: Path) -> ModelConfig:
     if not (folder / CONFIG).is_file():
         raise Unusable(f"{CONFIG}: no such file")
     content = read_json(folder / CONFIG)
-    if "bos_token_id" in content and (folder / GENERATION).is_file():
-        bos = read_json(folder / GENERATION).get("bos_token_id")
-        if isinstance(bos, int) and not isinstance(bos, bool):
-            content["bos_token_id"] = bos
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    # Whoever writes texts with the model would be the first to look.
+    for name, there in ((CONFIG, content), (GENERATION, generation)):
+        for key in ("bos_token_id", "eos_token_id"):
+            _token_ids(name, there, key)
+    if "bos_token_id" in content and isinstance(bos := generation.get("bos_token_id"), int):
+        content["bos_token_id"] = bos
     return config_from_json(content)
 
 

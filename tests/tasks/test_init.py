@@ -1,6 +1,8 @@
 """Training that goes on from a checkpoint: how it comes into the project, what is kept of it, and what is refused."""
 
+import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +152,10 @@ def with_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_entry(file: str, key: str, value: object, folder: Path) -> None:
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), key: value}))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -168,6 +174,18 @@ def cut(path: Path) -> None:
         (
             lambda folder: (folder / "merges.txt").symlink_to("/etc/passwd"),
             "merges.txt: a link to /etc/passwd, outside",
+        ),
+        *(
+            (
+                functools.partial(with_entry, file, key, value),
+                rf"given: {file}: {key} is {re.escape(repr(value))}; a whole",
+            )
+            for file, key, value in (
+                ("generation_config.json", "eos_token_id", "</s>"),
+                ("generation_config.json", "eos_token_id", [256, None]),
+                ("generation_config.json", "bos_token_id", True),
+                ("config.json", "eos_token_id", [256, "2"]),
+            )
         ),
         (
             lambda folder: with_weights(folder, **{"model.norm.weight": None}),
