@@ -27,6 +27,7 @@ from lm.hugging_face_files import (
     companions,
     is_of_mtp,
     read_config,
+    read_ends,
     read_json,
     weight_files,
 )
@@ -197,6 +198,7 @@ def save_companions(
     ``origin`` is the folder of the checkpoint that it was trained from: what lies there about the tokenizer, the
     template of a chat and the way to generate is kept as it is. Only ``answer_ends``, the tokens by which it was taught
     to end an answer, are added to what ends a text, where they are missing: a base model's template may write others.
+    Without an ``origin``, they are added to the configuration's.
     """
     # Some name several ends, of which a model's shape has the first. What fills up batches stays the checkpoint's own:
     # transformers keeps gradients from it, and the end of a text needs them.
@@ -218,10 +220,11 @@ def save_companions(
         for beside in companions(origin):
             (folder / beside).parent.mkdir(exist_ok=True)
             (folder / beside).write_bytes((origin / beside).read_bytes())
+    known = ([] if origin is None else read_ends(origin)) or [config.eos_token_id]
+    more = [end for end in dict.fromkeys(answer_ends) if end not in known]
     generation = read_json(folder / GENERATION)
-    found = generation.get("eos_token_id")
-    known = found if isinstance(found, list) else [config.eos_token_id if found is None else found]
-    if more := [end for end in answer_ends if end not in known]:
+    # Also where the origin names several in its configuration alone, and has a way to generate that names none.
+    if more or (len(known) > 1 and not generation.get("eos_token_id")):
         (folder / GENERATION).write_text(json.dumps({**generation, "eos_token_id": [*known, *more]}, indent=2) + "\n")
 
 

@@ -170,6 +170,40 @@ def test_what_ends_an_answer_ends_a_text(known: object, then: object, tokenizer_
     assert (kept / "generation_config.json").read_text() == content
 
 
+@pytest.mark.parametrize(
+    ("generation", "then"),
+    [
+        (None, {"bos_token_id": 100, "pad_token_id": 100, "_from_model_config": True}),
+        ({"top_p": 0.8}, {"top_p": 0.8}),
+        ({"eos_token_id": []}, {}),
+    ],
+)
+@pytest.mark.parametrize("taught", [[], [8, 8], [7]])
+def test_several_ends_that_the_configuration_alone_names_are_kept(
+    generation: dict[str, object] | None,
+    then: dict[str, object],
+    taught: list[int],
+    tokenizer_file: Path,
+    tmp_path: Path,
+) -> None:
+    origin, kept, again = folders = [tmp_path / name for name in ("origin", "kept", "again")]
+    for folder in folders:
+        folder.mkdir()
+    model = make_grouped(bos_token_id=100, eos_token_id=100)
+    hugging_face.save(model, tokenizer_file, origin)
+    config = json.loads((origin / "config.json").read_text())
+    (origin / "config.json").write_text(json.dumps({**config, "eos_token_id": [100, 7]}))
+    (origin / "generation_config.json").unlink()
+    if generation is not None:
+        (origin / "generation_config.json").write_text(json.dumps(generation))
+    hugging_face.save_companions(model.config, tokenizer_file, kept, origin, taught)
+    ends = [100, 7, *sorted({*taught} - {7})]
+    assert json.loads((kept / "generation_config.json").read_text()) == {**then, "eos_token_id": ends}
+    # The next night starts from that one and teaches the same.
+    hugging_face.save_companions(model.config, tokenizer_file, again, kept, taught)
+    assert (again / "generation_config.json").read_bytes() == (kept / "generation_config.json").read_bytes()
+
+
 @pytest.mark.parametrize("pad", [7, 0, None])
 def test_what_fills_up_batches_stays_what_it_was(pad: int | None, tokenizer_file: Path, tmp_path: Path) -> None:
     origin, kept = tmp_path / "origin", tmp_path / "kept"

@@ -84,7 +84,7 @@ def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(corpu
         assert 0 < (trained.state_dict()[name] - tensor).abs().max() < 1e-3, name
     for folder in (paths.FLOAT, paths.INT8):
         templates = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
-        for name in ("tokenizer.json", *templates, "tokenizer_config.json"):
+        for name in ("tokenizer.json", *templates, "tokenizer_config.json", "generation_config.json"):
             assert (folder / name).read_bytes() == (corpus / "given" / name).read_bytes()
     report = json.loads(paths.TRAIN_REPORT.read_text())
     assert report["started_from"] == "given"
