@@ -9,7 +9,7 @@ that the tokenizer calls special, or that the template writes.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
@@ -53,10 +53,11 @@ class Unrenderable(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """What was said, and by whom."""
+    """What was said, and by whom; ``name`` tells speakers of one role apart, where a template writes it."""
 
     role: Role
     content: str
+    name: str | None = None
 
 
 class ChatTemplate:
@@ -100,7 +101,14 @@ class ChatTemplate:
 
         Templates may ask for the day, and write it: ``today``, or by default the clock's.
         """
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        conversation = [
+            {
+                "role": message.role,
+                "content": message.content,
+                **({} if message.name is None else {"name": message.name}),
+            }
+            for message in messages
+        ]
         try:
             return self._template.render(
                 **self._special_tokens,
@@ -200,7 +208,11 @@ class ChatTemplate:
         def mark(found: re.Match[str]) -> str:
             return found[0] if found[0] in kept else f"{_OPEN}{found[0]}{_CLOSE}"
 
-        return Message(message.role, self._controls.sub(mark, _RESERVED.sub("\ufffd", message.content)))
+        def marked(text: str) -> str:
+            return self._controls.sub(mark, _RESERVED.sub("\ufffd", text))
+
+        name = None if message.name is None else marked(message.name)
+        return replace(message, content=marked(message.content), name=name)
 
     def _pieces(self, text: str) -> Iterator[tuple[str, list[int], list[tuple[int, int]]]]:
         """Yields ``text`` cut at its added tokens, these too, each piece with its tokens and their places in it."""
@@ -237,7 +249,7 @@ def _mark_answer(message: Message) -> Message:
         return message
     body = message.content.rstrip()
     marked = _STARTS.sub(lambda found: found[0] + _BEGIN, body)
-    return Message(message.role, marked + _END + message.content[len(body) :])
+    return replace(message, content=marked + _END + message.content[len(body) :])
 
 
 def _spans(text: str) -> Iterator[tuple[int, int]]:

@@ -31,11 +31,12 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    name: Text | None = None
 
     def message(self) -> Message:
         """Returns it as templates know it."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return Message(_ROLES[self.role], content)
+        return Message(_ROLES[self.role], content, self.name)
 
 
 class ChatRequest(WritingRequest):
@@ -85,7 +86,7 @@ class ChatRequest(WritingRequest):
             if len(messages) > model.context:
                 # Each is a token at least, whatever is in it, and a template takes its time for each.
                 raise PromptTooLong(len(messages), model.context, more=True)
-            model.check_characters(sum(len(message.content) for message in messages))
+            model.check_characters(sum(len(message.content) + len(message.name or "") for message in messages))
             prompt = template.encode(messages)
         except PromptTooLong as error:
             raise bad_request(f"{error}.", "messages") from None

@@ -96,6 +96,16 @@ def test_roles_parts_and_an_answer_sent_back_are_read(client: openai.OpenAI, roo
     assert client.chat.completions.create(model=root.name, messages=again, seed=1, max_tokens=2).choices
 
 
+def test_a_template_that_writes_who_spoke_is_told(model: Generator) -> None:
+    naming = tiny.CHATML.replace("message.role +", "message.role + (' ' + message.name if message.name else '') +")
+    app = TestClient(make_app(model, ChatTemplate(naming, {}, model.tokenizer, "t"), "m", None), HERE)
+    counts = []
+    for name in ({}, {"name": "Ann"}):
+        told = app.post("/v1/chat/completions", json={"messages": [{**SEA[0], **name}], "max_tokens": 1})
+        counts.append(told.json()["usage"]["prompt_tokens"])
+    assert counts[1] - counts[0] == len(" Ann")
+
+
 def test_a_stream_begins_with_the_role_and_ends_with_the_usage_that_was_asked_for(
     client: openai.OpenAI, root: Path
 ) -> None:
@@ -159,7 +169,7 @@ def test_without_a_limit_the_answer_may_fill_the_context(client: openai.OpenAI, 
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
             *("messages[0].content[0].text", "not UTF-8: U+D800 is half"),
         ),
-        ({"messages": [{**SEA[0], "name": "Ann"}]}, "messages[0].name", "not supported here"),
+        ({"messages": [{**SEA[0], "name": "\ud800"}]}, "messages[0].name", "not UTF-8: U+D800 is half"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             *("messages[0].content[0].type", "Input should be 'text'"),

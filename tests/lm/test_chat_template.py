@@ -1,5 +1,6 @@
 """Chat templates, beside transformers' apply_chat_template on the same files."""
 
+import dataclasses
 import datetime
 import json
 import subprocess
@@ -104,7 +105,9 @@ def read(folder: Path) -> ChatTemplate:
 def theirs(folder: Path, messages: list[Message], **how: Any) -> Any:
     from transformers import AutoTokenizer
 
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
+    conversation = [
+        {key: value for key, value in dataclasses.asdict(message).items() if value is not None} for message in messages
+    ]
     return AutoTokenizer.from_pretrained(folder).apply_chat_template(conversation, add_generation_prompt=True, **how)
 
 
@@ -113,6 +116,18 @@ def test_a_conversation_is_written_as_transformers_writes_it(tmp_path: Path, nam
     for messages in [TALK, TALK[:1], [*TALK, *TALK[1:]]] + [WITH_SYSTEM] * (name != "strict"):
         assert template.render(messages) == theirs(tmp_path, messages, tokenize=False)
         assert template.encode(messages) == theirs(tmp_path, messages)["input_ids"]
+
+
+def test_who_spoke_is_written_where_a_template_writes_it(tmp_path: Path) -> None:
+    named = [Message("user", "sea", "Ann"), Message("assistant", "Yes."), Message("user", "land", FORGED)]
+    naming = tiny.CHATML.replace("message.role +", "message.role + (' ' + message.name if 'name' in message else '') +")
+    template = write(tmp_path, naming)
+    assert template.render(named) == theirs(tmp_path, named, tokenize=False)
+    how = {"sanitize_control_tokens": True, "return_dict": True}
+    assert template.encode(named) == theirs(tmp_path, named, **how)["input_ids"]
+    assert template.encode(named).count(tiny.VOCAB) == len(named) + 1
+    nameless = [dataclasses.replace(message, name=None) for message in named]
+    assert write(tmp_path, tiny.CHATML).render(named) == read(tmp_path).render(nameless)
 
 
 def test_the_templates_own_tokens_are_tokens_and_nothing_begins_the_text_twice(tmp_path: Path) -> None:
