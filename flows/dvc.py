@@ -160,6 +160,7 @@ def environment(outer: Mapping[str, str], python: Path = Path(sys.executable)) -
 _RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
 _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
+_CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 _DVC_ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
@@ -180,6 +181,11 @@ def classify(code: int, output: str) -> Result:
     message = complaints[-1] if complaints else _last_line(output) or f"DVC ended with exit code {code}"
     if _FULL.search(message):
         message = f"{message.rstrip('.')}. Free some space and run again."
+    if _CORRUPTED.search(message):
+        message = (
+            f"{message.rstrip('.')}. A folder's listing is damaged in DVC's cache or at its remote: `overnight push`, "
+            "where a good copy is left, mends it in both."
+        )
     locked = bool(_LOCKED.search(output))
     return Result("failed", None, message, mendable=locked, locked=locked)
 

@@ -34,7 +34,7 @@ def has_nothing(root: Path, commit: str, remote: str, log: Path, minutes: float)
 def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> None:
     """Uploads what ``remote`` lacks of ``commit``. Raises as :func:`lacks`, :class:`UserMistake` if the cache lacks it.
 
-    DVC's own push passes over what its cache has lost.
+    DVC's own push passes over what its cache has lost, and over what is there, cut off or not.
     """
     _ask("verify", root, log, minutes, commit, remote)
 
@@ -42,7 +42,8 @@ def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> N
 def check(root: Path, remote: str, log: Path, minutes: float) -> None:
     """Reads again what a push of the project to ``remote`` would upload, and mends what is damaged in the cache.
 
-    DVC would push it as it is. Raises as :func:`verify` does, where there is no good copy in the project either.
+    DVC would push it as it is. Uploads anew what is cut off at the remote: DVC may stumble over a listing there. Raises
+    as :func:`verify` does, where there is no good copy in the project or at the remote either.
     """
     _ask("check", root, log, minutes, remote)
 
@@ -91,7 +92,7 @@ def _lacks(root: Path, commit: str, remote: str) -> int:
 def _nothing(root: Path, commit: str, remote: str) -> int:
     md5s = {output.md5 for output in contents.recorded(root, commit)}
     with dvc.store(root, remote) as store:
-        return _EXIT_YES if md5s and store.lacking(md5s) == md5s else 0
+        return _EXIT_YES if md5s and store.compare(md5s)[0] == md5s else 0
 
 
 def _verify(root: Path, commit: str, remote: str) -> int:
@@ -113,7 +114,10 @@ def _verify(root: Path, commit: str, remote: str) -> int:
 def _check(root: Path, remote: str) -> int:
     outputs = contents.present(root)
     with dvc.store(root, remote) as store:
-        lost = _mend(root, store, outputs, store.lacking(objects.needed(store, outputs, {})))
+        absent, differing = store.compare(objects.needed(store, outputs, {}))
+        lost = _mend(root, store, outputs, absent | differing)
+        # One whose size was wrong in the cache alone is whole there.
+        store.upload(store.compare(differing)[1])
     if lost:
         raise UserMistake(
             f"{lost[0]}: damaged in DVC's cache (removed), and no good copy is left in the project. "
@@ -123,9 +127,9 @@ def _check(root: Path, remote: str) -> int:
 
 
 def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterable[str]) -> list[Path]:
-    """Replaces those objects of the cache that are damaged, as a power failure leaves them, by the project's files.
+    """Replaces those objects of the cache that are damaged, as a power failure leaves them.
 
-    Removes those of which it has none, and returns what they were.
+    A good copy is the project's file, or the remote's. Removes those of which there is none; returns what they were.
     """
     places = {output.md5: output.path for output in outputs}
     for output in filter(lambda output: output.is_folder, outputs):
@@ -136,7 +140,8 @@ def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterabl
         cached, digest = store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX)
         if not cached.is_file() or contents.md5_of(cached) == digest:
             continue
-        if not restore.heal(cached, digest, functools.partial(restore.copy_if_there, root / places[md5])):
+        copies = (functools.partial(restore.copy_if_there, root / places[md5]), functools.partial(store.download, md5))
+        if not any(restore.heal(cached, digest, copy) for copy in copies):
             cached.unlink()
             lost.append(places[md5])
     return lost

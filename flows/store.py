@@ -11,6 +11,8 @@ from typing import Any
 from flows.contents import OBJECT
 from tasks.errors import TryAgain
 
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
 
 class Store:
     """The objects of a project by their MD5: its cache and, behind it, a remote."""
@@ -44,14 +46,30 @@ class Store:
         return True
 
     def lacking(self, md5s: Iterable[str]) -> set[str]:
-        """Returns those objects that the remote does not hold. Raises :class:`TryAgain` when it cannot be asked."""
+        """Returns those objects that the remote does not hold, or not whole. Raises as :func:`compare` does."""
+        return set().union(*self.compare(md5s))
+
+    def compare(self, md5s: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Returns those objects that the remote does not hold, and those whose size is another one there than here.
+
+        Asks once for each. Raises :class:`TryAgain` when the remote cannot be asked.
+        """
         assert self._remote is not None
         wanted = sorted(md5s)
         with self._remote_is_told():
-            return set(wanted) - set(self._remote.list_oids_exists(wanted))
+            found = self._remote.fs.info([self._remote.oid_to_path(md5) for md5 in wanted], return_exceptions=True)
+            for entry in found:
+                if isinstance(entry, Exception) and not isinstance(entry, _NOT_THERE):
+                    raise entry
+        held = {md5: entry.get("size") for md5, entry in zip(wanted, found, strict=True) if isinstance(entry, Mapping)}
+        return set(wanted) - held.keys(), {md5 for md5, size in held.items() if self._differs(md5, size)}
+
+    def _differs(self, md5: str, size: int | None) -> bool:
+        # A server of HTTP need not tell a size.
+        return size is not None and self.path(md5).is_file() and self.path(md5).stat().st_size != size
 
     def upload(self, md5s: Iterable[str]) -> None:
-        """Copies those objects that the cache holds to the remote. Raises as :func:`lacking` does."""
+        """Copies those objects that the cache holds to the remote. Raises as :func:`compare` does."""
         assert self._remote is not None
         with self._remote_is_told():
             # Files before the listings that name them.
@@ -69,7 +87,7 @@ class Store:
         }
 
     def stored(self) -> dict[str, "Stored"]:
-        """Returns every object of the remote. Raises as :func:`lacking` does."""
+        """Returns every object of the remote. Raises as :func:`compare` does."""
         assert self._remote is not None
         with self._remote_is_told():
             # The file system below DVC's own, which would give names alone; that of folders gives names all the same.

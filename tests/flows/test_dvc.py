@@ -61,6 +61,17 @@ def failed(own: str, code: int) -> str:
                 "failed", None, "failed to reproduce 'train': [Errno 2] No such file or directory: 'data/shards'"
             ),
         ),
+        (
+            255,
+            "ERROR: unexpected error - object 1ee8f0.dir is corrupted: Expecting value: line 1 column 1 (char 0)\n\n",
+            dvc.Result(
+                "failed",
+                None,
+                "unexpected error - object 1ee8f0.dir is corrupted: Expecting value: line 1 column 1 (char 0). A "
+                "folder's listing is damaged in DVC's cache or at its remote: `overnight push`, where a good "
+                "copy is left, mends it in both.",
+            ),
+        ),
         (1, "", dvc.Result("failed", None, "DVC ended with exit code 1")),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, land, project, publish, push, pushed, registry, remotely, worktree
+from flows import contents, dvc, land, objects, project, publish, push, pushed, registry, remotely, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -60,6 +60,37 @@ def test_what_is_damaged_in_the_cache_is_mended_before_it_is_pushed(publisher: C
         fetched = publisher.root / ".overnight/fetched"
         assert store.download(contents.md5_of(model), fetched)
     assert fetched.read_bytes() == cached.read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("damaged", ["files", "listings"])
+def test_what_is_cut_off_at_the_remote_is_pushed_anew(publisher: Clone, damaged: str) -> None:
+    # DVC passes over what is there, and stumbles over a listing.
+    publish.publish(publisher.root)
+    for held in publisher.shelf.rglob("*"):
+        if held.is_file() and (held.suffix == ".dir") == (damaged == "listings"):
+            held.chmod(0o644)
+            held.write_bytes(b"")
+    publisher.write("b.txt", "And then.\n")
+    publisher.run()
+    publish.publish(publisher.root)
+    with dvc.store(publisher.root) as store:
+        for output in contents.present(publisher.root):
+            assert store.compare(objects.needed(store, [output], {})) == (set(), set()), output
+
+
+def test_what_the_remote_alone_has_whole_is_mended_here(publisher: Clone) -> None:
+    model = publisher.root / "models/int8/model.onnx"
+    publish.publish(publisher.root)
+    with dvc.store(publisher.root) as store:
+        cached = store.path(contents.md5_of(model))
+        good = cached.read_bytes()
+        cached.chmod(0o644)
+        cached.write_bytes(b"")
+        model.unlink()
+        remotely.check(publisher.root, "shelf", publisher.root / ".overnight/log", 1.0)
+        assert cached.read_bytes() == good
+        assert store.download(cached.parent.name + cached.name, publisher.root / ".overnight/fetched")
+    assert (publisher.root / ".overnight/fetched").read_bytes() == good
 
 
 def test_what_is_damaged_everywhere_is_not_pushed(publisher: Clone) -> None:

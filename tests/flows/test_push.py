@@ -68,6 +68,15 @@ def test_what_is_damaged_in_the_cache_is_not_brought_as_it_is(late: Clone) -> No
     assert (late.root / ".overnight/fetched").read_bytes() == model.read_bytes()
 
 
+def test_what_is_cut_off_at_the_remote_is_brought_anew(published: Clone) -> None:
+    md5 = contents.md5_of(published.root / "models/int8/model.onnx")
+    held = published.shelf / "files/md5" / md5[:2] / md5[2:]
+    held.chmod(0o644)
+    held.write_bytes(b"cut")
+    assert said("v1.1.0")[0] == 0
+    assert contents.md5_of(held) == md5
+
+
 def test_where_bytes_of_one_are_lost_the_others_are_brought(late: Clone) -> None:
     model = contents.recorded(late.root, registry.resolve(late.root, "v1.0.0").commit)[-1].md5
     with dvc.store(late.root) as store:
