@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import socket
+import sqlite3
 import sys
 import time
 import urllib.error
@@ -24,6 +25,7 @@ from tasks.errors import TryAgain, UserMistake
 
 HOME = paths.SCRATCH / "prefect"
 LOG = HOME / "server.log"
+DATABASE = "prefect.db"
 _ADDRESS = HOME / "address.json"
 _AUTH = "PREFECT_API_AUTH_STRING"
 _SECONDS_TO_START = 120
@@ -70,7 +72,10 @@ class Server:
             self._child.let_go()
 
     def wait(self) -> None:
-        """Returns when the server answers. Raises :class:`TryAgain` when ours does not come up."""
+        """Returns when the server answers.
+
+        Raises :class:`TryAgain` when ours does not come up, :class:`UserMistake` when its database is damaged.
+        """
         if self._port is None:
             return
         deadline = time.monotonic() + _SECONDS_TO_START
@@ -84,11 +89,31 @@ class Server:
             except (OSError, http.client.HTTPException) as error:
                 ended = self._child is not None and self._child.wait(0) is not None
                 if ended or not isinstance(error, TimeoutError) or time.monotonic() > deadline:
+                    self._check_database()
                     raise TryAgain(f"Prefect's server did not start ({error}); its log is {self._log}.") from None
             finally:
                 connection.close()
         if answer != http.HTTPStatus.OK:
+            self._check_database()
             raise TryAgain(f"Prefect's server answered {answer}; its log is {self._log}.")
+
+    def _check_database(self) -> None:
+        """Raises :class:`UserMistake` where the database is damaged: the server's log tells nothing of it."""
+        database = self._log.with_name(DATABASE)
+        try:
+            with contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+                told = opened.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.OperationalError:
+            # Busy, or not to be opened, which says nothing of what is in it.
+            return
+        except sqlite3.DatabaseError as error:
+            told = str(error)
+        if told != "ok":
+            raise UserMistake(
+                f"{database}: Prefect's database is damaged ({told.splitlines()[0]}). Move it away: a new one is made. "
+                "Prefect's history goes with it, and the retry of nights that are not finished; versions and the "
+                "records of runs stay."
+            )
 
 
 @contextlib.contextmanager
@@ -153,8 +178,8 @@ def _make_home(root: Path) -> Path:
     home = root / HOME
     home.mkdir(parents=True, exist_ok=True)
     # It holds the webhook's address, and the key to it beside it. What SQLite writes next to it is as private.
-    (home / "prefect.db").touch(mode=0o600)
-    for file in home.glob("prefect.db*"):
+    (home / DATABASE).touch(mode=0o600)
+    for file in home.glob(f"{DATABASE}*"):
         # Somebody else's is theirs to open or not.
         with contextlib.suppress(PermissionError):
             file.chmod(0o600)

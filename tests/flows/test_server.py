@@ -2,6 +2,9 @@
 
 import base64
 import http.server
+import os
+import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import automations, server
-from tasks.errors import UserMistake
+from tasks.errors import TryAgain, UserMistake
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,6 +59,24 @@ def test_a_password_in_the_address_is_refused_and_not_printed() -> None:
     with pytest.raises(UserMistake, match=r"PREFECT_API_URL holds a password.* Set PREFECT_API_AUTH_STRING") as caught:
         server.check("http://bob:s3cret@127.0.0.1:1/api")
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pages", [0, 1, 4])
+def test_a_damaged_database_is_named_where_the_server_does_not_come_up(tmp_path: Path, pages: int) -> None:
+    database = tmp_path / server.DATABASE
+    with sqlite3.connect(database) as connection:
+        connection.execute("create table nights (name text)")
+        connection.executemany("insert into nights values (?)", [("x" * 1000,)] * 100)
+    with database.open("r+b") as file:
+        # The last, too: where the header is whole, no opening tells.
+        file.seek(0 if pages > 1 else 4096)
+        file.write(os.urandom(4096 * pages))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    expected = UserMistake if pages else TryAgain
+    told = f"{database}: Prefect's database is damaged .*Move it away" if pages else "Prefect's server did not start"
+    with pytest.raises(expected, match=told):
+        server.Server(port, None, tmp_path / "server.log").wait()
 
 
 def test_origins_that_the_user_lets_in_do_not_keep_the_server_s_own_pages_out(monkeypatch: pytest.MonkeyPatch) -> None:
