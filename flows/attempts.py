@@ -8,6 +8,7 @@ from prefect.client.schemas.objects import State
 
 from flows import dvc
 from flows.execute import Site, remember
+from flows.ownership import NotOurs, others_are_told
 from flows.watch import Watch
 from tasks import atomic
 from tasks.errors import DiskFull
@@ -46,13 +47,13 @@ class Attempts:
         """Returns what ``body`` does, one more attempt; what it raises is raised, and remembered as the complaint."""
         self._count += 1
         try:
-            with atomic.disk_full_is_told(self.site.root):
+            with atomic.disk_full_is_told(self.site.root), others_are_told(self.site.root):
                 return body()
         except StageFailed as error:
             self._failure = error
             raise
-        except DiskFull as error:
-            # Where DVC or a log has no room; a stage tells it by itself.
+        except (DiskFull, NotOurs) as error:
+            # Where DVC or a log has no room, or may not write; a stage tells it by itself.
             self._failure = StageFailed(str(error), False, error.exit_code)
             raise self._failure from None
         except Exception as error:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flows.ownership import others_are_told
 from flows.serve import PARALLEL
 from flows.termination import EXIT_INTERRUPTED
 from tasks.atomic import disk_full_is_told
@@ -35,7 +36,7 @@ def _told(again: str = "overnight run") -> Iterator[None]:
     ``again`` is the command that goes on after an interruption.
     """
     try:
-        with disk_full_is_told(Path.cwd()):
+        with disk_full_is_told(Path.cwd()), others_are_told(Path.cwd()):
             yield
     except typer.Exit:
         raise

@@ -24,6 +24,7 @@ from flows.execute import LOGS, Site
 from flows.git import commit_of
 from flows.graph import Graph
 from flows.overnight import Night
+from flows.ownership import others_are_told
 from flows.terminal import Terminal
 from flows.watch import All
 from tasks import atomic
@@ -121,7 +122,7 @@ def _night(flow_run: FlowRun, from_stage: str | None, force: bool) -> State[Any]
     begun = runs.recall(root, name) is not None
     with Terminal(Console(stderr=True)) as terminal, runs.attempt(root, name, **known) as record:
         try:
-            with atomic.disk_full_is_told(root):
+            with atomic.disk_full_is_told(root), others_are_told(root):
                 outcome = _in_turn(root, flow_run, begun, record, terminal)
         except (UserMistake, TryAgain) as error:
             outcome = Outcome("failure", str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flows import champion, contents, dvc, dvc_fork, execute, init, objects, raw, restore
 from flows.contents import Output
+from flows.ownership import others_are_told
 from tasks.atomic import disk_full_is_told
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
     """Takes one step and returns the exit code; what went wrong is told in one line."""
     step, root, *more = arguments
     try:
-        with disk_full_is_told(Path(root)):
+        with disk_full_is_told(Path(root)), others_are_told(Path(root)):
             return _STEPS[step](Path(root), *more)
     except (UserMistake, TryAgain) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What a user meets before anything runs: help, and one clear line for each mistake."""
 
 import contextlib
+import errno
 import marshal
 import os
 import shutil
@@ -55,6 +56,32 @@ def test_what_fails_on_a_disk_that_is_nearly_full_says_so(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(("error: Server error '500'. The disk is nearly full (", "error: no answer. The disk is "))
     assert line.endswith(" MiB free). Free some space and run again.")
+
+
+def test_what_somebody_else_owns_in_the_project_is_named_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> None:
+        with cli._told():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "project/.overnight/runs").mkdir(parents=True)
+    (tmp_path / "theirs").touch()
+    monkeypatch.chdir(tmp_path / "project")
+    lock = tmp_path / "project/.overnight/runs/20261130.lock"
+    # Our own, and what lies elsewhere.
+    with pytest.raises(PermissionError):
+        fail(lock)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(PermissionError):
+        fail(tmp_path / "theirs")
+    with pytest.raises(typer.Exit) as ended:
+        fail(lock)
+    assert ended.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    owner = Path.cwd().owner()
+    assert line.startswith(f"error: {lock}: no permission: {lock.parent} belongs to {owner}, and you are 54321")
+    assert line.endswith(f"sudo chown -R 54321 {Path.cwd()}")
 
 
 def test_a_broken_lock_of_dvc_says_how_it_comes_back(project: "Project") -> None:
