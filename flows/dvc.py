@@ -162,6 +162,8 @@ _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the cloud")
+_ONE = re.compile(r"failed to transfer '[^']*' - (.+)")
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 _DVC_ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
 
@@ -179,8 +181,14 @@ def classify(code: int, output: str) -> Result:
         return Result("failed", None, f"DVC was killed by {_signal(code)}", mendable=True)
     complaints = _DVC_ERROR.findall(output)
     message = complaints[-1] if complaints else _last_line(output) or f"DVC ended with exit code {code}"
+    many = _MANY.match(message)
+    if many and (reasons := list(filter(None, map(_ONE.match, complaints)))):
+        # The last complaint counts them alone.
+        message = f"{message.rstrip('.')}: {reasons[0][1]}"
     if _FULL.search(message):
-        message = f"{message.rstrip('.')}. Free some space and run again."
+        # What is pushed is written elsewhere.
+        full = "The remote is full: make room there" if many and many["how"] == "push" else "Free some space"
+        message = f"{message.rstrip('.')}. {full} and run again."
     if _CORRUPTED.search(message):
         message = (
             f"{message.rstrip('.')}. A folder's listing is damaged in DVC's cache or at its remote: `overnight push`, "

@@ -28,6 +28,27 @@ def failed(own: str, code: int) -> str:
 
 
 @pytest.mark.parametrize(
+    ("last", "reason", "told"),
+    [
+        (
+            "failed to push data to the cloud - 2 files failed to upload",
+            "[Errno 28] No space left on device: 'a' -> '/shelf/a'",
+            ". The remote is full: make room there and run again.",
+        ),
+        (
+            "failed to pull data from the cloud - 2 files failed to download",
+            "[Errno 28] No space left on device: '/shelf/a' -> 'a'",
+            ". Free some space and run again.",
+        ),
+        ("failed to push data to the cloud - 2 files failed to upload", "no bucket", ""),
+    ],
+)
+def test_why_files_were_not_moved_is_told(last: str, reason: str, told: str) -> None:
+    output = f"ERROR: failed to transfer 'a0' - {reason}\nERROR: failed to transfer 'b1' - other\nERROR: {last}\n"
+    assert dvc.classify(255, output).message == f"{last}: {reason}{told}"
+
+
+@pytest.mark.parametrize(
     ("code", "output", "expected"),
     [
         (0, RAN, dvc.Result("ran")),
