@@ -22,6 +22,8 @@ from tasks.progress import Event
 
 RUNS = paths.SCRATCH / "runs"
 _MOST_NAMED = 5
+# Bytes that are enough for a record, which holds a line for each stage.
+_ROOM = 16 * 1024
 _ENDED = ("completed", "unchanged", "refused", "skipped")
 _HOW = {
     "Terminated": "terminated (SIGTERM)",
@@ -141,11 +143,17 @@ def find(root: Path, name: str) -> Run:
 
 
 class Record:
-    """Follows a run and keeps its file. A full disk is the run's concern: nothing here fails because of one."""
+    """Follows a run and keeps its file. A full disk is the run's concern: nothing here fails because of one.
+
+    Room to say how the run ended is kept from its beginning on, in a hidden file beside the record.
+    """
 
     def __init__(self, root: Path, run: Run, resumed: Resumed) -> None:
         self._root, self.run, self.resumed = root, run, resumed
+        self._room = root / RUNS / f".{run.run}.room"
         self._write()
+        if run.state == "running":
+            self._keep_room()
 
     def set(self, **changed: object) -> None:
         """Changes fields of :class:`Run`."""
@@ -177,8 +185,33 @@ class Record:
         self.set(stages=(*others, stage))
 
     def _write(self) -> None:
+        file = self._root / RUNS / f"{self.run.run}.json"
+        ended = self.run.state != "running"
         with contextlib.suppress(OSError, DiskFull):
-            atomic.write_json(self._root / RUNS / f"{self.run.run}.json", self.run.model_dump(mode="json"))
+            try:
+                atomic.write_json(file, self.run.model_dump(mode="json"))
+            except DiskFull:
+                if not ended:
+                    # The end will say this too.
+                    return
+                self._fill_room()
+                os.replace(self._room, file)
+            if ended:
+                self._room.unlink(missing_ok=True)
+
+    def _keep_room(self) -> None:
+        with contextlib.suppress(OSError), self._room.open("xb") as kept:
+            kept.write(b" " * _ROOM)
+            kept.flush()
+            os.fsync(kept.fileno())
+
+    def _fill_room(self) -> None:
+        # What a power failure may cut off here has not yet taken the place of the record.
+        with self._room.open("r+b") as kept:
+            kept.write(self.run.model_dump_json(indent=2).encode())
+            kept.truncate()
+            kept.flush()
+            os.fsync(kept.fileno())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The records of runs, and which one `overnight rerun` goes on with."""
 
+import contextlib
 import io
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -113,6 +115,33 @@ def test_what_stops_a_run_outside_its_stages_is_its_reason(tmp_path: Path) -> No
         raise TryAgain("Prefect's server did not start; its log is server.log.")
     (run,) = runs.read(tmp_path)
     assert (run.condition, run.reason) == ("failed", "Prefect's server did not start; its log is server.log.")
+
+
+def test_how_a_run_ended_on_a_full_disk_is_written_where_room_was_kept(tmp_path: Path, small_disk: Any) -> None:
+    small_disk(tmp_path / "disk", 64)
+    root = tmp_path / "disk"
+    with runs.attempt(root, "a") as record:
+        with (root / "full").open("wb", buffering=0) as full, contextlib.suppress(OSError):
+            while True:
+                full.write(bytes(1024))
+        record.ended(StageRun("train", "failed", 1.0, "the disk is full"))
+        record.end("failed", "train: the disk is full")
+    (run,) = runs.read(root)
+    assert (run.condition, run.reason, run.stages[0].outcome) == ("failed", "train: the disk is full", "failed")
+
+
+def test_the_room_for_the_end_of_a_run_goes_with_it(tmp_path: Path) -> None:
+    room = tmp_path / runs.RUNS / ".a.room"
+    record = runs.begin(tmp_path, "a")
+    assert room.exists()
+    record.end("completed")
+    assert not room.exists()
+    # One that died, went on, and died once more.
+    runs.begin(tmp_path, "a")
+    runs.begin(tmp_path, "a")
+    assert room.exists()
+    runs.bury(tmp_path, runs.find(tmp_path, "a"))
+    assert not room.exists()
 
 
 def test_a_name_s_beginning_is_enough_when_only_one_begins_so(tmp_path: Path) -> None:
