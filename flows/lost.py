@@ -46,8 +46,8 @@ def settle(root: Path, params: NoticeParams, unfinished: Collection[UUID] = (), 
         elif run.run in told_here:
             _tell(root, run, "died", DIED, params)
     for name in sorted(told_here - {run.run for run in known}):
-        # It died before it had written a word.
-        notice.tell(notice.Notice("died", root.name, name, DIED, command=f"overnight rerun {name}"), params)
+        # It died before it had written a word: there is nothing to go on with.
+        notice.tell(notice.Notice("died", root.name, name, f"{DIED}; {runs.UNBEGUN}"), params)
     return marked
 
 

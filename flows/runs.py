@@ -21,6 +21,8 @@ from tasks.errors import DiskFull, TryAgain, UserMistake
 from tasks.progress import Event
 
 RUNS = paths.SCRATCH / "runs"
+# What is told of a night that has died before it had a record.
+UNBEGUN = "nothing of it was begun, and the next night does its work"
 _MOST_NAMED = 5
 # Bytes that are enough for a record, which holds a line for each stage.
 _ROOM = 16 * 1024

@@ -22,7 +22,7 @@ from typing import NoReturn, Self
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from flows import lock, project, server, timetable
+from flows import lock, project, runs, server, timetable
 from flows.process import Child
 from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
 from flows.timetable import Timetable
@@ -128,7 +128,7 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
             for one in kept:
                 one.look(out)
             if not told and (root / STARTED).exists():
-                _tell(out, Started.model_validate_json((root / STARTED).read_bytes()), times, address)
+                _tell(out, root, Started.model_validate_json((root / STARTED).read_bytes()), times, address)
                 told = True
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -196,9 +196,11 @@ def _stand(root: Path, listening: socket.socket, descriptor: int) -> Child:
     return child
 
 
-def _tell(out: Console, started: Started, times: Timetable, address: str) -> None:
+def _tell(out: Console, root: Path, started: Started, times: Timetable, address: str) -> None:
     for run in started.crashed:
-        out.print(f"Run {run} had died without a word. It is marked as crashed; `overnight rerun` goes on with it.")
+        unbegun = runs.recall(root, run) is None
+        how = f"{runs.UNBEGUN}." if unbegun else "`overnight rerun` goes on with it."
+        out.print(f"Run {run} had died without a word. It is marked as crashed; {how}", soft_wrap=True)
     now = datetime.now().astimezone()
     start = times.next(now)
     minutes = (start - now + timedelta(seconds=59)) // timedelta(minutes=1)

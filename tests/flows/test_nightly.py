@@ -232,6 +232,20 @@ def test_a_night_that_somebody_has_taken_up_again_is_not_marked_as_dead(
         assert [run.condition for run in runs.read(root)] == ["killed", "running"]
 
 
+def test_a_night_that_died_before_its_first_word_is_told_without_a_command(
+    root: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost, "get_client", lambda sync_client: contextlib.nullcontext())
+    monkeypatch.setattr(lost.server, "standing", lambda root: "here")
+    monkeypatch.setattr(crashed, "mark", lambda *_: ["begun", "unbegun"])
+    runs.begin(root, "begun", flow_run=str(UUID(int=1)), night=True)
+    lost.settle(root, NoticeParams(), [UUID(int=2)])
+    begun, unbegun = notices(receiver)
+    assert (begun["run"], begun["command"]) == ("begun", "overnight rerun begun")
+    assert (unbegun["run"], unbegun["command"]) == ("unbegun", None)
+    assert unbegun["message"].endswith("; nothing of it was begun, and the next night does its work")
+
+
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_rerun_waits_for_the_run_itself_only_when_it_is_asked_to(root: Path, wait: bool) -> None:
     err = Console(file=io.StringIO(), width=200)

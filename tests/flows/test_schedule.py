@@ -11,7 +11,7 @@ import pytest
 from prefect_server import PrefectServer
 from rich.console import Console
 
-from flows import schedule
+from flows import runs, schedule
 from flows.process import Child
 from flows.timetable import Timetable
 from tasks.errors import TryAgain, UserMistake
@@ -66,10 +66,22 @@ def test_a_start_that_may_be_too_soon_to_be_planned_has_the_one_after_it_beside_
     monkeypatch.setattr(schedule, "datetime", Clock)
     out = io.StringIO()
     started = schedule.Started(crashed=(), paused=False)
-    schedule._tell(Console(file=out, width=80), started, Timetable("51 * * * *", "UTC"), "there")
+    schedule._tell(Console(file=out, width=80), Path(), started, Timetable("51 * * * *", "UTC"), "there")
     told = "Next run: Sunday 2026-11-29 23:51 UTC, in 0 h 1 min."
     later = " If that is too soon for the server to plan it, Monday 2026-11-30 00:51."
     assert out.getvalue().splitlines()[0] == told + later * is_late
+
+
+def test_a_night_that_died_is_gone_on_with_only_where_it_had_begun(tmp_path: Path) -> None:
+    runs.begin(tmp_path, "begun", night=True)
+    out = io.StringIO()
+    started = schedule.Started(crashed=["begun", "unbegun"], paused=False)
+    schedule._tell(Console(file=out, width=80), tmp_path, started, Timetable("51 * * * *", "UTC"), "there")
+    died = "had died without a word. It is marked as crashed;"
+    assert out.getvalue().splitlines()[:2] == [
+        f"Run begun {died} `overnight rerun` goes on with it.",
+        f"Run unbegun {died} nothing of it was begun, and the next night does its work.",
+    ]
 
 
 def test_a_deployment_on_a_shared_server_names_machine_and_project() -> None:

@@ -17,6 +17,8 @@ from chain import Chain, Running
 from prefect_server import ask
 from receiver import Receiver, receiving
 
+from flows import runs
+
 _NIGHT = """
 import time
 from pathlib import Path
@@ -48,7 +50,8 @@ def test_after_a_power_cut_the_dead_night_is_marked_and_told_and_does_not_block_
 
         schedule = _start(fresh, receiver)
         name = schedule.read(f"flow_runs/{killed}")["name"]
-        assert f"Run {name} had died without a word." in schedule.said()
+        # This night keeps no record that a rerun could go on with.
+        assert f"Run {name} had died without a word. It is marked as crashed; {runs.UNBEGUN}." in schedule.said()
         assert schedule.wait_for_state(killed, "CRASHED")["state"]["message"].startswith(
             "Its process died without a wo"
         )
@@ -177,7 +180,8 @@ def _check_message(receiver: Receiver, name: str) -> None:
         time.sleep(0.1)
     text = json.loads(receiver.received[0][1])["text"]
     assert text.splitlines()[0] == "fresh: died without a word"
-    assert text.splitlines()[-1] == f"Go on with: overnight rerun {name}"
+    assert text.splitlines()[-1].startswith(f"run {name}: its process died without a word")
+    assert text.endswith(f"; {runs.UNBEGUN}")
 
 
 def _kept_state(chain: Chain, flow_run: str) -> str:
