@@ -31,6 +31,8 @@ _HOW = {
     "Terminated": "terminated (SIGTERM)",
     "TerminationSignal": "terminated (SIGTERM)",
     "KeyboardInterrupt": "interrupted (Ctrl-C)",
+    # Nobody reads any more what it says: the runner of a night was killed.
+    "BrokenPipeError": "whoever ran it was gone",
 }
 
 State = Literal["running", "completed", "unchanged", "refused", "skipped", "failed", "stopped", "killed"]

@@ -117,6 +117,18 @@ def test_what_stops_a_run_outside_its_stages_is_its_reason(tmp_path: Path) -> No
     assert (run.condition, run.reason) == ("failed", "Prefect's server did not start; its log is server.log.")
 
 
+def test_a_run_whose_runner_was_killed_says_so(tmp_path: Path) -> None:
+    def stopped() -> None:
+        with runs.attempt(tmp_path, "a") as record:
+            record.began("publish")
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        stopped()
+    (run,) = runs.read(tmp_path)
+    assert (run.condition, run.reason) == ("stopped", "whoever ran it was gone at publish")
+
+
 def test_how_a_run_ended_on_a_full_disk_is_written_where_room_was_kept(tmp_path: Path, small_disk: Any) -> None:
     small_disk(tmp_path / "disk", 64)
     root = tmp_path / "disk"
