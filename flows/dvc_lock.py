@@ -87,7 +87,7 @@ def other(root: Path) -> Holder | None:
     return next((holder for holder in holders if holder.pid != os.getpid() and holder.alive), None)
 
 
-def check_others(root: Path, advice: str = "Wait until it has ended, or run `overnight run --wait`.") -> None:
+def check_others(root: Path, advice: str) -> None:
     """Raises :class:`Busy`, with ``advice``, when another DVC command is at work and does not end within seconds."""
     deadline = time.monotonic() + _SECONDS_OF_A_GLANCE
     while holder := other(root):

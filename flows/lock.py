@@ -49,18 +49,24 @@ class Held(TryAgain):
 
 @contextlib.contextmanager
 def hold(
-    root: Path, run: str, wait: bool = False, tell: Callable[[str], object] = lambda line: None, file: Path = LOCK
+    root: Path,
+    run: str,
+    wait: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+    file: Path = LOCK,
+    advice: str = "Wait until it has ended, or run `overnight run --wait`.",
 ) -> Iterator[int]:
     """Holds the lock of the project at ``root`` and yields its file descriptor.
 
-    A process that inherits the descriptor holds the lock too. Raises :class:`Held` when another run is at work, or with
-    ``wait`` tells so and waits. A run that was killed is waited for in any case: its processes are gone in seconds.
+    A process that inherits the descriptor holds the lock too. Raises :class:`Held`, with ``advice``, when another run
+    is at work, or with ``wait`` tells so and waits. A run that was killed is waited for in any case: its processes are
+    gone in seconds.
     """
     path = root / file
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        _acquire(descriptor, wait, tell)
+        _acquire(descriptor, wait, tell, advice)
         os.ftruncate(descriptor, 0)
         this = Holder(pid=os.getpid(), run=run, since=datetime.now().astimezone())
         os.pwrite(descriptor, json.dumps(this.model_dump(mode="json")).encode(), 0)
@@ -85,7 +91,7 @@ def holder(root: Path, file: Path = LOCK) -> Holder | None:
     return None
 
 
-def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object]) -> None:
+def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object], advice: str) -> None:
     started = time.monotonic()
     told = False
     while True:
@@ -96,7 +102,7 @@ def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object]) -> None
             held_by = _read(descriptor)
         dying = (held_by is None or not held_by.alive) and time.monotonic() - started < _SECONDS_TO_DIE
         if not wait and not dying:
-            raise Held(f"{_describe(held_by)} Wait until it has ended, or run `overnight run --wait`.")
+            raise Held(f"{_describe(held_by)} {advice}")
         if wait and not told:
             tell(f"{_describe(held_by)} Waiting for it to end.")
             told = True

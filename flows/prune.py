@@ -78,8 +78,9 @@ def prune(delete: bool, remote: bool, out: Console, err: Console) -> int:
     root = worktree.main(project.find())
     params = project.parameters(root)
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}-prune"
-    with lock.hold(root, name), contextlib.chdir(root):
-        dvc_lock.check_others(root)
+    advice = "`overnight prune` when it has ended."
+    with lock.hold(root, name, advice=advice), contextlib.chdir(root):
+        dvc_lock.check_others(root, advice)
         if remote:
             _fetch(root, params.publish.git_remote)
         with dvc.store(root, params.publish.data_remote) as store:

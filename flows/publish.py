@@ -93,7 +93,7 @@ def publish_by_hand(out: Console, err: Console) -> int:
     Raises as :func:`publish` does, and :class:`flows.lock.Held` when a run is at work.
     """
     root = project.find()
-    with lock.hold(root, _name()):
+    with lock.hold(root, _name(), advice="`overnight publish` when it has ended."):
         tell = functools.partial(print_line, err)
         done = publish(root, tell, by_hand=True)
     if done.new:

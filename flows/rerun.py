@@ -65,7 +65,8 @@ def choose(known: tuple[runs.Run, ...], finished_too: bool = False) -> runs.Run:
 
 def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wait: bool, err: Console) -> int:
     # The night takes it again, and would wait for whoever came between.
-    with lock.hold(root, chosen.run, wait, tell=speaker(err)):
+    advice = "Wait until it has ended, or run `overnight rerun --wait`."
+    with lock.hold(root, chosen.run, wait, tell=speaker(err), advice=advice):
         pass
     if from_stage is not None:
         dvc.graph(root).check(from_stage, "--from")

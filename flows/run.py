@@ -51,12 +51,14 @@ def _checked(request: Request, out: Console, err: Console) -> int:
     root = project.find()
     params = project.parameters(root)
     name = request.again.run if request.again else f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    with lock.hold(root, name, request.wait, tell=speaker(err)) as descriptor, running.record(root, name) as record:
+    advice = f"Wait until it has ended, or run `overnight {'rerun' if request.again else 'run'} --wait`."
+    held = lock.hold(root, name, request.wait, tell=speaker(err), advice=advice)
+    with held as descriptor, running.record(root, name) as record:
         dvc_lock.mend(root)
         if request.wait:
             dvc_lock.await_others(root, speaker(err))
         else:
-            dvc_lock.check_others(root)
+            dvc_lock.check_others(root, advice)
         site = Site(root, name, descriptor)
         with server.serve(root, descriptor) as serving:
             # Reading the graph takes a second, in which the server starts.

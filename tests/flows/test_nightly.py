@@ -274,7 +274,7 @@ def test_a_rerun_of_a_night_waits_for_another_run_only_when_it_is_asked_to(root:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.hold(root, "other"))
         if not wait:
-            with pytest.raises(lock.Held, match=r"run other .* is at work"):
+            with pytest.raises(lock.Held, match=r"run other .* is at work .* `overnight rerun --wait`"):
                 rerun("night", None, False, wait, err, err)
             return
         threading.Timer(0.3, stack.close).start()

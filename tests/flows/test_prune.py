@@ -220,7 +220,8 @@ def test_without_a_git_remote_nobody_knows_what_others_keep(published: Clone) ->
 
 
 def test_nothing_goes_while_a_run_is_at_work(published: Clone) -> None:
-    with lock.hold(published.root, "a-run"), pytest.raises(Held, match="run a-run"):
+    told = r"run a-run .*\. `overnight prune` when it has ended\.$"
+    with lock.hold(published.root, "a-run"), pytest.raises(Held, match=told):
         pruned()
 
 

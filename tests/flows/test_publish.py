@@ -17,7 +17,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, land, objects, project, publish, push, pushed, registry, remotely, worktree
+from flows import contents, dvc, land, lock, objects, project, publish, push, pushed, registry, remotely, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -444,6 +444,13 @@ def test_a_data_remote_that_is_gone_keeps_everything_before(publisher: Clone) ->
     publisher.shelf.unlink()
     assert publish.publish(publisher.root).promoted
     publisher.check_remote()
+
+
+def test_by_hand_it_is_for_when_a_run_at_work_has_ended(publisher: Clone) -> None:
+    nobody = Console(file=io.StringIO())
+    told = r"run a-run .*\. `overnight publish` when it has ended\.$"
+    with lock.hold(publisher.root, "a-run"), pytest.raises(lock.Held, match=told):
+        publish.publish_by_hand(nobody, nobody)
 
 
 def test_by_hand_a_version_is_made_on_a_branch(publisher: Clone) -> None:
