@@ -66,8 +66,7 @@ def test_who_does_not_wait_is_told_who_is_at_work(
     with pytest.raises(dvc_lock.Busy) as caught:
         dvc_lock.check_others(root, "Ask again later.")
     assert str(caught.value) == (
-        f"another DVC command is at work in this project (process {stranger.pid}: dvc repro train). "
-        "Ask again later."
+        f"another DVC command is at work in this project (process {stranger.pid}: dvc repro train). Ask again later."
     )
     assert caught.value.exit_code == 75
 
