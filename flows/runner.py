@@ -27,6 +27,7 @@ from flows.schedule import STARTED, Started
 from flows.termination import EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import atomic
+from tasks.errors import TryAgain, UserMistake
 
 
 def main(name: str, times: Timetable) -> None:
@@ -101,4 +102,9 @@ def _exit_after_children() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Timetable(sys.argv[2], sys.argv[3]))
+    try:
+        main(sys.argv[1], Timetable(sys.argv[2], sys.argv[3]))
+    except (UserMistake, TryAgain) as error:
+        # `overnight schedule` reads it in the log.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -27,7 +27,7 @@ from flows.process import Child
 from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import paths
-from tasks.errors import TryAgain
+from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
 
 LOCK = paths.SCRATCH / "schedule.lock"
 LOG = paths.SCRATCH / "logs" / "schedule.log"
@@ -161,15 +161,23 @@ class _Kept:
         return self
 
     def look(self, out: Console) -> None:
-        """Starts the child again when it has ended. Raises :class:`TryAgain` when it ended right after its start."""
+        """Starts the child again when it has ended.
+
+        Raises :class:`TryAgain` when it ended right after its start, :class:`UserMistake` when it named one as it did.
+        """
         code = self._child.wait(0)
         if code is None:
             return
         self._child.stop()
         if time.monotonic() - self._since < _SECONDS_TO_PROVE:
+            if code == EXIT_USER_MISTAKE and (told := self._last_line()).startswith("error: "):
+                raise UserMistake(told.removeprefix("error: "))
             raise TryAgain(f"{self._name} ended soon after its start (exit code {code}); its log is {self._log}.")
         out.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._name} ended (exit code {code}); it is started again.")
         self.__enter__()
+
+    def _last_line(self) -> str:
+        return self._log.read_text(errors="replace").rstrip().rpartition("\n")[2]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,20 +1,26 @@
 """What `overnight schedule` does before anything starts, and with a child that ends by itself."""
 
 import io
+import shutil
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from prefect_server import PrefectServer
 from rich.console import Console
 
 from flows import runs, schedule
+from flows.git import author, git
 from flows.process import Child
 from flows.timetable import Timetable
 from tasks.errors import TryAgain, UserMistake
+
+if TYPE_CHECKING:
+    from conftest import Project
 
 
 def _kept(log: Path) -> schedule._Kept:
@@ -42,6 +48,27 @@ def test_a_child_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
         _until_ended(kept)
         with pytest.raises(TryAgain, match=r"ended soon .* \(exit code 3\); its log is .*/log"):
             kept.look(Console(file=io.StringIO()))
+
+
+def test_a_mistake_that_a_child_ends_with_is_told_as_one(tmp_path: Path) -> None:
+    says = [sys.executable, "-c", "import sys; print('warning'); print('error: no such file.'); sys.exit(2)"]
+    log = tmp_path / "log"
+    with schedule._Kept("the runner", log, lambda: Child(says, log, {})) as kept:
+        _until_ended(kept)
+        with pytest.raises(UserMistake, match=r"^no such file\.$"):
+            kept.look(Console(file=io.StringIO()))
+
+
+def test_without_its_automations_a_schedule_ends_with_one_line(project: "Project", prefect_database: Path) -> None:
+    home = project.root / ".overnight/prefect"
+    home.mkdir(parents=True)
+    shutil.copy(prefect_database, home)
+    git(project.root, "add", "--all", "--", "params.yaml", "dvc.yaml")
+    git(project.root, "commit", "-q", "-m", "-", environment=author(project.root))
+    done = project.overnight("schedule")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {project.root}/deployments/automations.yaml: no such file.")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
