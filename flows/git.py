@@ -23,10 +23,16 @@ _SECONDS_TO_END = 5.0
 _MOST_SAID = 3
 # What a hook of the remote says, and Git of a branch or tag that the remote does not take.
 _REFUSED = re.compile(r"^(?:remote: +(?P<said>\S.*)| ! \[.+\] +(?P<refused>\S.*))$", re.MULTILINE)
+# What repeats, unlike what a race brings: a hook, a protected branch, and GitHub's word for that.
+_FOR_GOOD = re.compile(r"hook declined|protected branch|GH006", re.IGNORECASE)
 
 
 class GitFailed(UserMistake):
     """A Git command failed. The message is one line: the command and Git's last complaint."""
+
+
+class Declined(GitFailed):
+    """A remote has a rule against what was pushed: it would refuse it again."""
 
 
 def git(root: Path, *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
@@ -108,11 +114,15 @@ def _run(
     if check and done.returncode:
         complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         told = next((line for line in complaints if line.startswith(("fatal:", "error:"))), (complaints or [""])[-1])
+        kind = GitFailed
         if arguments[0] == "push" and (why := _refusal(complaints)):
             told += f" ({why})"
+            if _FOR_GOOD.search(why):
+                kind = Declined
+                told += ". It will refuse it again: whoever looks after that remote can let it in."
         if told.endswith(".lock': File exists."):
             told += " Another Git command is at work there, or died: if none is, remove that file."
-        raise GitFailed(f"git {' '.join(arguments[:2])} failed in {root}: {told or f'exit code {done.returncode}'}")
+        raise kind(f"git {' '.join(arguments[:2])} failed in {root}: {told or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flows import raw, worktree
-from flows.git import GitFailed, author, branch, git, is_ancestor
+from flows.git import Declined, GitFailed, author, branch, git, is_ancestor
 from tasks import paths
 
 # Hooks that `dvc install` makes would check data out, or push it once more.
@@ -40,7 +40,8 @@ def land(root: Path, commit: str, name: str, remote: str | None) -> str | None:
     """Makes ``commit`` part of the branch ``name`` here and at ``remote``.
 
     Returns None, or in one line why it is not part of one of the two; what it holds is not lost then, as long as a tag
-    names it. Raises :class:`flows.git.GitFailed` when the remote cannot be reached or refuses without a cause.
+    names it. Raises :class:`flows.git.GitFailed` when the remote cannot be reached or refuses without a cause, its kind
+    :class:`flows.git.Declined` at once.
     """
     reference = f"refs/heads/{name}"
     for _ in range(_ATTEMPTS):
@@ -56,6 +57,8 @@ def land(root: Path, commit: str, name: str, remote: str | None) -> str | None:
             if remote is not None and tip != theirs:
                 git(root, "push", "--quiet", "--no-verify", remote, f"{tip}:{reference}", environment=QUIET)
             return _move(root, name, reference, tip, ours)
+        except Declined:
+            raise
         except GitFailed as error:
             # Somebody was quicker: look again.
             failure = error

@@ -18,7 +18,7 @@ from rich.console import Console
 from flows import dvc, environment, execute, lock, project, pushed, registry, remotely, worktree
 from flows.execute import LOGS
 from flows.gate import PASSED, Gate, read_gate
-from flows.git import GitFailed, author, branch, commit_of, git, is_ancestor
+from flows.git import Declined, GitFailed, author, branch, commit_of, git, is_ancestor
 from flows.graph import Graph
 from flows.identity import version_of
 from flows.land import QUIET, is_pointer, land
@@ -71,12 +71,15 @@ class _Publication:
     log: Path
 
     def patiently(self, step: Callable[[], Result]) -> Result:
-        """Returns what ``step`` does; where a remote does not answer, waits and tries again, each time for longer."""
+        """Returns what ``step`` does; where a remote does not answer, waits and tries again, each time for longer.
+
+        What a remote declines it would decline again: that is raised at once.
+        """
         retries = self.params.publish.retries
         for attempt in range(retries + 1):
             try:
                 return step()
-            except ChampionMoved:
+            except (ChampionMoved, Declined):
                 raise
             except (GitFailed, TryAgain) as error:
                 failure = error

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flows import contents, dvc, objects, project, pushed, registry, remotely
 from flows.execute import LOGS
-from flows.git import GitFailed, branch, commit_of, git, is_ancestor
+from flows.git import Declined, GitFailed, branch, commit_of, git, is_ancestor
 from flows.registry import Version
 from flows.terminal import print_line
 from tasks.errors import TryAgain, UserMistake
@@ -124,5 +124,7 @@ def is_at_remote(root: Path, remote: str, name: str) -> bool:
 def _answering(remote: str | None) -> Iterator[None]:
     try:
         yield
+    except Declined:
+        raise
     except GitFailed as error:
         raise TryAgain(f"the Git remote '{remote}', which decides, does not answer: {error}") from None

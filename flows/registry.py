@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows.git import GitFailed, author, git
+from flows.git import Declined, GitFailed, author, git
 from tasks.errors import UserMistake
 
 ARTIFACT = "lm"
@@ -111,6 +111,8 @@ def register(root: Path, commit: str, message: str, remote: str | None = None) -
                     tag = f"{ARTIFACT}@{following(known)}"
                     made[tag] = _tag(root, tag, commit, message, known)
                 _push(root, remote, tag)
+            except Declined:
+                raise
             except GitFailed as error:
                 failure = error
                 continue
@@ -147,6 +149,8 @@ def promote(
                     tag = f"{ARTIFACT}#{PRODUCTION}#{max((one.count for one in known), default=0) + 1}"
                     made[tag] = _tag(root, tag, version.commit, message, known)
                 _push(root, remote, tag)
+            except Declined:
+                raise
             except GitFailed as error:
                 failure = error
                 continue

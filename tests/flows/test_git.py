@@ -8,7 +8,7 @@ import pytest
 
 from flows import git as module
 from flows import registry
-from flows.git import GitFailed, commit_of, git
+from flows.git import Declined, GitFailed, commit_of, git
 
 
 @pytest.fixture
@@ -66,6 +66,6 @@ def test_what_a_remote_says_when_it_refuses_is_told(repository: Path, tmp_path: 
     hook.write_text("#!/bin/sh\necho 'this branch is protected' >&2\nexit 1\n")
     hook.chmod(0o755)
     git(repository, "commit", "-q", "--allow-empty", "-m", "-", environment=registry.author(repository))
-    with pytest.raises(GitFailed, match=r"declined\); this branch is protected\)$") as caught:
+    with pytest.raises(Declined, match=r"declined\); this branch is protected\)\. It will refuse it again: ") as caught:
         git(repository, "push", "--quiet", str(tmp_path / "there"), "HEAD:refs/heads/main")
     assert "\n" not in str(caught.value)

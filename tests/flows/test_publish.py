@@ -631,10 +631,14 @@ def test_a_remote_that_comes_back_gets_the_version(publisher: Clone, monkeypatch
 
 def test_a_push_that_the_remote_refuses_for_good_is_told(publisher: Clone) -> None:
     hook = publisher.shared / "hooks/update"
-    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.write_text("#!/bin/sh\necho asked >> asked\nexit 1\n")
     hook.chmod(0o755)
-    with pytest.raises(TryAgain, match="git push --quiet failed"):
-        publish.publish(publisher.root)
+    told: list[str] = []
+    with pytest.raises(UserMistake, match=r"git push --quiet failed .*hook declined.* It will refuse it again"):
+        publish.publish(publisher.root, told.append)
+    # Nobody waits, and it is asked once.
+    assert told == []
+    assert (publisher.shared / "asked").read_text() == "asked\n"
     assert publisher.tags() == []
     with pytest.raises(GitFailed):
         commit_of(publisher.shared, "nightly")

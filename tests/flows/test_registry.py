@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import registry
-from flows.git import GitFailed, commit_of, git
+from flows.git import Declined, GitFailed, commit_of, git
 from flows.registry import Event, NoSuchVersion, Version
 
 
@@ -265,12 +265,13 @@ def test_a_tag_that_the_remote_refuses_holds_nowhere(repository: Path) -> None:
     root = clone(repository, "one")
     version = registry.register(root, commit_of(root, "HEAD~1"), "-", "origin")
     hook = repository.parent / "shared.git/hooks/update"
-    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.write_text("#!/bin/sh\necho asked >> asked\nexit 1\n")
     hook.chmod(0o755)
-    with pytest.raises(GitFailed, match="git push --quiet failed"):
+    with pytest.raises(Declined, match="git push --quiet failed"):
         registry.register(root, commit_of(root, "HEAD"), "-", "origin")
-    with pytest.raises(GitFailed, match="git push --quiet failed"):
+    with pytest.raises(Declined, match="git push --quiet failed"):
         registry.promote(root, version, "-", "origin")
+    assert (repository.parent / "shared.git/asked").read_text() == "asked\n" * 2
     assert registry.versions(root) == (version,)
     assert registry.champion(root) is None
     hook.unlink()
