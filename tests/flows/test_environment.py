@@ -50,9 +50,10 @@ def test_each_fact_that_differs_is_named() -> None:
     assert str(environment.compare(HERE, other)[0]) == "cpu.model: one recorded, another here"
 
 
-def test_what_is_recorded_here(versioned: "Versioned", monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_what_is_recorded_here(versioned: "Versioned", monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     around = {name: os.environ[name] for name in environment.VARIABLES if os.environ.get(name)}
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv(name, "AVX2")
     found = environment.record(versioned.root)
     assert found.python == sys.version.split()[0]
     assert found.cpu.model
@@ -62,10 +63,10 @@ def test_what_is_recorded_here(versioned: "Versioned", monkeypatch: pytest.Monke
     assert found.packages["ruamel.yaml"] != "0"
     assert found.stages["train"] == Processes(world_size=2, threads_per_process=1)
     assert set(found.stages) == {"train", "quantize"}
-    assert found.variables == {**around, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert found.variables == {**around, name: "AVX2"}
     recorded = environment.recorded(versioned.root, "lm@v1.0.0")
     assert recorded is not None
-    assert [one.fact for one in environment.compare(recorded, found)] == ["variables.ONEDNN_MAX_CPU_ISA"]
+    assert [one.fact for one in environment.compare(recorded, found)] == [f"variables.{name}"]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"python": "3.11"}'])
