@@ -127,6 +127,8 @@ class Certificate(_Part):
     inputs: tuple[InputResult, ...]
     stages: tuple[StageResult, ...]
     outputs: tuple[OutputResult, ...]
+    # False where the metrics of one side could not be read.
+    metrics_compared: bool
     # How many values of the metrics files are equal, and those that are not.
     equal_metrics: int
     metrics: tuple[MetricResult, ...]
@@ -235,8 +237,10 @@ def render(certificate: Certificate) -> str:
                 for one in certificate.metrics
             ),
         ]
-    else:
+    elif certificate.metrics_compared:
         lines.append(f"All {certificate.equal_metrics} values are equal: every difference is 0.")
+    else:
+        lines.append("They could not be compared: the recorded ones are lost, or one of the two files cannot be read.")
     lines += ["", "## Environment", ""]
     if not certificate.environment_recorded:
         lines.append("The version records no environment that can be read.")

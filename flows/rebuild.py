@@ -112,7 +112,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
             verdict=verdict, reason=reason, attempts=done.attempts,
             inputs=tuple(InputResult(path=str(one.path), md5=one.md5) for one in inputs),
             stages=tuple(StageResult(stage=stage, seconds=seconds) for stage, seconds in done.stages.items()),
-            outputs=results, equal_metrics=equal, metrics=metrics or (),
+            outputs=results, metrics_compared=metrics is not None, equal_metrics=equal, metrics=metrics or (),
             environment_recorded=recorded is not None, environment=differences,
         )  # fmt: skip
         _end(site, version, done, made, outputs, out)

@@ -105,7 +105,7 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
         verdict=Verdict.DIFFERS, reason="because", attempts=2, inputs=(),
         stages=(StageResult(stage="work", seconds=1234.5),),
         outputs=(SAME, OTHER.model_copy(update={"differing": differing}), MISSING),
-        equal_metrics=7, metrics=(NEAR, FAR, OF_TRAINING, metric("a|b", None)),
+        metrics_compared=True, equal_metrics=7, metrics=(NEAR, FAR, OF_TRAINING, metric("a|b", None)),
         environment_recorded=True, environment=(CPU,),
     )  # fmt: skip
     data, page = certificate.write(tmp_path, made)

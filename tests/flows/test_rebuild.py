@@ -153,6 +153,10 @@ def test_a_tampered_record_is_found(versioned: "Versioned") -> None:
     made = certificate(versioned, "v1.1.0")
     assert [(one.path, one.recorded) for one in made.outputs if not one.identical] == [("out/measure.json", "0" * 32)]
     assert "the recorded metrics are lost" in made.reason
+    # None were compared, and so none are equal.
+    page = (versioned.root / ".overnight/certificates/v1.1.0.md").read_text()
+    assert "They could not be compared: the recorded ones are lost" in page
+    assert "values are equal" not in page
 
 
 def test_raw_data_that_is_lost_is_named_and_nothing_is_computed(versioned: "Versioned") -> None:
