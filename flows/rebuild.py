@@ -92,6 +92,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
             python = virtual_environment.build(root, version.commit, wanted, descriptor, speaker(err))
         place, journal = _begin(root, version, python)
         site = Site(root, place, python or Path(sys.executable), descriptor)
+        _check_whole(site, version, outputs)
         differences = environment.compare(recorded, journal.environment) if recorded else ()
         for difference in differences:
             speaker(err)(f"environment: {difference}")
@@ -153,6 +154,21 @@ def _begin(root: Path, version: Version, python: Path | None) -> tuple[Path, Jou
     journal = journal.model_copy(update={"attempts": journal.attempts + 1})
     _write(place, journal)
     return place, journal
+
+
+def _check_whole(site: Site, version: Version, outputs: Sequence[Output]) -> None:
+    """Raises :class:`UserMistake` when the version records nothing of what a stage makes, a tag set by hand perhaps.
+
+    The rest of it may come out as recorded, and would pass for the whole.
+    """
+    recorded = {output.path for output in outputs}
+    with contextlib.chdir(site.place):
+        stages = dvc.graph(site.place).stages
+    if lacking := [f"{path} ({stage.name})" for stage in stages for path in stage.outputs if path not in recorded]:
+        raise UserMistake(
+            f"{version.name}: its dvc.lock records no hash of {', '.join(lacking)}, so there is nothing to compare "
+            "that with, and it is no whole version. Choose another of `overnight versions`."
+        )
 
 
 def _compute(site: Site, journal: Journal, err: Console) -> Journal | None:

@@ -159,6 +159,17 @@ def test_a_tampered_record_is_found(versioned: "Versioned") -> None:
     assert "values are equal" not in page
 
 
+def test_a_record_that_lacks_an_output_is_not_identical(versioned: "Versioned") -> None:
+    yaml = YAML()
+    content = yaml.load(versioned.root / "dvc.lock")
+    del content["stages"]["measure"]
+    yaml.dump(content, versioned.root / "dvc.lock")
+    versioned.commit("lm@v1.1.0")
+    with pytest.raises(UserMistake, match=r"v1\.1\.0: its dvc\.lock records no hash of out/measure\.json \(measure\)"):
+        rebuilt(versioned, "v1.1.0")
+    assert not (versioned.root / ".overnight/certificates/v1.1.0.md").exists()
+
+
 def test_raw_data_that_is_lost_is_named_and_nothing_is_computed(versioned: "Versioned") -> None:
     listing = json.loads(versioned.cached(versioned.output("data/raw").md5).read_bytes())
     versioned.cached(listing[0]["md5"]).unlink()
