@@ -15,6 +15,8 @@ _QUIET = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", "GIT_EDITOR": "true"}
 # A key may ask for its passphrase.
 _SIGNATURES = ("commit.gpgSign", "tag.gpgSign", "tag.forceSignAnnotated", "push.gpgSign")
 _UNSIGNED = [part for name in _SIGNATURES for part in ("-c", f"{name}=false")]
+# A commit's own bytes, which a user's settings must not turn into lines that end otherwise.
+AS_COMMITTED = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.autocrlf", "GIT_CONFIG_VALUE_0": "false"}
 # Neither a question nor a dead connection is waited for.
 _SSH = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _ASK_A_REMOTE = ("fetch", "ls-remote", "push")
@@ -61,7 +63,7 @@ def show(root: Path, revision: str, path: Path | str) -> bytes | None:
 
 def archive(root: Path, revision: str) -> bytes:
     """Returns the files of ``revision`` at and below ``root`` as a tar archive, with paths relative to ``root``."""
-    return _run(root, ["archive", "--format=tar", revision], check=True)
+    return _run(root, ["archive", "--format=tar", revision], check=True, environment=AS_COMMITTED)
 
 
 def author(root: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flows import dvc
-from flows.git import GitFailed, git
+from flows.git import AS_COMMITTED, GitFailed, git
 from tasks import atomic, paths
 from tasks.errors import UserMistake
 
@@ -55,7 +55,7 @@ def register(project: Path, place: Path, commit: str, environment: Mapping[str, 
     place.parent.mkdir(parents=True, exist_ok=True)
     # Forced twice: over a registration, locked as ours are, of what is no longer there.
     command = ("worktree", "add", "--quiet", "--force", "--force", "--lock", "--detach", str(place), commit)
-    git(project, *command, environment=environment)
+    git(project, *command, environment=environment or AS_COMMITTED)
 
 
 def discard(project: Path, place: Path) -> None:

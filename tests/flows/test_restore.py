@@ -86,6 +86,13 @@ def test_every_file_of_the_version_comes_back(versioned: "Versioned", tmp_path: 
     assert (tmp_path / "elsewhere/data/raw/deep/b.txt").read_text() == "And there was light.\n"
 
 
+def test_code_comes_back_as_it_was_committed_whatever_line_ends_the_user_likes(versioned: "Versioned") -> None:
+    code = (versioned.root / "stage.py").read_bytes()
+    versioned.run("git", "config", "core.autocrlf", "true")
+    assert restored(versioned).code == 0
+    assert (versioned.root / ".overnight/versions/v1.0.0/stage.py").read_bytes() == code
+
+
 def test_the_recorded_hash_of_a_folder_is_that_of_its_files(versioned: "Versioned") -> None:
     for path in ("data/raw", "out/work"):
         assert contents.listing_md5(contents.files_of(versioned.root / path)) == versioned.output(path).md5

@@ -34,6 +34,13 @@ def test_edits_in_the_project_do_not_reach_it(project: Path) -> None:
     assert worktree.main(place) == worktree.main(project) == project
 
 
+def test_it_holds_the_bytes_of_the_commit_whatever_line_ends_the_user_likes(project: Path) -> None:
+    git(project, "config", "core.autocrlf", "true")
+    place = worktree.add(project, "night", "HEAD")
+    assert (place / "params.yaml").read_bytes() == b"steps: 1\n"
+    assert git(place, "status", "--porcelain") == ""
+
+
 def test_cache_and_remotes_are_the_project_s(project: Path) -> None:
     from dvc.config import Config
 
