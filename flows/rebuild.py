@@ -82,7 +82,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
     :class:`tasks.errors.UserMistake` when there is no such version, :class:`TryAgain` when it is being rebuilt already.
     """
     root = project.find()
-    version = registry.resolve(root, name)
+    version = registry.resolve_with(root, name, project.parameters(root).publish.git_remote, speaker(err))
     outputs = contents.recorded(root, version.commit)
     recorded = environment.recorded(root, version.commit)
     with alone(root, version.name) as descriptor:

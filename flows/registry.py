@@ -95,6 +95,15 @@ def resolve(root: Path, text: str) -> Version:
     raise NoSuchVersion(f"there is no version '{text}'; there are {', '.join(names)}{more} (`overnight versions`).")
 
 
+def resolve_with(root: Path, text: str, remote: str | None, say: Callable[[str], object]) -> Version:
+    """Returns what :func:`resolve` does, of the versions at ``remote`` too; ``say`` is told if it does not answer."""
+    try:
+        fetch(root, remote)
+    except GitFailed as error:
+        say(f"{error} What is known here is taken.")
+    return resolve(root, text)
+
+
 def register(root: Path, commit: str, message: str, remote: str | None = None) -> Version:
     """Returns ``commit``'s version, registered under the next free number unless it is one already.
 

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import enum
+import functools
 import io
 import os
 import shutil
@@ -69,7 +70,8 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     Raises :class:`UserMistake` when there is no such version, or ``to`` is no place for it.
     """
     root = project.find()
-    version = registry.resolve(root, name)
+    git_remote = project.parameters(root).publish.git_remote
+    version = registry.resolve_with(root, name, git_remote, functools.partial(print_line, err))
     outputs = contents.recorded(root, version.commit)
     target = (to or root / FOLDER / version.name).absolute()
     claim(target, version.commit)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
+from ruamel.yaml import YAML
 
 from flows import contents, dvc
 from flows import restore as restoring
@@ -271,6 +272,23 @@ def test_a_folder_that_cannot_be_made_is_told(versioned: "Versioned") -> None:
 def test_an_unknown_version_is_told_with_those_there_are(versioned: "Versioned") -> None:
     with pytest.raises(NoSuchVersion, match=r"v2\.0\.0.*v1\.0\.0"):
         restored(versioned, name="v2.0.0")
+
+
+def test_a_version_that_git_s_remote_alone_knows_is_found(versioned: "Versioned", tmp_path: Path) -> None:
+    versioned.run("git", "clone", "-q", "--bare", ".", str(tmp_path / "git"))
+    versioned.run("git", "remote", "add", "origin", str(tmp_path / "git"))
+    yaml = YAML()
+    params = yaml.load(versioned.root / "params.yaml")
+    params["publish"]["git_remote"] = "origin"
+    yaml.dump(params, versioned.root / "params.yaml")
+    versioned.run("git", "tag", "-d", "lm@v1.0.0")
+    assert restored(versioned).code == 0
+
+    # One that does not answer is no reason not to restore what is known.
+    shutil.rmtree(tmp_path / "git")
+    said = restored(versioned)
+    assert said.code == 0
+    assert "What is known here is taken." in said.err
 
 
 def test_a_commit_without_a_pipeline_is_no_version(versioned: "Versioned") -> None:
