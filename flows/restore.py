@@ -14,7 +14,7 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tasks.progress import Event, sink_for
 FOLDER = paths.SCRATCH / "versions"
 EXIT_LOST = 1
 _COPIES_AT_A_TIME = 8
+_MOST_NAMED = 5
 
 
 class Source(enum.StrEnum):
@@ -75,10 +76,14 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     outputs = contents.recorded(root, version.commit)
     target = (to or root / FOLDER / version.name).absolute()
     claim(target, version.commit)
-    _unpack(archive(root, version.commit), target)
+    unpacked = _unpack(archive(root, version.commit), target)
     with progress("restore", err) as report, dvc.store(root, remote(root)) as store:
         fetched = place(store, outputs, target, root, report)
     lost = tell(fetched, err)
+    if strays := _strays(target, {*unpacked, *(one.path for one in fetched)}):
+        more = f" and {len(strays) - _MOST_NAMED} more" if len(strays) > _MOST_NAMED else ""
+        named = ", ".join(map(str, strays[:_MOST_NAMED]))
+        print_line(err, f"{len(strays)} files there are none of the version's, and stay: {named}{more}")
     from_remote = sum(one.source is Source.REMOTE for one in fetched)
     said = f"{len(fetched) - lost} of {len(fetched)} files verified, {from_remote} of them fetched from the remote"
     where = target.relative_to(root) if target.is_relative_to(root) else target
@@ -242,7 +247,14 @@ def claim(target: Path, commit: str, option: str = "--to") -> None:
         raise UserMistake(f"{option}: {target} cannot be written to ({error.strerror}). Name another folder.") from None
 
 
-def _unpack(files: bytes, target: Path) -> None:
+def _strays(target: Path, known: Set[Path]) -> list[Path]:
+    """Returns the files below ``target`` that are neither ``known`` nor what Python and we leave there, in order."""
+    files = (path.relative_to(target) for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path for path in files if path not in known and not {"__pycache__", ".overnight"} & {*path.parts})
+
+
+def _unpack(files: bytes, target: Path) -> list[Path]:
+    """Unpacks the archive ``files`` below ``target`` and returns what is in it."""
     # Python before 3.11.4, which Debian 12 has, knows no filter.
     filtered: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with atomic.disk_full_is_told(target), tarfile.open(fileobj=io.BytesIO(files)) as tar:
@@ -250,6 +262,7 @@ def _unpack(files: bytes, target: Path) -> None:
             # Where a link that is there already may lead.
             _check_inside(member, target)
             tar.extract(member, target, **filtered)
+        return [Path(name) for name in tar.getnames()]
 
 
 def _check_inside(member: tarfile.TarInfo, target: Path) -> None:

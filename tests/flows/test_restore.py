@@ -202,6 +202,17 @@ def test_restoring_again_mends_what_was_changed(versioned: "Versioned") -> None:
     assert tiny.files_of(place / "out") == tiny.files_of(versioned.root / "out")
 
 
+def test_what_is_not_the_version_s_is_named_when_a_folder_is_verified_again(versioned: "Versioned") -> None:
+    assert "none of the version's" not in restored(versioned).err
+    place = versioned.root / ".overnight/versions/v1.0.0"
+    (place / "out/work/added.txt").write_text("added")
+    (place / "json.py").write_text("another module")
+    (place / "__pycache__").mkdir()
+    (place / "__pycache__/stage.cpython-311.pyc").write_bytes(b"")
+    said = restored(versioned)
+    assert "2 files there are none of the version's, and stay: json.py, out/work/added.txt\n" in said.err
+
+
 def test_no_folder_with_other_content_is_written_to(versioned: "Versioned", tmp_path: Path) -> None:
     full, file, other = tmp_path / "full", tmp_path / "file", tmp_path / "other"
     full.mkdir()
