@@ -70,6 +70,11 @@ def kind(command: Sequence[str]) -> type[Child]:
     return DvcChild if tuple(command[: len(PREFIX)]) in (PREFIX, REMOTELY) else Child
 
 
+def is_fork(command: Sequence[str]) -> bool:
+    """Whether a process with this command line is such a fork: it has that of the process from which it was forked."""
+    return _SERVE in command
+
+
 def prepare(environment: Mapping[str, str]) -> None:
     """Starts the process that imports DVC, for a flow that has other things to do until its first DVC command."""
     global _commands

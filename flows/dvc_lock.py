@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from flows import dvc_fork
 from tasks.errors import TryAgain
 
 _FOLDER = Path(".dvc/tmp")
@@ -41,12 +42,13 @@ class Holder:
     def alive(self) -> bool:
         """Whether the process is still that command: after a restart its number may be anybody's."""
         try:
-            running = " ".join(psutil.Process(self.pid).cmdline()).split()
+            line = psutil.Process(self.pid).cmdline()
         except psutil.Error:
             return False
+        running = " ".join(line).split()
         # The first word is the program's path, which `python -m` names otherwise.
         words = self.command.split()
-        return len(words) < 2 or running[-1:] == words[-1:]
+        return len(words) < 2 or running[-1:] == words[-1:] or dvc_fork.is_fork(line)
 
     def __str__(self) -> str:
         program, _, arguments = self.command.partition(" ")

@@ -98,6 +98,21 @@ def test_a_stage_ends_with_the_block_and_a_killed_command_says_so(project: Path)
     assert psutil.wait_procs(forker().children(), 5)[1] == []
 
 
+def test_its_notes_are_those_of_a_living_command_to_whoever_mends_them(project: Path) -> None:
+    (project / "dvc.yaml").write_text("stages:\n  one:\n    cmd: sleep 2; echo 1 > made\n    outs: [made]\n")
+    table = project / ".dvc/tmp/rwlock"
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "SHELL": "/bin/sh"}
+    with DvcChild([*PREFIX, "repro"], project / "log", environment) as child:
+        until(lambda: table.exists() and b"made" in table.read_bytes())
+        # As `overnight versions` does, and whatever else looks at the project meanwhile.
+        dvc_lock.mend(project)
+        assert table.exists()
+        holder = dvc_lock.other(project)
+        assert holder is not None
+        assert holder.command.endswith("dvc repro")
+        assert child.wait(60) == 0
+
+
 def test_a_kept_descriptor_stays_open_in_the_supervisor_alone(project: Path) -> None:
     read, write = os.pipe()
     (project / "dvc.yaml").write_text(
