@@ -100,10 +100,11 @@ def _verify(root: Path, commit: str, remote: str) -> int:
     with dvc.store(root, remote) as store:
         lacking = store.lacking(objects.needed(store, contents.recorded(root, commit), {}))
         if lacking:
-            _mend(root, store, contents.recorded(root, commit), lacking)
+            lost = _mend(root, store, contents.recorded(root, commit), lacking)
             # DVC does not push what it believes to be there, though another machine's `dvc gc` has removed it.
             store.upload(lacking)
-            lacking = store.lacking(lacking)
+            # What is cut off there and damaged here has no size left to be compared with.
+            lacking = store.lacking(lacking) | lost.keys()
     if lacking:
         raise UserMistake(
             f"DVC's remote '{remote}' lacks {len(lacking)} of the version's objects ({min(lacking)}), and so does the "
@@ -121,22 +122,23 @@ def _check(root: Path, remote: str) -> int:
         store.upload(store.compare(differing)[1])
     if lost:
         raise UserMistake(
-            f"{lost[0]}: damaged in DVC's cache (removed), and no good copy is left in the project. "
+            f"{next(iter(lost.values()))}: damaged in DVC's cache (removed), and no good copy is left in the project. "
             "`overnight run --force` makes it again."
         )
     return 0
 
 
-def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterable[str]) -> list[Path]:
+def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterable[str]) -> dict[str, Path]:
     """Replaces those objects of the cache that are damaged, as a power failure leaves them.
 
-    A good copy is the project's file, or the remote's. Removes those of which there is none; returns what they were.
+    A good copy is the project's file, or the remote's. Removes those of which there is none; returns what
+    they were, by their MD5.
     """
     places = {output.md5: output.path for output in outputs}
     for output in filter(lambda output: output.is_folder, outputs):
         listing = contents.parse_listing(objects.read(store, output))
         places |= {md5: output.path / path for path, md5 in listing.items()}
-    lost = []
+    lost = {}
     for md5 in sorted(md5s):
         cached, digest = store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX)
         if not cached.is_file() or contents.md5_of(cached) == digest:
@@ -144,7 +146,7 @@ def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterabl
         copies = (functools.partial(restore.copy_if_there, root / places[md5]), functools.partial(store.download, md5))
         if not any(restore.heal(cached, digest, copy) for copy in copies):
             cached.unlink()
-            lost.append(places[md5])
+            lost[md5] = places[md5]
     return lost
 
 

@@ -77,6 +77,19 @@ def test_what_is_cut_off_at_the_remote_is_brought_anew(published: Clone) -> None
     assert contents.md5_of(held) == md5
 
 
+def test_what_is_cut_off_at_the_remote_and_damaged_here_is_not_taken_for_whole(published: Clone) -> None:
+    model = published.root / "models/int8/model.onnx"
+    md5 = contents.md5_of(model)
+    with dvc.store(published.root) as store:
+        for held, left in ((published.shelf / "files/md5" / md5[:2] / md5[2:], b"cut"), (store.path(md5), b"")):
+            held.chmod(0o644)
+            held.write_bytes(left)
+    model.unlink()
+    code, out, err = said("v1.1.0")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: v1.1.0: DVC's remote 'shelf' lacks 1 of the version's objects ({md5})")
+
+
 def test_where_bytes_of_one_are_lost_the_others_are_brought(late: Clone) -> None:
     model = contents.recorded(late.root, registry.resolve(late.root, "v1.0.0").commit)[-1].md5
     with dvc.store(late.root) as store:
