@@ -110,8 +110,8 @@ class Server:
             told = str(error)
         if told != "ok":
             raise UserMistake(
-                f"{database}: Prefect's database is damaged ({told.splitlines()[0]}). Move it away: a new one is made. "
-                "Prefect's history goes with it, and the retry of nights that are not finished; versions and the "
+                f"{database}: Prefect's database is damaged ({told.splitlines()[-1]}). Move it away: a new one is "
+                "made. Prefect's history goes with it, and the retry of nights that are not finished; versions and the "
                 "records of runs stay."
             )
 

@@ -74,7 +74,8 @@ def test_a_damaged_database_is_named_where_the_server_does_not_come_up(tmp_path:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     expected = UserMistake if pages else TryAgain
-    told = f"{database}: Prefect's database is damaged .*Move it away" if pages else "Prefect's server did not start"
+    damaged = rf"{database}: Prefect's database is damaged \([^*]+\)\. Move it away"
+    told = damaged if pages else "Prefect's server did not start"
     with pytest.raises(expected, match=told):
         server.Server(port, None, tmp_path / "server.log").wait()
 
