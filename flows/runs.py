@@ -204,8 +204,9 @@ class Record:
                 self._room.unlink(missing_ok=True)
 
     def _keep_room(self) -> None:
-        with contextlib.suppress(OSError), self._room.open("xb") as kept:
-            kept.write(b" " * _ROOM)
+        with contextlib.suppress(OSError), self._room.open("ab") as kept:
+            # An attempt that died has left it; what was begun on a full disk is less than that.
+            kept.write(b" " * (_ROOM - kept.tell()))
             kept.flush()
             os.fsync(kept.fileno())
 
