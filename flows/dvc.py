@@ -166,6 +166,7 @@ _MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the clo
 _ONE = re.compile(r"failed to transfer '[^']*' - (.+)")
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 _DVC_ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
+_BUSY = "another DVC command is at work in this project; ask again when it has ended."
 
 
 def classify(code: int, output: str) -> Result:
@@ -278,9 +279,11 @@ def _repo(root: Path) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except sqlite3.DatabaseError as error:
+        if "is locked" in str(error):
+            raise dvc_lock.Busy(_BUSY) from None
         raise UserMistake(_tables(root, error)) from None
     except LockError:
-        raise dvc_lock.Busy("another DVC command is at work in this project; ask again when it has ended.") from None
+        raise dvc_lock.Busy(_BUSY) from None
     except DvcException as error:
         told = str(error) if error.__cause__ is None else f"{error}: {error.__cause__}"
         complaint = " ".join(told.split()).rstrip(".")

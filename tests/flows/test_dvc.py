@@ -1,12 +1,13 @@
 """What is read from DVC: its graph, its status, and how its commands end."""
 
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from flows import dvc, process
+from flows import dvc, dvc_lock, process
 from tasks.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -201,6 +202,11 @@ def test_tables_of_dvc_that_are_damaged_or_have_no_room_are_one_line(
     assert "\n" not in str(caught.value)
     shutil.rmtree(place / "repo")
     dvc.changes(project.root)
+
+
+def test_tables_of_dvc_that_somebody_else_writes_to_are_not_damaged(project: "Project") -> None:
+    with pytest.raises(dvc_lock.Busy, match="ask again when it has ended"), dvc.store(project.root):
+        raise sqlite3.OperationalError("database is locked")
 
 
 def test_a_stage_sees_no_setting_of_prefect_and_one_shell() -> None:
