@@ -20,25 +20,46 @@ def others_are_told(root: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        refused = [Path(os.fsdecode(name)).absolute() for name in (error.filename, error.filename2) if name]
+        refused = [Path(os.fsdecode(name)).absolute() for name in _names(error)]
         for path in filter(lambda path: path.is_relative_to(root.absolute()), refused):
             if (found := _owned(path, root.absolute())) is not None:
                 place, owner = found
                 raise NotOurs(
-                    f"{path}: no permission: {place} belongs to {_name(owner)}, and you are {_name(os.geteuid())}, as "
-                    "after one run under sudo. Take back what is in the project: sudo chown -R "
-                    f"{_name(os.geteuid())} {shlex.quote(str(root.absolute()))}"
+                    f"{path}: no permission: {place} belongs to {_name(owner)}, and you are {_name(os.geteuid())}"
+                    f"{advice(owner, root.absolute())}"
                 ) from error
         raise
 
 
+def _names(error: PermissionError) -> list[str | bytes]:
+    # Of a file that was asked for by its descriptor, it is the number.
+    return [name for name in (error.filename, error.filename2) if name and not isinstance(name, int)]
+
+
+def advice(owner: int, root: Path) -> str:
+    """Returns what is told behind the names of the ``owner`` and of who was refused in ``root``."""
+    if owner:
+        # In a project that several share, what one takes is taken from the others.
+        return f". Have {_name(owner)} let you at it."
+    return (
+        ", as after one run under sudo. Take back what is in the project: sudo chown -R "
+        f"{_name(os.geteuid())} {shlex.quote(str(root))}"
+    )
+
+
 def _owned(path: Path, root: Path) -> tuple[Path, int] | None:
-    """Returns what somebody else owns, with the owner: ``path``, or the nearest folder above it, down to ``root``."""
+    """Returns what somebody else owns and keeps from us, with the owner: ``path``, or a folder above it up to ``root``.
+
+    A folder that lets us in has not refused anything, as that of a shared project.
+    """
     for place in (path, *path.parents):
         if not place.is_relative_to(root):
             break
         with contextlib.suppress(OSError):
-            if (owner := place.stat().st_uid) != os.geteuid():
+            theirs = (owner := place.stat().st_uid) != os.geteuid()
+            # Who may go through a folder may not always change what lies right in it.
+            asked = os.W_OK | os.X_OK if place == path.parent else os.X_OK
+            if theirs and (place == path or not os.access(place, asked)):
                 return place, owner
     return None
 

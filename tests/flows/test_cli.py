@@ -15,7 +15,7 @@ import pytest
 import typer
 from tiny import ROOT
 
-from flows import cli
+from flows import cli, ownership
 from tasks.errors import TryAgain
 
 if TYPE_CHECKING:
@@ -75,13 +75,23 @@ def test_what_somebody_else_owns_in_the_project_is_named_with_its_owner(
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
     with pytest.raises(PermissionError):
         fail(tmp_path / "theirs")
+    # Their folders let us in, as those of a team's project do: something else has refused.
+    monkeypatch.setattr(os, "access", lambda place, mode: True)
+    with pytest.raises(PermissionError):
+        fail(lock)
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+    # Python tells the number of what was asked for by its descriptor.
+    with pytest.raises(PermissionError, match="denied: 7"), cli._told():
+        raise PermissionError(errno.EACCES, "Permission denied", 7)
     with pytest.raises(typer.Exit) as ended:
         fail(lock)
     assert ended.value.exit_code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    owner = Path.cwd().owner()
-    assert line.startswith(f"error: {lock}: no permission: {lock.parent} belongs to {owner}, and you are 54321")
-    assert line.endswith(f"sudo chown -R 54321 {Path.cwd()}")
+    owner, advice = Path.cwd().owner(), ownership.advice(Path.cwd().stat().st_uid, Path.cwd())
+    assert line == f"error: {lock}: no permission: {lock.parent} belongs to {owner}, and you are 54321{advice}"
+    assert ownership.advice(0, Path.cwd()).endswith(f" sudo chown -R 54321 {Path.cwd()}")
+    # To take it over would take it from the others who share the project.
+    assert ownership.advice(12345, Path.cwd()) == ". Have 12345 let you at it."
 
 
 def test_a_broken_lock_of_dvc_says_how_it_comes_back(project: "Project") -> None:
