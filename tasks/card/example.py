@@ -16,9 +16,9 @@ tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.no_truncation()
 tokenizer.no_padding()
 
-config = json.loads(Path("config.json").read_text())
+config, told = (json.loads(Path(name).read_text()) for name in ("config.json", "generation_config.json"))
 context = config["max_position_embeddings"]
-ends = config["bos_token_id"], config["eos_token_id"]
+ends = [config["bos_token_id"], *np.ravel(told.get("eos_token_id") or config["eos_token_id"])]
 ids = [ends[0], *tokenizer.encode(prompt, add_special_tokens=False).ids]
 # The caches of all layers, with room for the whole text.
 room = {"batch": 1, "capacity": min(len(ids) + 40, context)}

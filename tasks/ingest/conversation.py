@@ -1,4 +1,7 @@
-"""Conversations as the corpus keeps them: a JSON list of ``{"role": ..., "content": ...}``, one spelling for each."""
+"""Conversations as the corpus keeps them: a JSON list of ``{"role": ..., "content": ...}``, perhaps with a ``name``.
+
+There is one spelling for each.
+"""
 
 import json
 
@@ -9,7 +12,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 def as_text(messages: object) -> str:
-    """Returns ``messages``, a list of objects with a role and a content, as text; contents are normalized.
+    """Returns ``messages``, a list of objects with a role, a content and perhaps a name, as text; it is normalized.
 
     Raises :class:`ValueError` that says what is wrong with them, and nothing of what they hold.
     """
@@ -29,7 +32,12 @@ def _turn(number: int, message: object) -> dict[str, str]:
         raise ValueError(f"message {number} has no role of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"message {number} has no text as content")
+    found = {"role": role, "content": normalize(content)}
+    if (speaker := message.get("name")) is not None:
+        if not isinstance(speaker, str):
+            raise ValueError(f"message {number} has no text as name")
+        found["name"] = normalize(speaker)
     # A call of a tool, or a weight: what is left out would be learned as something else than it is.
-    if more := sum(value is not None for name, value in message.items() if name not in ("role", "content")):
-        raise ValueError(f"message {number} has {more} more fields than role and content")
-    return {"role": role, "content": normalize(content)}
+    if more := sum(value is not None for name, value in message.items() if name not in ("role", "content", "name")):
+        raise ValueError(f"message {number} has {more} more fields than role, content and name")
+    return found

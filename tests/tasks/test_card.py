@@ -220,6 +220,10 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
     tokenizer.enable_padding(length=32)
     tokenizer.save(str(tmp_path / "padding/tokenizer.json"))
     assert run("in the beginning", tmp_path / "padding").stdout == done.stdout
+    # What ends a text stands in the way to generate: here every token does.
+    generation = tmp_path / "padding/generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [*range(tokenizer.get_vocab_size())]}))
+    assert run("in the beginning", tmp_path / "padding").stdout == "in the beginning\n"
     refused = run("in the beginning " * 100)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert re.fullmatch(

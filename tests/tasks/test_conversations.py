@@ -20,6 +20,7 @@ from tasks import init, paths
 from tasks.collect.init import collect_init
 from tasks.errors import BadInput, BadParameter
 from tasks.evaluate.texts import documents
+from tasks.ingest.conversation import as_text
 from tasks.ingest.ingest import REFUSED, ingest
 from tasks.ingest.params import IngestParams
 from tasks.order import batch_of_rank
@@ -151,6 +152,17 @@ def test_a_template_that_writes_the_day_makes_the_same_shards_tomorrow(
     assert bytes(id_ for id_ in document.tokens.tolist() if id_ < 256).startswith(b"26 Jul 2024user\na")
 
 
+def test_a_name_beside_a_role_is_learned_as_it_is_served(chat: Callable[[str], ChatTemplate], tmp_path: Path) -> None:
+    template = chat(tiny.CHATML.replace("+ message.role +", "+ message.role + message.get('name', '') +"))
+    text = as_text([{**turns("a")[0], "name": "Ann"}, {"role": "assistant", "content": "b", "name": None}])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    document = Conversations(template, tokenizer).encode(text, tiny.VOCAB - 1, "<u2")
+    assert document is not None
+    assert bytes(id_ for id_ in document.tokens.tolist() if id_ < 256).startswith(b"userAnn\na")
+    served = template.encode([Message("user", "a", "Ann")])
+    assert document.tokens.tolist()[1 : len(served) + 1] == served
+
+
 def collected(project: Path, write_jsonl: WriteJsonl, talks: list[object], plain: int = 0) -> None:
     write_jsonl(project / paths.RAW / "talks/talks.jsonl", talks)
     if plain:
@@ -169,20 +181,23 @@ def test_malformed_conversations_go_to_quarantine_with_their_reason(project: Pat
         "message 1 is no object": ["hello"],
         "message 1 has no role of system, user, assistant": [{"role": "tool", "content": "x"}],
         "message 2 has no text as content": [*turns("a"), {"role": "assistant", "content": [{"type": "text"}]}],
-        "message 1 has 1 more fields than role and content": [{"role": "user", "content": "a", "tool_calls": [1]}],
+        "message 1 has no text as name": [{"role": "user", "content": "a", "name": 7}],
+        "message 1 has 1 more fields than role, content and name": [
+            {"role": "user", "content": "a", "tool_calls": [1]}
+        ],
         "no answer of the assistant": turns("a", " \n"),
     }
     rows = [{"messages": messages, "topic": 0} for messages in wrong.values()]
     collected(project, write_jsonl, [*rows, *map(talk, range(20)), {"topic": 1}, {"messages": "text", "topic": 1}])
     report = ingested(SOURCE)
-    assert report.sources[0].records.reasons == {"malformed conversation": 7, "missing field": 1}
+    assert report.sources[0].records.reasons == {"malformed conversation": 8, "missing field": 1}
     told = pq.read_table(paths.QUARANTINE).to_pylist()
-    assert [row["detail"] for row in told if row["reason"] == "malformed conversation"][:6] == list(wrong)
+    assert [row["detail"] for row in told if row["reason"] == "malformed conversation"][:7] == list(wrong)
     kept = [row for split in ("train", "valid", "test") for row in pq.read_table(paths.CORPUS / split).to_pylist()]
     assert len(kept) == 20
     assert all(row["is_conversation"] for row in kept)
     assert json.loads(kept[0]["text"])[1]["role"] == "assistant"
-    with pytest.raises(BadInput, match=r"malformed conversation \(7, first in .* line 1: no list of messages\)"):
+    with pytest.raises(BadInput, match=r"malformed conversation \(8, first in .* line 1: no list of messages\)"):
         ingested(SOURCE, rate=0.1)
     assert REFUSED.exists()
 
