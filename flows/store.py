@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from flows.contents import OBJECT
 from tasks.errors import TryAgain
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
+# S3 and its like list as many in one answer; each asked for alone is an answer, and is paid for.
+_LISTED = 1000
 
 
 class Store:
@@ -52,17 +54,34 @@ class Store:
     def compare(self, md5s: Iterable[str]) -> tuple[set[str], set[str]]:
         """Returns those objects that the remote does not hold, and those whose size is another one there than here.
 
-        Asks once for each. Raises :class:`TryAgain` when the remote cannot be asked.
+        Asks for each, or lists the remote where many are meant. Raises :class:`TryAgain` when it cannot be asked.
         """
         assert self._remote is not None
-        wanted = sorted(md5s)
+        wanted = set(md5s)
         with self._remote_is_told():
-            found = self._remote.fs.info([self._remote.oid_to_path(md5) for md5 in wanted], return_exceptions=True)
-            for entry in found:
-                if isinstance(entry, Exception) and not isinstance(entry, _NOT_THERE):
-                    raise entry
-        held = {md5: entry.get("size") for md5, entry in zip(wanted, found, strict=True) if isinstance(entry, Mapping)}
-        return set(wanted) - held.keys(), {md5 for md5, size in held.items() if self._differs(md5, size)}
+            listed = len(wanted) >= _LISTED and self._remote.fs.CAN_TRAVERSE
+            held = self._list(wanted) if listed else self._ask(sorted(wanted))
+        return wanted - held.keys(), {md5 for md5, entry in held.items() if self._differs(md5, entry.get("size"))}
+
+    def _ask(self, wanted: list[str]) -> dict[str, Mapping[str, Any]]:
+        assert self._remote is not None
+        found = self._remote.fs.info([self._remote.oid_to_path(md5) for md5 in wanted], return_exceptions=True)
+        for entry in found:
+            if isinstance(entry, Exception) and not isinstance(entry, _NOT_THERE):
+                raise entry
+        return {md5: entry for md5, entry in zip(wanted, found, strict=True) if isinstance(entry, Mapping)}
+
+    def _list(self, wanted: Collection[str] | None = None) -> dict[str, Mapping[str, Any]]:
+        assert self._remote is not None
+        # The file system below DVC's own, which would give names alone; that of folders gives names all the same.
+        system = self._remote.fs.fs
+        entries = system.find(self._remote.path, detail=True)
+        places = {md5: place for place in entries if OBJECT.fullmatch(md5 := "".join(str(place).split("/")[-2:]))}
+        return {
+            md5: entries[place] if isinstance(entries, Mapping) else system.info(place)
+            for md5, place in places.items()
+            if wanted is None or md5 in wanted
+        }
 
     def _differs(self, md5: str, size: int | None) -> bool:
         # A server of HTTP need not tell a size.
@@ -90,17 +109,8 @@ class Store:
         """Returns every object of the remote. Raises as :func:`compare` does."""
         assert self._remote is not None
         with self._remote_is_told():
-            # The file system below DVC's own, which would give names alone; that of folders gives names all the same.
-            system = self._remote.fs.fs
-            entries = system.find(self._remote.path, detail=True)
-            if not isinstance(entries, Mapping):
-                entries = {place: system.info(place) for place in entries}
-        found = {}
-        for place, entry in entries.items():
-            md5 = "".join(str(place).split("/")[-2:])
-            if OBJECT.fullmatch(md5):
-                found[md5] = Stored(int(entry.get("size") or 0), _modified(entry))
-        return found
+            entries = self._list()
+        return {md5: Stored(int(entry.get("size") or 0), _modified(entry)) for md5, entry in entries.items()}
 
     def discard(self, md5s: Iterable[str], remote: bool = False) -> None:
         """Removes objects from the cache, or from the remote; listings go before the files that they name."""

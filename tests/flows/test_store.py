@@ -1,0 +1,49 @@
+"""What is asked of a remote, and how often."""
+
+import hashlib
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from dvc_data.hashfile.db import HashFileDB
+from dvc_data.hashfile.db.local import LocalHashFileDB
+from dvc_objects.fs.local import LocalFileSystem
+from dvc_objects.fs.memory import MemoryFileSystem
+
+from flows import store as stores
+from flows.store import Store
+
+CONTENT = {hashlib.md5(text).hexdigest(): text for text in (str(number).encode() for number in range(5))}
+ABSENT, CUT, *_ = sorted(CONTENT)
+
+
+@pytest.fixture(params=["tells sizes", "gives names"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store whose remote lacks one object and has another cut off, with one that nobody asks for."""
+    monkeypatch.setattr(stores, "_LISTED", len(CONTENT))
+    cache = LocalHashFileDB(LocalFileSystem(), str(tmp_path / "cache"))
+    kinds = {
+        "tells sizes": lambda: HashFileDB(MemoryFileSystem(global_store=False), "/remote"),
+        "gives names": lambda: HashFileDB(LocalFileSystem(), str(tmp_path / "remote")),
+    }
+    remote = kinds[request.param]()
+    cache.add_bytes(CUT, CONTENT[CUT])
+    for md5, text in {**CONTENT, "f" * 32: b"another's"}.items():
+        if md5 != ABSENT:
+            remote.add_bytes(md5, b"" if md5 == CUT else text)
+    return Store(cache, remote, "shelf")
+
+
+def test_many_are_listed_and_few_are_asked_for(store: Store) -> None:
+    asked = store._remote.fs  # type: ignore[union-attr]
+    with patch.object(asked, "info", wraps=asked.info) as info:
+        assert store.compare(CONTENT) == ({ABSENT}, {CUT})
+        assert not info.called
+        assert store.compare([ABSENT, CUT, max(CONTENT)]) == ({ABSENT}, {CUT})
+        assert len(info.call_args.args[0]) == 3
+
+
+def test_what_cannot_be_listed_is_asked_for(store: Store) -> None:
+    asked = store._remote.fs  # type: ignore[union-attr]
+    with patch.object(type(asked), "CAN_TRAVERSE", False), patch.object(asked.fs, "find", side_effect=OSError):
+        assert store.compare(CONTENT) == ({ABSENT}, {CUT})
