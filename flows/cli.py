@@ -313,15 +313,19 @@ def publish() -> None:
 @app.command()
 def push(
     version: Annotated[list[str] | None, typer.Argument(metavar="V", help="Such as v1.2.0. [default: all]")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read back every byte at DVC's remote; mend what is damaged there.")
+    ] = False,
 ) -> None:
     """Bring versions to DVC's and Git's remotes, where these lack them or were named after they were made.
 
-    Exit code: 1 when bytes of one are neither there nor here (it is named), 75 when a remote does not answer.
+    Exit code: 1 when bytes of one are neither there nor here, or damaged at both (it is named), 75 when a remote does
+    not answer.
     """
     with _told("overnight push"):
         from flows.push import push as push_versions
 
-        code = push_versions(version or [], Console(), Console(stderr=True))
+        code = push_versions(version or [], Console(), Console(stderr=True), verify)
     raise typer.Exit(code)
 
 

@@ -30,6 +30,6 @@ def model_of(root: Path, name: str, say: Callable[[str], object]) -> Path:
         fetched = restore.place(store, outputs, target, root, lambda done, total: None)
     if lost := [str(one) for one in fetched if one.source is restore.Source.NOWHERE]:
         raise UserMistake(
-            f"{version.name}: {lost[0]}. `overnight push {version.name}` on a machine that has it brings it there."
+            f"{version.name}: {lost[0]}. `{restore.VERIFY} {version.name}` on a machine that has it brings it there."
         )
     return target / paths.INT8

@@ -4,24 +4,28 @@ DVC's own ``push --all-tags`` reads each tag's settings, which know no remote th
 """
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from flows import contents, dvc, objects, project, pushed, registry, remotely
+from flows import contents, dvc, objects, project, pushed, registry, remotely, restore
 from flows.execute import LOGS
 from flows.git import Declined, GitFailed, branch, commit_of, git, is_ancestor
 from flows.registry import Version
 from flows.terminal import print_line
 from tasks.errors import TryAgain, UserMistake
+from tasks.progress import sink_for
 
 EXIT_LOST = 1
 LOG = LOGS / "push.log"
 
 
-def push(names: Sequence[str], out: Console, err: Console) -> int:
+def push(names: Sequence[str], out: Console, err: Console, verify: bool = False) -> int:
     """Brings the versions ``names``, or all, to DVC's and Git's remotes; says of each where it is.
+
+    ``verify`` reads back what DVC's remote has of them, once, and mends what is damaged there from the cache.
 
     Returns the exit code: 0, or 1 when bytes of one are neither at DVC's remote nor here. Raises :class:`UserMistake`
     for an unknown version and where there is no remote, :class:`TryAgain` when one does not answer.
@@ -36,15 +40,18 @@ def push(names: Sequence[str], out: Console, err: Console) -> int:
             "publish.git_remote in params.yaml one for Git."
         )
     brought: list[Version] = []
-    for version in versions:
-        try:
-            bring_data(root, version, store)
-            bring_tag(root, version, git_remote)
-        except UserMistake as error:
-            print_line(err, f"error: {error}")
-        else:
-            brought.append(version)
-            print_line(out, f"{version.name} is at {' and '.join(places)}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        for version in versions:
+            try:
+                bring_data(root, version, store)
+                if verify and store is not None:
+                    _read_back(root, version, store, Path(scratch) / "seen", err)
+                bring_tag(root, version, git_remote)
+            except UserMistake as error:
+                print_line(err, f"error: {error}")
+            else:
+                brought.append(version)
+                print_line(out, f"{version.name} is at {' and '.join(places)}.")
     if brought and store is not None:
         pushed.remember(root, store, brought[-1])
     if git_remote is not None:
@@ -86,10 +93,24 @@ def bring_data(root: Path, version: Version, store: str | None) -> None:
     try:
         remotely.verify(root, version.commit, store, root / LOG, minutes)
     except UserMistake as error:
-        raise UserMistake(
-            f"{version.name}: {str(error).split('. ')[0].rstrip('.')}. `overnight push {version.name}` on a machine "
-            f"that has them brings them; `overnight rebuild {version.name}` computes those of the stages anew."
-        ) from None
+        raise _lost(version, error, "overnight push") from None
+
+
+def _read_back(root: Path, version: Version, store: str, seen: Path, err: Console) -> None:
+    minutes, sink = project.parameters(root).publish.stall_minutes, sink_for(err)
+    try:
+        remotely.read_back(root, version.commit, store, seen, root / LOG, minutes, sink.show)
+    except UserMistake as error:
+        raise _lost(version, error, restore.VERIFY) from None
+    finally:
+        sink.close()
+
+
+def _lost(version: Version, error: UserMistake, command: str) -> UserMistake:
+    return UserMistake(
+        f"{version.name}: {str(error).split('. ')[0].rstrip('.')}. `{command} {version.name}` on a machine "
+        f"that has them brings them; `overnight rebuild {version.name}` computes those of the stages anew."
+    )
 
 
 def _check_cached(root: Path, version: Version) -> None:

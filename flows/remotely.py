@@ -4,9 +4,10 @@
 waits for it at its end, so a run would never end and the next one never start.
 """
 
+import concurrent.futures
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flows import champion, contents, dvc, dvc_fork, execute, init, objects, raw, restore
@@ -14,9 +15,12 @@ from flows.contents import Output
 from flows.ownership import others_are_told
 from tasks.atomic import disk_full_is_told
 from tasks.errors import EXIT_USER_MISTAKE, TryAgain, UserMistake
+from tasks.progress import Event, progress
 
 # Of `lacks` and `nothing`, when it does, or has nothing.
 _EXIT_YES = 10
+_READ_AT_A_TIME = 8
+_MOST_NAMED = 5
 
 
 def lacks(root: Path, commit: str, remote: str, log: Path, minutes: float) -> bool:
@@ -38,6 +42,17 @@ def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> N
     DVC's own push passes over what its cache has lost, and over what is there, cut off or not.
     """
     _ask("verify", root, log, minutes, commit, remote)
+
+
+def read_back(
+    root: Path, commit: str, remote: str, seen: Path, log: Path, minutes: float, on_event: Callable[[Event], None]
+) -> None:
+    """Reads every object of ``commit`` at ``remote``, and uploads good ones of the cache over those that are damaged.
+
+    What the file ``seen`` names is not read again, and what was read is added to it. Raises as :func:`lacks`,
+    :class:`UserMistake` for what is damaged at both places.
+    """
+    _ask("read_back", root, log, minutes, commit, remote, str(seen), on_event=on_event)
 
 
 def check(root: Path, remote: str, log: Path, minutes: float) -> None:
@@ -64,9 +79,16 @@ def merge_text(root: Path, remote: str | None, log: Path, minutes: float) -> Non
     _ask("text", root, log, minutes, *([remote] if remote else []))
 
 
-def _ask(step: str, root: Path, log: Path, minutes: float, *arguments: str) -> int:
+def _ask(
+    step: str,
+    root: Path,
+    log: Path,
+    minutes: float,
+    *arguments: str,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> int:
     command = [*dvc_fork.REMOTELY, step, str(root.resolve()), *arguments]
-    result = execute.run(root, command, log, lambda event: None, classify=dvc.classify_stage, minutes=minutes)
+    result = execute.run(root, command, log, on_event, classify=dvc.classify_stage, minutes=minutes)
     if result.outcome == "failed" and result.exit_code != _EXIT_YES:
         if result.exit_code == EXIT_USER_MISTAKE:
             raise UserMistake(result.message)
@@ -113,6 +135,38 @@ def _verify(root: Path, commit: str, remote: str) -> int:
     return 0
 
 
+def _read_back(root: Path, commit: str, remote: str, seen: str) -> int:
+    outputs, note = contents.recorded(root, commit), Path(seen)
+    known = set(note.read_text().split()) if note.exists() else set()
+    with dvc.store(root, remote) as store, progress("push") as shown:
+        wanted = objects.needed(store, outputs, {}) - known
+        places = _places(store, outputs)
+        shown.begin("reading")
+        damaged = _damaged(store, wanted, lambda done: shown.update(done, len(wanted), "objects"))
+        _mend(root, store, outputs, damaged)
+        store.upload(damaged)
+        lost = _damaged(store, damaged)
+        for path in sorted(places[md5] for md5 in damaged - lost):
+            shown.notice(f"{path}: was damaged at DVC's remote '{remote}'; uploaded anew")
+    note.write_text("\n".join(sorted(known | wanted - lost)))
+    if lost:
+        named = ", ".join(map(str, sorted(places[md5] for md5 in lost)[:_MOST_NAMED]))
+        more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
+        raise UserMistake(f"damaged at DVC's remote '{remote}', with no good copy in the cache: {named}{more}")
+    return 0
+
+
+def _damaged(store: dvc.Store, md5s: Collection[str], report: Callable[[int], object] = lambda done: None) -> set[str]:
+    """Returns those objects whose bytes at the remote are other ones, or gone."""
+    ordered, found = sorted(md5s), set()
+    with concurrent.futures.ThreadPoolExecutor(_READ_AT_A_TIME) as pool:
+        for done, (md5, held) in enumerate(zip(ordered, pool.map(store.stored_md5, ordered), strict=True), 1):
+            if held != md5.removesuffix(contents.FOLDER_SUFFIX):
+                found.add(md5)
+            report(done)
+    return found
+
+
 def _check(root: Path, remote: str) -> int:
     outputs = contents.present(root)
     with dvc.store(root, remote) as store:
@@ -134,10 +188,7 @@ def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterabl
     A good copy is the project's file, or the remote's. Removes those of which there is none; returns what
     they were, by their MD5.
     """
-    places = {output.md5: output.path for output in outputs}
-    for output in filter(lambda output: output.is_folder, outputs):
-        listing = contents.parse_listing(objects.read(store, output))
-        places |= {md5: output.path / path for path, md5 in listing.items()}
+    places = _places(store, outputs)
     lost = {}
     for md5 in sorted(md5s):
         cached, digest = store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX)
@@ -148,6 +199,15 @@ def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterabl
             cached.unlink()
             lost[md5] = places[md5]
     return lost
+
+
+def _places(store: dvc.Store, outputs: Sequence[Output]) -> dict[str, Path]:
+    """Returns where in the project each object behind ``outputs`` lies."""
+    places = {output.md5: output.path for output in outputs}
+    for output in filter(lambda output: output.is_folder, outputs):
+        listing = contents.parse_listing(objects.read(store, output))
+        places |= {md5: output.path / path for path, md5 in listing.items()}
+    return places
 
 
 def _champion(root: Path) -> int:
@@ -169,6 +229,7 @@ _STEPS: Mapping[str, Callable[..., int]] = {
     "lacks": _lacks,
     "nothing": _nothing,
     "verify": _verify,
+    "read_back": _read_back,
     "check": _check,
     "champion": _champion,
     "init": _init,

@@ -30,6 +30,8 @@ from tasks.errors import UserMistake
 from tasks.progress import Event, sink_for
 
 FOLDER = paths.SCRATCH / "versions"
+# What mends bytes at the remote, which a plain push takes for good.
+VERIFY = "overnight push --verify"
 EXIT_LOST = 1
 _COPIES_AT_A_TIME = 8
 _MOST_NAMED = 5
@@ -80,6 +82,8 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     with progress("restore", err) as report, dvc.store(root, remote(root)) as store:
         fetched = place(store, outputs, target, root, report)
     lost = tell(fetched, err)
+    if any(one.where for one in fetched):
+        print_line(err, f"`{VERIFY} {version.name}` on a machine that has them brings them to the remote.")
     if strays := _strays(target, {*unpacked, *(one.path for one in fetched)}):
         more = f" and {len(strays) - _MOST_NAMED} more" if len(strays) > _MOST_NAMED else ""
         named = ", ".join(map(str, strays[:_MOST_NAMED]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -14,6 +15,7 @@ from tasks.errors import TryAgain
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 # S3 and its like list as many in one answer; each asked for alone is an answer, and is paid for.
 _LISTED = 1000
+_READ = 1 << 20
 
 
 class Store:
@@ -86,6 +88,22 @@ class Store:
     def _differs(self, md5: str, size: int | None) -> bool:
         # A server of HTTP need not tell a size.
         return size is not None and self.path(md5).is_file() and self.path(md5).stat().st_size != size
+
+    def stored_md5(self, md5: str) -> str | None:
+        """Returns the MD5 of the bytes that the remote holds under ``md5``, None where it holds none.
+
+        Reads them all and keeps none. Raises :class:`TryAgain` when the remote cannot be asked.
+        """
+        assert self._remote is not None
+        digest = hashlib.md5(usedforsecurity=False)
+        with self._remote_is_told():
+            try:
+                with self._remote.fs.open(self._remote.oid_to_path(md5), "rb") as stream:
+                    while block := stream.read(_READ):
+                        digest.update(block)
+            except FileNotFoundError:
+                return None
+        return digest.hexdigest()
 
     def upload(self, md5s: Iterable[str]) -> None:
         """Copies those objects that the cache holds to the remote. Raises as :func:`compare` does."""

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from pathlib import Path
 
 import pytest
 from publishing import Clone
@@ -17,9 +18,9 @@ BEHIND = (
 )
 
 
-def said(*names: str) -> tuple[int, str, str]:
+def said(*names: str, verify: bool = False) -> tuple[int, str, str]:
     out, err = (Console(file=io.StringIO(), width=80) for _ in range(2))
-    code = push.push(names, out, err)
+    code = push.push(names, out, err, verify)
     return code, out.file.getvalue(), err.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -113,3 +114,35 @@ def test_a_remote_of_git_that_does_not_answer_is_waited_for(late: Clone) -> None
     git(late.root, "remote", "set-url", "origin", "nowhere")
     with pytest.raises(TryAgain, match="the Git remote 'origin', which decides, does not answer"):
         said()
+
+
+def spoil(file: Path) -> bytes:
+    """Other bytes of the same size; returns those that were there."""
+    good = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(good[:-1] + b"?")
+    file.chmod(0o444)
+    return good
+
+
+def test_what_is_damaged_at_the_remote_is_read_back_and_mended(published: Clone) -> None:
+    md5 = contents.md5_of(published.root / "models/int8/model.onnx")
+    held = published.shelf / "files/md5" / md5[:2] / md5[2:]
+    good = spoil(held)
+    assert said("v1.1.0")[:2] == (0, "v1.1.0 is at shelf and origin.\n")
+    code, out, err = said("v1.1.0", verify=True)
+    assert (code, out) == (0, "v1.1.0 is at shelf and origin.\n")
+    assert "models/int8/model.onnx: was damaged at DVC's remote 'shelf'; uploaded anew" in err
+    assert held.read_bytes() == good
+    assert "damaged" not in said(verify=True)[2]
+
+
+def test_what_is_damaged_at_both_is_named_and_the_other_versions_are_read(published: Clone) -> None:
+    model = contents.recorded(published.root, registry.resolve(published.root, "v1.0.0").commit)[-1].md5
+    spoil(published.shelf / "files/md5" / model[:2] / model[2:])
+    with dvc.store(published.root) as store:
+        spoil(store.path(model))
+    code, out, err = said(verify=True)
+    assert (code, out) == (1, "v1.1.0 is at shelf and origin.\n")
+    assert "v1.0.0: damaged at DVC's remote 'shelf', with no good copy in the cache: models/evaluation.json. " in err
+    assert "`overnight push --verify v1.0.0` on a machine that has them" in err

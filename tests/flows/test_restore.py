@@ -148,6 +148,7 @@ def test_a_file_damaged_everywhere_is_named_with_the_remote(versioned: "Versione
     said = restored(versioned)
     assert said.code == 1
     assert f"{PATH}: damaged in DVC's cache (removed), and no good copy in the remote 'shelf'" in said.err
+    assert "`overnight push --verify v1.0.0` on a machine that has them brings them to the remote." in said.err
 
 
 def test_bytes_that_another_thread_finds_under_another_name_are_not_lost(
