@@ -138,7 +138,8 @@ def _fetch(root: Path, git_remote: str | None) -> None:
         )
     branches = f"+refs/heads/*:refs/remotes/{git_remote}/*"
     try:
-        git(root, "fetch", "--quiet", "--tags", "--force", git_remote, branches)
+        with registry.moves_told(root, git_remote):
+            git(root, "fetch", "--quiet", "--tags", "--force", git_remote, branches)
     except GitFailed as error:
         raise TryAgain(f"the Git remote '{git_remote}' does not answer, so nothing is pruned: {error}") from None
 

@@ -8,6 +8,7 @@ machines share a Git remote it decides: a tag that it refuses has been taken by 
 import contextlib
 import dataclasses
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
@@ -98,7 +99,7 @@ def resolve(root: Path, text: str) -> Version:
 def resolve_with(root: Path, text: str, remote: str | None, say: Callable[[str], object]) -> Version:
     """Returns what :func:`resolve` does, of the versions at ``remote`` too; ``say`` is told if it does not answer."""
     try:
-        fetch(root, remote)
+        fetch(root, remote, say)
     except GitFailed as error:
         say(f"{error} What is known here is taken.")
     return resolve(root, text)
@@ -112,7 +113,7 @@ def register(root: Path, commit: str, message: str, remote: str | None = None) -
     """
     with _taken_back_if_it_fails(root) as made:
         for _ in range(_ATTEMPTS):
-            fetch(root, remote)
+            fetch(root, remote, own=made)
             known = events(root)
             tag = next((one.tag for one in read(known) if one.commit == commit), None)
             try:
@@ -186,11 +187,45 @@ def _taken_back_if_it_fails(root: Path) -> Iterator[dict[str, str]]:
         raise
 
 
-def fetch(root: Path, remote: str | None) -> None:
-    """Brings the registry's tags from ``remote``; where it has another tag of the same name, that takes ours' place."""
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def fetch(root: Path, remote: str | None, say: Callable[[str], object] = _on_stderr, own: Collection[str] = ()) -> None:
+    """Brings the registry's tags from ``remote``; where it has another tag of the same name, that takes ours' place.
+
+    ``say`` is told which versions are another commit by that, but of ``own``, which the caller has only just made.
+    """
     if remote is not None:
         spaces = (f"+refs/tags/{ARTIFACT}{mark}*:refs/tags/{ARTIFACT}{mark}*" for mark in "@#")
-        git(root, "fetch", "--quiet", "--no-tags", remote, *spaces)
+        with moves_told(root, remote, say, own):
+            git(root, "fetch", "--quiet", "--no-tags", remote, *spaces)
+
+
+@contextlib.contextmanager
+def moves_told(
+    root: Path, remote: str, say: Callable[[str], object] = _on_stderr, own: Collection[str] = ()
+) -> Iterator[None]:
+    """Tells ``say``, as :func:`fetch` does, which versions are another commit after what is fetched within."""
+    before = _commits(root)
+    yield
+    after = _commits(root)
+    moved = [
+        f"{tag} from {commit[:12]} to {after[tag][:12]}"
+        for tag, commit in before.items()
+        if tag not in own and after.get(tag, commit) != commit
+    ]
+    if moved:
+        say(f"the Git remote '{remote}', which decides, has moved versions that were known here: {', '.join(moved)}.")
+
+
+def _commits(root: Path) -> dict[str, str]:
+    # Of a lightweight tag the second field is empty.
+    listed = git(
+        root, "for-each-ref", "--format=%(refname:strip=2) %(*objectname) %(objectname)", f"refs/tags/{ARTIFACT}@*"
+    )
+    found = dict(line.split()[:2] for line in listed.splitlines())
+    return {tag: commit for tag, commit in found.items() if "!" not in tag}
 
 
 def is_at(root: Path, remote: str | None, tag: str) -> bool:

@@ -276,3 +276,36 @@ def test_a_tag_that_the_remote_refuses_holds_nowhere(repository: Path) -> None:
     assert registry.champion(root) is None
     hook.unlink()
     assert registry.promote(root, version, "-", "origin")
+
+
+def test_a_version_that_was_moved_at_the_remote_is_told(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    old, new = (commit_of(repository, revision) for revision in ("HEAD~1", "HEAD"))
+    there = clone(repository, "there")
+    registry.register(repository, old, "one", "origin")
+    registry.fetch(there, "origin")
+    git(there, "tag", "--force", "-a", "-m", "moved", "lm@v1.0.0", new, environment=registry.author(there))
+    git(there, "push", "-q", "--force", "origin", "refs/tags/lm@v1.0.0")
+    assert capfd.readouterr().err == ""
+
+    registry.fetch(repository, "origin")
+    told = f"has moved versions that were known here: lm@v1.0.0 from {old[:12]} to {new[:12]}.\n"
+    assert capfd.readouterr().err == f"the Git remote 'origin', which decides, {told}"
+    assert registry.versions(repository)[0].commit == new
+    registry.fetch(repository, "origin")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_number_that_another_machine_took_first_was_not_moved(
+    repository: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = clone(repository, "there")
+    push = registry._push
+
+    def later(root: Path, remote: str | None, tag: str) -> None:
+        monkeypatch.setattr(registry, "_push", push)
+        registry.register(there, commit_of(there, "HEAD~1"), "theirs", "origin")
+        push(root, remote, tag)
+
+    monkeypatch.setattr(registry, "_push", later)
+    assert registry.register(repository, commit_of(repository, "HEAD"), "ours", "origin").name == "v1.1.0"
+    assert capfd.readouterr().err == ""
