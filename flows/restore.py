@@ -127,7 +127,8 @@ def place(store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path,
         if listing is None or fetched.damaged:
             found.append(fetched)
         if listing is not None:
-            (target / output.path).mkdir(parents=True, exist_ok=True)
+            with _in_the_way_is_told():
+                (target / output.path).mkdir(parents=True, exist_ok=True)
             wanted.extend((output.path / path, md5) for path, md5 in contents.parse_listing(listing).items())
     done = 0
     with concurrent.futures.ThreadPoolExecutor(_COPIES_AT_A_TIME) as pool:
@@ -186,7 +187,7 @@ def _fetch(store: dvc.Store, path: Path, md5: str, target: Path, root: Path) -> 
 
 def _copy(source: Path, target: Path, digest: str) -> bool:
     """Copies the file; returns False, and leaves no copy, when what was written does not have the ``digest``."""
-    with atomic.disk_full_is_told(target):
+    with atomic.disk_full_is_told(target), _in_the_way_is_told():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _beside(target)
         try:
@@ -221,6 +222,17 @@ def copy_if_there(source: Path, target: Path) -> bool:
         return False
     shutil.copyfile(source, target)
     return True
+
+
+@contextlib.contextmanager
+def _in_the_way_is_told() -> Iterator[None]:
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        wanted = Path(error.filename2 or error.filename)
+        place = next(path for path in (wanted, *wanted.parents) if path.exists())
+        there, belongs = ("folder", "file") if place.is_dir() else ("file", "folder")
+        raise UserMistake(f"{place}: a {there} lies where a {belongs} of the version belongs. Move it away.") from None
 
 
 def _beside(path: Path) -> Path:
@@ -261,7 +273,11 @@ def _unpack(files: bytes, target: Path) -> list[Path]:
     """Unpacks the archive ``files`` below ``target`` and returns what is in it."""
     # Python before 3.11.4, which Debian 12 has, knows no filter.
     filtered: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-    with atomic.disk_full_is_told(target), tarfile.open(fileobj=io.BytesIO(files)) as tar:
+    with (
+        atomic.disk_full_is_told(target),
+        _in_the_way_is_told(),
+        tarfile.open(fileobj=io.BytesIO(files)) as tar,
+    ):
         for member in tar:
             # Where a link that is there already may lead.
             _check_inside(member, target)

@@ -308,3 +308,21 @@ def test_a_commit_without_a_pipeline_is_no_version(versioned: "Versioned") -> No
     versioned.commit("lm@v1.1.0")
     with pytest.raises(UserMistake, match=r"no dvc\.lock"):
         restored(versioned, name="v1.1.0")
+
+
+@pytest.mark.parametrize("name", [str(PATH), "stage.py", "out/work", "out"])
+def test_what_lies_in_the_way_of_a_file_or_folder_is_told(versioned: "Versioned", name: str) -> None:
+    restored(versioned)
+    place = versioned.root / ".overnight/versions/v1.0.0" / name
+    if place.is_dir():
+        shutil.rmtree(place)
+        place.write_text("somebody's")
+        told = "a file lies where a folder"
+    else:
+        place.unlink()
+        place.mkdir()
+        (place / "theirs").touch()
+        told = "a folder lies where a file"
+    with pytest.raises(UserMistake, match=rf"v1\.0\.0/{name}: {told} of the version belongs\. Move it away\.$"):
+        restored(versioned)
+    assert place.is_file() or (place / "theirs").is_file()
