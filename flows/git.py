@@ -1,10 +1,13 @@
 """Everything that runs Git: one function that does, and the few questions that several modules ask."""
 
 import contextlib
+import io
 import os
 import re
 import signal
 import subprocess
+import tarfile
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,8 +65,25 @@ def show(root: Path, revision: str, path: Path | str) -> bytes | None:
 
 
 def archive(root: Path, revision: str) -> bytes:
-    """Returns the files of ``revision`` at and below ``root`` as a tar archive, with paths relative to ``root``."""
-    return _run(root, ["archive", "--format=tar", revision], check=True, environment=AS_COMMITTED)
+    """Returns the files of ``revision`` at and below ``root`` as a tar archive, with paths relative to ``root``.
+
+    Git's own archive leaves out, and fills in, what attributes of the commit ask for.
+    """
+    tree = git(root, "rev-parse", "--verify", "--end-of-options", f"{revision}:./")
+    with tempfile.TemporaryDirectory() as scratch:
+        files, packed = Path(scratch) / "files", io.BytesIO()
+        files.mkdir()
+        own = {
+            "GIT_DIR": git(root, "rev-parse", "--absolute-git-dir"),
+            "GIT_WORK_TREE": str(files),
+            "GIT_INDEX_FILE": str(Path(scratch) / "index"),
+        }
+        take = ("read-tree", "--reset", "-u", "--no-sparse-checkout", "--no-recurse-submodules", tree)
+        git(files, *take, environment={**AS_COMMITTED, **own})
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for file in sorted(files.rglob("*")):
+                tar.add(file, file.relative_to(files), recursive=False)
+    return packed.getvalue()
 
 
 def author(root: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from versioned import Said, Versioned
 
 PATH = Path("out/work/text.txt")
+ATTRIBUTES = "hidden.py export-ignore\ntold.py export-subst\n*.bat text eol=crlf\n"
 
 
 def restored(versioned: "Versioned", to: Path | None = None, name: str = "v1.0.0") -> "Said":
@@ -92,6 +93,27 @@ def test_code_comes_back_as_it_was_committed_whatever_line_ends_the_user_likes(v
     versioned.run("git", "config", "core.autocrlf", "true")
     assert restored(versioned).code == 0
     assert (versioned.root / ".overnight/versions/v1.0.0/stage.py").read_bytes() == code
+
+
+def test_code_comes_back_whole_whatever_attributes_ask_of_an_archive(versioned: "Versioned") -> None:
+    written = {"hidden.py": "1", "told.py": "$Format:%H$", "lines.bat": "a\r\n", ".gitattributes": ATTRIBUTES}
+    for name, text in written.items():
+        (versioned.root / name).write_text(text, newline="")
+    (versioned.root / "run.sh").symlink_to("told.py")
+    (versioned.root / "told.py").chmod(0o755)
+    versioned.commit("lm@v1.1.0")
+    # What is checked out now asks for other things, and has fewer files.
+    (versioned.root / ".gitattributes").write_text("*.py text eol=crlf\n")
+    versioned.run("git", "config", "core.sparseCheckout", "true")
+    (versioned.root / ".git/info/sparse-checkout").write_text("/dvc.lock\n")
+    staged = (versioned.root / ".git/index").read_bytes()
+    assert restored(versioned, name="v1.1.0").code == 0
+    place = versioned.root / ".overnight/versions/v1.1.0"
+    assert {name: (place / name).read_bytes().decode() for name in written} == written
+    assert (place / "run.sh").is_symlink()
+    assert (place / "told.py").stat().st_mode & 0o111
+    assert (place / "stage.py").read_bytes() == (versioned.root / "stage.py").read_bytes()
+    assert (versioned.root / ".git/index").read_bytes() == staged
 
 
 def test_the_recorded_hash_of_a_folder_is_that_of_its_files(versioned: "Versioned") -> None:
