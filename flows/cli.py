@@ -351,7 +351,7 @@ def diff(
     with _told():
         from flows.diff import diff as compare_versions
 
-        code = compare_versions(first, second, Console())
+        code = compare_versions(first, second, Console(), Console(stderr=True))
     raise typer.Exit(code)
 
 

@@ -1,6 +1,7 @@
 """``overnight diff A B``: what differs between two versions, from Git's objects and DVC's cache, without a checkout."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -50,20 +51,25 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """All that differs between two commits. ``data`` is None where a listing is lost; ``code`` are lines of Git."""
+    """All that differs between two commits; ``code`` are lines of Git.
+
+    ``data`` is None where a listing is lost, ``environment`` where one of the two records none that can be read.
+    """
 
     parameters: tuple[Change, ...]
     data: Files | None
     code: tuple[str, ...]
-    environment: tuple[Change, ...]
+    environment: tuple[Change, ...] | None
     metrics: tuple[Change, ...]
 
 
-def diff(first: str, second: str, out: Console) -> int:
+def diff(first: str, second: str, out: Console, err: Console) -> int:
     """Shows what differs between two versions, or any two Git revisions, and returns the exit code, 0."""
     root = project.find()
+    where = project.parameters(root).publish
+    registry.fetch_if_it_answers(root, where.git_remote, functools.partial(print_line, err))
     before, after = resolve(root, first), resolve(root, second)
-    show_difference(out, compare(root, before, after, project.parameters(root).publish.data_remote))
+    show_difference(out, compare(root, before, after, where.data_remote))
     return 0
 
 
@@ -87,12 +93,12 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
         changed = [{path: one for path, one in found.items() if not _same(outputs, path)} for found in outputs]
         metrics = [dict(_metrics(root, store, *pair)) for pair in zip((before, after), changed, strict=True)]
     theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
-    facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else ()
+    facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else None
     return Difference(
         parameters=differing(*(flat(_parameters(root, commit)) for commit in (before, after))),
         data=None if None in listings else differing_files(*(listing or {} for listing in listings)),
         code=_code(root, before, after),
-        environment=tuple(Change(fact.fact, fact.recorded, fact.here) for fact in facts),
+        environment=None if facts is None else tuple(Change(one.fact, one.recorded, one.here) for one in facts),
         metrics=differing(*_known(*metrics)),
     )
 
@@ -156,7 +162,11 @@ def show_difference(console: Console, found: Difference) -> None:
     _heading(console, "code")
     for line in found.code or ("none",):
         _line(console, line)
-    _changes(console, "environment", found.environment)
+    if found.environment is None:
+        _heading(console, "environment")
+        _line(console, f"not known: {environment.FILE} is not there, or cannot be read, on one side or both")
+    else:
+        _changes(console, "environment", found.environment)
     _changes(console, "metrics", found.metrics)
 
 

@@ -98,11 +98,16 @@ def resolve(root: Path, text: str) -> Version:
 
 def resolve_with(root: Path, text: str, remote: str | None, say: Callable[[str], object]) -> Version:
     """Returns what :func:`resolve` does, of the versions at ``remote`` too; ``say`` is told if it does not answer."""
+    fetch_if_it_answers(root, remote, say)
+    return resolve(root, text)
+
+
+def fetch_if_it_answers(root: Path, remote: str | None, say: Callable[[str], object]) -> None:
+    """Does what :func:`fetch` does; that ``remote`` does not answer ``say`` is told."""
     try:
         fetch(root, remote, say)
     except GitFailed as error:
         say(f"{error} What is known here is taken.")
-    return resolve(root, text)
 
 
 def register(root: Path, commit: str, message: str, remote: str | None = None) -> Version:

@@ -18,7 +18,7 @@ from tasks.errors import UserMistake
 def shown(first: str, second: str) -> dict[str, list[str]]:
     """The lines of each section."""
     out = io.StringIO()
-    assert diff.diff(first, second, Console(file=out, width=80)) == 0
+    assert diff.diff(first, second, Console(file=out, width=80), Console(file=io.StringIO())) == 0
     sections: dict[str, list[str]] = {}
     heading = ""
     for line in out.getvalue().splitlines():
@@ -70,7 +70,26 @@ def test_any_revision_will_do(published: Clone) -> None:
 
 def test_an_unknown_name_is_told(published: Clone) -> None:
     with pytest.raises(UserMistake, match=r"no version 'v9'; there are .* Git knows no revision of that name"):
-        diff.diff("v9", "v1.0.0", Console())
+        diff.diff("v9", "v1.0.0", Console(), Console(file=io.StringIO()))
+
+
+def test_a_version_that_git_s_remote_alone_knows_is_found(published: Clone) -> None:
+    git(published.root, "tag", "-d", "lm@v1.1.0")
+    assert shown("v1.0.0", "latest")["parameters"] == ["train.learning_rate: 0.25 -> 0.75"]
+    # One that does not answer is no reason not to compare what is known.
+    git(published.root, "remote", "set-url", "origin", "nowhere")
+    err = io.StringIO()
+    assert diff.diff("v1.0.0", "v1.1.0", Console(file=io.StringIO()), Console(file=err)) == 0
+    assert err.getvalue().endswith("What is known here is taken.\n")
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_an_environment_that_cannot_be_read_is_not_known(published: Clone, content: str | None) -> None:
+    file = published.root / "environment.json"
+    file.unlink() if content is None else file.write_text(content)
+    published.commit()
+    told = "not known: environment.json is not there, or cannot be read, on one side or both"
+    assert shown("v1.1.0", "HEAD")["environment"] == [told]
 
 
 def test_a_list_of_files_that_is_lost_everywhere(published: Clone) -> None:
