@@ -39,6 +39,8 @@ def push(names: Sequence[str], out: Console, err: Console, verify: bool = False)
             "there is no remote to push to: `dvc remote add --default NAME PLACE` names one for data and models, "
             "publish.git_remote in params.yaml one for Git."
         )
+    if verify and store is None:
+        raise UserMistake("--verify: no DVC remote is configured (`dvc remote list`). Leave the option out.")
     brought: list[Version] = []
     with tempfile.TemporaryDirectory() as scratch:
         for version in versions:

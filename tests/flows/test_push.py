@@ -8,7 +8,7 @@ import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, push, registry
+from flows import contents, dvc, project, push, registry
 from flows.git import git
 from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
@@ -103,11 +103,15 @@ def test_where_bytes_of_one_are_lost_the_others_are_brought(late: Clone) -> None
 
 
 def test_without_any_remote_there_is_nowhere_to_push_to(late: Clone) -> None:
+    git_remote = project.parameters(late.root).publish.git_remote
     late.set("publish", "git_remote", None)
     assert said("v1.0.0")[1] == "v1.0.0 is at shelf.\n"
     (late.root / ".dvc/config").write_text("")
     with pytest.raises(UserMistake, match="there is no remote to push to: `dvc remote add"):
         said()
+    late.set("publish", "git_remote", git_remote)
+    with pytest.raises(UserMistake, match=r"^--verify: no DVC remote is configured"):
+        said(verify=True)
 
 
 def test_a_remote_of_git_that_does_not_answer_is_waited_for(late: Clone) -> None:
