@@ -21,6 +21,7 @@ FOLDER = paths.SCRATCH / "certificates"
 RELATIVE_TOLERANCE = 0.01
 ABSOLUTE_TOLERANCE = 0.001
 _MOST_FILES = 20
+_MOST_FACTS = 3
 
 Number = int | float
 
@@ -135,16 +136,22 @@ class Certificate(_Part):
     # False where the version records no environment that can be read.
     environment_recorded: bool
     environment: tuple[Difference, ...]
+    # The stages of which the version does not know in what environment they ran.
+    unknown: tuple[str, ...] = ()
 
 
 def judge(
-    outputs: Sequence[OutputResult], metrics: Sequence[MetricResult] | None, environment: Sequence[Difference] | None
+    outputs: Sequence[OutputResult],
+    metrics: Sequence[MetricResult] | None,
+    environment: Sequence[Difference] | None,
+    unknown: Sequence[str] = (),
 ) -> tuple[Verdict, str]:
     """Returns the verdict and its reason in one sentence.
 
     ``metrics`` are those that are not equal, None where the recorded ones are lost; ``environment`` is None where none
-    is recorded. Bytes that differ though nothing recorded does are not excused by any tolerance: the same machine gives
-    the same bytes, so that something is wrong with the code, the data or the record.
+    is recorded; ``unknown`` are stages whose own is not known. Bytes that differ though nothing recorded does are not
+    excused by any tolerance: the same machine gives the same bytes, so that something is wrong with the code, the data
+    or the record.
     """
     changed = [output.path for output in outputs if not output.identical]
     if not changed:
@@ -160,9 +167,13 @@ def judge(
         return Verdict.DIFFERS, f"{told}, and {len(far)} metrics are out of tolerance, the first is {far[0]}"
     if environment is None:
         return Verdict.DIFFERS, f"{told}, and the version records no environment that could explain it"
+    lacking = f"; it is not known in which {', '.join(unknown)} ran" if unknown else ""
     if not environment:
-        return Verdict.DIFFERS, f"{told}, though every recorded fact of the environment is the same"
-    return Verdict.TOLERANCE, f"{told}, all metrics agree within the tolerance, and the environment is another one"
+        return Verdict.DIFFERS, f"{told}, though every recorded fact of the environment is the same{lacking}"
+    facts = [one.fact for one in environment]
+    named = f"{', '.join(facts[:_MOST_FACTS])}{f' and {len(facts) - _MOST_FACTS} more' * (len(facts) > _MOST_FACTS)}"
+    told = f"{told}, all metrics agree within the tolerance, and the environment is another one"
+    return Verdict.TOLERANCE, f"{told} ({named}){lacking}"
 
 
 def compare_files(
@@ -249,6 +260,9 @@ def render(certificate: Certificate) -> str:
     else:
         lines += ["| fact | recorded | here |", "|---|---|---|"]
         lines += [f"| {one.fact} | {_cell(one.recorded)} | {_cell(one.here)} |" for one in certificate.environment]
+    if certificate.unknown:
+        told = ", ".join(certificate.unknown)
+        lines += ["", f"Not known, as they ran on another machine or outside of `overnight run`, is that of: {told}."]
     lines += ["", "## Stages", "", "| stage | seconds |", "|---|--:|"]
     lines += [f"| {one.stage} | {one.seconds:,.1f} |" for one in certificate.stages]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,8 @@
 """What a version was computed with: ``environment.json``, written when it is published and compared when it is rebuilt.
 
+Its facts are those of the process that publishes; beside them stands what computed a stage elsewhere
+(:mod:`flows.computed`).
+
 It explains why two machines may give different bytes. No stage reads it, so a version's bytes never depend on it.
 """
 
@@ -10,7 +13,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,13 @@ class Environment(_Facts):
     lock_sha256: str
     # What compiled the layers' kernels, where `train.compile` had them compiled.
     compiler: str | None = None
+    # Each stage that was computed in another environment, with the facts that were others; None: not known in which.
+    computed: Mapping[str, Mapping[str, str] | None] = {}
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The stages of which it is not known what computed them."""
+        return tuple(stage for stage, facts in self.computed.items() if facts is None)
 
 
 class Difference(_Facts):
@@ -112,9 +122,16 @@ def record(root: Path, python: Path | None = None) -> Environment:
     )
 
 
-def write(root: Path) -> None:
-    """Writes ``environment.json`` of the project at ``root``, for Git to keep with the version."""
-    atomic.write_json(root / FILE, record(root).model_dump(mode="json"))
+def write(root: Path, facts: Environment | None = None) -> None:
+    """Writes ``environment.json`` of the project at ``root``, for Git to keep with the version: ``facts``, or those of
+    this machine.
+    """
+    atomic.write_json(root / FILE, content(facts or record(root)))
+
+
+def content(facts: Environment) -> dict[str, Any]:
+    """Returns ``facts`` as they are written down."""
+    return facts.model_dump(mode="json", exclude=None if facts.computed else {"computed"})
 
 
 def recorded(root: Path, commit: str) -> Environment | None:
@@ -128,22 +145,44 @@ def recorded(root: Path, commit: str) -> Environment | None:
         return None
 
 
-def compare(recorded: Environment, here: Environment) -> tuple[Difference, ...]:
+def compare(recorded: Environment, here: Environment, stages: Collection[str] = ()) -> tuple[Difference, ...]:
     """Returns the facts that are not the same, in the order in which they are recorded.
 
     A package that only one of the two has takes no part: the lock file also names tools for tests, and a stage that
-    lacks what it imports would not have run.
+    lacks what it imports would not have run. Where a stage was computed elsewhere, its own facts are compared as well;
+    a fact that was another one for each of ``stages`` is told of them alone.
     """
     both = recorded.packages.keys() & here.packages.keys()
     theirs, ours = (
         _flat(one.model_copy(update={"packages": {name: one.packages[name] for name in sorted(both)}}))
         for one in (recorded, here)
     )
-    return tuple(
+    own = [(recorded.computed.get(stage) or {}).keys() for stage in stages]
+    differences = [
         Difference(fact=fact, recorded=theirs.get(fact, ABSENT), here=ours.get(fact, ABSENT))
         for fact in {**theirs, **ours}
-        if theirs.get(fact, ABSENT) != ours.get(fact, ABSENT)
-    )
+        if theirs.get(fact, ABSENT) != ours.get(fact, ABSENT) and not (own and all(fact in facts for facts in own))
+    ]
+    for stage in {**recorded.computed, **here.computed}:
+        before, after = (one.computed.get(stage) or {} for one in (recorded, here))
+        for fact in {**before, **after}:
+            was, now = before.get(fact, theirs.get(fact, ABSENT)), after.get(fact, ours.get(fact, ABSENT))
+            if was != now and not (fact.startswith("packages.") and ABSENT in (was, now)):
+                differences.append(Difference(fact=f"{stage}: {fact}", recorded=was, here=now))
+    return tuple(differences)
+
+
+def other_facts(stage: str, computed: Environment, here: Environment) -> dict[str, str]:
+    """Returns the facts of the environment in which ``stage`` was computed that are others in ``here``.
+
+    What the parameters have since come to say of another stage is none of them.
+    """
+    return {
+        one.fact: one.recorded
+        for one in compare(computed, here)
+        if one.fact.startswith(f"stages.{stage}.")
+        or not (one.fact.startswith("stages.") or (one.fact == "compiler" and ABSENT in (one.recorded, one.here)))
+    }
 
 
 def _flat(environment: Environment) -> dict[str, str]:
@@ -156,7 +195,7 @@ def _flat(environment: Environment) -> dict[str, str]:
         else:
             yield name, ABSENT if value is None else str(value)
 
-    return dict(walk("", environment.model_dump(mode="json")))
+    return dict(walk("", environment.model_dump(mode="json", exclude={"computed"})))
 
 
 def _processor(cpuinfo: Path) -> Processor:

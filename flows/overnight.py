@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, champion, dvc, dvc_lock, failures, init, raw, remotely, worktree
+from flows import artifacts, champion, computed, dvc, dvc_lock, failures, init, raw, remotely, worktree
 from flows.attempts import Attempts, StageFailed
 from flows.execute import Classify, Site, drop_old_logs, execute, remember
 from flows.graph import CHAMPION, CHECKOUT, COLLECT, INIT, PUBLISH, Graph, Stage
@@ -350,6 +350,8 @@ class Night:
 
     def _repro(self, stage: Stage, force: bool) -> State[Any]:
         result = self._execute(stage.name, dvc.repro_command(stage.name, force))
+        if result.outcome == "ran":
+            computed.note(self.site.root, stage.name)
         # DVC has the result now, so nobody will go on from there.
         self._forget_checkpoints(stage)
         artifacts.report(stage, self.site.root)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from flows import dvc, environment, execute, lock, project, pushed, registry, remotely, worktree
+from flows import computed, dvc, environment, execute, lock, project, pushed, registry, remotely, worktree
 from flows.execute import LOGS
 from flows.gate import PASSED, Gate, read_gate
 from flows.git import Declined, GitFailed, author, branch, commit_of, git, is_ancestor
@@ -294,7 +294,8 @@ def _verify_data(to: _Publication, commit: str, store: str | None) -> None:
 
 def _commit(root: Path) -> str:
     """Commits the pointers as they are now and returns the commit: HEAD, when an earlier attempt has done that."""
-    environment.write(root)
+    here = environment.record(root)
+    environment.write(root, here.model_copy(update={"computed": computed.elsewhere(root, here)}))
     changed = git(root, "diff", "--name-only", "--relative", "-z", "HEAD", "--", ".").split("\0")
     new = git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", ".").split("\0")
     pointers = [path for path in (*changed, *new) if path and is_pointer(path)]

@@ -93,9 +93,12 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
         place, journal = _begin(root, version, python)
         site = Site(root, place, python or Path(sys.executable), descriptor)
         _check_whole(site, version, outputs)
-        differences = environment.compare(recorded, journal.environment) if recorded else ()
+        stages = {output.stage for output in outputs if output.stage is not None}
+        differences = environment.compare(recorded, journal.environment, stages) if recorded else ()
         for difference in differences:
             speaker(err)(f"environment: {difference}")
+        if unknown := recorded.unknown if recorded else ():
+            speaker(err)(f"environment: it is not known in which {', '.join(unknown)} ran")
         with dvc.store(root, restore.remote(root)) as store:
             inputs = [output for output in outputs if output.stage is None]
             with restore.progress("restore", err) as report:
@@ -107,14 +110,14 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
                 return EXIT_FAILED
             results = tuple(_compare(store, site, output) for output in outputs if output.stage is not None)
             equal, metrics = _metrics(store, site, outputs, results)
-        verdict, reason = certificate.judge(results, metrics, differences if recorded else None)
+        verdict, reason = certificate.judge(results, metrics, differences if recorded else None, unknown)
         made = Certificate(
             version=version.name, tag=version.tag, commit=version.commit, at=datetime.now().astimezone(),
             verdict=verdict, reason=reason, attempts=done.attempts,
             inputs=tuple(InputResult(path=str(one.path), md5=one.md5) for one in inputs),
             stages=tuple(StageResult(stage=stage, seconds=seconds) for stage, seconds in done.stages.items()),
             outputs=results, metrics_compared=metrics is not None, equal_metrics=equal, metrics=metrics or (),
-            environment_recorded=recorded is not None, environment=differences,
+            environment_recorded=recorded is not None, environment=differences, unknown=unknown,
         )  # fmt: skip
         _end(site, version, done, made, outputs, out)
     return EXIT_CODES[verdict]

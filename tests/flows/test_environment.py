@@ -50,6 +50,25 @@ def test_each_fact_that_differs_is_named() -> None:
     assert str(environment.compare(HERE, other)[0]) == "cpu.model: one recorded, another here"
 
 
+def test_a_stage_that_was_computed_elsewhere_is_compared_by_its_own_facts() -> None:
+    aten = "variables.ATEN_CPU_CAPABILITY"
+    recorded = HERE.model_copy(update={"computed": {"train": {aten: "avx2", "cpu.model": "another"}, "shard": None}})
+    assert environment.compare(recorded, HERE) == (
+        Difference(fact=f"train: {aten}", recorded="avx2", here="none"),
+        Difference(fact="train: cpu.model", recorded="another", here="one"),
+    )
+    there = HERE.model_copy(
+        update={"variables": {"ATEN_CPU_CAPABILITY": "avx2"}, "cpu": HERE.cpu.model_copy(update={"model": "another"})}
+    )
+    # The same for the stage; other ones than those of the publication, in which the rest was computed, if anything was.
+    assert [one.fact for one in environment.compare(recorded, there)] == ["cpu.model", aten]
+    assert [one.fact for one in environment.compare(recorded, there, ["train", "shard"])] == ["cpu.model", aten]
+    assert environment.compare(recorded, there, ["train"]) == ()
+    assert recorded.unknown == ("shard",)
+    assert Environment.model_validate(environment.content(recorded)) == recorded
+    assert "computed" not in environment.content(HERE)
+
+
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 def test_what_is_recorded_here(versioned: "Versioned", monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     around = {name: os.environ[name] for name in environment.VARIABLES if os.environ.get(name)}

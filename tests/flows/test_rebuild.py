@@ -143,6 +143,32 @@ def test_on_another_machine_the_metrics_decide(
     assert [one.fact for one in made.environment] == ["cpu.model"]
 
 
+def test_the_environment_that_computed_a_stage_counts(versioned: "Versioned", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setenv("MACHINE", "1.001")
+    file = versioned.root / "environment.json"
+    facts = json.loads(file.read_text())
+    # Published by another process than computed it.
+    file.write_text(json.dumps({**facts, "computed": {"work": {"variables.ATEN_CPU_CAPABILITY": "avx2"}}}))
+    versioned.commit("lm@v1.1.0")
+    said = rebuilt(versioned, "v1.1.0")
+    assert said.code == 3
+    assert "environment: work: variables.ATEN_CPU_CAPABILITY: avx2 recorded, none here" in said.err
+    assert "the environment is another one (work: variables.ATEN_CPU_CAPABILITY)" in said.out
+    page = (versioned.root / ".overnight/certificates/v1.1.0.md").read_text()
+    assert "| work: variables.ATEN_CPU_CAPABILITY | avx2 | none |" in page
+
+    # That it is not known excuses nothing, and is told.
+    file.write_text(json.dumps({**facts, "computed": {"work": None}}))
+    versioned.commit("lm@v1.2.0")
+    said = rebuilt(versioned, "v1.2.0")
+    assert said.code == 1
+    assert "environment: it is not known in which work ran" in said.err
+    assert "environment is the same; it is not known in which work ran." in said.out
+    assert certificate(versioned, "v1.2.0").unknown == ("work",)
+    assert "is that of: work." in (versioned.root / ".overnight/certificates/v1.2.0.md").read_text()
+
+
 def test_a_tampered_record_is_found(versioned: "Versioned") -> None:
     yaml = YAML()
     content = yaml.load(versioned.root / "dvc.lock")

@@ -15,7 +15,7 @@ import pytest
 from processes import alive, left_within
 from waiting import until
 
-from flows import run, status
+from flows import computed, environment, run, status
 from flows.project import parameters
 from flows.watch import StageRun
 
@@ -113,6 +113,16 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
     assert [line.split()[1] for line in third.stdout.splitlines()[:4]] == ["skipped", "skipped", "ran", "cached"]
     assert "stale, and left out by --from: what follows is of what it made" in third.stdout.splitlines()[1]
     assert not list((project.root / ".overnight/logs").rglob("*.events"))
+
+
+def test_a_run_notes_in_what_environment_each_stage_ran(nightly: "Project", server: str) -> None:
+    (nightly.root / "requirements.lock").touch()
+    assert nightly.overnight("run", ATEN_CPU_CAPABILITY="avx2").returncode == 0
+    nightly.set("train", "learning_rate", 0.5)
+    # second writes the same again, there; the others are found as they are.
+    assert nightly.overnight("run", ATEN_CPU_CAPABILITY="default").returncode == 0
+    here = environment.record(nightly.root).model_copy(update={"variables": {"ATEN_CPU_CAPABILITY": "avx2"}})
+    assert computed.elsewhere(nightly.root, here) == {"second": {"variables.ATEN_CPU_CAPABILITY": "default"}}
 
 
 @pytest.mark.parametrize(
