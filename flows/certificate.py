@@ -31,9 +31,20 @@ class Verdict(enum.StrEnum):
 
     # Every output has the recorded bytes.
     IDENTICAL = "identical"
-    # Bytes differ, the environment does too, and every metric agrees.
+    # Bytes differ, so does what may have caused that in the environment, and every metric agrees.
     TOLERANCE = "within tolerance"
     DIFFERS = "differs"
+
+
+# What the reader of a page would take for more than it is.
+_MEANING = {
+    Verdict.TOLERANCE: (
+        "",
+        "This shows that the version's code makes a model from its data that measures alike here. It does not prove "
+        "that the recorded bytes came from them: what was measured here is the rebuilt model, and the recorded bytes "
+        "are vouched for by their hashes in the tag's dvc.lock alone.",
+    )
+}
 
 
 class _Part(BaseModel):
@@ -170,10 +181,12 @@ def judge(
     lacking = f"; it is not known in which {', '.join(unknown)} ran" if unknown else ""
     if not environment:
         return Verdict.DIFFERS, f"{told}, though every recorded fact of the environment is the same{lacking}"
-    facts = [one.fact for one in environment]
-    named = f"{', '.join(facts[:_MOST_FACTS])}{f' and {len(facts) - _MOST_FACTS} more' * (len(facts) > _MOST_FACTS)}"
+    facts = [one.fact for one in environment if one.has_effect]
+    if not facts:
+        told = f"{told}, and what is another one in the environment changes no number"
+        return Verdict.DIFFERS, f"{told} ({_few([one.fact for one in environment])}){lacking}"
     told = f"{told}, all metrics agree within the tolerance, and the environment is another one"
-    return Verdict.TOLERANCE, f"{told} ({named}){lacking}"
+    return Verdict.TOLERANCE, f"{told} ({_few(facts)}){lacking}"
 
 
 def compare_files(
@@ -213,6 +226,7 @@ def render(certificate: Certificate) -> str:
         "",
         f"Commit `{certificate.commit}`, rebuilt {certificate.at:%Y-%m-%d %H:%M %Z}: {certificate.reason}.",
         f"Every stage was computed anew from verified inputs, without any cache{_attempts(certificate.attempts)}.",
+        *_MEANING.get(certificate.verdict, ()),
         "",
         "| input, verified | MD5 |",
         "|---|---|",
@@ -258,14 +272,23 @@ def render(certificate: Certificate) -> str:
     elif not certificate.environment:
         lines.append("Every recorded fact is the same here.")
     else:
-        lines += ["| fact | recorded | here |", "|---|---|---|"]
-        lines += [f"| {one.fact} | {_cell(one.recorded)} | {_cell(one.here)} |" for one in certificate.environment]
+        lines += ["| fact | recorded | here | |", "|---|---|---|---|"]
+        lines += [
+            f"| {one.fact} | {_cell(one.recorded)} | {_cell(one.here)} "
+            f"| {'' if one.has_effect else 'changes no number'} |"
+            for one in certificate.environment
+        ]
     if certificate.unknown:
         told = ", ".join(certificate.unknown)
         lines += ["", f"Not known, as they ran on another machine or outside of `overnight run`, is that of: {told}."]
     lines += ["", "## Stages", "", "| stage | seconds |", "|---|--:|"]
     lines += [f"| {one.stage} | {one.seconds:,.1f} |" for one in certificate.stages]
     return "\n".join(lines) + "\n"
+
+
+def _few(facts: Sequence[str]) -> str:
+    more = len(facts) - _MOST_FACTS
+    return ", ".join(facts[:_MOST_FACTS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _values(name: str, value: object) -> Iterator[tuple[str, bool | Number | str | None]]:

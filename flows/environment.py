@@ -45,6 +45,15 @@ VARIABLES = (
 )
 
 
+# What only tests and checks of the code use (pyproject.toml), so that no stage computes with it.
+TOOLS = frozenset(
+    ("hypothesis", "import-linter", "kubernetes-validate", "mypy", "openai", "pandas-stubs", "peft", "pytest",
+     "pytest-timeout", "pytest-xdist", "ruff", "transformers", "xllamacpp")
+)  # fmt: skip
+# How many cores there are changes no number, as threads are parameters; of a lock file, what is installed is compared.
+_WITHOUT_EFFECT = frozenset({"cpu.cores", "lock_sha256", *(f"packages.{name}" for name in TOOLS)})
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -94,6 +103,11 @@ class Difference(_Facts):
     fact: str
     recorded: str
     here: str
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it may change what is computed. It may also be that of a stage: ``train: cpu.cores``."""
+        return self.fact.rpartition(": ")[2] not in _WITHOUT_EFFECT
 
     def __str__(self) -> str:
         return f"{self.fact}: {self.recorded} recorded, {self.here} here"
@@ -173,15 +187,18 @@ def compare(recorded: Environment, here: Environment, stages: Collection[str] = 
 
 
 def other_facts(stage: str, computed: Environment, here: Environment) -> dict[str, str]:
-    """Returns the facts of the environment in which ``stage`` was computed that are others in ``here``.
+    """Returns the facts that may have had an effect on ``stage`` where it was computed, and are others in ``here``.
 
     What the parameters have since come to say of another stage is none of them.
     """
     return {
         one.fact: one.recorded
         for one in compare(computed, here)
-        if one.fact.startswith(f"stages.{stage}.")
-        or not (one.fact.startswith("stages.") or (one.fact == "compiler" and ABSENT in (one.recorded, one.here)))
+        if one.has_effect
+        and (
+            one.fact.startswith(f"stages.{stage}.")
+            or not (one.fact.startswith("stages.") or (one.fact == "compiler" and ABSENT in (one.recorded, one.here)))
+        )
     }
 
 

@@ -15,6 +15,8 @@ SAME = OutputResult(path="out/a", stage="work", recorded="1" * 32, rebuilt="1" *
 OTHER = OutputResult(path="out/b", stage="work", recorded="1" * 32, rebuilt="2" * 32, files=1)
 MISSING = OutputResult(path="out/c", stage="work", recorded="1" * 32, rebuilt=None, files=1)
 CPU = Difference(fact="cpu.model", recorded="one", here="another")
+CORES = Difference(fact="cpu.cores", recorded="2", here="1")
+PYTEST = Difference(fact="train: packages.pytest", recorded="9.0", here="9.1")
 
 
 def metric(recorded: object, rebuilt: object) -> MetricResult:
@@ -42,6 +44,9 @@ OF_TRAINING = FAR.model_copy(update={"measured": False})
         ([OTHER, MISSING], [], [CPU], Verdict.DIFFERS, r"were not made \(out/c\)"),
         # The same machine has to give the same bytes.
         ([OTHER], [NEAR], [], Verdict.DIFFERS, "every recorded fact of the environment is the same"),
+        # Neither does what no stage computes with.
+        ([OTHER], [NEAR], [CORES, PYTEST], Verdict.DIFFERS, r"changes no number \(cpu.cores, train: packages.pytest\)"),
+        ([OTHER], [NEAR], [CORES, CPU], Verdict.TOLERANCE, r"is another one \(cpu.model\)"),
         ([OTHER], [NEAR], None, Verdict.DIFFERS, "records no environment"),
         ([OTHER], None, [CPU], Verdict.DIFFERS, "metrics are lost"),
     ],
@@ -106,7 +111,7 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
         stages=(StageResult(stage="work", seconds=1234.5),),
         outputs=(SAME, OTHER.model_copy(update={"differing": differing}), MISSING),
         metrics_compared=True, equal_metrics=7, metrics=(NEAR, FAR, OF_TRAINING, metric("a|b", None)),
-        environment_recorded=True, environment=(CPU,),
+        environment_recorded=True, environment=(CPU, CORES),
     )  # fmt: skip
     data, page = certificate.write(tmp_path, made)
     assert Certificate.model_validate_json((tmp_path / data).read_bytes()) == made
@@ -122,9 +127,12 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
         "| m.json: loss | 2 | 2.01 | 0.01 | agrees |",
         "| m.json: loss | 2 | 2.1 | 0.1 | **out of tolerance** |",
         "| m.json: loss | 2 | 2.1 | 0.1 | not judged |",
-        "| cpu.model | one | another |",
+        "| cpu.model | one | another |  |",
+        "| cpu.cores | 2 | 1 | changes no number |",
         "| work | 1,234.5 |",
     ):
         assert line in text
+    assert "does not prove" not in text
+    assert "does not prove" in certificate.render(made.model_copy(update={"verdict": Verdict.TOLERANCE}))
     # A bar in a value would end the cell.
     assert "a\\|b" in text

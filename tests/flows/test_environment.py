@@ -1,7 +1,9 @@
 """What is recorded of the machine and the packages, and how two records are compared."""
 
 import os
+import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,13 @@ def test_each_fact_that_differs_is_named() -> None:
         Difference(fact="variables.MKL_CBWR", recorded="none", here="COMPATIBLE"),
     )
     assert str(environment.compare(HERE, other)[0]) == "cpu.model: one recorded, another here"
+
+
+def test_a_tool_is_what_tests_alone_name() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    needed = " ".join(project["dependencies"])
+    assert set(project["optional-dependencies"]["test"]) >= environment.TOOLS
+    assert not [name for name in environment.TOOLS if re.search(rf"\b{name}\b", needed)]
 
 
 def test_a_stage_that_was_computed_elsewhere_is_compared_by_its_own_facts() -> None:
