@@ -36,6 +36,7 @@ from flows.certificate import Certificate, InputResult, MetricResult, OutputResu
 from flows.contents import Output
 from flows.environment import Environment
 from flows.execute import logged
+from flows.git import AS_COMMITTED, git
 from flows.registry import Version
 from flows.terminal import Terminal, print_line, speaker
 from flows.watch import StageRun
@@ -90,7 +91,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
         if own_environment:
             wanted = recorded.python if recorded else _this_python()
             python = virtual_environment.build(root, version.commit, wanted, descriptor, speaker(err))
-        place, journal = _begin(root, version, python)
+        place, journal = _begin(root, version, python, outputs)
         site = Site(root, place, python or Path(sys.executable), descriptor)
         _check_whole(site, version, outputs)
         stages = {output.stage for output in outputs if output.stage is not None}
@@ -139,7 +140,7 @@ def alone(root: Path, name: str) -> Iterator[int]:
         yield held
 
 
-def _begin(root: Path, version: Version, python: Path | None) -> tuple[Path, Journal]:
+def _begin(root: Path, version: Version, python: Path | None, outputs: Sequence[Output]) -> tuple[Path, Journal]:
     """Returns the worktree, and the journal of this attempt: a stopped one goes on if it had the same environment."""
     name = _worktree(version)
     place = worktree.add(root, name, version.commit)
@@ -151,12 +152,21 @@ def _begin(root: Path, version: Version, python: Path | None) -> tuple[Path, Jou
         found = None
     if found and not found.ended and (found.commit, found.environment) == (version.commit, here):
         journal = found
+        _as_committed(place, version.commit, outputs)
     else:
         worktree.remove(root, name)
         place = worktree.add(root, name, version.commit)
     journal = journal.model_copy(update={"attempts": journal.attempts + 1})
     _write(place, journal)
     return place, journal
+
+
+def _as_committed(place: Path, commit: str, outputs: Sequence[Output]) -> None:
+    """Makes the code in a worktree what ``commit`` says, whatever was edited or added there. Outputs stay."""
+    computed = [f":(exclude){output.path}" for output in outputs if output.stage is not None]
+    git(place, "reset", "--quiet", commit)
+    git(place, "checkout", "--quiet", "--force", commit, "--", ".", *computed, environment=AS_COMMITTED)
+    git(place, "clean", "--quiet", "--force", "-d", "--", ".", f":(exclude){paths.SCRATCH}", *computed)
 
 
 def _check_whole(site: Site, version: Version, outputs: Sequence[Output]) -> None:

@@ -224,6 +224,9 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
     running.wait()
     wait.unlink()
     report.unlink()
+    # Its code is the version's, whatever somebody does to it meanwhile.
+    (versioned.root / WORKTREE / "stage.py").write_text("raise SystemExit('edited')")
+    (versioned.root / WORKTREE / "json.py").write_text("raise SystemExit('added')")
     monkeypatch.setenv("REPORT", str(report))
     # The processes of the killed one end within seconds, and this one waits for them.
     said = rebuilt(versioned)
