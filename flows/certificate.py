@@ -4,6 +4,7 @@ The verdict is a pure function of recorded and rebuilt hashes, of the metrics, a
 """
 
 import enum
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.environment import Difference
+from flows.environment import Difference, Environment, facts_of
 from tasks import atomic, paths
 
 FOLDER = paths.SCRATCH / "certificates"
@@ -127,7 +128,10 @@ class MetricResult(_Part):
 
 
 class Certificate(_Part):
-    """The whole of it. ``attempts`` above 1: the rebuild was stopped and went on from its own checkpoints."""
+    """The whole of it. ``attempts`` above 1: the rebuild was stopped and went on from its own checkpoints.
+
+    ``commit`` is the version's, and that of the code which computed it anew.
+    """
 
     version: str
     tag: str
@@ -149,6 +153,9 @@ class Certificate(_Part):
     environment: tuple[Difference, ...]
     # The stages of which the version does not know in what environment they ran.
     unknown: tuple[str, ...] = ()
+    # The environment of the rebuild, and the object that the tag was then; None where they were not noted yet.
+    here: Environment | None = None
+    tag_object: str | None = None
 
 
 def judge(
@@ -212,11 +219,30 @@ def compare_metrics(file: str, recorded: bytes, rebuilt: bytes, measured: bool) 
 
 
 def write(root: Path, certificate: Certificate) -> tuple[Path, Path]:
-    """Writes the certificate as JSON and as a page of Markdown; returns where, relative to ``root``."""
+    """Writes the certificate as JSON and as a page of Markdown; returns where, relative to ``root``.
+
+    An earlier one of the same version is kept, with its date in its name.
+    """
     data, page = (FOLDER / f"{certificate.version}{ending}" for ending in (".json", ".md"))
+    _keep_earlier(root / data, root / page)
     atomic.write_json(root / data, certificate.model_dump(mode="json"))
     atomic.write_text(root / page, render(certificate))
     return data, page
+
+
+def _keep_earlier(*files: Path) -> None:
+    there = [file for file in files if file.exists()]
+    if not there:
+        return
+    try:
+        at = Certificate.model_validate_json(there[0].read_bytes()).at
+    except ValueError:
+        at = datetime.fromtimestamp(there[0].stat().st_mtime).astimezone()
+    name = f"{there[0].stem}.{at:%Y%m%d-%H%M%S}"
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = next(one for one in numbered if not any(file.with_name(f"{one}{file.suffix}").exists() for file in files))
+    for file in there:
+        file.rename(file.with_name(f"{free}{file.suffix}"))
 
 
 def render(certificate: Certificate) -> str:
@@ -225,7 +251,9 @@ def render(certificate: Certificate) -> str:
         f"# Rebuild of {certificate.tag}: {certificate.verdict}",
         "",
         f"Commit `{certificate.commit}`, rebuilt {certificate.at:%Y-%m-%d %H:%M %Z}: {certificate.reason}.",
-        f"Every stage was computed anew from verified inputs, without any cache{_attempts(certificate.attempts)}.",
+        f"Every stage was computed anew by that commit's code, from verified inputs, without any cache"
+        f"{_attempts(certificate.attempts)}.",
+        *_where(certificate),
         *_MEANING.get(certificate.verdict, ()),
         "",
         "| input, verified | MD5 |",
@@ -281,6 +309,9 @@ def render(certificate: Certificate) -> str:
     if certificate.unknown:
         told = ", ".join(certificate.unknown)
         lines += ["", f"Not known, as they ran on another machine or outside of `overnight run`, is that of: {told}."]
+    if certificate.here is not None:
+        lines += ["", "All facts here:", "", "| fact | here |", "|---|---|"]
+        lines += [f"| {fact} | {_cell(value)} |" for fact, value in facts_of(certificate.here).items()]
     lines += ["", "## Stages", "", "| stage | seconds |", "|---|--:|"]
     lines += [f"| {one.stage} | {one.seconds:,.1f} |" for one in certificate.stages]
     return "\n".join(lines) + "\n"
@@ -304,6 +335,14 @@ def _values(name: str, value: object) -> Iterator[tuple[str, bool | Number | str
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _where(certificate: Certificate) -> Iterator[str]:
+    if certificate.here is not None:
+        cpu, gpus = certificate.here.cpu, ", ".join(certificate.here.gpus) or "no GPU"
+        yield f"The machine: {certificate.here.system}, {cpu.model}, {cpu.cores} cores, {gpus}."
+    if certificate.tag_object is not None:
+        yield f"The tag was the object `{certificate.tag_object}`."
 
 
 def _attempts(attempts: int) -> str:

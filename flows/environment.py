@@ -168,7 +168,7 @@ def compare(recorded: Environment, here: Environment, stages: Collection[str] = 
     """
     both = recorded.packages.keys() & here.packages.keys()
     theirs, ours = (
-        _flat(one.model_copy(update={"packages": {name: one.packages[name] for name in sorted(both)}}))
+        facts_of(one.model_copy(update={"packages": {name: one.packages[name] for name in sorted(both)}}))
         for one in (recorded, here)
     )
     own = [(recorded.computed.get(stage) or {}).keys() for stage in stages]
@@ -202,7 +202,9 @@ def other_facts(stage: str, computed: Environment, here: Environment) -> dict[st
     }
 
 
-def _flat(environment: Environment) -> dict[str, str]:
+def facts_of(environment: Environment) -> dict[str, str]:
+    """Returns each fact as text, by its name, but for those of stages that were computed elsewhere."""
+
     def walk(name: str, value: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             for key, held in value.items():

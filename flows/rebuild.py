@@ -84,6 +84,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
     """
     root = project.find()
     version = registry.resolve_with(root, name, project.parameters(root).publish.git_remote, speaker(err))
+    tag_object = git(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{version.tag}", check=False)
     outputs = contents.recorded(root, version.commit)
     recorded = environment.recorded(root, version.commit)
     with alone(root, version.name) as descriptor:
@@ -119,6 +120,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
             stages=tuple(StageResult(stage=stage, seconds=seconds) for stage, seconds in done.stages.items()),
             outputs=results, metrics_compared=metrics is not None, equal_metrics=equal, metrics=metrics or (),
             environment_recorded=recorded is not None, environment=differences, unknown=unknown,
+            here=journal.environment, tag_object=tag_object or None,
         )  # fmt: skip
         _end(site, version, done, made, outputs, out)
     return EXIT_CODES[verdict]

@@ -9,7 +9,7 @@ import pytest
 
 from flows import certificate
 from flows.certificate import Certificate, MetricResult, OutputResult, StageResult, Verdict
-from flows.environment import Difference
+from flows.environment import Difference, Environment, Processor
 
 SAME = OutputResult(path="out/a", stage="work", recorded="1" * 32, rebuilt="1" * 32, files=1)
 OTHER = OutputResult(path="out/b", stage="work", recorded="1" * 32, rebuilt="2" * 32, files=1)
@@ -103,6 +103,33 @@ def test_files_that_differ_are_listed() -> None:
     ]  # fmt: skip
 
 
+HERE = Environment(
+    python="3.11.7", system="Linux x86_64", libc="glibc 2.36", cpu=Processor(model="a CPU", flags=("fma",), cores=2),
+    gpus=(), driver=None, packages={"torch": "2.13.0"}, stages={}, variables={}, lock_sha256="a",
+)  # fmt: skip
+
+
+def test_an_earlier_certificate_is_kept(tmp_path: Path) -> None:
+    made = Certificate(
+        version="v1.0.0", tag="lm@v1.0.0", commit="c" * 40, at=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
+        verdict=Verdict.DIFFERS, reason="first", attempts=1, inputs=(), stages=(), outputs=(SAME,),
+        metrics_compared=True, equal_metrics=7, metrics=(), environment_recorded=True, environment=(), here=HERE,
+    )  # fmt: skip
+    for reason in ("first", "second", "third"):
+        data, page = certificate.write(tmp_path, made.model_copy(update={"reason": reason}))
+    assert {
+        file.stem: Certificate.model_validate_json(file.read_bytes()).reason
+        for file in (tmp_path / data.parent).glob("*.json")
+    } == {"v1.0.0": "third", "v1.0.0.20260102-030400": "first", "v1.0.0.20260102-030400-2": "second"}
+    assert "second" in (tmp_path / page.with_name("v1.0.0.20260102-030400-2.md")).read_text()
+    # One of before what is told of the machine, and what is none.
+    old = made.model_dump_json(exclude={"here", "tag_object", "unknown"})
+    assert Certificate.model_validate_json(old).here is None
+    (tmp_path / data).write_text("{")
+    certificate.write(tmp_path, made)
+    assert len(list((tmp_path / data.parent).glob("*.json"))) == 4
+
+
 def test_page_and_json_say_all(tmp_path: Path) -> None:
     differing = certificate.compare_files({PurePosixPath("x"): "1"}, {PurePosixPath("x"): "2", PurePosixPath("y"): "3"})
     made = Certificate(
@@ -112,6 +139,7 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
         outputs=(SAME, OTHER.model_copy(update={"differing": differing}), MISSING),
         metrics_compared=True, equal_metrics=7, metrics=(NEAR, FAR, OF_TRAINING, metric("a|b", None)),
         environment_recorded=True, environment=(CPU, CORES),
+        here=HERE, tag_object="d" * 40,
     )  # fmt: skip
     data, page = certificate.write(tmp_path, made)
     assert Certificate.model_validate_json((tmp_path / data).read_bytes()) == made
@@ -129,6 +157,10 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
         "| m.json: loss | 2 | 2.1 | 0.1 | not judged |",
         "| cpu.model | one | another |  |",
         "| cpu.cores | 2 | 1 | changes no number |",
+        "computed anew by that commit's code",
+        "The machine: Linux x86_64, a CPU, 2 cores, no GPU.",
+        f"The tag was the object `{'d' * 40}`.",
+        "| packages.torch | 2.13.0 |",
         "| work | 1,234.5 |",
     ):
         assert line in text

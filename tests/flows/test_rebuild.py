@@ -16,7 +16,7 @@ from processes import left_within
 from ruamel.yaml import YAML
 from waiting import until
 
-from flows import virtual_environment
+from flows import environment, virtual_environment
 from flows.certificate import Certificate, Verdict
 from flows.rebuild import rebuild
 from tasks.errors import TryAgain, UserMistake
@@ -69,6 +69,8 @@ def test_it_is_identical_whatever_the_checkout_holds_by_now(
     ]  # fmt: skip
     assert [one.path for one in made.inputs] == ["data/raw"]
     assert (made.equal_metrics, made.metrics) == (2, ())
+    assert made.here == environment.record(versioned.root)
+    assert made.tag_object == versioned.run("git", "rev-parse", "lm@v1.0.0").strip()
     assert "lm@v1.0.0: identical: all 2 outputs have the recorded bytes." in said.out
     assert (versioned.root / ".overnight/certificates/v1.0.0.md").read_text().startswith("# Rebuild of lm@v1.0.0: id")
     assert not (versioned.root / WORKTREE).exists()
@@ -123,6 +125,9 @@ def test_other_bytes_on_the_same_machine_are_no_tolerance(
     assert (versioned.root / WORKTREE / "out/work/machine.txt").read_text() == "1.001"
     monkeypatch.delenv("MACHINE")
     assert rebuilt(versioned).code == 0
+    # The certificate of before is still there.
+    kept = sorted(file.name for file in (versioned.root / ".overnight/certificates").glob("*.json"))
+    assert kept == [f"v1.0.0.{made.at:%Y%m%d-%H%M%S}.json", "v1.0.0.json"]
 
 
 @pytest.mark.parametrize(("machine", "code"), [("1.001", 3), ("1.1", 1)])
@@ -212,10 +217,10 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
 ) -> None:
     wait, report = tmp_path / "wait", tmp_path / "report"
     wait.touch()
-    environment = versioned.environment(WAIT=str(wait), REPORT=str(report))
     running = subprocess.Popen(
-        [sys.executable, "-m", "flows", "rebuild", "v1.0.0"], cwd=versioned.root, env=environment
-    )
+        [sys.executable, "-m", "flows", "rebuild", "v1.0.0"], cwd=versioned.root,
+        env=versioned.environment(WAIT=str(wait), REPORT=str(report)),
+    )  # fmt: skip
     until(lambda: (report.exists() and "measure" in report.read_text()) or running.poll() is not None)
     assert running.poll() is None
     with pytest.raises(TryAgain, match=r"v1\.0\.0 is being rebuilt by another process"):
