@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import page
 
-from flows.certificate import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE
+from flows.certificate import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE, SHARE, SHARE_TOLERANCE, UNJUDGED
 
 if TYPE_CHECKING:
     from versioned import Versioned
@@ -39,3 +39,5 @@ def test_every_command_can_be_pasted(versioned: "Versioned", tmp_path: Path) -> 
 
 def test_it_names_the_tolerance() -> None:
     assert f"within {RELATIVE_TOLERANCE:.0%}, or {ABSOLUTE_TOLERANCE} near zero" in page.read("reproduce")
+    assert f"`{SHARE}`) may differ by {SHARE_TOLERANCE}" in page.read("reproduce")
+    assert f"`{UNJUDGED}`) is told and" in page.read("reproduce")
