@@ -16,10 +16,10 @@ MOST_BYTES = 64 * 2**20
 
 def measure(train: list[str], test: list[str], order: int, bootstrap: Bootstrap, progress: Progress) -> Baselines:
     """Returns the bits per byte of ``test`` under both baselines, which know ``train``, of MOST_BYTES at most."""
-    sizes = np.array([len(text.encode()) for text in test], dtype=np.float64)
-    known, unknown = "".join(train).encode(), "".join(test).encode()
     progress.begin("baselines")
     progress.update(0, 2, "baselines")
+    sizes = np.array([len(text.encode()) for text in test], dtype=np.float64)
+    known, unknown = "".join(train).encode(), "".join(test).encode()
     # Compressing leaves the interpreter to the n-gram model, and takes twice as long.
     with ThreadPoolExecutor(2) as pool:
         alone, both = (pool.submit(_compressed, text) for text in (known, known + unknown))
