@@ -68,12 +68,12 @@ def test_a_launcher_told_to_end_leaves_a_checkpoint_and_asks_to_be_tried_again(
     assert tiny.files_of(project / "models") == undisturbed
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_all_stop_at_one_step_when_one_is_told(project: Path, undisturbed: dict[str, bytes], told: int) -> None:
+def test_all_stop_at_one_step_when_one_is_told(project: Path, undisturbed: dict[str, bytes]) -> None:
     log = project / "log"
     ranks = forked.start([project, project], log, OVERNIGHT_EVENTS="events")
     await_step(project / "events", 1)
-    ranks[told].terminate()
+    # Not the one that is told of in the log.
+    ranks[1].terminate()
     assert forked.end(ranks) == [EXIT_STOPPED] * 2, log.read_text()
     (step,) = saved(project)
     assert 1 <= step < 60
@@ -106,8 +106,8 @@ def test_a_validation_is_broken_off_and_done_by_the_next_attempt(
 @pytest.mark.parametrize("mesh", [{}, {"shard": 2}], ids=str)
 def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int], tmp_path: Path) -> None:
     count = 2 * mesh.get("shard", 1)
-    apart = {"train__diloco": {"inner_steps": 60}, "train__validate_every": 60, "train__checkpoint_every": 60}
-    tiny.write_params(tmp_path, train__steps=60, train__world_size=count, train__mesh=mesh, **apart)
+    apart = {"train__diloco": {"inner_steps": 40}, "train__validate_every": 40, "train__checkpoint_every": 40}
+    tiny.write_params(tmp_path, train__steps=40, train__world_size=count, train__mesh=mesh, **apart)
     tiny.write_shards(tmp_path)
     log, folders = tmp_path / "log", [tmp_path] * count
     assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
@@ -122,10 +122,10 @@ def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int
     steps = saved(tmp_path)
     assert len({*steps}) == 1
     assert len(steps) == 2
-    assert 5 <= steps[0] < 60
+    assert 5 <= steps[0] < 40
     log.unlink()
     assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
-    assert f"goes on after step {steps[0]} of 60" in log.read_text()
+    assert f"goes on after step {steps[0]} of 40" in log.read_text()
     assert tiny.files_of(tmp_path / "models") == undisturbed
 
 
