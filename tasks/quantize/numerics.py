@@ -40,10 +40,13 @@ class Nodes:
         return name if node is None or node.op_type not in _PASSED else self.source(node.input[0])
 
     def scaled(self, name: str) -> str:
-        """Returns the integers that ``name`` is, times their scale; of anything else, ``name`` itself."""
+        """Returns the integers that ``name`` is, times their own scale; of anything else, ``name`` itself."""
         scale = self.makers.get(name)
         cast = self.makers.get(scale.input[0]) if scale is not None and scale.op_type == "Mul" else None
-        return name if cast is None or cast.op_type != "Cast" else cast.input[0]
+        if scale is None or cast is None or cast.op_type != "Cast":
+            return name
+        integers = cast.input[0]
+        return integers if scale.input[1] == f"{integers.removesuffix('.int8')}.scales" else name
 
     def by_owner(self, node: onnx.NodeProto) -> bool:
         """Whether ``node`` looks up a row for each of those that lie sorted: by what is sorted, from the least up."""

@@ -48,14 +48,20 @@ def test_a_version_is_pushed_committed_registered_and_promoted(publisher: Clone)
     assert commit_of(publisher.root, "main") == done.commit
 
 
+def emptied(publisher: Clone, file: Path) -> Path:
+    """Empties what DVC's cache has of ``file``, as a machine leaves it that went down before the disk had all of it."""
+    with dvc.store(publisher.root) as store:
+        cached = store.path(contents.md5_of(file))
+    cached.chmod(0o644)
+    cached.write_bytes(b"")
+    cached.chmod(0o444)
+    return cached
+
+
 def test_what_is_damaged_in_the_cache_is_mended_before_it_is_pushed(publisher: Clone) -> None:
     model = publisher.root / "models/int8/model.onnx"
+    cached = emptied(publisher, model)
     with dvc.store(publisher.root) as store:
-        cached = store.path(contents.md5_of(model))
-        # As a machine leaves it that went down before the disk had all of it.
-        cached.chmod(0o644)
-        cached.write_bytes(b"")
-        cached.chmod(0o444)
         publish.publish(publisher.root)
         fetched = publisher.root / ".overnight/fetched"
         assert store.download(contents.md5_of(model), fetched)
@@ -81,12 +87,9 @@ def test_what_is_cut_off_at_the_remote_is_pushed_anew(publisher: Clone, damaged:
 def test_what_the_remote_alone_has_whole_is_mended_here(publisher: Clone) -> None:
     model = publisher.root / "models/int8/model.onnx"
     publish.publish(publisher.root)
+    good, cached = model.read_bytes(), emptied(publisher, model)
+    model.unlink()
     with dvc.store(publisher.root) as store:
-        cached = store.path(contents.md5_of(model))
-        good = cached.read_bytes()
-        cached.chmod(0o644)
-        cached.write_bytes(b"")
-        model.unlink()
         remotely.check(publisher.root, "shelf", publisher.root / ".overnight/log", 1.0)
         assert cached.read_bytes() == good
         assert store.download(cached.parent.name + cached.name, publisher.root / ".overnight/fetched")
@@ -95,10 +98,7 @@ def test_what_the_remote_alone_has_whole_is_mended_here(publisher: Clone) -> Non
 
 def test_what_is_damaged_everywhere_is_not_pushed(publisher: Clone) -> None:
     model = publisher.root / "models/int8/model.onnx"
-    with dvc.store(publisher.root) as store:
-        cached = store.path(contents.md5_of(model))
-    cached.chmod(0o644)
-    cached.write_bytes(b"")
+    cached = emptied(publisher, model)
     model.unlink()
     with pytest.raises(UserMistake, match=r"^models/int8/model.onnx: damaged in DVC's cache \(removed\), and no good"):
         remotely.check(publisher.root, "shelf", publisher.root / ".overnight/log", 1.0)

@@ -556,6 +556,13 @@ def test_norms_are_what_they_are_meant_to_be(model: LanguageModel, tmp_path: Pat
     assert (found["model.norm.int8"].type, found["model.norm.scales"].shape) == ("int8", [1])
     with pytest.raises(Refused, match=r"model\.norm\.int8 weighs a norm.*model\.norm\.weight weighs no norm"):
         audit(tmp_path / "model.onnx", model, PLAN)
+    # Another norm's scale.
+    planted = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    (reader,) = (node for node in planted.graph.node if "model.norm.scales" in node.input)
+    reader.input[1] = "model.layers.0.input_layernorm.scales"
+    (tmp_path / "planted.onnx").write_bytes(planted.SerializeToString())
+    with pytest.raises(Refused, match=rf"{reader.output[0]} weighs a norm; model\.norm\.int8 weighs no norm"):
+        audit(tmp_path / "planted.onnx", model, rounded)
     onnx_model.export(model, PLAN, tmp_path / "model.onnx")
     with pytest.raises(Refused, match=r"model\.norm\.scales holds 0 scales, not 1.*model\.norm\.weight weighs a norm"):
         audit(tmp_path / "model.onnx", model, rounded)
