@@ -177,7 +177,7 @@ def _check(root: Path, remote: str) -> int:
     if lost:
         raise UserMistake(
             f"{next(iter(lost.values()))}: damaged in DVC's cache (removed), and no good copy is left in the project. "
-            "`overnight run --force` makes it again."
+            "`overnight run --force` makes again what is a stage's; a text has to come back to its source."
         )
     return 0
 
