@@ -52,8 +52,9 @@ class PrefectServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self.awake():
-            self._child.stop()
+        for process in self._processes():
+            process.resume()
+        self._child.stop()
 
     def start(self) -> None:
         """Returns when the server answers."""
@@ -80,13 +81,15 @@ class PrefectServer:
 
     def kill(self) -> None:
         """SIGKILLs it, as a machine that goes down would."""
+        assert self._processes()
         for process in self._processes():
             process.kill()
         self._child.stop()
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """Wakes it for the ``with`` block, and stops its processes where they are behind that."""
+        """Wakes it for the ``with`` block, and suspends its processes where they are behind that."""
+        assert self._processes()
         for process in self._processes():
             process.resume()
         yield
@@ -94,12 +97,10 @@ class PrefectServer:
             process.suspend()
 
     def _processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if words[-2:] == ["--port", str(self._port)] and "prefect" in words:
-                found.append(process)
-        return found
+        if self._child.wait(0) is not None:
+            return []
+        processes: list[psutil.Process] = psutil.Process(self._child.pid).children(recursive=True)
+        return processes
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Returns what :func:`ask` does of this server."""
@@ -109,13 +110,14 @@ class PrefectServer:
 def ask(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
     """Returns what the server at ``api`` answers: to a GET, or with a ``body`` to a POST; None where that is nothing.
 
-    Asks again, as Prefect's own client does, while another holds the database and the server says 503.
+    Asks again, as Prefect's own client does, while another holds the database and the server says 503; it waits for
+    that a minute (SQLite's ``busy_timeout``).
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{api}/{path}", data, {"Content-Type": "application/json"})
     for attempt in range(_ATTEMPTS):
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=90) as answer:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             if error.code != HTTPStatus.SERVICE_UNAVAILABLE or attempt == _ATTEMPTS - 1:
