@@ -20,9 +20,10 @@ class Document:
     line: int
     records: int
 
-    def digest(self) -> bytes:
-        """The 128-bit XXH3 digest of the text: equal for exact duplicates."""
-        return xxhash.xxh3_128_digest(self.text.encode())
+
+def digest(text: str) -> bytes:
+    """Returns the 128-bit XXH3 digest of ``text``: equal for exact duplicates."""
+    return xxhash.xxh3_128_digest(text.encode())
 
 
 def join(records: Iterable[Record]) -> Iterator[Document]:

@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from tasks import atomic, paths
 from tasks.errors import BadInput
-from tasks.ingest.document import Document, join
+from tasks.ingest.document import Document, digest, join
 from tasks.ingest.params import IngestParams
 from tasks.ingest.readers import FileReader
 from tasks.ingest.record import Reason, Record, Rejection, size_of
-from tasks.ingest.report import CorpusReport, SourceReport
-from tasks.ingest.split import SPLITS, SplitName, split_of
-from tasks.ingest.tables import CHAT_SCHEMA, CORPUS_SCHEMA, QUARANTINE_SCHEMA, Row, TableWriter
+from tasks.ingest.report import CorpusReport
+from tasks.ingest.split import SPLITS, SplitName, Texts, split_of
+from tasks.ingest.tables import CHAT_SCHEMA, CORPUS_SCHEMA, QUARANTINE_SCHEMA, Row, TableWriter, read_rows
 from tasks.ingest.tally import SourceTally, SplitTally
 from tasks.progress import Progress, progress
 from tasks.sources import CollectParams, Source, printable
@@ -69,34 +69,54 @@ class _Bytes:
 
 @dataclass
 class _Corpus:
-    """The corpus as it grows: the writers of the splits, their counts, and the digests of what was seen."""
+    """The corpus as it grows: the writers of the splits, the counts, and which split each text belongs to."""
 
     params: IngestParams
     schema: pa.Schema
     writers: dict[SplitName, TableWriter]
     quarantine: TableWriter
     tallies: dict[SplitName, SplitTally] = field(default_factory=lambda: {name: SplitTally() for name in SPLITS})
-    seen: set[bytes] = field(default_factory=set)
+    sources: dict[str, SourceTally] = field(default_factory=dict)
+    texts: Texts = field(default_factory=Texts)
 
-    def add(self, document: Document, source: Source, name: str, tally: SourceTally) -> None:
-        digest = document.digest()
+    def add(self, document: Document, source: Source, name: str) -> None:
+        text = digest(document.text)
         size = size_of(document.text)
-        is_duplicate = digest in self.seen
-        tally.add_document(document, size, is_duplicate)
+        # Without a group the text itself decides: a line's number would change with every line added before it.
+        split = split_of(text if document.group is None else document.group.encode(), self.params.split)
+        is_duplicate = not self.texts.add(text, split)
+        self.sources[source.name].add_document(document, size, is_duplicate)
         if is_duplicate:
             return
-        self.seen.add(digest)
-        # Without a group the text itself decides: a line's number would change with every line added before it.
-        split = split_of(digest if document.group is None else document.group.encode(), self.params.split)
         row: Row = (document.text, source.name, document.group, f"{source.name}/{name}:{document.line}")
         if self.schema is CHAT_SCHEMA:
             row = (*row, source.messages_field is not None)
         self.writers[split].write(row, size.bytes)
-        self.tallies[split].add(document, size)
+        self.tallies[split].add(document.group, size)
 
     def refuse(self, rejection: Rejection, source: Source, name: str) -> None:
         what = (rejection.reason, rejection.digest, rejection.size.bytes, rejection.detail)
         self.quarantine.write((source.name, name, rejection.line, *what), len(name) + len(rejection.digest))
+
+    def settle(self, folder: Path, shown: Progress) -> None:
+        """Writes anew, without them, the splits that texts have left since they were written."""
+        left = self.texts.left()
+        done, total = 0, sum(self.tallies[split].documents for split in left)
+        shown.begin("settle")
+        for split in left:
+            written = (folder / split).rename(folder / f"{atomic.PARTIAL}{split}")
+            self.tallies[split] = SplitTally()
+            with TableWriter(_parts(folder / split), self.schema) as writer:
+                for text, source, group, *more in read_rows(written):
+                    size = size_of(text)
+                    if self.texts.belongs(digest(text), split):
+                        writer.write((text, source, group, *more), size.bytes)
+                        self.tallies[split].add(group, size)
+                    else:
+                        self.sources[source].replace_document(size)
+                    done += 1
+                    shown.update(done, total, "documents")
+            shutil.rmtree(written)
 
 
 def _write(
@@ -107,14 +127,17 @@ def _write(
         writers = {name: stack.enter_context(TableWriter(_parts(folder / name), schema)) for name in SPLITS}
         quarantine = TableWriter(iter([folder / paths.QUARANTINE.name]), QUARANTINE_SCHEMA)
         corpus = _Corpus(params, schema, writers, stack.enter_context(quarantine))
-        sources = [_read_source(source, files[source.name], corpus, done) for source in collect.sources]
-        _check_splits(corpus)
-        splits = {name: tally.report() for name, tally in corpus.tallies.items()}
-        return CorpusReport(sources=sources, splits=splits)
+        for source in collect.sources:
+            _read_source(source, files[source.name], corpus, done)
+    corpus.settle(folder, done.shown)
+    _check_splits(corpus)
+    sources = [corpus.sources[source.name].report(source) for source in collect.sources]
+    splits = {name: tally.report() for name, tally in corpus.tallies.items()}
+    return CorpusReport(sources=sources, splits=splits)
 
 
-def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Bytes) -> SourceReport:
-    tally = SourceTally()
+def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Bytes) -> None:
+    tally = corpus.sources[source.name] = SourceTally(files=len(files))
     sha256 = hashlib.sha256()
     for file in files:
         name = file.relative_to(paths.RAW / source.name).as_posix()
@@ -123,13 +146,13 @@ def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Byte
         for document in join(
             _kept(FileReader(file, source, corpus.params.max_line_bytes), source, name, corpus, tally, done)
         ):
-            corpus.add(document, source, name, tally)
+            corpus.add(document, source, name)
         done.finish(file, tally.rejections)
         if tally.records == before:
             tally.empty_files.append(name)
     _tell_empty(source, tally, done.shown)
     _check_rate(source, tally, corpus.params)
-    return tally.report(source, len(files), sha256.hexdigest())
+    tally.sha256 = sha256.hexdigest()
 
 
 def _kept(

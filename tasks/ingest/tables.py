@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,15 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 Row = tuple[str | int | bool | None, ...]
+
+
+def read_rows(folder: Path) -> Iterator[tuple[Any, ...]]:
+    """Yields the rows of the files in ``folder`` in the order in which they were written, a row group at a time."""
+    for part in sorted(folder.iterdir()):
+        with pq.ParquetFile(part) as table:
+            for group in range(table.num_row_groups):
+                columns = table.read_row_group(group).columns
+                yield from zip(*(column.to_pylist() for column in columns), strict=True)
 
 
 class TableWriter(AbstractContextManager["TableWriter"]):

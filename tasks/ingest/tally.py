@@ -13,6 +13,8 @@ from tasks.sources import Source
 class SourceTally:
     """Counts of one source, and where each reason to reject a record was first met."""
 
+    files: int = 0
+    sha256: str = ""
     records: int = 0
     kept: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
@@ -58,15 +60,22 @@ class SourceTally:
             self.out_documents += 1
             self.out += size
 
-    def report(self, source: Source, files: int, sha256: str) -> SourceReport:
+    def replace_document(self, size: Size) -> None:
+        """Counts a document as duplicated that was added as none: what is kept of its text is another's."""
+        self.out_documents -= 1
+        self.out -= size
+        self.duplicates += 1
+        self.duplicated += size
+
+    def report(self, source: Source) -> SourceReport:
         reasons = {reason: self.reasons[reason] for reason in REASONS if self.reasons[reason]}
         return SourceReport(
             name=source.name,
             licence=source.licence,
             format=source.format,
-            files=files,
+            files=self.files,
             empty_files=len(self.empty_files),
-            sha256=sha256,
+            sha256=self.sha256,
             records=Records(in_=self.records, kept=self.kept, rejected=self.rejections, reasons=reasons),
             documents=Documents(in_=self.documents, out=self.out_documents, duplicated=self.duplicates),
             characters=self._amounts("characters"),
@@ -89,13 +98,13 @@ class SplitTally:
     groups: set[str] = field(default_factory=set)
     ungrouped: int = 0
 
-    def add(self, document: Document, size: Size) -> None:
+    def add(self, group: str | None, size: Size) -> None:
         self.documents += 1
         self.size += size
-        if document.group is None:
+        if group is None:
             self.ungrouped += 1
         else:
-            self.groups.add(document.group)
+            self.groups.add(group)
 
     def report(self) -> SplitReport:
         groups = len(self.groups) + self.ungrouped
