@@ -51,20 +51,21 @@ def ingest(collect: CollectParams, params: IngestParams) -> CorpusReport:
 
 @dataclass
 class _Bytes:
-    """Progress in bytes of raw files."""
+    """Progress in bytes of raw files, and how many records of all sources are ``rejected``."""
 
     shown: Progress
     total: int
     of_finished_files: int = 0
+    rejected: int = 0
 
-    def update(self, position: int, rejected: int) -> None:
+    def update(self, position: int) -> None:
         # A block is read long before its last record: only the end of the last file is the end.
         done = min(self.of_finished_files + position, self.total - 1)
-        self.shown.update(done, self.total, "bytes", rejected=rejected)
+        self.shown.update(done, self.total, "bytes", rejected=self.rejected)
 
-    def finish(self, file: Path, rejected: int) -> None:
+    def finish(self, file: Path) -> None:
         self.of_finished_files += file.stat().st_size
-        self.shown.update(self.of_finished_files, self.total, "bytes", rejected=rejected)
+        self.shown.update(self.of_finished_files, self.total, "bytes", rejected=self.rejected)
 
 
 @dataclass
@@ -147,7 +148,7 @@ def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Byte
             _kept(FileReader(file, source, corpus.params.max_line_bytes), source, name, corpus, tally, done)
         ):
             corpus.add(document, source, name)
-        done.finish(file, tally.rejections)
+        done.finish(file)
         if tally.records == before:
             tally.empty_files.append(name)
     _tell_empty(source, tally, done.shown)
@@ -160,7 +161,8 @@ def _kept(
 ) -> Iterator[Record]:
     for record in reader:
         tally.add_record(record, name)
-        done.update(reader.position, tally.rejections)
+        done.rejected += isinstance(record, Rejection)
+        done.update(reader.position)
         if isinstance(record, Rejection):
             corpus.refuse(record, source, name)
         else:

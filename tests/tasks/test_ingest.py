@@ -456,6 +456,21 @@ def test_files_without_text_are_told_and_left_out(project: Path, run_stage, writ
     assert (told["files"], told["empty_files"], told["records"]["in"]) == (16, 4, 12)
 
 
+def test_the_last_line_of_progress_counts_the_rejected_records_of_all_sources(  # type: ignore[no-untyped-def]
+    project: Path, bible: Path, run_stage, write_params
+) -> None:
+    other = project / "data/raw/other/verses.jsonl"
+    other.parent.mkdir()
+    other.write_text(bible.read_text() + "{\n" * 8)
+    with bible.open("a") as file:
+        file.write("{\n")
+    split = {"seed": 1, "valid": 0.2, "test": 0.2}
+    write_params(collect={"sources": [source(), source(name="other")]}, ingest={"max_reject_rate": 0.5, "split": split})
+    result = run_stage("ingest")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1].endswith("rejected 9")
+
+
 def test_a_refused_corpus_leaves_the_last_good_one_as_it_was(bible: Path) -> None:
     ingest(collect_params(source()), ingest_params())
     before = files_of(paths.CORPUS)
