@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -30,7 +31,7 @@ def guard(app: FastAPI, key: str | None, most: int, metrics: Metrics) -> None:
         status = 500
         try:
             everybodys = request.url.path == "/health"
-            if key is None and not everybodys and not is_loopback(request.url.hostname or ""):
+            if key is None and not everybodys and not is_loopback(_asked_at(request)):
                 # A page whose name leads here (DNS rebinding) would be one of this server's own to a browser.
                 told = f"without a key, this server is asked at 127.0.0.1 or localhost; set {KEY} for other names"
                 response: Response = Refused(403, "permission_error", told).response()
@@ -45,6 +46,20 @@ def guard(app: FastAPI, key: str | None, most: int, metrics: Metrics) -> None:
             route = request.scope.get("route")
             known = route.path if route else "other"
             metrics.requests.labels(known, status).inc()
+
+
+def _asked_at(request: Request) -> str:
+    """Returns the host that ``request`` is made to, "" where it names none.
+
+    Not ``request.url``: for a header that Starlette does not understand, it has the server's own address.
+    """
+    header = request.headers.get("host")
+    if header is None:
+        return request.url.hostname or ""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

@@ -239,6 +239,9 @@ def test_without_a_key_a_name_that_leads_here_is_not_answered(root: Path) -> Non
 
     assert [status(host) for host in ("127.0.0.1:80", "localhost", "[::1]:8080")] == [200] * 3
     assert [status(host) for host in ("pages.example", "localhost.example:80", "10.0.0.1")] == [403] * 3
+    # No hosts, but browsers ask for some of them.
+    malformed = ("a{b.pages.example:80", "a`b.pages.example", "pages.example:", "pages.example:99999", "[pages", "")
+    assert [status(host) for host in malformed] == [403] * 6
     assert status("pages.example", path="/health") == 200
     assert status("pages.example", "key") == 200
 
