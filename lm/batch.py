@@ -80,7 +80,7 @@ class Batch:
         """Writes the next token of each text, and reads a piece of a prompt where there is one and ``read`` is true.
 
         Returns what can be told now of which text; nothing of one whose prompt is read. A text that was told the last
-        of is ``done``, and has left.
+        of is ``done``, and has left; so has one that ``failed``, beside which the others go on.
         """
         told = self._write() if self._writing else []
         if not (read and self.reads):
@@ -112,9 +112,15 @@ class Batch:
         row, held = self._read_into, self._rows[self._read_into].ids
         piece = text.ids[len(held) : len(held) + PIECE]
         logits = self._run(row, [piece], last=not text.scores_prompt)
-        if text.scores_prompt:
-            text.read(len(held), logits[0])
+        first = len(held)
         held += piece
+        if text.scores_prompt:
+            try:
+                text.read(first, logits[0])
+            except Exception as error:
+                text.failed = error
+                self.drop(text)
+                return [(text, "")]
         if len(held) < len(text.ids):
             return []
         self._reading = None
@@ -140,10 +146,13 @@ class Batch:
     def _take(self, row: int, read: list[int], logits: Logits) -> tuple[Text, str]:
         """Has a row's text go on by ``logits``: after its prompt, or after ``read``, its last token and guesses."""
         text, held = self._writing[row], self._rows[row].ids
-        accepted, piece = text.take(read[1:], logits)
+        try:
+            accepted, piece = text.take(read[1:], logits)
+        except Exception as error:
+            text.failed, accepted, piece = error, 0, ""
         held += read[: 1 + accepted]
         self._cache.lengths[row] = len(held)
-        if text.done is not None:
+        if text.done is not None or text.failed is not None:
             self._leave(row)
         return text, piece
 

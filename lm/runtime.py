@@ -165,6 +165,8 @@ class Generator:
         try:
             while text.done is None:
                 yield from (piece for _, piece in batch.step() if piece)
+                if text.failed is not None:
+                    raise text.failed
         finally:
             batch.drop(text)
         return text.done

@@ -53,7 +53,7 @@ class Done:
 
 
 class Text:
-    """A text from its prompt's tokens, ``ids``, to its end, when ``done`` says how that was.
+    """A text from its prompt's tokens, ``ids``, to its end, when ``done`` says how that was, or ``failed`` why not.
 
     ``begun``: the model has begun to read the prompt.
     """
@@ -66,6 +66,7 @@ class Text:
         self.ids = ids
         self.begun = False
         self.done: Done | None = None
+        self.failed: Exception | None = None
         self._request, self._ends = request, ends
         self._drafter = Drafter(request.most_drafted)
         self._random = np.random.default_rng(request.sampling.seed)

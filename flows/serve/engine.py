@@ -146,7 +146,14 @@ class Engine:
             self._fail(jobs, error)
             return
         for text, piece in told:
-            job = next(job for job in jobs if text in job.open)
+            job = next((job for job in jobs if text in job.open), None)
+            if job is None:
+                # Another text of its request has failed.
+                continue
+            if text.failed is not None:
+                self._end(job)
+                job.chunks.put(text.failed)
+                continue
             if text.done:
                 job.open.remove(text)
                 self._count(text)

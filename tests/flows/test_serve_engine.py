@@ -5,6 +5,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from odd import export_over_bytes
@@ -180,6 +181,39 @@ def test_what_a_batch_held_when_it_failed_is_not_used_again(folder: Path, monkey
     assert [text.new_tokens for text in counted] == [0]
     job = engine.take([model.text(request)], repeatable=False)
     assert text_of(job) == "".join(model.generate(request))
+
+
+@pytest.mark.parametrize("place", ["take", "read"])
+def test_a_text_that_fails_ends_its_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    model, counted = Noted(folder), list[Text]()
+    engine = Engine(model, 4, 3, counted.append)
+    sound = Request("sea", 12, Sampling(temperature=0), most_drafted=0)
+    # The last one scores its prompt.
+    odd = [Request("light", 30), Request("land", 30, echo=True, logprobs=0)]
+    expected = "".join(Generator(folder).generate(sound))
+    texts = [model.text(request) for request in odd]
+    whole = getattr(Text, place)
+
+    def break_off(text: Text, *arguments: Any) -> Any:
+        if text is texts[-1] and (place == "read" or text.new_tokens == 5):
+            raise ArithmeticError
+        return whole(text, *arguments)
+
+    monkeypatch.setattr(Text, place, break_off)
+    with held(model):
+        other = engine.take([model.text(sound)], repeatable=False)
+        failed = engine.take(texts, repeatable=False)
+    assert text_of(other) == expected
+    engine.wait(20)
+    assert not failed.open
+    found = [failed.chunks.get() for _ in range(failed.chunks.qsize())]
+    assert isinstance(found[-1], ArithmeticError)
+    assert sum(isinstance(one, Exception) for one in found) == 1
+    assert {*counted} >= {*texts}
+    # What the rows hold is whole.
+    assert [text_of(engine.take([model.text(one)], repeatable=False)) for one in (sound, odd[0])] == [
+        expected, "".join(Generator(folder).generate(odd[0]))
+    ]  # fmt: skip
 
 
 def test_a_fault_of_the_thread_that_writes_is_told_to_all_and_the_next_request_is_written(

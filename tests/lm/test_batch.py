@@ -1,6 +1,7 @@
 """Texts side by side that come and go."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,27 @@ def test_whoever_is_dropped_leaves_the_others_as_they_are(model: Noted) -> None:
             assert [written.told[place] for place in rest] == [expected[place] for place in rest]
             assert written.told[gone] == before
             assert expected[gone].startswith(before)
+
+
+def test_a_text_that_fails_leaves_the_others_as_they_are(model: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = write(model, REQUESTS[0], REQUESTS[2])
+    draw = Sampling.draw
+
+    def fail(sampling: Sampling, *arguments: Any) -> int:
+        if sampling.seed == 77:
+            raise ArithmeticError
+        return draw(sampling, *arguments)
+
+    monkeypatch.setattr(Sampling, "draw", fail)
+    written = Written(model, 3)
+    bad = Request("dark", 9, Sampling(seed=77))
+    written.add(REQUESTS[0], bad, REQUESTS[2])
+    while not (written.texts[0].done and written.texts[2].done):
+        written.step()
+    assert [written.told[0], written.told[2]] == expected
+    assert isinstance(written.texts[1].failed, ArithmeticError)
+    with pytest.raises(ArithmeticError):
+        write(model, bad)
 
 
 def test_a_beginning_that_another_text_has_is_not_read_again(model: Noted) -> None:
