@@ -10,6 +10,8 @@ Logits = npt.NDArray[np.float32]
 LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 # A lower temperature takes the likeliest token as well: another one's share is zero, and the quotient may overflow.
 _COLDEST = 1e-5
+# Of a large vocabulary, nearly all that is drawn is among so many tokens.
+_AT_FIRST = 1024
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,36 @@ class Sampling:
     bias: tuple[tuple[int, float], ...] = ()
 
     def draw(self, logits: Logits, text: npt.NDArray[np.int64], random: np.random.Generator, given: int = 0) -> int:
-        """Returns a token for ``logits`` [vocabulary] after ``text`` [length], ``given`` of which are the prompt."""
+        """Returns a token for ``logits`` [vocabulary] after ``text`` [length], ``given`` of which are the prompt.
+
+        Raises :class:`ValueError` where one of those to draw from is no number.
+        """
         logits = self._adjusted(logits, text, text[given:])
         if self.temperature < _COLDEST:
             return int(logits.argmax())
-        kept = likeliest(logits, self.top_k)
-        weights = np.exp((logits[kept] - logits[kept[0]]).astype(np.float64) / self.temperature)
-        shares = weights / weights.sum()
+        kept = likeliest(logits, self.top_k or _AT_FIRST)
+        reached = np.cumsum(self._weights(logits[kept], logits[kept[0]]))
+        number, whole = random.random(), reached[-1]
+        if self.top_k == 0 and len(kept) < len(logits):
+            # Sorting all of a vocabulary for each token may cost more than the model: only where these are too few.
+            whole = self._weights(logits, logits[kept[0]]).sum()
+            if reached[-1] <= whole * (self.top_p if self.top_p < 1 else number):
+                kept = likeliest(logits, 0)
+                reached = np.cumsum(self._weights(logits[kept], logits[kept[0]]))
+                whole = reached[-1]
+        if np.isnan(whole):
+            raise ValueError("the model is damaged: a logit is no number")
         if self.top_p < 1:
             # The one that reaches the probability is the last that is kept.
-            count = int(np.searchsorted(np.cumsum(shares), self.top_p)) + 1
-            kept, shares = kept[:count], shares[:count] / shares[:count].sum()
-        return int(random.choice(kept, p=shares))
+            reached = reached[: int(np.searchsorted(reached, self.top_p * whole)) + 1]
+            whole = reached[-1]
+        # A product that is rounded up may be all of it.
+        place = min(int(np.searchsorted(reached, number * whole, side="right")), len(reached) - 1)
+        return int(kept[place])
+
+    def _weights(self, logits: Logits, highest: np.float32) -> npt.NDArray[np.float64]:
+        """Returns what ``logits`` weigh beside the ``highest``, which weighs 1."""
+        return np.exp((logits - highest).astype(np.float64) / self.temperature)
 
     def _adjusted(self, logits: Logits, text: npt.NDArray[np.int64], written: npt.NDArray[np.int64]) -> Logits:
         again = self.presence_penalty or self.frequency_penalty

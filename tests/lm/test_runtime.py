@@ -318,6 +318,46 @@ def test_sampling_keeps_to_the_likeliest_and_to_their_shares() -> None:
     assert shares(Sampling(0.0), []) == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(1, 0), Sampling(0.7, 0), Sampling(1, 0, 0.9), Sampling(1.5, 2000, 0.5)])
+@pytest.mark.parametrize("spread", [0.01, 2.5, 9])
+def test_of_a_large_vocabulary_a_token_is_drawn_by_its_share(sampling: Sampling, spread: float) -> None:
+    generator = np.random.default_rng(0)
+    for seed in range(50):
+        logits = (generator.standard_normal(5000) * spread).astype(np.float32)
+        order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+        shares = np.exp((logits[order] - logits.max()).astype(np.float64) / sampling.temperature)
+        shares /= shares.sum()
+        if sampling.top_p < 1:
+            shares = shares[: np.searchsorted(np.cumsum(shares), sampling.top_p) + 1]
+        expected = np.random.default_rng(seed).choice(order[: len(shares)], p=shares / shares.sum())
+        assert sampling.draw(logits, np.array([], np.int64), np.random.default_rng(seed)) == expected
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_large_vocabulary_is_not_sorted_for_each_token(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sort, sorted_ = np.argsort, list[int]()
+
+    def note(array: Any, **how: Any) -> Any:
+        sorted_.append(len(array))
+        return sort(array, **how)
+
+    monkeypatch.setattr(np, "argsort", note)
+    logits = (np.random.default_rng(0).standard_normal(150_000) * 9).astype(np.float32)
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        Sampling(1, 0, top_p).draw(logits, np.array([], np.int64), random)
+    assert sorted_
+    assert max(sorted_) < 5000
+
+
+@pytest.mark.parametrize("count", [10, 5000])
+def test_nothing_is_drawn_where_a_logit_is_no_number(count: int) -> None:
+    logits = np.zeros(count, np.float32)
+    logits[3] = np.nan
+    with pytest.raises(ValueError, match="a logit is no number"):
+        Sampling(1, 0, 0.9).draw(logits, np.array([], np.int64), np.random.default_rng(0))
+
+
 def test_what_is_there_already_is_less_likely() -> None:
     # log 0.6 x 3 is below log 0.25.
     assert shares(Sampling(0.0, repetition_penalty=3.0), [1, 1]) == [0, 0, 1, 0]
