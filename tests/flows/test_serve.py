@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from serving import HERE, Server, in_this_process, lay_out_project
 from together import written_together
 
 from flows.serve.app import make_app
+from flows.serve.command import _listen
 from flows.serve.metrics import Metrics
 from flows.serve.refused import Refused, invalid
 from flows.serve.writing import Asked, Writer
@@ -467,6 +469,13 @@ def test_a_host_that_no_machine_can_be_called_is_one_line(root: Path, host: str)
     server = Server(root, "--host", host, OVERNIGHT_API_KEY="x")
     assert server.process.wait(timeout=20) == 2
     assert server.said == f"error: --host {host}: no name that a machine can have. Serve on 127.0.0.1, or on 0.0.0.0.\n"
+
+
+def test_what_is_sent_in_two_parts_waits_for_no_acknowledgement() -> None:
+    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_that_is_taken_and_a_missing_model_are_one_line(server: Server, root: Path, tmp_path: Path) -> None:
