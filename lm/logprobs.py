@@ -32,8 +32,8 @@ def logprobs(logits: Logits, token: int, most: int) -> tuple[float, list[tuple[i
 
     And the ``most`` likeliest tokens with theirs, best first.
     """
-    exact = logits.astype(np.float64)
-    highest = exact.max()
-    shares = exact - (highest + np.log(np.exp(exact - highest).sum()))
+    # Each sum of 32 bits would take more than what is told of it; its terms do not.
+    highest = logits.max()
+    whole = float(highest) + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
     best = likeliest(logits, most) if most else ()
-    return float(shares[token]), [(int(one), float(shares[one])) for one in best]
+    return float(logits[token]) - whole, [(int(one), float(logits[one]) - whole) for one in best]

@@ -1,5 +1,7 @@
 """Tokens with their probabilities: of what is written, and of a prompt."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from odd import export_over_bytes, make_grouped, make_model
@@ -157,3 +159,17 @@ def test_the_likeliest_come_first_and_shares_are_of_all_tokens() -> None:
     assert best == [(1, pytest.approx(np.log(0.6), abs=1e-3)), (2, pytest.approx(np.log(0.25), abs=1e-3))]
     assert logprobs(logits, 1, 0)[1] == []
     assert [one for one, _ in logprobs(logits, 1, 20)[1]] == [1, 2, 0, 3]
+
+
+def test_scoring_a_token_of_a_large_vocabulary_takes_less_than_three_times_its_logits() -> None:
+    logits = np.random.default_rng(0).standard_normal(150_000).astype(np.float32)
+    tracemalloc.start()
+    try:
+        own, _ = logprobs(logits, 3, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Time goes by memory here; a prompt that is scored keeps other texts waiting.
+    assert peak < 3 * logits.nbytes
+    exact = logits.astype(np.float64)
+    assert own == pytest.approx(exact[3] - np.log(np.exp(exact).sum()), abs=1e-6)
