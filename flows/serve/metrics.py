@@ -4,6 +4,9 @@ import dataclasses
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+# In seconds. Long answers, and those that wait for their turn, take minutes.
+_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 240, 480, 960)
+
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
@@ -30,7 +33,12 @@ class Metrics:
             ),
             Counter("overnight_tokens", "Tokens read and written.", ["kind"], registry=registry),
             Counter("overnight_drafted_tokens", "Guesses, by whether they came.", ["accepted"], registry=registry),
-            Histogram("overnight_completion_seconds", "From a request's arrival to its last token.", registry=registry),
+            Histogram(
+                "overnight_completion_seconds",
+                "From a request's arrival to its last token.",
+                registry=registry,
+                buckets=_BUCKETS,
+            ),
             Gauge(
                 "overnight_active_requests",
                 "Requests whose texts are written or wait for their turn.",

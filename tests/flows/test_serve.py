@@ -406,6 +406,15 @@ def test_the_metrics_count_requests_and_tokens(server: Server) -> None:
     assert after["overnight_completion_seconds_count"] == before["overnight_completion_seconds_count"] + 1
 
 
+def test_the_metrics_tell_a_minute_from_ten() -> None:
+    metrics = Metrics.new()
+    for seconds in (60, 600):
+        metrics.seconds.observe(seconds)
+    [buckets] = metrics.seconds.collect()
+    counts = [sample.value for sample in buckets.samples if sample.name.endswith("_bucket")]
+    assert sorted({*counts}) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_metrics_count_the_tokens_of_texts_that_were_left(
     root: Path, monkeypatch: pytest.MonkeyPatch, count: int
