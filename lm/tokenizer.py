@@ -38,6 +38,7 @@ class Detokenizer:
         self.text = ""
         """What they come to; of a character that is not whole yet, nothing."""
         self._tokenizer = tokenizer
+        self._silent = {number for number, one in tokenizer.get_added_tokens_decoder().items() if one.special}
         self._before, self._told = self._end_of(before)
         # The tokens behind those whose text is not whole, and the text of all that comes before them.
         self._open: list[int] = []
@@ -45,11 +46,14 @@ class Detokenizer:
 
     def append(self, token: int) -> None:
         """Takes the next token, and adds to the text what is whole now."""
+        if token in self._silent:
+            # Kept, a thousand of them would be read a thousand times.
+            return
         self._open.append(token)
         piece = self._tokenizer.decode([*self._before, *self._open])[len(self._told) :]
         whole = piece.rstrip(HALF)
         self.text = self._closed + whole
-        # Tokens without a text, as special ones are, are nothing to look back to.
+        # Tokens without a text are nothing to look back to.
         if piece and whole == piece:
             self._closed = self.text
             self._before, self._open = self._open, []

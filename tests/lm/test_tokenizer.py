@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tiny
@@ -80,3 +81,21 @@ def test_it_reads_whole_texts_whatever_the_file_was_saved_with(tmp_path: Path) -
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
     assert read_tokenizer(tmp_path / "tokenizer.json").encode("a" * 12, add_special_tokens=False).ids == [*b"a" * 12]
+
+
+def test_special_tokens_are_not_read_again_with_each_that_follows(llama_2: Tokenizer) -> None:
+    longest = 0
+
+    class Noted:
+        get_added_tokens_decoder = llama_2.get_added_tokens_decoder
+
+        def decode(self, tokens: list[int]) -> str:
+            nonlocal longest
+            longest = max(longest, len(tokens))
+            return llama_2.decode(tokens)
+
+    detokenizer = Detokenizer(cast("Tokenizer", Noted()), [])
+    for token in ids(llama_2, "▁In", *[_SPECIAL] * 1000, "▁the"):
+        detokenizer.append(token)
+    assert detokenizer.text == "In the"
+    assert longest < 5
