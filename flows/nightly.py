@@ -19,7 +19,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 from rich.console import Console
 
-from flows import dvc, dvc_fork, gate, lock, lost, notice, pin, project, publish, running, runs, worktree
+from flows import dvc, dvc_fork, gate, lease, lock, lost, notice, pin, project, publish, running, runs, worktree
 from flows.execute import LOGS, Site
 from flows.git import commit_of
 from flows.graph import Graph
@@ -31,6 +31,9 @@ from tasks import atomic
 from tasks.errors import TryAgain, UserMistake
 from tasks.notice_params import Kind
 from tasks.params import Params
+
+# Whoever runs a night imports this module before Prefect's engine asks for the lease.
+lease.make_dispensable()
 
 # Another machine may promote a champion while this one measures, again and again in theory.
 _MOST_MEASUREMENTS = 3
