@@ -9,9 +9,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import psutil
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -82,17 +85,55 @@ def _is_paused(client: SyncPrefectClient, name: str) -> bool:
 
 
 class _Runner(Runner):
-    """A runner that starts nothing after SIGTERM, and ends when the nights at work have ended.
+    """A runner that outlives its server's absence, starts nothing after SIGTERM, and ends when the nights have ended.
 
     They are told by the supervisor, which tells all that descends from it. Prefect's own handler would cancel them, and
     wait for each up to half a minute.
     """
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        poller, observer = self._scheduled_run_poller, self._cancelling_observer
+        assert observer is not None
+        # Prefect's loops end the runner, and the nights at work with it, or the watch for cancelled ones, when three
+        # questions in a row have found no server: in some minutes.
+        for one, name in ((poller, "_get_and_submit_flow_runs"), (observer, "_check_for_cancelled_flow_runs")):
+            setattr(one, name, _patient(getattr(one, name)))
+        return self
 
     def handle_sigterm(self, *args: Any, **kwargs: Any) -> None:
         self.stopping = self._scheduled_run_poller.stopping = True
         # In a thread: the loop goes on meanwhile, because a night whose output nobody reads dies before it has told
         # the server how it ended.
         threading.Thread(target=_exit_after_children, daemon=True).start()
+
+
+def _patient(ask: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """Returns ``ask`` as a question that is left for the next time where no server answers."""
+
+    away = False
+
+    async def asked() -> None:
+        nonlocal away
+        try:
+            await ask()
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
+                raise
+            if not away:
+                told = str(error) or type(error).__name__
+                print(
+                    f"{datetime.now():%H:%M:%S} Prefect's server does not answer ({told}); it is asked until it does."
+                )
+            away = True
+        else:
+            if away:
+                print(f"{datetime.now():%H:%M:%S} Prefect's server answers again.")
+            away = False
+
+    # Prefect's loops name what they run.
+    asked.__name__ = ask.__name__
+    return asked
 
 
 def _exit_after_children() -> None:

@@ -142,6 +142,51 @@ print(said)
     assert done.stdout.splitlines()[-1:] == ["[False, False, True, True]"], done.stderr
 
 
+def test_a_runner_and_its_nights_outlive_a_server_that_is_away_for_long(
+    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect.api)
+    code = """
+import asyncio
+from types import SimpleNamespace
+
+import httpx
+from flows import runner
+
+answer = httpx.Response(502, request=httpx.Request("POST", "http://127.0.0.1"))
+absent = [httpx.ConnectError("refused"), httpx.HTTPStatusError("bad gateway", request=answer.request, response=answer)]
+asked = dict.fromkeys(("runs", "cancelled"), 0)
+
+def away(what, then):
+    async def ask(**_):
+        asked[what] += 1
+        if asked[what] > 6:
+            then()
+        raise absent[asked[what] % 2]
+    return ask
+
+async def main():
+    async with runner._Runner(name="any", query_seconds=0.01) as one:
+        loops = []
+        one._scheduled_run_poller._client = SimpleNamespace(
+            get_scheduled_flow_runs_for_deployments=away("runs", lambda: loops[0].cancel())
+        )
+        observer = one._cancelling_observer
+        observer.polling_interval = 0.01
+        observer._client = SimpleNamespace(read_flow_runs=away("cancelled", lambda: observer._polling_task.cancel()))
+        lost = asyncio.Future()
+        lost.set_exception(RuntimeError("no websocket"))
+        observer._start_polling_task(lost)
+        loops.append(asyncio.create_task(one._scheduled_run_poller.run()))
+        await asyncio.wait([*loops, observer._polling_task])
+        print(asked)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["{'runs': 7, 'cancelled': 7}"], done.stdout + done.stderr
+
+
 def test_nights_on_a_shared_server_send_heartbeats_by_which_a_dead_machine_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
