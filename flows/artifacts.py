@@ -1,23 +1,29 @@
 """What Prefect's UI shows beside a stage: its progress while it works, its report when it has ended.
 
-An artifact is a courtesy: whatever goes wrong with one is dropped and never fails a run.
+An artifact is a courtesy: whatever goes wrong with one is dropped and never fails a run, nor does a run wait for a
+server that is away.
 """
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.graph import Stage
 from tasks import paths
 from tasks.progress import Event
 
 _SECONDS_BETWEEN_UPDATES = 2.0
+_SECONDS_AFTER_A_FAILURE = 60.0
+_SECONDS_TO_ANSWER = 5.0
 # Prefect keeps artifacts in its database; a report larger than this is better read in its file.
 _MOST_ROWS = 200
 _REPORTS = (
@@ -38,8 +44,7 @@ class ProgressArtifact:
     def __init__(self, stage: str) -> None:
         self._stage = stage
         self._artifact: UUID | None = None
-        self._updated = 0.0
-        self._works = True
+        self._updated = self._failed = -math.inf
 
     def update(self, event: Event) -> None:
         """Creates or updates the artifact, at most every two seconds."""
@@ -47,30 +52,40 @@ class ProgressArtifact:
             return
         now = time.monotonic()
         complete = event.done >= event.total
-        if not self._works or (now - self._updated < _SECONDS_BETWEEN_UPDATES and not complete):
+        if now - self._failed < _SECONDS_AFTER_A_FAILURE:
+            return
+        if now - self._updated < _SECONDS_BETWEEN_UPDATES and not complete:
             return
         self._updated = now
         percent = 100.0 * event.done / event.total if event.total else 0.0
         description = f"{event.step}: {event.done:,.0f} of {event.total:,.0f} {event.unit}. {event.describe_numbers()}"
         try:
-            if self._artifact is None:
-                made = create_progress_artifact(percent, f"{key(self._stage)}-progress", description)
-                # Declared as a coroutine too, which it is only inside an event loop.
-                self._artifact = cast(UUID, made)
-            else:
-                update_progress_artifact(self._artifact, percent, description)
+            with _without_patience():
+                if self._artifact is None:
+                    made = create_progress_artifact(percent, f"{key(self._stage)}-progress", description)
+                    # Declared as a coroutine too, which it is only inside an event loop.
+                    self._artifact = cast(UUID, made)
+                else:
+                    update_progress_artifact(self._artifact, percent, description)
         except Exception:
             # One failed call is likely followed by others, and each may wait for a timeout.
-            self._works = False
+            self._failed = now
 
 
 def report(stage: Stage, root: Path) -> None:
     """Creates a Markdown artifact from each report that ``stage`` has written."""
     for path in reports(stage):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), _without_patience():
             text = (root / path).read_text(encoding="utf-8")
             markdown = table(json.loads(text)) if path.suffix == ".json" else text
             create_markdown_artifact(markdown, key(f"{stage.name}-{path.stem}"), str(path))
+
+
+def _without_patience() -> AbstractContextManager[object]:
+    """Holds settings with which Prefect's client asks once; by default a call may take minutes, in which nobody looks
+    how the stage does.
+    """
+    return temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _SECONDS_TO_ANSWER})
 
 
 def reports(stage: Stage) -> list[Path]:

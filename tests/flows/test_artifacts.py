@@ -1,8 +1,11 @@
 """Reports as Prefect artifacts."""
 
+import socket
 from pathlib import Path
 
 import pytest
+from prefect.client import base
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import artifacts
 from flows.graph import Stage
@@ -57,15 +60,34 @@ def test_progress_is_shown_while_a_stage_works_now_and_then_and_at_its_end(monke
     assert shown == [12.5, 37.5, 62.5, 100.0]
 
 
-def test_a_server_that_fails_costs_one_call_and_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def test_a_server_that_fails_costs_one_call_a_minute_and_shows_progress_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, asked, shown = [100.0], list[float](), list[float]()
 
-    def fail(*arguments: object) -> None:
-        calls.append(arguments)
-        raise ConnectionError
+    def create(percent: float, *_: object) -> str:
+        asked.append(now[0])
+        if now[0] < 200:
+            raise ConnectionError
+        shown.append(percent)
+        return "made"
 
-    monkeypatch.setattr(artifacts, "create_progress_artifact", fail)
-    shown = artifacts.ProgressArtifact("train")
-    for done in (1, 2):
-        shown.update(Event("train", "steps", done, 1, "steps", 1.0))
-    assert len(calls) == 1
+    monkeypatch.setattr(artifacts, "create_progress_artifact", create)
+    monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
+    artifact = artifacts.ProgressArtifact("train")
+    for done in range(1, 8):
+        artifact.update(Event("train", "steps", done, 10, "steps", 1.0))
+        now[0] += 20.0
+    assert asked == [100.0, 160.0, 220.0]
+    assert shown == [70.0]
+
+
+def test_nobody_waits_for_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        gone = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+    slept = list[float]()
+    monkeypatch.setattr(base.time, "sleep", slept.append)
+    with temporary_settings({PREFECT_API_URL: gone}):
+        artifacts.ProgressArtifact("train").update(Event("train", "steps", 1, 10, "steps", 1.0))
+    # The transport tries some times by itself, in seconds; Prefect would in a minute.
+    assert sum(slept) < 10
