@@ -72,7 +72,7 @@ def _daily(at: str) -> str:
 
 
 def _checked(cron: str) -> str:
-    from prefect._vendor.croniter.croniter import croniter
+    from prefect._vendor.croniter.croniter import CroniterBadDateError, croniter
 
     fields = cron.split()
     # A sixth field (seconds), @daily, and random and hashed fields are croniter's own; Prefect refuses the last two.
@@ -81,4 +81,8 @@ def _checked(cron: str) -> str:
             f"--cron: '{cron}' is no cron line. Write five fields (minute, hour, day, month, weekday), such as "
             "'0 2 * * 1-5' for 02:00 on working days."
         )
+    try:
+        croniter(cron, datetime.now()).get_next(datetime)
+    except CroniterBadDateError:
+        raise UserMistake(f"--cron: '{cron}' names a day that never comes, such as 31 February.") from None
     return cron

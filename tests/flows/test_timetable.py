@@ -45,6 +45,7 @@ def test_without_a_zone_the_machines_clock_counts(monkeypatch: pytest.MonkeyPatc
         (None, None, "61 2 * * *", "--cron: '61 2 * * *'"),
         (None, None, "H 2 * * *", "--cron: 'H 2 * * *'"),
         (None, None, "@daily", "--cron: '@daily'"),
+        (None, None, "0 2 31 2 *", "names a day that never comes"),
         (None, None, "", "--cron: ''"),
     ],
 )
