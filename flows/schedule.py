@@ -87,6 +87,11 @@ def deployment_name(root: Path, shared: bool) -> str:
     return f"nightly-{socket.gethostname()}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
 
 
+def pages(api: str) -> str:
+    """Returns where a browser finds the pages of the Prefect server whose ``api`` programs ask."""
+    return api.rstrip("/").removesuffix("/api")
+
+
 def _leave(*_: object) -> None:
     # Every `with` block on the way ends what it started.
     sys.exit(EXIT_TERMINATED)
@@ -111,7 +116,7 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
     with contextlib.ExitStack() as stack:
         if shared:
             stack.enter_context(server.serve(root, descriptor))
-            address = os.environ["PREFECT_API_URL"]
+            address = pages(os.environ["PREFECT_API_URL"])
         else:
             # Held open here over the server's restarts: who asks meanwhile waits and is not refused.
             listening = stack.enter_context(_listen(port))

@@ -117,6 +117,11 @@ def test_a_deployment_on_a_shared_server_names_machine_and_project() -> None:
     assert schedule.deployment_name(Path("/srv/one"), shared=False) == "nightly"
 
 
+@pytest.mark.parametrize("api", ["http://prefect.example:4200/api", "http://prefect.example:4200/api/"])
+def test_what_is_named_to_people_is_the_servers_pages_and_not_what_programs_ask(api: str) -> None:
+    assert schedule.pages(api) == "http://prefect.example:4200"
+
+
 def test_a_pause_from_prefects_ui_outlasts_a_restart(prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect.api)
     # One a process: others import Prefect without these settings.
