@@ -260,7 +260,15 @@ def store(root: Path, remote: str | None = None) -> Iterator[Store]:
                 f"{paths.PARAMS}: publish.data_remote: DVC has no remote '{remote}'; {there} (`dvc remote add`)."
             )
         name = remote or repo.config["core"].get("remote")
-        behind = repo.cloud.get_remote_odb(name, "fetch") if name else None
+        try:
+            behind = repo.cloud.get_remote_odb(name, "fetch") if name else None
+        except ImportError as error:
+            # DVC keeps each kind of remote in a package of its own.
+            cause = error.__cause__ or error
+            raise UserMistake(
+                f"DVC's remote '{name}': {error} ({cause}). `python -m pip install` it in this environment "
+                f"({sys.prefix})."
+            ) from None
         told = repo.config["remote"].get(name, {}) if name else {}
         place = " ".join(f"{key}={told[key]}" for key in ("url", "endpointurl", "host", "port", "user") if key in told)
         yield Store(repo.cache.local, behind, name, place or None)

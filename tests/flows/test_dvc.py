@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -207,6 +208,19 @@ def test_tables_of_dvc_that_are_damaged_or_have_no_room_are_one_line(
 def test_tables_of_dvc_that_somebody_else_writes_to_are_not_damaged(project: "Project") -> None:
     with pytest.raises(dvc_lock.Busy, match="ask again when it has ended"), dvc.store(project.root):
         raise sqlite3.OperationalError("database is locked")
+
+
+def test_a_kind_of_remote_whose_package_is_not_installed_is_one_line(
+    project: "Project", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dvc_s3", None)
+    (project.root / ".dvc/config.local").write_text(
+        "[core]\n    remote = bucket\n['remote \"bucket\"']\n    url = s3://team/models\n"
+    )
+    told = "^DVC's remote 'bucket': s3 is supported, but requires 'dvc-s3' to be installed .*`python -m pip install`"
+    with pytest.raises(UserMistake, match=told) as caught, dvc.store(project.root):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_a_stage_sees_no_setting_of_prefect_and_one_shell() -> None:
