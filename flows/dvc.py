@@ -59,6 +59,7 @@ class Result:
 
     ``exit_code`` is that of the stage's own command, None where that did not fail or was not reached. ``message`` is
     one line. ``mendable``: another attempt may succeed. ``locked``: another DVC command held what this one needs.
+    ``refused``: DVC's remote lets nobody in without other credentials or permissions, or is not there.
     """
 
     outcome: Literal["ran", "cached", "failed"]
@@ -66,6 +67,7 @@ class Result:
     message: str = ""
     mendable: bool = False
     locked: bool = False
+    refused: bool = False
 
 
 def graph(root: Path) -> Graph:
@@ -162,6 +164,7 @@ _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_REFUSED = re.compile(r"Access ?Denied|Forbidden|Permission denied|bucket does not exist|credentials", re.IGNORECASE)
 _MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the cloud")
 _ONE = re.compile(r"failed to transfer '[^']*' - (.+)")
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
@@ -195,8 +198,8 @@ def classify(code: int, output: str) -> Result:
             f"{message.rstrip('.')}. A folder's listing is damaged in DVC's cache or at its remote: `overnight push`, "
             "where a good copy is left, mends it in both."
         )
-    locked = bool(_LOCKED.search(output))
-    return Result("failed", None, message, mendable=locked, locked=locked)
+    locked, refused = bool(_LOCKED.search(output)), bool(_REFUSED.search(message))
+    return Result("failed", None, message, mendable=locked, locked=locked, refused=refused)
 
 
 def classify_stage(code: int, output: str) -> Result:

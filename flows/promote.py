@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from flows import project, push, pushed, registry
+from flows import project, push, pushed, registry, remotely
 from flows.gate import REFUSED
 from flows.registry import Version
 from tasks.errors import TryAgain, UserMistake
@@ -57,11 +57,11 @@ def rollback(out: Console, err: Console) -> int:
     # Production changes at once, whatever has become of the bytes; it was there before.
     try:
         push.bring_data(root, before, push.data_remote(root))
-    except TryAgain as error:
+    except remotely.Lost as error:
+        err.print(escape(str(error)), soft_wrap=True)
+    except (TryAgain, UserMistake) as error:
         told = f"{error} Whether all of {before.name} is there was not asked; `overnight push {before.name}` does."
         err.print(escape(told), soft_wrap=True)
-    except UserMistake as error:
-        err.print(escape(str(error)), soft_wrap=True)
     return 0
 
 

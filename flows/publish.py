@@ -23,6 +23,7 @@ from flows.graph import Graph
 from flows.identity import version_of
 from flows.land import QUIET, is_pointer, land
 from flows.registry import Version
+from flows.store import REFUSED
 from flows.terminal import print_line
 from tasks import paths
 from tasks.champion import Champion
@@ -309,13 +310,15 @@ def _commit(root: Path) -> str:
 
 
 def _dvc(to: _Publication, command: list[str]) -> None:
-    """Runs a DVC command to its end. Raises :class:`TryAgain` with its complaint."""
+    """Runs a DVC command. Raises :class:`TryAgain` with its complaint, :class:`UserMistake` if the remote refuses."""
 
     def on_event(event: Event) -> None:
         if event.notice:
             to.tell(event.notice)
 
     result = execute.run(to.root, command, to.log, on_event, minutes=to.params.publish.stall_minutes)
+    if result.refused and "push" in command:
+        raise UserMistake(f"DVC: {result.message.rstrip('.')}. {REFUSED}")
     if result.outcome == "failed":
         raise TryAgain(f"DVC: {result.message}")
 

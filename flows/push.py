@@ -28,7 +28,7 @@ def push(names: Sequence[str], out: Console, err: Console, verify: bool = False)
     ``verify`` reads back what DVC's remote has of them, once, and mends what is damaged there from the cache.
 
     Returns the exit code: 0, or 1 when bytes of one are neither at DVC's remote nor here. Raises :class:`UserMistake`
-    for an unknown version and where there is no remote, :class:`TryAgain` when one does not answer.
+    for an unknown version, where there is no remote and where one refuses, :class:`TryAgain` when one does not answer.
     """
     root = project.find()
     git_remote, store = fetched(root), data_remote(root)
@@ -49,7 +49,7 @@ def push(names: Sequence[str], out: Console, err: Console, verify: bool = False)
                 if verify and store is not None:
                     _read_back(root, version, store, Path(scratch) / "seen", err)
                 bring_tag(root, version, git_remote)
-            except UserMistake as error:
+            except remotely.Lost as error:
                 print_line(err, f"error: {error}")
             else:
                 brought.append(version)
@@ -86,15 +86,20 @@ def data_remote(root: Path) -> str | None:
 def bring_data(root: Path, version: Version, store: str | None) -> None:
     """Uploads what DVC's remote ``store`` lacks of ``version``; None: there is none, and the cache has to have it all.
 
-    Raises :class:`UserMistake` for bytes that the cache lacks too, :class:`TryAgain` when the remote does not answer.
+    Raises :class:`flows.remotely.Lost` for bytes that the cache lacks too, :class:`UserMistake` when the remote
+    refuses, :class:`TryAgain` when it does not answer.
     """
+    try:
+        contents.recorded(root, version.commit)
+    except UserMistake as error:
+        raise remotely.Lost(f"{version.name}: {error}") from None
     if store is None:
         _check_cached(root, version)
         return
     minutes = project.parameters(root).publish.stall_minutes
     try:
         remotely.verify(root, version.commit, store, root / LOG, minutes)
-    except UserMistake as error:
+    except remotely.Lost as error:
         raise _lost(version, error, "overnight push") from None
 
 
@@ -102,14 +107,14 @@ def _read_back(root: Path, version: Version, store: str, seen: Path, err: Consol
     minutes, sink = project.parameters(root).publish.stall_minutes, sink_for(err)
     try:
         remotely.read_back(root, version.commit, store, seen, root / LOG, minutes, sink.show)
-    except UserMistake as error:
+    except remotely.Lost as error:
         raise _lost(version, error, restore.VERIFY) from None
     finally:
         sink.close()
 
 
-def _lost(version: Version, error: UserMistake, command: str) -> UserMistake:
-    return UserMistake(
+def _lost(version: Version, error: remotely.Lost, command: str) -> remotely.Lost:
+    return remotely.Lost(
         f"{version.name}: {str(error).split('. ')[0].rstrip('.')}. `{command} {version.name}` on a machine "
         f"that has them brings them; `overnight rebuild {version.name}` computes those of the stages anew."
     )
@@ -120,7 +125,7 @@ def _check_cached(root: Path, version: Version) -> None:
         found, lost = objects.findable(store, contents.recorded(root, version.commit), {})
         missing = [md5 for md5 in found if not store.path(md5).is_file()]
     if lost or missing:
-        raise UserMistake(
+        raise remotely.Lost(
             f"{version.name}: its bytes are not in DVC's cache, and there is no remote of DVC's to have them from. "
             "`git pull` where others have named one, or `dvc remote add --default NAME PLACE`."
         )

@@ -19,14 +19,20 @@ from tasks.progress import Event, progress
 
 # Of `lacks` and `nothing`, when it does, or has nothing.
 _EXIT_YES = 10
+_EXIT_LOST = 11
 _READ_AT_A_TIME = 8
 _MOST_NAMED = 5
+
+
+class Lost(UserMistake):
+    """Bytes of a version are neither at the remote nor in the cache, or damaged at both."""
 
 
 def lacks(root: Path, commit: str, remote: str, log: Path, minutes: float) -> bool:
     """Whether ``remote`` lacks an output of ``commit``; where it has a folder's listing, it has had the files before.
 
-    Raises :class:`TryAgain` when the remote does not answer, or nothing for ``minutes``.
+    Raises :class:`TryAgain` when the remote does not answer, or nothing for ``minutes``, :class:`UserMistake` when it
+    refuses.
     """
     return _ask("lacks", root, log, minutes, commit, remote) == _EXIT_YES
 
@@ -37,7 +43,7 @@ def has_nothing(root: Path, commit: str, remote: str, log: Path, minutes: float)
 
 
 def verify(root: Path, commit: str, remote: str, log: Path, minutes: float) -> None:
-    """Uploads what ``remote`` lacks of ``commit``. Raises as :func:`lacks`, :class:`UserMistake` if the cache lacks it.
+    """Uploads what ``remote`` lacks of ``commit``. Raises as :func:`lacks`, :class:`Lost` if the cache lacks it too.
 
     DVC's own push passes over what its cache has lost, and over what is there, cut off or not.
     """
@@ -50,7 +56,7 @@ def read_back(
     """Reads every object of ``commit`` at ``remote``, and uploads good ones of the cache over those that are damaged.
 
     What the file ``seen`` names is not read again, and what was read is added to it. Raises as :func:`lacks`,
-    :class:`UserMistake` for what is damaged at both places.
+    :class:`Lost` for what is damaged at both places.
     """
     _ask("read_back", root, log, minutes, commit, remote, str(seen), on_event=on_event)
 
@@ -90,6 +96,8 @@ def _ask(
     command = [*dvc_fork.REMOTELY, step, str(root.resolve()), *arguments]
     result = execute.run(root, command, log, on_event, classify=dvc.classify_stage, minutes=minutes)
     if result.outcome == "failed" and result.exit_code != _EXIT_YES:
+        if result.exit_code == _EXIT_LOST:
+            raise Lost(result.message)
         if result.exit_code == EXIT_USER_MISTAKE:
             raise UserMistake(result.message)
         raise TryAgain(result.message if result.exit_code else f"DVC's remote: {result.message}")
@@ -104,7 +112,7 @@ def main(arguments: list[str]) -> int:
             return _STEPS[step](Path(root), *more)
     except (UserMistake, TryAgain) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _EXIT_LOST if isinstance(error, Lost | objects.Unlisted) else error.exit_code
 
 
 def _lacks(root: Path, commit: str, remote: str) -> int:
@@ -128,7 +136,7 @@ def _verify(root: Path, commit: str, remote: str) -> int:
             # What is cut off there and damaged here has no size left to be compared with.
             lacking = store.lacking(lacking) | lost.keys()
     if lacking:
-        raise UserMistake(
+        raise Lost(
             f"DVC's remote '{remote}' lacks {len(lacking)} of the version's objects ({min(lacking)}), and so does the "
             "cache. `overnight run --force` makes them again."
         )
@@ -152,7 +160,7 @@ def _read_back(root: Path, commit: str, remote: str, seen: str) -> int:
     if lost:
         named = ", ".join(map(str, sorted(places[md5] for md5 in lost)[:_MOST_NAMED]))
         more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-        raise UserMistake(f"damaged at DVC's remote '{remote}', with no good copy in the cache: {named}{more}")
+        raise Lost(f"damaged at DVC's remote '{remote}', with no good copy in the cache: {named}{more}")
     return 0
 
 

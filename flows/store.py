@@ -4,15 +4,25 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from flows.contents import OBJECT
-from tasks.errors import TryAgain
+from tasks.errors import TryAgain, UserMistake
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
+# What to do about a remote that refuses.
+REFUSED = (
+    "Look whether it is the right place (`dvc remote list`), and whether you may do this there: by your credentials "
+    "(environment, `dvc remote modify --local`), or by the permissions of a folder."
+)
+# Of S3 a bucket that does not exist is a FileNotFoundError too, where no single object is asked for.
+_REFUSALS = (PermissionError, FileNotFoundError)
+# botocore's NoCredentialsError, google.auth's DefaultCredentialsError, azure's ClientAuthenticationError and so on.
+_NO_CREDENTIALS = re.compile("Credential|Authentication")
 # S3 and its like list as many in one answer; each asked for alone is an answer, and is paid for.
 _LISTED = 1000
 _READ = 1 << 20
@@ -37,7 +47,8 @@ class Store:
     def download(self, md5: str, target: Path) -> bool:
         """Copies the object from the remote to ``target``; returns False where the remote has none.
 
-        Raises :class:`TryAgain` when the remote cannot be asked.
+        Raises :class:`TryAgain` when the remote cannot be asked, :class:`UserMistake` when it lets nobody without other
+        credentials or permissions do so.
         """
         if self._remote is None:
             return False
@@ -50,13 +61,13 @@ class Store:
         return True
 
     def lacking(self, md5s: Iterable[str]) -> set[str]:
-        """Returns those objects that the remote does not hold, or not whole. Raises as :func:`compare` does."""
+        """Returns those objects that the remote does not hold, or not whole. Raises as :func:`download` does."""
         return set().union(*self.compare(md5s))
 
     def compare(self, md5s: Iterable[str]) -> tuple[set[str], set[str]]:
         """Returns those objects that the remote does not hold, and those whose size is another one there than here.
 
-        Asks for each, or lists the remote where many are meant. Raises :class:`TryAgain` when it cannot be asked.
+        Asks for each, or lists the remote where many are meant. Raises as :func:`download` does.
         """
         assert self._remote is not None
         wanted = set(md5s)
@@ -92,7 +103,7 @@ class Store:
     def stored_md5(self, md5: str) -> str | None:
         """Returns the MD5 of the bytes that the remote holds under ``md5``, None where it holds none.
 
-        Reads them all and keeps none. Raises :class:`TryAgain` when the remote cannot be asked.
+        Reads them all and keeps none. Raises as :func:`download` does.
         """
         assert self._remote is not None
         digest = hashlib.md5(usedforsecurity=False)
@@ -106,7 +117,7 @@ class Store:
         return digest.hexdigest()
 
     def upload(self, md5s: Iterable[str]) -> None:
-        """Copies those objects that the cache holds to the remote. Raises as :func:`compare` does."""
+        """Copies those objects that the cache holds to the remote. Raises as :func:`download` does."""
         assert self._remote is not None
         with self._remote_is_told():
             # Files before the listings that name them.
@@ -124,7 +135,7 @@ class Store:
         }
 
     def stored(self) -> dict[str, "Stored"]:
-        """Returns every object of the remote. Raises as :func:`compare` does."""
+        """Returns every object of the remote. Raises as :func:`download` does."""
         assert self._remote is not None
         with self._remote_is_told():
             entries = self._list()
@@ -151,8 +162,17 @@ class Store:
             yield
         except Exception as error:
             # Each kind of remote has exceptions of its own.
-            told = " ".join(str(error).split()) or type(error).__name__
+            told = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+            if self._is_ours(error):
+                raise
+            if isinstance(error, _REFUSALS) or _NO_CREDENTIALS.search(type(error).__name__):
+                raise UserMistake(f"DVC's remote '{self.remote}' refuses: {told}. {REFUSED}") from None
             raise TryAgain(f"DVC's remote '{self.remote}' does not answer: {told}. Run this again later.") from None
+
+    def _is_ours(self, error: Exception) -> bool:
+        """Whether it is the cache that somebody else keeps from us."""
+        name = error.filename if isinstance(error, PermissionError) else None
+        return isinstance(name, str | bytes) and Path(os.fsdecode(name)).is_relative_to(self.folder)
 
 
 @dataclasses.dataclass(frozen=True)

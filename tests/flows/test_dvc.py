@@ -50,6 +50,15 @@ def test_why_files_were_not_moved_is_told(last: str, reason: str, told: str) -> 
     assert dvc.classify(255, output).message == f"{last}: {reason}{told}"
 
 
+def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
+    # As S3 has it in DVC's words: a key that may not write, a bucket that is not there, a server that is down.
+    denied = "An error occurred (AccessDenied) when calling the PutObject operation: Access Denied"
+    last = "ERROR: failed to push data to the cloud - 1 files failed to upload\n"
+    assert dvc.classify(255, f"ERROR: failed to transfer 'a0' - {denied}\n{last}").refused
+    assert dvc.classify(255, "ERROR: unexpected error - The specified bucket does not exist\n").refused
+    assert not dvc.classify(255, f"ERROR: failed to transfer 'a0' - Connection refused\n{last}").refused
+
+
 @pytest.mark.parametrize(
     ("code", "output", "expected"),
     [

@@ -2,12 +2,13 @@
 
 import io
 import shutil
+from unittest.mock import patch
 
 import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, generate, objects, promote, pushed, registry
+from flows import contents, dvc, generate, objects, promote, pushed, registry, remotely
 from flows.git import git
 from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
@@ -134,6 +135,14 @@ def test_rolling_back_does_not_wait_for_the_data(published: Clone) -> None:
     assert err.endswith("Whether all of v1.0.0 is there was not asked; `overnight push v1.0.0` does.\n")
     with pytest.raises(TryAgain, match="'shelf' does not answer"):
         said("promote", "v1.1.0")
+
+
+def test_rolling_back_does_not_wait_for_a_remote_that_refuses(published: Clone) -> None:
+    said("promote", "v1.1.0")
+    with patch.object(remotely, "_ask", side_effect=UserMistake("DVC's remote 'shelf' refuses: Forbidden.")):
+        out, err = said("rollback")
+    assert out == "v1.0.0 is in production, at origin too.\n"
+    assert err.endswith("Whether all of v1.0.0 is there was not asked; `overnight push v1.0.0` does.\n")
 
 
 def test_without_a_remote_of_data_what_the_cache_lacks_is_not_put_into_production(published: Clone) -> None:

@@ -1,14 +1,16 @@
 """Versions that were made before there was a remote."""
 
 import io
+import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from publishing import Clone
 from rich.console import Console
 
-from flows import contents, dvc, project, push, registry
+from flows import contents, dvc, project, push, registry, remotely
 from flows.git import git
 from flows.registry import NoSuchVersion
 from tasks.errors import TryAgain, UserMistake
@@ -150,3 +152,10 @@ def test_what_is_damaged_at_both_is_named_and_the_other_versions_are_read(publis
     assert (code, out) == (1, "v1.1.0 is at shelf and origin.\n")
     assert "v1.0.0: damaged at DVC's remote 'shelf', with no good copy in the cache: models/evaluation.json. " in err
     assert "`overnight push --verify v1.0.0` on a machine that has them" in err
+
+
+def test_a_remote_that_refuses_has_lost_nothing(late: Clone) -> None:
+    refusal = "DVC's remote 'shelf' refuses: Forbidden."
+    refused = patch.object(remotely, "_ask", side_effect=UserMistake(refusal))
+    with refused, pytest.raises(UserMistake, match=f"^{re.escape(refusal)}$"):
+        said()

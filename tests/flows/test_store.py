@@ -12,6 +12,7 @@ from dvc_objects.fs.memory import MemoryFileSystem
 
 from flows import store as stores
 from flows.store import Store
+from tasks.errors import TryAgain, UserMistake
 
 CONTENT = {hashlib.md5(text).hexdigest(): text for text in (str(number).encode() for number in range(5))}
 ABSENT, CUT, *_ = sorted(CONTENT)
@@ -47,3 +48,36 @@ def test_what_cannot_be_listed_is_asked_for(store: Store) -> None:
     asked = store._remote.fs  # type: ignore[union-attr]
     with patch.object(type(asked), "CAN_TRAVERSE", False), patch.object(asked.fs, "find", side_effect=OSError):
         assert store.compare(CONTENT) == ({ABSENT}, {CUT})
+
+
+class NoCredentialsError(Exception):
+    """As botocore calls it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError("Forbidden"), NoCredentialsError("Unable to locate credentials."), FileNotFoundError("no")],
+)
+def test_a_remote_that_refuses_would_refuse_again(store: Store, error: Exception) -> None:
+    told = f"^DVC's remote 'shelf' refuses: {str(error).rstrip('.')}\\. Look whether it is the right place "
+    with patch.object(store._remote, "add", side_effect=error), pytest.raises(UserMistake, match=told):
+        store.upload([CUT])
+
+
+def test_a_remote_that_is_away_may_come_back(store: Store) -> None:
+    error = ConnectionError("no route")
+    with (
+        patch.object(store._remote, "add", side_effect=error),
+        pytest.raises(TryAgain, match="does not answer: no route"),
+    ):
+        store.upload([CUT])
+
+
+def test_a_cache_that_somebody_else_keeps_is_no_refusal_of_the_remote(store: Store) -> None:
+    theirs = store.path(ABSENT)
+    error = PermissionError(13, "Permission denied", str(theirs))
+    with (
+        patch.object(store._remote.fs, "get_file", side_effect=error),  # type: ignore[union-attr]
+        pytest.raises(PermissionError),
+    ):
+        store.download(ABSENT, theirs)
