@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flows import dvc_lock
+from flows import dvc_lock, ownership
 from flows.graph import Graph, Stage, in_order
 from flows.store import Store as Store
 from tasks import paths
@@ -156,7 +156,14 @@ def environment(outer: Mapping[str, str], python: Path = Path(sys.executable)) -
         "PATH": os.pathsep.join([str(python.parent), outer.get("PATH", os.defpath)]),
         "DVC_NO_ANALYTICS": "1",
         "PYTHONUNBUFFERED": "1",
+        **_login(outer),
     }
+
+
+def _login(outer: Mapping[str, str]) -> dict[str, str]:
+    """Returns the name that DVC and torch ask for, where ``outer`` has none: a container may know none."""
+    told = any(outer.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME"))
+    return {} if told else {"LOGNAME": ownership.name_of(os.getuid())}
 
 
 _RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
@@ -284,6 +291,7 @@ def _repo(root: Path) -> Iterator[Any]:
     from dvc.repo import Repo
 
     dvc_lock.mend(root)
+    os.environ.update(_login(os.environ))
     # Silences DVC's own progress bars and its warnings about frozen stages, which would mix with ours.
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     try:

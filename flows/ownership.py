@@ -25,7 +25,7 @@ def others_are_told(root: Path) -> Iterator[None]:
             if (found := _owned(path, root.absolute())) is not None:
                 place, owner = found
                 raise NotOurs(
-                    f"{path}: no permission: {place} belongs to {_name(owner)}, and you are {_name(os.geteuid())}"
+                    f"{path}: no permission: {place} belongs to {name_of(owner)}, and you are {name_of(os.geteuid())}"
                     f"{advice(owner, root.absolute())}"
                 ) from error
         raise
@@ -40,10 +40,10 @@ def advice(owner: int, root: Path) -> str:
     """Returns what is told behind the names of the ``owner`` and of who was refused in ``root``."""
     if owner:
         # In a project that several share, what one takes is taken from the others.
-        return f". Have {_name(owner)} let you at it."
+        return f". Have {name_of(owner)} let you at it."
     return (
         ", as after one run under sudo. Take back what is in the project: sudo chown -R "
-        f"{_name(os.geteuid())} {shlex.quote(str(root))}"
+        f"{name_of(os.geteuid())} {shlex.quote(str(root))}"
     )
 
 
@@ -64,7 +64,8 @@ def _owned(path: Path, root: Path) -> tuple[Path, int] | None:
     return None
 
 
-def _name(user: int) -> str:
+def name_of(user: int) -> str:
+    """Returns the name of a user, or the number of one who has none."""
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:

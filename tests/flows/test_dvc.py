@@ -1,5 +1,7 @@
 """What is read from DVC: its graph, its status, and how its commands end."""
 
+import os
+import pwd
 import shutil
 import sqlite3
 import sys
@@ -230,6 +232,16 @@ def test_a_kind_of_remote_whose_package_is_not_installed_is_one_line(
     with pytest.raises(UserMistake, match=told) as caught, dvc.store(project.root):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_user_without_a_name_has_a_number(project: "Project", monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    # As in a container that runs as whoever started it.
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])
+    dvc.graph(project.root)
+    assert dvc.environment({})["LOGNAME"] == str(os.getuid())
+    assert "LOGNAME" not in dvc.environment({"USER": "somebody"})
 
 
 def test_a_stage_sees_no_setting_of_prefect_and_one_shell() -> None:
