@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
@@ -153,14 +154,11 @@ def place(store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path,
 
 def read(store: dvc.Store, path: Path, md5: str, root: Path) -> tuple[bytes | None, Fetched]:
     """Returns the verified bytes of one object, None where it is lost, and how it was had, named ``path``."""
-    scratch = store.path(md5).parent
-    scratch.mkdir(parents=True, exist_ok=True)
-    copy = _beside(scratch / "read")
-    try:
+    # The cache may be somebody else's, who lets us read alone.
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "read"
         fetched = _fetch(store, path, md5, copy, root)
         return (None if fetched.source is Source.NOWHERE else copy.read_bytes()), fetched
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def _fetch(store: dvc.Store, path: Path, md5: str, target: Path, root: Path) -> Fetched:

@@ -216,6 +216,15 @@ def test_a_remote_that_does_not_answer_is_no_lost_file(versioned: "Versioned") -
         restored(versioned)
 
 
+def test_what_is_whole_in_the_cache_is_restored_without_writing_there(versioned: "Versioned", tmp_path: Path) -> None:
+    with dvc.store(versioned.root) as store:
+        cache = store.folder
+    folders = [folder for folder in cache.rglob("*") if folder.is_dir()]
+    before = {folder: folder.stat().st_mtime_ns for folder in folders}
+    assert restored(versioned, tmp_path / "theirs").code == 0
+    assert {folder: folder.stat().st_mtime_ns for folder in folders} == before
+
+
 def test_restoring_again_mends_what_was_changed(versioned: "Versioned") -> None:
     assert restored(versioned).code == 0
     place = versioned.root / ".overnight/versions/v1.0.0"
