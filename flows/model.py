@@ -17,7 +17,7 @@ def model_of(root: Path, name: str, say: Callable[[str], object]) -> Path:
     try:
         push.fetched(root)
     except TryAgain as error:
-        say(f"{error} What is known here is taken.")
+        say(f"{str(error).rstrip('.')}. What is known here is taken.")
     version = registry.resolve(root, name)
     outputs = [output for output in contents.recorded(root, version.commit) if output.path == paths.INT8]
     target = root / restore.FOLDER / version.name

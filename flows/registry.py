@@ -107,7 +107,7 @@ def fetch_if_it_answers(root: Path, remote: str | None, say: Callable[[str], obj
     try:
         fetch(root, remote, say)
     except GitFailed as error:
-        say(f"{error} What is known here is taken.")
+        say(f"{str(error).rstrip('.')}. What is known here is taken.")
 
 
 def register(root: Path, commit: str, message: str, remote: str | None = None) -> Version:
