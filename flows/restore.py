@@ -82,8 +82,14 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     unpacked = _unpack(archive(root, version.commit), target)
     with progress("restore", err) as report, dvc.store(root, remote(root)) as store:
         fetched = place(store, outputs, target, root, report)
+        missed = any(one.where for one in fetched) and all(one.source is not Source.REMOTE for one in fetched)
+        elsewhere = missed and store.is_empty()
     lost = tell(fetched, err)
-    if any(one.where for one in fetched):
+    if elsewhere:
+        print_line(
+            err, f"DVC's remote '{store.remote}' has nothing at all: look whether it is mounted, and the right one."
+        )
+    elif any(one.where for one in fetched):
         print_line(err, f"`{VERIFY} {version.name}` on a machine that has them brings them to the remote.")
     if strays := _strays(target, {*unpacked, *(one.path for one in fetched)}):
         more = f" and {len(strays) - _MOST_NAMED} more" if len(strays) > _MOST_NAMED else ""

@@ -141,6 +141,12 @@ class Store:
             entries = self._list()
         return {md5: Stored(int(entry.get("size") or 0), _modified(entry)) for md5, entry in entries.items()}
 
+    def is_empty(self) -> bool:
+        """Whether the remote can be listed and holds no object at all. Raises as :func:`download` does."""
+        assert self._remote is not None
+        with self._remote_is_told():
+            return bool(self._remote.fs.CAN_TRAVERSE) and not self._list()
+
     def discard(self, md5s: Iterable[str], remote: bool = False) -> None:
         """Removes objects from the cache, or from the remote; listings go before the files that they name."""
         ordered = sorted(md5s, key=lambda md5: not md5.endswith(".dir"))

@@ -225,6 +225,17 @@ def test_what_is_whole_in_the_cache_is_restored_without_writing_there(versioned:
     assert {folder: folder.stat().st_mtime_ns for folder in folders} == before
 
 
+def test_a_remote_that_has_nothing_at_all_may_be_the_wrong_one(versioned: "Versioned", tmp_path: Path) -> None:
+    versioned.cached(digest(versioned)).unlink()
+    forget_workspace(versioned)
+    versioned.dvc("remote", "add", "-q", "-d", "shelf", str(tmp_path / "not mounted"))
+    said = restored(versioned)
+    assert said.code == 1
+    told = "DVC's remote 'shelf' has nothing at all: look whether it is mounted, and the right one."
+    assert told in said.err
+    assert "push --verify" not in said.err
+
+
 def test_restoring_again_mends_what_was_changed(versioned: "Versioned") -> None:
     assert restored(versioned).code == 0
     place = versioned.root / ".overnight/versions/v1.0.0"
