@@ -20,6 +20,8 @@ from ports import free_port
 from flows.process import Child
 
 _ATTEMPTS = 10
+# The machine may have ten times as many processes at work as it has cores.
+_SECONDS_TO_START = 300
 
 
 def make_database(file: Path) -> None:
@@ -72,12 +74,14 @@ class PrefectServer:
             *("--log-level", "warning", "--timeout-graceful-shutdown", "0"),
         ]
         self._child = Child(command, log, environment)
-        for _ in range(120):
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while True:
             try:
                 urllib.request.urlopen(f"{self.api}/health", timeout=60).close()
                 return
             except OSError:
                 assert self._child.wait(0.5) is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
 
     def kill(self) -> None:
         """SIGKILLs it, as a machine that goes down would."""
