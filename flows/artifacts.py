@@ -9,13 +9,13 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
-from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.utilities.context import get_task_and_flow_run_ids
 
 from flows.graph import Stage
 from tasks import paths
@@ -60,32 +60,42 @@ class ProgressArtifact:
         percent = 100.0 * event.done / event.total if event.total else 0.0
         description = f"{event.step}: {event.done:,.0f} of {event.total:,.0f} {event.unit}. {event.describe_numbers()}"
         try:
-            with _without_patience():
+            with _without_patience() as client:
                 if self._artifact is None:
-                    made = create_progress_artifact(percent, f"{key(self._stage)}-progress", description)
-                    # Declared as a coroutine too, which it is only inside an event loop.
-                    self._artifact = cast(UUID, made)
+                    self._artifact = _create(client, "progress", f"{self._stage}-progress", description, percent)
                 else:
-                    update_progress_artifact(self._artifact, percent, description)
+                    client.update_artifact(self._artifact, ArtifactUpdate(description=description, data=percent))
         except Exception:
-            # One failed call is likely followed by others, and each may wait for a timeout.
-            self._failed = now
+            # One failed call is likely followed by others, and each may wait for a timeout, as this one has.
+            self._failed = time.monotonic()
 
 
 def report(stage: Stage, root: Path) -> None:
     """Creates a Markdown artifact from each report that ``stage`` has written."""
     for path in reports(stage):
-        with contextlib.suppress(Exception), _without_patience():
+        with contextlib.suppress(Exception), _without_patience() as client:
             text = (root / path).read_text(encoding="utf-8")
             markdown = table(json.loads(text)) if path.suffix == ".json" else text
-            create_markdown_artifact(markdown, key(f"{stage.name}-{path.stem}"), str(path))
+            _create(client, "markdown", f"{stage.name}-{path.stem}", str(path), markdown)
 
 
-def _without_patience() -> AbstractContextManager[object]:
-    """Holds settings with which Prefect's client asks once; by default a call may take minutes, in which nobody looks
-    how the stage does.
+@contextlib.contextmanager
+def _without_patience() -> Iterator[SyncPrefectClient]:
+    """Yields a client that asks once; the run's own may take minutes for a call, in which nobody looks how the stage
+    does.
     """
-    return temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _SECONDS_TO_ANSWER})
+    asking = get_client({"timeout": _SECONDS_TO_ANSWER}, sync_client=True)
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), asking as client:
+        yield client
+
+
+def _create(client: SyncPrefectClient, kind: str, name: str, description: str, data: str | float) -> UUID:
+    """Creates an artifact of the run that is at work here. Prefect's own functions ask by the run's client."""
+    task_run, flow_run = get_task_and_flow_run_ids()
+    made = ArtifactCreate(
+        type=kind, key=key(name), description=description, data=data, task_run_id=task_run, flow_run_id=flow_run
+    )
+    return client.create_artifact(made).id
 
 
 def reports(stage: Stage) -> list[Path]:

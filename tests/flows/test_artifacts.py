@@ -1,11 +1,17 @@
 """Reports as Prefect artifacts."""
 
+import contextlib
 import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prefect.client import base
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.context import SyncClientContext
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, temporary_settings
 
 from flows import artifacts
 from flows.graph import Stage
@@ -48,11 +54,25 @@ def test_keys_are_such_as_prefect_accepts() -> None:
     assert artifacts.key("sub/dvc.yaml:Train@x_1") == "sub-dvc-yaml-train-x-1"
 
 
+def show_by(monkeypatch: pytest.MonkeyPatch, show: Callable[[float], object]) -> list[float]:
+    """Has ``show`` take the percentages in place of a server; returns the time, in seconds, which stands still."""
+    now = [100.0]
+
+    @contextlib.contextmanager
+    def client(*_: object, **__: object) -> Iterator[Any]:
+        yield SimpleNamespace(
+            create_artifact=lambda artifact: show(artifact.data) or SimpleNamespace(id="made"),
+            update_artifact=lambda _, artifact: show(artifact.data),
+        )
+
+    monkeypatch.setattr(artifacts, "get_client", client)
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
 def test_progress_is_shown_while_a_stage_works_now_and_then_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, shown = [100.0], list[float]()
-    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda percent, *_: shown.append(percent) or "made")
-    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, percent, __: shown.append(percent))
-    monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
+    shown = list[float]()
+    now = show_by(monkeypatch, shown.append)
     artifact = artifacts.ProgressArtifact("train")
     for done, seconds in ((1, 0.1), (2, 2.1), (3, 0.1), (4, 2.1), (5, 0.1), (6, 0.1), (7, 2.1), (8, 0.1)):
         artifact.update(Event("train", "steps", done, 8, "steps", 1.0))
@@ -63,22 +83,22 @@ def test_progress_is_shown_while_a_stage_works_now_and_then_and_at_its_end(monke
 def test_a_server_that_fails_costs_one_call_a_minute_and_shows_progress_when_it_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now, asked, shown = [100.0], list[float](), list[float]()
+    asked, shown = list[float](), list[float]()
 
-    def create(percent: float, *_: object) -> str:
+    def show(percent: float) -> None:
         asked.append(now[0])
         if now[0] < 200:
+            # As long as a machine that is off may take not to answer.
+            now[0] += 30.0
             raise ConnectionError
         shown.append(percent)
-        return "made"
 
-    monkeypatch.setattr(artifacts, "create_progress_artifact", create)
-    monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
+    now = show_by(monkeypatch, show)
     artifact = artifacts.ProgressArtifact("train")
     for done in range(1, 8):
         artifact.update(Event("train", "steps", done, 10, "steps", 1.0))
         now[0] += 20.0
-    assert asked == [100.0, 160.0, 220.0]
+    assert asked == [100.0, 190.0, 280.0]
     assert shown == [70.0]
 
 
@@ -91,3 +111,15 @@ def test_nobody_waits_for_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch)
         artifacts.ProgressArtifact("train").update(Event("train", "steps", 1, 10, "steps", 1.0))
     # The transport tries some times by itself, in seconds; Prefect would in a minute.
     assert sum(slept) < 10
+
+
+def test_in_a_run_nobody_waits_long_for_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "_SECONDS_TO_ANSWER", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hangs = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
+        settings = {PREFECT_API_URL: hangs, PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False}
+        # As Prefect's engine does; its client waits for a minute.
+        with temporary_settings(settings), SyncClientContext.get_or_create():
+            begun = time.monotonic()
+            artifacts.ProgressArtifact("train").update(Event("train", "steps", 1, 10, "steps", 1.0))
+            assert time.monotonic() - begun < 30
