@@ -5,6 +5,7 @@ night in an interpreter of its own, which reads the code as it is then.
 """
 
 import asyncio
+import functools
 import os
 import sys
 import threading
@@ -17,11 +18,13 @@ from typing import Any, Self
 import httpx
 import psutil
 from prefect import Flow
+from prefect._internal.observers import FlowRunCancellingObserver
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
+from prefect.runner._scheduled_run_poller import ScheduledRunPoller
 from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
 
@@ -31,6 +34,12 @@ from flows.termination import EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import atomic
 from tasks.errors import TryAgain, UserMistake
+
+# What a runner asks its server again and again.
+_ASKING = (
+    (ScheduledRunPoller, "_get_and_submit_flow_runs"),
+    (FlowRunCancellingObserver, "_check_for_cancelled_flow_runs"),
+)
 
 
 def main(name: str, times: Timetable) -> None:
@@ -92,14 +101,12 @@ class _Runner(Runner):
     """
 
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        poller, observer = self._scheduled_run_poller, self._cancelling_observer
-        assert observer is not None
         # Prefect's loops end the runner, and the nights at work with it, or the watch for cancelled ones, when three
-        # questions in a row have found no server: in some minutes.
-        for one, name in ((poller, "_get_and_submit_flow_runs"), (observer, "_check_for_cancelled_flow_runs")):
-            setattr(one, name, _patient(getattr(one, name)))
-        return self
+        # questions in a row have found no server: in some minutes. Where a server has no websockets, that watch begins
+        # within Prefect's own __aenter__.
+        for kind, name in _ASKING:
+            setattr(kind, name, _patient(getattr(kind, name)))
+        return await super().__aenter__()
 
     def handle_sigterm(self, *args: Any, **kwargs: Any) -> None:
         self.stopping = self._scheduled_run_poller.stopping = True
@@ -108,15 +115,17 @@ class _Runner(Runner):
         threading.Thread(target=_exit_after_children, daemon=True).start()
 
 
-def _patient(ask: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-    """Returns ``ask`` as a question that is left for the next time where no server answers."""
+def _patient(ask: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Returns the method ``ask`` as a question that is left for the next time where no server answers."""
 
     away = False
 
-    async def asked() -> None:
+    # Prefect's loops name what they run.
+    @functools.wraps(ask)
+    async def asked(one: Any) -> None:
         nonlocal away
         try:
-            await ask()
+            await ask(one)
         except (httpx.TransportError, httpx.HTTPStatusError) as error:
             if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
                 raise
@@ -131,8 +140,6 @@ def _patient(ask: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]
                 print(f"{datetime.now():%H:%M:%S} Prefect's server answers again.")
             away = False
 
-    # Prefect's loops name what they run.
-    asked.__name__ = ask.__name__
     return asked
 
 

@@ -147,16 +147,19 @@ print(said)
     assert done.stdout.splitlines()[-1:] == ["[False, False, True, True]"], done.stderr
 
 
+@pytest.mark.parametrize("websockets", ["lost meanwhile", "never there"])
 def test_a_runner_and_its_nights_outlive_a_server_that_is_away_for_long(
-    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
+    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch, websockets: str
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect.api)
     code = """
 import asyncio
+import sys
 from types import SimpleNamespace
 
 import httpx
 from flows import runner
+from prefect._internal import observers
 
 answer = httpx.Response(502, request=httpx.Request("POST", "http://127.0.0.1"))
 absent = [httpx.ConnectError("refused"), httpx.HTTPStatusError("bad gateway", request=answer.request, response=answer)]
@@ -170,6 +173,12 @@ def away(what, then):
         raise absent[asked[what] % 2]
     return ask
 
+def refuse(**_):
+    raise ConnectionError("no websockets")
+
+if sys.argv[1] == "never there":
+    observers.get_events_subscriber = refuse
+
 async def main():
     async with runner._Runner(name="any", query_seconds=0.01) as one:
         loops = []
@@ -179,16 +188,18 @@ async def main():
         observer = one._cancelling_observer
         observer.polling_interval = 0.01
         observer._client = SimpleNamespace(read_flow_runs=away("cancelled", lambda: observer._polling_task.cancel()))
-        lost = asyncio.Future()
-        lost.set_exception(RuntimeError("no websocket"))
-        observer._start_polling_task(lost)
+        if observer._polling_task is None:
+            lost = asyncio.Future()
+            lost.set_exception(RuntimeError("no websocket"))
+            observer._start_polling_task(lost)
         loops.append(asyncio.create_task(one._scheduled_run_poller.run()))
         await asyncio.wait([*loops, observer._polling_task])
         print(asked)
 
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, websockets]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["{'runs': 7, 'cancelled': 7}"], done.stdout + done.stderr
 
 
