@@ -19,8 +19,6 @@ REFUSED = (
     "Look whether it is the right place (`dvc remote list`), and whether you may do this there: by your credentials "
     "(environment, `dvc remote modify --local`), or by the permissions of a folder."
 )
-# Of S3 a bucket that does not exist is a FileNotFoundError too, where no single object is asked for.
-_REFUSALS = (PermissionError, FileNotFoundError)
 # botocore's NoCredentialsError, google.auth's DefaultCredentialsError, azure's ClientAuthenticationError and so on.
 _NO_CREDENTIALS = re.compile("Credential|Authentication")
 # S3 and its like list as many in one answer; each asked for alone is an answer, and is paid for.
@@ -171,7 +169,10 @@ class Store:
             told = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
             if self._is_ours(error):
                 raise
-            if isinstance(error, _REFUSALS) or _NO_CREDENTIALS.search(type(error).__name__):
+            # Of S3 a bucket that does not exist is a FileNotFoundError too. One with a number is the system's: a folder
+            # that is not mounted, or what another machine has just removed.
+            is_nowhere = isinstance(error, FileNotFoundError) and error.errno is None
+            if is_nowhere or isinstance(error, PermissionError) or _NO_CREDENTIALS.search(type(error).__name__):
                 raise UserMistake(f"DVC's remote '{self.remote}' refuses: {told}. {REFUSED}") from None
             raise TryAgain(f"DVC's remote '{self.remote}' does not answer: {told}. Run this again later.") from None
 

@@ -73,6 +73,24 @@ def test_a_remote_that_is_away_may_come_back(store: Store) -> None:
         store.upload([CUT])
 
 
+def test_a_share_that_is_not_mounted_may_come_back(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "share").symlink_to(tmp_path / "not mounted")
+    away = Store(store._cache, LocalHashFileDB(LocalFileSystem(), str(tmp_path / "share/remote")), "shelf")
+    with pytest.raises(TryAgain, match=r"does not answer: .*No such file or directory"):
+        away.upload([CUT])
+
+
+@pytest.mark.parametrize("store", ["gives names"], indirect=True)
+def test_what_another_machine_removes_while_the_remote_is_listed_is_no_refusal(store: Store) -> None:
+    assert store._remote is not None
+    gone = store._remote.oid_to_path(ABSENT)
+    with (
+        patch.object(store._remote.fs.fs, "find", return_value=[gone]),
+        pytest.raises(TryAgain, match=r"does not answer: .*No such file or directory"),
+    ):
+        store.stored()
+
+
 def test_a_cache_that_somebody_else_keeps_is_no_refusal_of_the_remote(store: Store) -> None:
     theirs = store.path(ABSENT)
     error = PermissionError(13, "Permission denied", str(theirs))
