@@ -143,7 +143,16 @@ class Store:
         """Whether the remote can be listed and holds no object at all. Raises as :func:`download` does."""
         assert self._remote is not None
         with self._remote_is_told():
-            return bool(self._remote.fs.CAN_TRAVERSE) and not self._list()
+            return bool(self._remote.fs.CAN_TRAVERSE) and not self._holds_any()
+
+    def _holds_any(self) -> bool:
+        assert self._remote is not None
+        # Folder by folder: to list all of a large remote takes minutes, and memory.
+        folders = self._remote.fs.fs.walk(self._remote.path, on_error="raise")
+        try:
+            return any(OBJECT.fullmatch(Path(folder).name + name) for folder, _, names in folders for name in names)
+        except FileNotFoundError:
+            return False
 
     def discard(self, md5s: Iterable[str], remote: bool = False) -> None:
         """Removes objects from the cache, or from the remote; listings go before the files that they name."""

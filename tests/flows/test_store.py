@@ -50,6 +50,19 @@ def test_what_cannot_be_listed_is_asked_for(store: Store) -> None:
         assert store.compare(CONTENT) == ({ABSENT}, {CUT})
 
 
+def test_one_object_tells_that_a_remote_is_not_empty(store: Store, tmp_path: Path) -> None:
+    assert store._remote is not None
+    system = store._remote.fs.fs
+    with (
+        patch.object(system, "info", wraps=system.info) as info,
+        patch.object(system, "find", side_effect=AssertionError("all of it is listed")),
+    ):
+        assert not store.is_empty()
+        assert not info.called
+    store._remote.path = str(tmp_path / "not there")
+    assert store.is_empty()
+
+
 class NoCredentialsError(Exception):
     """As botocore calls it."""
 
