@@ -1,5 +1,6 @@
 """The lease of a night's concurrency slot, when Prefect's server does not renew it."""
 
+import inspect
 import threading
 import uuid
 
@@ -8,6 +9,10 @@ from prefect import flow_engine
 from prefect.concurrency import _leases
 
 from flows import nightly
+
+
+def test_the_name_by_which_prefects_engine_asks_for_a_lease_is_the_one_that_is_replaced() -> None:
+    assert "maintain_concurrency_lease(" in inspect.getsource(flow_engine.FlowRunEngine)
 
 
 def test_a_night_goes_on_when_the_lease_of_its_slot_cannot_be_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
