@@ -27,8 +27,9 @@ def push(names: Sequence[str], out: Console, err: Console, verify: bool = False)
 
     ``verify`` reads back what DVC's remote has of them, once, and mends what is damaged there from the cache.
 
-    Returns the exit code: 0, or 1 when bytes of one are neither at DVC's remote nor here. Raises :class:`UserMistake`
-    for an unknown version, where there is no remote and where one refuses, :class:`TryAgain` when one does not answer.
+    Returns the exit code: 0, or 1 when bytes of one are neither at DVC's remote nor here, or Git's declines its tag;
+    the others are brought all the same. Raises :class:`UserMistake` for an unknown version, where there is no remote
+    and where DVC's refuses, :class:`TryAgain` when one does not answer.
     """
     root = project.find()
     git_remote, store = fetched(root), data_remote(root)
@@ -49,7 +50,7 @@ def push(names: Sequence[str], out: Console, err: Console, verify: bool = False)
                 if verify and store is not None:
                     _read_back(root, version, store, Path(scratch) / "seen", err)
                 bring_tag(root, version, git_remote)
-            except remotely.Lost as error:
+            except (remotely.Lost, Declined) as error:
                 print_line(err, f"error: {error}")
             else:
                 brought.append(version)

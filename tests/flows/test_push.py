@@ -159,3 +159,12 @@ def test_a_remote_that_refuses_has_lost_nothing(late: Clone) -> None:
     refused = patch.object(remotely, "_ask", side_effect=UserMistake(refusal))
     with refused, pytest.raises(UserMistake, match=f"^{re.escape(refusal)}$"):
         said()
+
+
+def test_a_tag_that_git_s_remote_declines_keeps_no_other_version_back(late: Clone) -> None:
+    hook = late.shared / "hooks/update"
+    hook.write_text('#!/bin/sh\n[ "$1" != refs/tags/lm@v1.0.0 ]\n')
+    hook.chmod(0o755)
+    code, out, err = said()
+    assert (code, out) == (1, "v1.1.0 is at shelf and origin.\n")
+    assert err.startswith("error: git push --quiet failed")
