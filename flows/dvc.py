@@ -172,6 +172,8 @@ _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _REFUSED = re.compile(r"Access ?Denied|Forbidden|Permission denied|bucket does not exist|credentials", re.IGNORECASE)
+# The address that it names may hold such a word, and who hands out credentials may be away.
+_SILENT = re.compile(r"time(d )?out|could not connect|connection (refused|reset|aborted)|max retries", re.IGNORECASE)
 _MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the cloud")
 _ONE = re.compile(r"failed to transfer '[^']*' - (.+)")
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
@@ -205,7 +207,8 @@ def classify(code: int, output: str) -> Result:
             f"{message.rstrip('.')}. A folder's listing is damaged in DVC's cache or at its remote: `overnight push`, "
             "where a good copy is left, mends it in both."
         )
-    locked, refused = bool(_LOCKED.search(output)), bool(_REFUSED.search(message))
+    locked = bool(_LOCKED.search(output))
+    refused = bool(_REFUSED.search(message)) and not _SILENT.search(message)
     return Result("failed", None, message, mendable=locked, locked=locked, refused=refused)
 
 
