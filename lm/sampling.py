@@ -37,11 +37,15 @@ class Sampling:
     def draw(self, logits: Logits, text: npt.NDArray[np.int64], random: np.random.Generator, given: int = 0) -> int:
         """Returns a token for ``logits`` [vocabulary] after ``text`` [length], ``given`` of which are the prompt.
 
-        Raises :class:`ValueError` where one of those to draw from is no number.
+        Raises :class:`ValueError` where one of ``logits`` is no number, or the largest not finite.
         """
         logits = self._adjusted(logits, text, text[given:])
+        # Where there is a NaN, that is the one.
+        best = int(logits.argmax())
+        if not np.isfinite(logits[best]):
+            raise ValueError("the model is damaged: a logit is no number")
         if self.temperature < _COLDEST:
-            return int(logits.argmax())
+            return best
         kept = likeliest(logits, self.top_k or _AT_FIRST)
         reached = np.cumsum(self._weights(logits[kept], logits[kept[0]]))
         number, whole = random.random(), reached[-1]
@@ -52,8 +56,6 @@ class Sampling:
                 kept = likeliest(logits, 0)
                 reached = np.cumsum(self._weights(logits[kept], logits[kept[0]]))
                 whole = reached[-1]
-        if np.isnan(whole):
-            raise ValueError("the model is damaged: a logit is no number")
         if self.top_p < 1:
             # The one that reaches the probability is the last that is kept.
             reached = reached[: int(np.searchsorted(reached, self.top_p * whole)) + 1]

@@ -354,8 +354,9 @@ def test_a_large_vocabulary_is_not_sorted_for_each_token(top_p: float, monkeypat
 def test_nothing_is_drawn_where_a_logit_is_no_number(count: int) -> None:
     logits = np.zeros(count, np.float32)
     logits[3] = np.nan
-    with pytest.raises(ValueError, match="a logit is no number"):
-        Sampling(1, 0, 0.9).draw(logits, np.array([], np.int64), np.random.default_rng(0))
+    for sampling in (Sampling(1, 0, 0.9), Sampling(0)):
+        with pytest.raises(ValueError, match="a logit is no number"):
+            sampling.draw(logits, np.array([], np.int64), np.random.default_rng(0))
 
 
 def test_what_is_there_already_is_less_likely() -> None:
