@@ -5,6 +5,8 @@ from tasks.evaluate.params import EvaluateParams
 from tasks.evaluate.report import ChampionResult, Check, CheckName, Gate
 
 _NO_INTERVAL = "one document gives no interval; bring more groups of text, or raise ingest.split.test in params.yaml"
+# A limit of more is told rounded.
+_MOST_DIGITS = 12
 
 
 def decide(
@@ -28,7 +30,7 @@ def decide(
 
 
 def _against_float(loss: Estimate, limit: float) -> Check:
-    told = f"INT8's loss is {_change(loss)} of float's; the limit is {limit:+.2%}"
+    told = f"INT8's loss is {_change(loss, limit, of='float')}"
     return _check("int8_against_float", loss, limit, told, "raise quantize.steps, or evaluate.max_relative_loss")
 
 
@@ -42,7 +44,7 @@ def _against_champion(champion: ChampionResult | None, limit: float, unmeasured:
         return Check(name="against_champion", passed=False, limit=limit, reason=told)
     if champion is None:
         return Check(name="against_champion", passed=True, limit=limit, reason="no champion yet")
-    told = f"INT8's loss is {_change(champion.relative_loss)} of {champion.version}'s; the limit is {limit:+.2%}"
+    told = f"INT8's loss is {_change(champion.relative_loss, limit, of=champion.version)}"
     if not champion.same_split:
         told += f" (text was split otherwise then: {champion.version} may have been trained on this text)"
     return _check("against_champion", champion.relative_loss, limit, told, f"{champion.version} stays the champion")
@@ -58,8 +60,9 @@ def _absolute(bits: Estimate, limit: float | None) -> Check:
             high=bits.high,
             reason="no limit on bits per byte is set",
         )
-    high = "" if bits.high is None else f", at most {bits.high:.3f}"
-    told = f"INT8 needs {bits.value:.3f} bits a byte{high}; the limit is {limit:.3f}"
+    digits = _digits(bits.high, limit, 3)
+    high = "" if bits.high is None else f", at most {bits.high:.{digits}f}"
+    told = f"INT8 needs {bits.value:.{digits}f} bits a byte{high}; the limit is {limit:.{digits}f}"
     return _check("bits_per_byte", bits, limit, told, "train longer, or raise evaluate.max_bits_per_byte")
 
 
@@ -80,5 +83,17 @@ def _check(name: CheckName, estimate: Estimate, limit: float, told: str, advice:
     )
 
 
-def _change(loss: Estimate) -> str:
-    return f"{loss.value:+.2%}" + ("" if loss.high is None else f" (at most {loss.high:+.2%})")
+def _change(loss: Estimate, limit: float, of: str) -> str:
+    digits = _digits(loss.high, limit, 4) - 2
+    high = "" if loss.high is None else f" (at most {loss.high:+.{digits}%})"
+    return f"{loss.value:+.{digits}%}{high} of {of}'s; the limit is {limit:+.{digits}%}"
+
+
+def _digits(high: float | None, limit: float, least: int) -> int:
+    """Returns how many digits, ``least`` or more, show ``limit`` as it is set, and ``high`` on its side of it."""
+    end = limit if high is None else high
+    for digits in range(least, _MOST_DIGITS):
+        shown, rounded = round(limit, digits), round(end, digits)
+        if shown == limit and (rounded < shown, rounded > shown) == (end < limit, end > limit):
+            return digits
+    return _MOST_DIGITS

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 
-from tasks.bootstrap import Bootstrap, Values
+from tasks.bootstrap import Bootstrap, Estimate, Values
 from tasks.evaluate import gate, report
 from tasks.evaluate.params import EvaluateParams
 from tasks.evaluate.report import Check, Gate
 from tasks.evaluate.score import Marks, Quantized, Scores
 
 BYTES = 300.0
+LIMITS = EvaluateParams(
+    seed=0, bootstrap_samples=500, max_relative_loss=0.02, max_regression=0.01, max_bits_per_byte=None, ngram_order=2,
+    threads=1,
+)  # fmt: skip
 
 
 def decide(
@@ -21,10 +25,7 @@ def decide(
     max_bits_per_byte: float | None = None,
 ) -> Gate:
     """Returns the verdict on models with these losses, in nats a document."""
-    limits = EvaluateParams(
-        seed=0, bootstrap_samples=500, max_relative_loss=0.02, max_regression=max_regression,
-        max_bits_per_byte=max_bits_per_byte, ngram_order=2, threads=1,
-    )  # fmt: skip
+    limits = LIMITS.model_copy(update={"max_regression": max_regression, "max_bits_per_byte": max_bits_per_byte})
     documents = len(float_nats)
     ones = np.ones(documents)
     quantized = Quantized(int8, ones, [np.zeros(1)] * documents, ones, np.zeros((documents, 0)))
@@ -134,6 +135,35 @@ def test_the_absolute_limit_is_held_against_the_intervals_upper_end(limit: float
     # One limit lies between the value and the upper end.
     assert found.value < 0.73 < found.high < 0.75
     assert found.passed is passed
+
+
+@pytest.mark.parametrize(
+    ("high", "limit", "told"),
+    [
+        (0.0049, 0.02, "+0.10% (at most +0.49%) of float's; the limit is +2.00%"),
+        (0.019999, 0.02, "+0.1000% (at most +1.9999%) of float's; the limit is +2.0000%"),
+        (0.020001, 0.02, "+0.1000% (at most +2.0001%) of float's; the limit is +2.0000%"),
+        # A limit is told as it is set.
+        (0.00123, 0.00125, "+0.100% (at most +0.123%) of float's; the limit is +0.125%"),
+        (0.02, 0.02, "+0.10% (at most +2.00%) of float's; the limit is +2.00%"),
+    ],
+)
+def test_what_is_told_of_a_narrow_verdict_has_the_digits_that_show_it(high: float, limit: float, told: str) -> None:
+    estimate = Estimate(value=0.001, low=-0.001, high=high)
+    verdict = gate.decide(estimate, None, estimate, LIMITS.model_copy(update={"max_relative_loss": limit}))
+    assert verdict.passed is (high < limit)
+    assert told in check(verdict, "int8_against_float").reason
+
+
+def test_bits_per_byte_are_told_with_the_digits_that_show_the_verdict() -> None:
+    none, bits = Estimate(value=0.0, low=0.0, high=0.0), Estimate(value=1.2, low=1.1, high=1.234499)
+    for limit, told in (
+        (1.2345, "1.200000 bits a byte, at most 1.234499; the limit is 1.234500"),
+        (1.5, "at most 1.234; "),
+    ):
+        verdict = gate.decide(none, None, bits, LIMITS.model_copy(update={"max_bits_per_byte": limit}))
+        assert verdict.passed
+        assert told in check(verdict, "bits_per_byte").reason
 
 
 def test_one_document_gives_no_interval_and_no_check_passes_on_it() -> None:
