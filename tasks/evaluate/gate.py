@@ -4,7 +4,10 @@ from tasks.bootstrap import Estimate
 from tasks.evaluate.params import EvaluateParams
 from tasks.evaluate.report import ChampionResult, Check, CheckName, Gate
 
-_NO_INTERVAL = "one document gives no interval; bring more groups of text, or raise ingest.split.test in params.yaml"
+_NO_INTERVAL = (
+    "one document gives no interval; raise evaluate.test_tokens in params.yaml where the test split has more, else "
+    "bring more groups of text, or raise ingest.split.test"
+)
 # A limit of more is told rounded.
 _MOST_DIGITS = 12
 
