@@ -218,8 +218,7 @@ def _code(root: Path, before: str, after: str) -> tuple[str, ...]:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
+    # Of numbers every digit: two that differ are not to be shown alike.
     return "null" if value is None else str(value)
 
 

@@ -114,6 +114,8 @@ def test_a_list_of_files_that_is_lost_everywhere(published: Clone) -> None:
         ({"a": 1}, {"a": 1}, ()),
         ({"a": 1, "b": None}, {"b": 0.5, "c": "x"}, (("a", "1", "-"), ("b", "null", "0.5"), ("c", "-", "x"))),
         ({"a": [1]}, {"a": [1, 2]}, (("a", "[1]", "[1, 2]"),)),
+        # What differs is not shown alike.
+        ({"a": 4.123456}, {"a": 4.123458}, (("a", "4.123456", "4.123458"),)),
     ],
 )
 def test_differing_values(
