@@ -164,6 +164,8 @@ def _training(evidence: Evidence) -> str:
         ["steps", train.show("steps", "{:,}")],
         ["tokens", train.show("tokens", "{:,}")],
         ["passes over the training split", train.show("epochs", "{:.2f}")],
+        *_if_told(train, "skipped_steps", "steps left out, whose gradient was not finite", "{:,}"),
+        *_if_told(train, "overflowed_steps", "steps left out, whose gradient fp16 could not hold", "{:,}"),
         ["processes", train.show("processes")],
         ["precision", train.show("precision")],
         *_if_told(train, "valid_loss_before", "validation loss before the first step (nats a token)", "{:.4f}"),

@@ -164,6 +164,14 @@ def test_a_mixture_from_scratch_that_was_fine_tuned_says_so() -> None:
     assert "- quantization-aware-training" in text.front_matter(evidence, PARAMS)
 
 
+def test_steps_that_were_left_out_stand_in_the_card() -> None:
+    steps = {"steps": 12, "skipped_steps": 4, "overflowed_steps": 2}
+    card = text.body(evidence_of(train=steps), PARAMS)
+    assert "| steps left out, whose gradient was not finite | 4 |" in card
+    assert "| steps left out, whose gradient fp16 could not hold | 2 |" in card
+    assert "left out" not in text.body(evidence_of(train={"steps": 12, "skipped_steps": 0}), PARAMS)
+
+
 def test_one_document_has_no_interval_to_show() -> None:
     report = Report(Path("nowhere.json"))
     report.content = {"loss": {"value": 1.5, "low": None, "high": None}}
