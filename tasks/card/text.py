@@ -222,6 +222,7 @@ def _evaluation(evidence: Evidence) -> str:
     return "\n\n".join(
         [
             f"On {_documents(report)} ({report.show('bytes', '{:,}')} bytes) of the test split, {_unseen(evidence)}. "
+            f"Each token is predicted from at most {report.show('context', '{:,}')} before it. "
             "In brackets: 95% intervals from a bootstrap over documents."
             + (
                 " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."

@@ -172,6 +172,14 @@ def test_steps_that_were_left_out_stand_in_the_card() -> None:
     assert "left out" not in text.body(evidence_of(train={"steps": 12, "skipped_steps": 0}), PARAMS)
 
 
+def test_the_card_says_from_how_much_text_tokens_were_predicted() -> None:
+    # A checkpoint that has more positions than it was trained further on.
+    config = {"num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192}
+    card = text.body(evidence_of(config=config, evaluation={"context": 256}), PARAMS)
+    assert "Each token is predicted from at most 256 before it." in card
+    assert "It attends to at most 8,192 tokens" in card
+
+
 def test_one_document_has_no_interval_to_show() -> None:
     report = Report(Path("nowhere.json"))
     report.content = {"loss": {"value": 1.5, "low": None, "high": None}}
