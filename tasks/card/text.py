@@ -214,7 +214,7 @@ def _evaluation(evidence: Evidence) -> str:
             f"{report.show('baselines.ngram.order')}-gram model of characters, interpolated",
             report.interval("baselines.ngram.bits_per_byte"),
         ],
-        ["`xz -9` primed with the training split", report.show("baselines.xz.bits_per_byte.value", "{:.3f}")],
+        ["`xz -9` primed with that text", report.show("baselines.xz.bits_per_byte.value", "{:.3f}")],
     ]
     if report.get("champion") is not None:
         champion = f"the champion, {report.show('champion.version')} (INT8)"
@@ -235,7 +235,8 @@ def _evaluation(evidence: Evidence) -> str:
                 else ""
             ),
             table(["", *sides.values()], rows),
-            "Others on the same text:",
+            "Others on the same text. The first two have read the last "
+            f"{report.show('baselines.trained_on_bytes', '{:,}')} bytes of the training split:",
             table(["", "bits per byte"], others),
         ]
     )

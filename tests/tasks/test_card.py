@@ -180,6 +180,12 @@ def test_the_card_says_from_how_much_text_tokens_were_predicted() -> None:
     assert "It attends to at most 8,192 tokens" in card
 
 
+def test_the_card_says_how_much_text_the_baselines_have_read() -> None:
+    card = text.body(evidence_of(evaluation={"baselines": {"trained_on_bytes": 2**26}}), PARAMS)
+    assert "The first two have read the last 67,108,864 bytes of the training split:" in card
+    assert "| `xz -9` primed with that text |" in card
+
+
 def test_one_document_has_no_interval_to_show() -> None:
     report = Report(Path("nowhere.json"))
     report.content = {"loss": {"value": 1.5, "low": None, "high": None}}
