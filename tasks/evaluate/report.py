@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from tasks.bootstrap import Bootstrap, Estimate
+from tasks.bootstrap import SHARE, Bootstrap, Estimate
 from tasks.evaluate.score import Marks, Quantized, Scores
 
 # The quantized models that are scored.
@@ -146,7 +146,7 @@ def _common(scores: Scores, marks: Marks, bootstrap: Bootstrap) -> dict[str, Est
     return {
         "bits_per_byte": bootstrap.ratio(marks.nats, scores.bytes, 1 / math.log(2)),
         "nats_per_token": bootstrap.ratio(marks.nats, scores.tokens),
-        "accuracy": bootstrap.ratio(marks.right, scores.tokens),
+        "accuracy": bootstrap.ratio(marks.right, scores.tokens, within=SHARE),
     }
 
 
@@ -157,9 +157,9 @@ def _quantized(scores: Scores, marks: Quantized, bootstrap: Bootstrap, layers: t
         relative_loss=bootstrap.ratio(marks.nats - scores.float.nats, scores.float.nats),
         kl_divergence=bootstrap.ratio(np.array([one.sum() for one in marks.divergence]), scores.tokens),
         kl_divergence_99=bootstrap.quantile(marks.divergence, 0.99),
-        same_top_1=bootstrap.ratio(marks.same_top, scores.tokens),
+        same_top_1=bootstrap.ratio(marks.same_top, scores.tokens, within=SHARE),
         same_experts=tuple(
-            SameExperts(layer=layer, share=bootstrap.ratio(same, scores.tokens))
+            SameExperts(layer=layer, share=bootstrap.ratio(same, scores.tokens, within=SHARE))
             for layer, same in zip(layers, marks.same_experts.T, strict=True)
         ),
     )

@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.bootstrap import Bootstrap
+from tasks.bootstrap import SHARE, Bootstrap, students_t
 from tasks.evaluate import baselines, report
 from tasks.evaluate.ngram import UNICODE, NGram
 from tasks.evaluate.score import Marks, Quantized, Scores, windows_of
@@ -80,6 +80,28 @@ def test_the_interval_of_a_mean_is_that_of_theory() -> None:
     half = 1.96 * values.std() / 20
     assert estimate.low == pytest.approx(values.mean() - half, abs=0.02)
     assert estimate.high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+@pytest.mark.parametrize("documents", [3, 5, 8])
+def test_an_interval_over_few_documents_holds_the_truth_as_often_as_it_says(documents: int) -> None:
+    generator, rounds = np.random.default_rng(6), 400
+    found = 0
+    for seed in range(rounds):
+        nats = generator.uniform(500, 1500, documents)
+        estimate = Bootstrap(documents, 400, seed).ratio(nats * generator.normal(0.02, 0.01, documents), nats)
+        found += estimate.low <= 0.02 <= estimate.high
+    # Three standard deviations of such a count.
+    assert found / rounds == pytest.approx(0.95, abs=0.033)
+
+
+def test_students_t_is_that_of_its_tables() -> None:
+    for freedom, table in ((1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042), (120, 1.980), (100_000, 1.960)):
+        assert students_t(freedom) == pytest.approx(table, rel=1e-3)
+
+
+def test_a_share_of_few_documents_is_never_more_than_all() -> None:
+    estimate = Bootstrap(3, 400, 0).ratio(np.array([1.0, 9.0, 10.0]), np.full(3, 10.0), within=SHARE)
+    assert (estimate.low, estimate.high) == (0, 1)
 
 
 def test_a_paired_difference_has_a_narrower_interval_than_its_parts() -> None:
