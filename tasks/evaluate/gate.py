@@ -8,6 +8,8 @@ _NO_INTERVAL = (
     "one document gives no interval; raise evaluate.test_tokens in params.yaml where the test split has more, else "
     "bring more groups of text, or raise ingest.split.test"
 )
+# What fine-tunes gains by steps; most schemes do not.
+_ROUNDING = "raise quantize.steps, take another quantize.scheme, or raise evaluate.max_relative_loss"
 # A limit of more is told rounded.
 _MOST_DIGITS = 12
 
@@ -34,7 +36,7 @@ def decide(
 
 def _against_float(loss: Estimate, limit: float) -> Check:
     told = f"INT8's loss is {_change(loss, limit, of='float')}"
-    return _check("int8_against_float", loss, limit, told, "raise quantize.steps, or evaluate.max_relative_loss")
+    return _check("int8_against_float", loss, limit, told, _ROUNDING)
 
 
 def _against_champion(champion: ChampionResult | None, limit: float, unmeasured: str | None) -> Check:

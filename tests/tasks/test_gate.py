@@ -62,6 +62,8 @@ def test_int8_is_held_against_float_by_the_intervals_upper_end(loss: float, nois
     assert (verdict.relative_loss.value, verdict.limit) == (found.value, 0.02)
     # What to do is said only where something is to be done.
     assert ("quantize.steps" in found.reason) is not passed
+    # Most schemes take no steps.
+    assert ("another quantize.scheme" in found.reason) is not passed
 
 
 @pytest.mark.parametrize(
