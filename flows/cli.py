@@ -124,7 +124,9 @@ def runs(
 
 @app.command()
 def rerun(
-    run: Annotated[str | None, typer.Argument(help="A run of `overnight runs`. [default: the last one]")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run of `overnight runs`.", show_default="the last one")
+    ] = None,
     from_stage: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Begin at this stage instead, also of a finished run.")
     ] = None,
@@ -148,10 +150,12 @@ def rerun(
 @app.command()
 def schedule(
     at: Annotated[
-        str | None, typer.Option("--at", metavar="HH:MM", help="Start every night at this time. [default: 02:00]")
+        str | None,
+        typer.Option("--at", metavar="HH:MM", help="Start every night at this time.", show_default="02:00"),
     ] = None,
     timezone: Annotated[
-        str | None, typer.Option(metavar="ZONE", help="Whose clock: an IANA name. [default: this machine's]")
+        str | None,
+        typer.Option(metavar="ZONE", help="Whose clock: an IANA name.", show_default="this machine's"),
     ] = None,
     cron: Annotated[
         str | None, typer.Option(metavar="LINE", help="Five cron fields instead of --at, such as '0 2 * * 1-5'.")
@@ -183,13 +187,18 @@ _Spin = Annotated[
 ]
 _Version = Annotated[
     str | None,
-    typer.Option("--version", metavar="V", help="Take the model of a version, such as v1.2.0 or prod. [default: here]"),
+    typer.Option(
+        "--version",
+        metavar="V",
+        help="Take the model of a version, such as v1.2.0 or prod.",
+        show_default="the one that lies here",
+    ),
 ]
 
 
 @app.command()
 def generate(
-    text: Annotated[str, typer.Argument(help="The beginning, which the model continues.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The beginning, which the model continues.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens are written.")] = 200,
     temperature: _Temperature = 0.8,
     top_k: _TopK = 40,
@@ -312,7 +321,9 @@ def publish() -> None:
 
 @app.command()
 def push(
-    version: Annotated[list[str] | None, typer.Argument(metavar="V", help="Such as v1.2.0. [default: all]")] = None,
+    version: Annotated[
+        list[str] | None, typer.Argument(metavar="V", help="Such as v1.2.0.", show_default="all")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read back every byte at DVC's remote; mend what is damaged there.")
     ] = False,
@@ -394,9 +405,10 @@ def prune(
 
 @app.command()
 def restore(
-    version: Annotated[str, typer.Argument(help="Such as v1.2.0, latest or prod.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Such as v1.2.0, latest or prod.")],
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="An empty folder. [default: .overnight/versions/VERSION]")
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="An empty folder.", show_default=".overnight/versions/VERSION"),
     ] = None,
 ) -> None:
     """Write all files of VERSION into a folder of their own, each verified against its recorded hash.
@@ -413,7 +425,7 @@ def restore(
 
 @app.command()
 def rebuild(
-    version: Annotated[str, typer.Argument(help="Such as v1.2.0, latest or prod.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Such as v1.2.0, latest or prod.")],
     environment: Annotated[
         bool, typer.Option("--environment", help="Run in a virtual environment made from the version's own lock file.")
     ] = False,

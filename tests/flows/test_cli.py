@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import typer
 from tiny import ROOT
+from typer.testing import CliRunner
 
 from flows import cli, ownership
 from tasks.errors import TryAgain
@@ -152,6 +153,22 @@ def test_help_reads_well_and_comes_at_once(arguments: list[str]) -> None:
     # Processor time, which does not grow when the machine is busy.
     assert float(cpu) < 1.0
     assert "Usage: overnight" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        ("rerun", "the last one"),
+        ("schedule", "02:00"),
+        ("schedule", "this machine's"),
+        ("serve", "the one that lies here"),
+        ("push", "all"),
+        ("restore", ".overnight/versions/VERSION"),
+    ],
+)
+def test_help_says_what_is_taken_where_nothing_is_given(command: str, default: str) -> None:
+    done = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert f"[default: ({default})]" in done.output
 
 
 def test_a_full_disk_leaves_no_compiled_file_cut_off(
