@@ -160,6 +160,13 @@ def test_compose_listens_on_loopback_alone(compose: Compose) -> None:
     assert ports == ["${OVERNIGHT_LISTEN:-127.0.0.1}:4200:4200"]
 
 
+def test_the_pages_behind_a_proxy_with_tls_can_ask_at_its_address(compose: Compose) -> None:
+    asked = compose.services["server"].environment["PREFECT_UI_API_URL"]
+    # The whole of it: a proxy has another scheme and another port.
+    assert asked == "${OVERNIGHT_ADDRESS:-http://127.0.0.1:4200}/api"
+    assert "OVERNIGHT_ADDRESS=https://" in (FOLDER / "compose.yaml").read_text()
+
+
 def test_compose_holds_no_secret_and_does_not_start_without_them(compose: Compose) -> None:
     server, worker = compose.services["server"].environment, compose.services["worker"].environment
     assert re.fullmatch(r"\$\{OVERNIGHT_AUTH:\?.*\}", server["PREFECT_SERVER_API_AUTH_STRING"])
