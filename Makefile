@@ -3,10 +3,12 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 comma := ,
 
-.PHONY: run test check lock clean
+.PHONY: run install test check lock clean
 
 run: .venv/.installed
 	$(BIN)/overnight run
+
+install: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,7 @@
 """The commands of docs/versions.md, one after the other, in a project with a champion and a refused version."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,14 @@ import page
 from publishing import REPOSITORY, Clone
 
 from flows import registry
+
+
+def test_a_colleague_s_environment_is_set_up_without_a_run() -> None:
+    (target,) = re.findall(r"`make ?(\w*)`", page.read("versions"))
+    command = ["make", "--dry-run", "--always-make", *filter(None, [target])]
+    planned = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in planned
+    assert "overnight run" not in planned
 
 
 def test_its_commands_can_be_pasted(published: Clone) -> None:
