@@ -21,7 +21,9 @@ _LEAST_FREE = 32 * 2**20
 
 app = typer.Typer(
     name="overnight",
-    help="Retrain a language model, harden it to INT8, and rebuild any version. Run it in the project's folder.",
+    help="Retrain a language model, harden it to INT8, and rebuild any version. Run it in the project's folder.\n\n"
+    "Exit code: 0 when all is well, 1 when something failed or is lost, 2 for a mistake, which one line tells, 75 for "
+    "what passes by itself: run it again later; 130 when interrupted, 143 when told to end.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -86,7 +88,8 @@ def run(
     """Collect new text, then run each stage that is stale: ingest, shard, train, quantize, evaluate, card.
 
     Unchanged stages are not run again. A run that failed or was stopped goes on where it was, inside a training too.
-    Exit code: 0 when all is up to date, 1 when a stage failed, 2 for a mistake to mend, 75 when another run is at work.
+    Exit code: 0 when all is up to date, 1 when a stage failed, 2 for a mistake to mend, 75 when another run is at work
+    or Prefect's server has gone away.
     """
     with _told():
         from flows.run import Request
@@ -138,7 +141,7 @@ def rerun(
     """Go on with a run that failed, was stopped or was killed; what it had finished is not repeated.
 
     Training resumes at its checkpoint, and Prefect shows one more attempt at the same run. Exit code: as `overnight
-    run` has it.
+    run` has it; of a night that fails again 1, for a mistake too.
     """
     with _told():
         from flows.rerun import rerun as go_on

@@ -17,7 +17,8 @@ from tiny import ROOT
 from typer.testing import CliRunner
 
 from flows import cli, ownership
-from tasks.errors import TryAgain
+from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
+from tasks.errors import EXIT_TRY_AGAIN, EXIT_USER_MISTAKE, TryAgain
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -169,6 +170,12 @@ def test_help_reads_well_and_comes_at_once(arguments: list[str]) -> None:
 def test_help_says_what_is_taken_where_nothing_is_given(command: str, default: str) -> None:
     done = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert f"[default: ({default})]" in done.output
+
+
+def test_help_names_the_exit_codes() -> None:
+    told = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).output
+    for code in (EXIT_USER_MISTAKE, EXIT_TRY_AGAIN, EXIT_INTERRUPTED, EXIT_TERMINATED):
+        assert f" {code} " in told
 
 
 def test_a_full_disk_leaves_no_compiled_file_cut_off(
