@@ -20,6 +20,7 @@ _SIGNATURES = ("commit.gpgSign", "tag.gpgSign", "tag.forceSignAnnotated", "push.
 _UNSIGNED = [part for name in _SIGNATURES for part in ("-c", f"{name}=false")]
 # A commit's own bytes, which a user's settings must not turn into lines that end otherwise.
 AS_COMMITTED = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.autocrlf", "GIT_CONFIG_VALUE_0": "false"}
+_SETTING = re.compile(r"(GIT_CONFIG_(?:KEY|VALUE)_)(\d+)")
 # Neither a question nor a dead connection is waited for.
 _SSH = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _ASK_A_REMOTE = ("fetch", "ls-remote", "push")
@@ -119,7 +120,7 @@ def _run(
     check: bool,
     environment: Mapping[str, str] | None = None,
 ) -> bytes:
-    variables = {**os.environ, **_QUIET, **(environment or {})}
+    variables = {**os.environ, **_QUIET, **_behind_theirs(environment or {})}
     command = ["git", *_UNSIGNED, *arguments]
     try:
         if arguments[0] in _ASK_A_REMOTE:
@@ -146,6 +147,24 @@ def _run(
             told += " Another Git command is at work there, or died: if none is, remove that file."
         raise kind(f"git {' '.join(arguments[:2])} failed in {root}: {told or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _behind_theirs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns ``environment`` with its settings of Git numbered behind those that this process was given.
+
+    A container says so which project is safe, and others how a remote is asked.
+    """
+    given = os.environ.get("GIT_CONFIG_COUNT", "")
+    theirs = int(given) if given.isdecimal() else 0
+    found = {}
+    for name, value in environment.items():
+        if name == "GIT_CONFIG_COUNT":
+            found[name] = str(theirs + int(value))
+        elif setting := _SETTING.fullmatch(name):
+            found[f"{setting[1]}{theirs + int(setting[2])}"] = value
+        else:
+            found[name] = value
+    return found
 
 
 def _refusal(complaints: list[str]) -> str:

@@ -8,7 +8,8 @@ import pytest
 
 from flows import git as module
 from flows import registry
-from flows.git import Declined, GitFailed, commit_of, git
+from flows.git import AS_COMMITTED, Declined, GitFailed, commit_of, git
+from flows.land import QUIET
 
 
 @pytest.fixture
@@ -33,6 +34,19 @@ def test_a_remote_that_never_answers_is_given_up(repository: Path, monkeypatch: 
     left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == waiting]
     # A killed process stays for the moment that the kernel needs.
     assert not psutil.wait_procs(left, timeout=10)[1]
+
+
+def test_settings_that_the_environment_brings_hold_beside_our_own(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {"safe.directory": "*", "url.https://token@there/.insteadOf": "https://there/"}
+    monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(theirs)))
+    for number, (name, value) in enumerate(theirs.items()):
+        monkeypatch.setenv(f"GIT_CONFIG_KEY_{number}", name)
+        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{number}", value)
+    for ours in (QUIET, AS_COMMITTED):
+        for name, value in {**theirs, ours["GIT_CONFIG_KEY_0"]: ours["GIT_CONFIG_VALUE_0"]}.items():
+            assert git(repository, "config", name, environment=ours) == value
 
 
 def test_ssh_asks_nobody_unless_the_user_has_a_command_of_their_own(
