@@ -1,5 +1,6 @@
 """Puts the automations of ``deployments/automations.yaml`` on a Prefect server: ``python -m flows.automations``."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.actions import SendNotification
 from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.types import SecretDict
 
@@ -24,8 +27,8 @@ _PLACEHOLDER = "WEBHOOK"
 def install(client: SyncPrefectClient, root: Path, params: NoticeParams) -> list[str]:
     """Creates or brings up to date the project's automations; returns the names of those that are installed.
 
-    Those that send are left out, and removed, while the environment holds no webhook. Whether one is switched on stays
-    as somebody has set it on the server.
+    Those that send are left out, and removed, while the environment holds no webhook. Whether one is switched on, and
+    through which block of somebody's own it sends, stays as that was set on the server.
     """
     url = os.environ.get(params.webhook_env, "")
     # Read back by the server when it sends; there it is encrypted, and masked wherever it is shown.
@@ -33,7 +36,7 @@ def install(client: SyncPrefectClient, root: Path, params: NoticeParams) -> list
     installed = []
     for content in read_yaml(root / FILE)["automations"]:
         known = client.read_automations_by_name(content["name"])
-        filled = _fill(content, block)
+        filled = _fill(content, (known and _chosen(client, known[0])) or block)
         if filled is None:
             for automation in known:
                 client.delete_automation(automation.id)
@@ -47,6 +50,16 @@ def install(client: SyncPrefectClient, root: Path, params: NoticeParams) -> list
         if _plain(wanted) != _plain(known[0]):
             client.update_automation(known[0].id, wanted)
     return installed
+
+
+def _chosen(client: SyncPrefectClient, known: AutomationCore) -> str | None:
+    """Returns the block through which ``known`` sends, where somebody has put one in the place of ours."""
+    for action in known.actions:
+        if isinstance(action, SendNotification):
+            with contextlib.suppress(ObjectNotFound):
+                if client.read_block_document(action.block_document_id, include_secrets=False).name != BLOCK:
+                    return str(action.block_document_id)
+    return None
 
 
 def _plain(automation: AutomationCore) -> dict[str, Any]:

@@ -7,10 +7,18 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
 import tiny
 from chain import Chain
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.events.schemas.automations import AutomationCore
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_server import PrefectServer
 from receiver import Receiver, receiving
+
+from flows import automations
+from tasks.notice_params import NoticeParams
 
 _SECONDS = 60
 _LEAST_SECONDS = 10
@@ -45,8 +53,8 @@ def test_a_server_tells_how_a_night_ended_and_which_one_died(
         # The address is a secret: nobody reads it on the server.
         assert "SECRET" not in json.dumps(prefect.ask("block_documents/filter", {}))
 
-        automations = {one["name"]: one for one in prefect.ask("automations/filter", {})}
-        ended = automations["overnight: how a night ended"]
+        known = {one["name"]: one for one in prefect.ask("automations/filter", {})}
+        ended = known["overnight: how a night ended"]
         assert not ended["enabled"]
         _send("PATCH", f"{prefect.api}/automations/{ended['id']}", {"enabled": True})
         # Installed again, it stays switched on.
@@ -96,8 +104,8 @@ def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(
     with PrefectServer(home, prefect_database) as prefect, receiving() as receiver:
         chain = blank.at(prefect.api)
         _python(chain, receiver, "-m", "flows.automations")
-        automations = {one["name"]: one for one in prefect.ask("automations/filter", {})}
-        silent = automations["overnight: a night is not heard of any more"]
+        known = {one["name"]: one for one in prefect.ask("automations/filter", {})}
+        silent = known["overnight: a night is not heard of any more"]
         # As installed, but for the time that it waits: the least that Prefect takes.
         assert silent["trigger"]["within"] == 300
         silent["trigger"]["within"] = _LEAST_SECONDS
@@ -127,6 +135,31 @@ def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(
             time.sleep(0.2)
         (run,) = prefect.ask("flow_runs/filter", {})
         assert run["state_type"] == "CRASHED"
+
+
+def test_a_block_of_somebody_s_choice_outlasts_the_next_installation_without_a_webhook_too(
+    tmp_path: Path, prefect_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, variable = "overnight: how a night ended", "OVERNIGHT_WEBHOOK"
+    with (
+        PrefectServer(tmp_path / "server", prefect_database) as prefect,
+        temporary_settings({PREFECT_API_URL: prefect.api}),
+        get_client(sync_client=True) as client,
+    ):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9/chat")
+        automations.install(client, tiny.ROOT, NoticeParams())
+        mail = CustomWebhookNotificationBlock(name="mail", url="http://127.0.0.1:9/mail").save("mail")
+        (ended,) = client.read_automations_by_name(name)
+        kept = {"name", "description", "trigger", "actions"}
+        chosen = ended.model_dump(mode="json", include=kept) | {"enabled": True}
+        chosen["actions"][0]["block_document_id"] = str(mail)
+        client.update_automation(ended.id, AutomationCore.model_validate(chosen))
+        for webhook, installed in (("http://127.0.0.1:9/chat", 3), ("", 2)):
+            monkeypatch.setenv(variable, webhook)
+            assert len(automations.install(client, tiny.ROOT, NoticeParams())) == installed
+            (ended,) = client.read_automations_by_name(name)
+            assert ended.enabled
+            assert ended.model_dump()["actions"][0]["block_document_id"] == mail
 
 
 def _heartbeats(prefect: PrefectServer) -> int:
