@@ -94,8 +94,8 @@ def _save_block(url: str) -> Any:
     return block.save(BLOCK, overwrite=True)
 
 
-def main() -> str | None:
-    """Installs them from the project in the current folder; returns the line that says what keeps it from that."""
+def main() -> int:
+    """Installs them from the project in the current folder; returns the exit code: 0, or that of what it tells."""
     try:
         here = project.find()
         if (url := get_current_settings().api.url) is None:
@@ -105,8 +105,9 @@ def main() -> str | None:
             for name in install(prefect, here, project.committed(here).notice):
                 print(name)
     except (UserMistake, TryAgain) as error:
-        return f"error: {error}"
-    return None
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":

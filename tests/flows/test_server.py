@@ -89,15 +89,19 @@ def test_origins_that_the_user_lets_in_do_not_keep_the_server_s_own_pages_out(mo
 
 
 def test_automations_are_installed_from_a_project_on_a_server_that_was_named(
-    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refused() -> str:
+        assert automations.main() == 2
+        return capsys.readouterr().err
+
     monkeypatch.chdir(tmp_path)
-    assert (automations.main() or "").startswith(f"error: {tmp_path}: no dvc.yaml here.")
+    assert refused().startswith(f"error: {tmp_path}: no dvc.yaml here.")
     for name in ("dvc.yaml", "params.yaml"):
         (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
     for name in (".git", ".dvc"):
         (tmp_path / name).mkdir()
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        assert (automations.main() or "").startswith("error: PREFECT_API_URL is not set.")
+        assert refused().startswith("error: PREFECT_API_URL is not set.")
     with temporary_settings({PREFECT_API_URL: guarded}):
-        assert (automations.main() or "").startswith("error: PREFECT_API_AUTH_STRING is not set")
+        assert refused().startswith("error: PREFECT_API_AUTH_STRING is not set")
