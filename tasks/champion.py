@@ -37,7 +37,11 @@ class Split(BaseModel):
     groups: dict[str, Grouping] = {}
 
     def deals_like(self, other: "Split") -> bool:
-        """Whether no text of a source that both have can be in training for one and in test for the other."""
+        """Whether both deal out alike what they have in common.
+
+        No text of a source is in training for one and in test for the other then, but one that has left the group for
+        whose sake it was in training, one without a group that has changed, and that of a source with another name.
+        """
         both = self.groups.keys() & other.groups.keys()
         shares = (self.seed, self.valid, self.test) == (other.seed, other.valid, other.test)
         return shares and all(self.groups[name] == other.groups[name] for name in both)

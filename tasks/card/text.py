@@ -223,7 +223,8 @@ def _evaluation(evidence: Evidence) -> str:
         [
             f"On {_documents(report)} ({report.show('bytes', '{:,}')} bytes) of the test split, {_unseen(evidence)}. "
             f"Each token is predicted from at most {report.show('context', '{:,}')} before it. "
-            "In brackets: 95% intervals from a bootstrap over documents."
+            "In brackets: 95% intervals from a bootstrap over documents; those of one group are alike, so that they "
+            "say less about text of other groups."
             + (
                 " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
                 if "post_training" in sides

@@ -85,7 +85,8 @@ class ChampionResult(_Report):
     """The promoted INT8 model on the same text, and how the candidate's INT8 model compares with it.
 
     ``relative_loss`` is the candidate's loss over the champion's, minus 1, paired by document. ``same_split``: text
-    was dealt out to train and test as it is now when the champion was made, so that it was not trained on this text.
+    was dealt out to train and test as it is now when the champion was made; see
+    :meth:`tasks.champion.Split.deals_like` for what of it the champion may have been trained on all the same.
     """
 
     version: str
