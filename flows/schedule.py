@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from flows import lock, project, runs, server, timetable
+from flows.listening import listen
 from flows.process import Child
 from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
 from flows.timetable import Timetable
@@ -192,10 +193,10 @@ class _Kept:
 
 def _listen(port: int) -> socket.socket:
     try:
-        return server.listen(port)
+        return listen(server.HOST, port)
     except OSError:
         # Somebody else has it, such as the schedule of another project.
-        return server.listen(0)
+        return listen(server.HOST, 0)
 
 
 def _stand(root: Path, listening: socket.socket, descriptor: int) -> Child:

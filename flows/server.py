@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flows.listening import listen
 from flows.process import Child
 from tasks import atomic, paths
 from tasks.errors import TryAgain, UserMistake
@@ -26,6 +27,8 @@ from tasks.errors import TryAgain, UserMistake
 HOME = paths.SCRATCH / "prefect"
 LOG = HOME / "server.log"
 DATABASE = "prefect.db"
+# Of this machine alone.
+HOST = "127.0.0.1"
 _ADDRESS = HOME / "address.json"
 _AUTH = "PREFECT_API_AUTH_STRING"
 _SECONDS_TO_START = 120
@@ -137,7 +140,7 @@ def serve(root: Path, kept: int) -> Iterator[Server]:
     home = _make_home(root)
     log.write_bytes(b"")
     os.environ["PREFECT_HOME"] = str(home)
-    with listen(0) as listening:
+    with listen(HOST, 0) as listening:
         port = listening.getsockname()[1]
         environment = {**_environment(os.environ), **_own_origins(port)}
         child = Child(_command(listening.fileno()), log, environment, kept=[kept], passed=[listening.fileno()])
@@ -190,15 +193,6 @@ def _own_origins(port: int) -> dict[str, str]:
     name = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
     own = [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
     return {name: ",".join(filter(None, [os.environ.get(name), *own]))}
-
-
-def listen(port: int) -> socket.socket:
-    """Returns a socket of this machine for a server to listen on; port 0 is any that is free."""
-    listening = socket.create_server(("127.0.0.1", port))
-    # What it accepts inherits this. uvicorn takes a socket that it is handed for one without TCP, and leaves it out:
-    # each answer in two parts then waits 40 ms for the acknowledgement of the first.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
 
 
 def announce(root: Path, port: int) -> None:

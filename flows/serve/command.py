@@ -13,6 +13,7 @@ import uvicorn
 from rich.console import Console
 
 from flows.generate import load, load_template, place
+from flows.listening import listen
 from flows.serve.app import make_app
 from flows.serve.guard import KEY, is_loopback
 from flows.terminal import print_line
@@ -74,11 +75,7 @@ class _Server(uvicorn.Server):
 @contextlib.contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.create_server((host, port), family=family)
-        # What it accepts inherits this. asyncio takes a socket that it is handed for one without TCP, and leaves it
-        # out: what is sent in two parts, as each stream is, then waits 40 ms for the acknowledgement of the first.
-        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        found = listen(host, port)
     except UnicodeError:
         raise UserMistake(
             f"--host {host}: no name that a machine can have. Serve on 127.0.0.1, or on 0.0.0.0."
