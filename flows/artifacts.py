@@ -14,7 +14,8 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.context import SettingsContext, get_settings_context
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
 from prefect.utilities.context import get_task_and_flow_run_ids
 
 from flows.graph import Stage
@@ -44,6 +45,7 @@ class ProgressArtifact:
     def __init__(self, stage: str) -> None:
         self._stage = stage
         self._artifact: UUID | None = None
+        self._impatient: _Impatient | None = None
         self._updated = self._failed = -math.inf
 
     def update(self, event: Event) -> None:
@@ -60,7 +62,8 @@ class ProgressArtifact:
         percent = 100.0 * event.done / event.total if event.total else 0.0
         description = f"{event.step}: {event.done:,.0f} of {event.total:,.0f} {event.unit}. {event.describe_numbers()}"
         try:
-            with _without_patience() as client:
+            self._impatient = self._impatient or _Impatient()
+            with self._impatient.asking() as client:
                 if self._artifact is None:
                     self._artifact = _create(client, "progress", f"{self._stage}-progress", description, percent)
                 else:
@@ -68,25 +71,50 @@ class ProgressArtifact:
         except Exception:
             # One failed call is likely followed by others, and each may wait for a timeout, as this one has.
             self._failed = time.monotonic()
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection; the next update makes another."""
+        if self._impatient is not None:
+            self._impatient.close()
+        self._impatient = None
 
 
 def report(stage: Stage, root: Path) -> None:
     """Creates a Markdown artifact from each report that ``stage`` has written."""
     for path in reports(stage):
-        with contextlib.suppress(Exception), _without_patience() as client:
+        with (
+            contextlib.suppress(Exception),
+            contextlib.closing(_Impatient()) as impatient,
+            impatient.asking() as client,
+        ):
             text = (root / path).read_text(encoding="utf-8")
             markdown = table(json.loads(text)) if path.suffix == ".json" else text
             _create(client, "markdown", f"{stage.name}-{path.stem}", str(path), markdown)
 
 
-@contextlib.contextmanager
-def _without_patience() -> Iterator[SyncPrefectClient]:
-    """Yields a client that asks once; the run's own may take minutes for a call, in which nobody looks how the stage
-    does.
+class _Impatient:
+    """A client that asks once; the run's own may take minutes for a call, in which nobody looks how the stage does.
+
+    To make one takes the processor for longer than many a call.
     """
-    asking = get_client({"timeout": _SECONDS_TO_ANSWER}, sync_client=True)
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), asking as client:
-        yield client
+
+    def __init__(self) -> None:
+        here = get_settings_context()
+        settings = here.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
+        self._settings = SettingsContext(profile=here.profile, settings=settings)
+        self._opened = contextlib.ExitStack()
+        client = get_client({"timeout": _SECONDS_TO_ANSWER}, sync_client=True)
+        self._client: SyncPrefectClient = self._opened.enter_context(client)
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[SyncPrefectClient]:
+        # Where the client reads how often it may ask.
+        with self._settings:
+            yield self._client
+
+    def close(self) -> None:
+        self._opened.close()
 
 
 def _create(client: SyncPrefectClient, kind: str, name: str, description: str, data: str | float) -> UUID:

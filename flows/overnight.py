@@ -5,6 +5,7 @@ task is a child process (:mod:`flows.process`) that ends with it. DVC is the onl
 Import this after :mod:`flows.server` has set the environment: Prefect reads its settings when it is imported.
 """
 
+import contextlib
 import shutil
 import sys
 import time
@@ -363,13 +364,13 @@ class Night:
     def _execute(
         self, name: str, command: list[str], classify: Classify = dvc.classify, minutes: float | None = None
     ) -> dvc.Result:
-        shown = artifacts.ProgressArtifact(name)
+        with contextlib.closing(artifacts.ProgressArtifact(name)) as shown:
 
-        def on_event(event: Event) -> None:
-            self._watch.event(event)
-            shown.update(event)
+            def on_event(event: Event) -> None:
+                self._watch.event(event)
+                shown.update(event)
 
-        result = execute(self.site, name, command, on_event, classify, minutes)
+            result = execute(self.site, name, command, on_event, classify, minutes)
         if result.outcome == "failed":
             raise StageFailed(result.message, result.mendable, result.exit_code)
         return result

@@ -55,15 +55,20 @@ def test_keys_are_such_as_prefect_accepts() -> None:
 
 
 def show_by(monkeypatch: pytest.MonkeyPatch, show: Callable[[float], object]) -> list[float]:
-    """Has ``show`` take the percentages in place of a server; returns the time, in seconds, which stands still."""
-    now = [100.0]
+    """Has ``show`` take the percentages in place of a server; returns the time, in seconds, which stands still.
+
+    Behind that stands how many clients are open.
+    """
+    now = [100.0, 0]
 
     @contextlib.contextmanager
     def client(*_: object, **__: object) -> Iterator[Any]:
+        now[1] += 1
         yield SimpleNamespace(
             create_artifact=lambda artifact: show(artifact.data) or SimpleNamespace(id="made"),
             update_artifact=lambda _, artifact: show(artifact.data),
         )
+        now[1] -= 1
 
     monkeypatch.setattr(artifacts, "get_client", client)
     monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -77,7 +82,11 @@ def test_progress_is_shown_while_a_stage_works_now_and_then_and_at_its_end(monke
     for done, seconds in ((1, 0.1), (2, 2.1), (3, 0.1), (4, 2.1), (5, 0.1), (6, 0.1), (7, 2.1), (8, 0.1)):
         artifact.update(Event("train", "steps", done, 8, "steps", 1.0))
         now[0] += seconds
+        # One for all: to make a client takes longer than to ask.
+        assert now[1] == 1
     assert shown == [12.5, 37.5, 62.5, 100.0]
+    artifact.close()
+    assert now[1] == 0
 
 
 def test_a_server_that_fails_costs_one_call_a_minute_and_shows_progress_when_it_is_back(
