@@ -1,5 +1,6 @@
 """Which token comes next, with numpy alone."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +81,15 @@ class Sampling:
         if again:
             tokens, counts = np.unique(written, return_counts=True)
             logits[tokens] -= (self.presence_penalty + self.frequency_penalty * counts).astype(np.float32)
-        for token, added in self.bias:
-            logits[token] += np.float32(added)
+        if self.bias:
+            tokens, added = self._bias
+            logits[tokens] += added
         return logits
+
+    @functools.cached_property
+    def _bias(self) -> tuple[npt.NDArray[np.int64], Logits]:
+        tokens, added = zip(*self.bias, strict=True)
+        return np.array(tokens, np.int64), np.array(added, np.float32)
 
 
 def likeliest(logits: Logits, count: int) -> npt.NDArray[np.int64]:

@@ -26,8 +26,9 @@ def guard(app: FastAPI, key: str | None, most: int, metrics: Metrics) -> None:
 
     @app.middleware("http")
     async def checked(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        # Headers are bytes, which Starlette reads as Latin-1.
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        # The scheme is read in any case (RFC 9110, section 11.1); headers are bytes, which Starlette reads as Latin-1.
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        bearer = sent.encode("latin-1") if scheme.lower() == "bearer" else b""
         status = 500
         try:
             everybodys = request.url.path == "/health"

@@ -445,14 +445,15 @@ def test_the_metrics_count_the_tokens_of_texts_that_were_left(
 
 
 def test_a_key_may_have_any_characters(root: Path) -> None:
-    def status(key: str, sent: str) -> int:
+    def status(key: str, sent: str, scheme: str = "Bearer") -> int:
         app = make_app(Generator(root / "models/int8"), None, "m", key)
-        headers = {b"Authorization": f"Bearer {sent}".encode()}
+        headers = {b"Authorization": f"{scheme} {sent}".encode()}
         return TestClient(app, HERE).get("/v1/models", headers=headers).status_code
 
     assert [status("gehörig", sent) for sent in ("gehörig", "gehorig", "")] == [200, 401, 401]
     # As an environment has it whose bytes are no text.
     assert status(os.fsdecode(b"\xff"), "x") == 401
+    assert [status("key", "key", scheme) for scheme in ("bearer", "BEARER", "Basic", "")] == [200, 200, 401, 401]
 
 
 def test_an_address_that_others_reach_needs_a_key_and_asks_for_it(root: Path) -> None:
