@@ -175,12 +175,12 @@ def run_side(changes: dict[str, Any]) -> None:
     section = read_section("train", TrainParams).model_dump()
     params = TrainParams.model_validate({**section, **changes})
     manifest, timed = read_manifest(), _Timed()
-    readers = [Shards(Path("data/shards"), manifest, split).reader(params.seq_len) for split in ("train", "valid")]
+    texts, valid = (Shards(Path("data/shards"), manifest, split).reader(params.seq_len) for split in ("train", "valid"))
     with tempfile.TemporaryDirectory() as folder, world.joined(params, params.mesh) as here:
         checkpoints = Checkpoints("train", "benchmark", 1, root=Path(folder))
         model, weights = start.begun(None, params, manifest)
         fill(model, weights)
-        train(model, params, *readers, checkpoints, here, timed, "benchmark", Heartbeat())
+        train(model, params, texts, valid, checkpoints, here, timed, "benchmark", Heartbeat())
     if os.environ["RANK"] == "0":
         Path("curve.json").write_text(json.dumps(timed.curve))
 

@@ -104,7 +104,8 @@ def run_litgpt(params: TrainParams, vocabulary: int, folder: Path) -> float:
 
         def train_dataloader(self) -> Any:
             tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64))
-            return torch.utils.data.DataLoader(tokens.unfold(0, params.seq_len + 1, params.seq_len), params.micro_batch)
+            windows: Any = tokens.unfold(0, params.seq_len + 1, params.seq_len)
+            return torch.utils.data.DataLoader(windows, params.micro_batch)
 
         val_dataloader = train_dataloader
 
