@@ -264,7 +264,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     parallel: Annotated[
         int,
-        typer.Option(min=1, max=64, help="So many texts are written side by side, each cached in memory; more wait."),
+        typer.Option(
+            min=1,
+            max=64,
+            help="So many texts are written side by side, each cached in memory; 16 requests wait, and more get 429.",
+        ),
     ] = PARALLEL,
     spin: _Spin = False,
     version: _Version = None,
