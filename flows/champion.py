@@ -20,6 +20,9 @@ from tasks.champion import MODEL_FILES, Champion, Split, split_of
 from tasks.champion import read as read_champion
 from tasks.errors import BadInput, UserMistake
 
+# In the code of each version that leaves texts that grow in their split.
+_GROWS_IN_PLACE = Path("tasks/ingest/file_group.py")
+
 POINTER = paths.CHAMPION.with_name(f"{paths.CHAMPION.name}.dvc")
 
 
@@ -61,7 +64,7 @@ def current(root: Path) -> Champion:
     version = registry.champion(root)
     if version is None:
         return Champion()
-    return Champion(version=version.tag, commit=version.commit, split=_split(show(root, version.commit, paths.PARAMS)))
+    return Champion(version=version.tag, commit=version.commit, split=_split(root, version.commit))
 
 
 def bring(root: Path) -> Champion:
@@ -117,8 +120,9 @@ def _measures_anew(stale: dvc.Stale) -> bool:
     )
 
 
-def _split(params: bytes | None) -> Split | None:
+def _split(root: Path, commit: str) -> Split | None:
     try:
-        return split_of(YAML(typ="safe", pure=True).load(params or b""))
+        params = YAML(typ="safe", pure=True).load(show(root, commit, paths.PARAMS) or b"")
     except YAMLError:
         return None
+    return split_of(params, grows_in_place=show(root, commit, _GROWS_IN_PLACE) is not None)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import paths
 from tasks.errors import BadInput
+from tasks.sources import FILE_FORMATS
 
 # What scoring needs of an INT8 model; its audit and the curve of its fine-tuning stay with the version itself.
 MODEL_FILES = ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json")
@@ -24,6 +25,8 @@ class Grouping(BaseModel):
 
     document_fields: tuple[str, ...] = ()
     group_field: str | None = None
+    # Whether its texts grow in their split, as files of txt and md do; versions of old dealt these out by their text.
+    grows_in_place: bool = False
 
 
 class Split(BaseModel):
@@ -40,25 +43,36 @@ class Split(BaseModel):
         """Whether both deal out alike what they have in common.
 
         No text of a source is in training for one and in test for the other then, but one that has left the group for
-        whose sake it was in training, one without a group that has changed, and that of a source with another name.
+        whose sake it was in training, a record without a group that has changed, a file of txt or md that has another
+        name, and that of a source with another name.
         """
         both = self.groups.keys() & other.groups.keys()
         shares = (self.seed, self.valid, self.test) == (other.seed, other.valid, other.test)
         return shares and all(self.groups[name] == other.groups[name] for name in both)
 
 
-def split_of(params: object) -> Split | None:
-    """Returns how a whole ``params.yaml`` deals text out; None where it does not say, or in terms of another time."""
+def split_of(params: object, grows_in_place: bool = True) -> Split | None:
+    """Returns how a whole ``params.yaml`` deals text out; None where it does not say, or in terms of another time.
+
+    ``grows_in_place``: whether the code that reads it leaves texts that grow in their split, as this code does.
+    """
     try:
         read = _Params.model_validate(params)
-        groups = {source.name: Grouping(**source.model_dump(exclude={"name"})) for source in read.collect.sources}
+        groups = {source.name: source.grouping(grows_in_place) for source in read.collect.sources}
         return Split(**read.ingest.split, groups=groups)
     except (TypeError, ValidationError):
         return None
 
 
-class _Source(Grouping):
+class _Source(BaseModel):
     name: str
+    format: str = ""
+    document_fields: tuple[str, ...] = ()
+    group_field: str | None = None
+
+    def grouping(self, grows_in_place: bool) -> Grouping:
+        stays = grows_in_place and self.format in FILE_FORMATS
+        return Grouping(document_fields=self.document_fields, group_field=self.group_field, grows_in_place=stays)
 
 
 class _Collect(BaseModel):

@@ -10,6 +10,8 @@ from tasks.section import Section
 
 # The codec, as pyarrow names it, that a file's last ending stands for.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Of these each file is one text.
+FILE_FORMATS = ("txt", "md")
 # Control characters, line separators, and the bytes of a name that is not UTF-8.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -34,8 +36,13 @@ class Source(Section):
     messages_field: str | None = None
     # Consecutive records with equal values here are joined into one document. Empty: each record is a document.
     document_fields: list[str] = []
-    # Documents with equal values here land in the same split. None: each document by itself.
+    # Documents with equal values here land in the same split. None: each document by itself; of txt and md each file.
     group_field: str | None = None
+
+    @property
+    def holds_files(self) -> bool:
+        """Whether each file is one text, and its name the text's group."""
+        return self.format in FILE_FORMATS
 
     @field_validator("name")
     @classmethod
@@ -65,12 +72,11 @@ class Source(Section):
                     "remove those: a conversation is a document by itself"
                 )
             return self
-        tabular = self.format in ("jsonl", "csv", "parquet")
-        if tabular and not self.text_field:
+        if not self.holds_files and not self.text_field:
             raise ValueError(
                 f"source '{self.name}': format {self.format} needs text_field; name the field with the text"
             )
-        if not tabular and (self.text_field or self.document_fields or self.group_field):
+        if self.holds_files and (self.text_field or self.document_fields or self.group_field):
             raise ValueError(
                 f"source '{self.name}': format {self.format} has no fields; "
                 "remove text_field, document_fields and group_field"

@@ -13,6 +13,7 @@ import pyarrow as pa
 from tasks import atomic, paths
 from tasks.errors import BadInput
 from tasks.ingest.document import Document, digest, join
+from tasks.ingest.file_group import group_of_file
 from tasks.ingest.params import IngestParams
 from tasks.ingest.readers import FileReader
 from tasks.ingest.record import Reason, Record, Rejection, size_of
@@ -83,17 +84,18 @@ class _Corpus:
     def add(self, document: Document, source: Source, name: str) -> None:
         text = digest(document.text)
         size = size_of(document.text)
+        group = group_of_file(name) if source.holds_files else document.group
         # Without a group the text itself decides: a line's number would change with every line added before it.
-        split = split_of(text if document.group is None else document.group.encode(), self.params.split)
+        split = split_of(text if group is None else group.encode(), self.params.split)
         is_duplicate = not self.texts.add(text, split)
         self.sources[source.name].add_document(document, size, is_duplicate)
         if is_duplicate:
             return
-        row: Row = (document.text, source.name, document.group, f"{source.name}/{name}:{document.line}")
+        row: Row = (document.text, source.name, group, f"{source.name}/{name}:{document.line}")
         if self.schema is CHAT_SCHEMA:
             row = (*row, source.messages_field is not None)
         self.writers[split].write(row, size.bytes)
-        self.tallies[split].add(document.group, size)
+        self.tallies[split].add(group, size)
 
     def refuse(self, rejection: Rejection, source: Source, name: str) -> None:
         what = (rejection.reason, rejection.digest, rejection.size.bytes, rejection.detail)
@@ -227,7 +229,7 @@ def _tell_reason(source: Source, reason: Reason, tally: SourceTally) -> str:
     file, rejection = tally.first[reason]
     place = printable(paths.RAW / source.name / file)
     # A text is its file: all of it is rejected, whatever the line.
-    line = "" if source.format in ("txt", "md") else f" line {rejection.line:,}"
+    line = "" if source.holds_files else f" line {rejection.line:,}"
     detail = f": {rejection.detail}" if rejection.detail else ""
     return f"{reason} ({tally.reasons[reason]:,}, first in {place}{line}{detail})"
 

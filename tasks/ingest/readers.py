@@ -53,7 +53,7 @@ class FileReader:
             # No valid Parquet, gzip or Zstandard file, and yet no damaged one.
             return iter(())
         source, limit, name = self._source, self._max_line_bytes, str(self._path)
-        if source.format in ("txt", "md"):
+        if source.holds_files:
             return read_text(_WithoutMark(self._stream()), limit, self._block_bytes)
         field = source.messages_field or source.text_field
         assert field is not None  # Source refuses a tabular format without it.

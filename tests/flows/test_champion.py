@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from publishing import REPOSITORY, Clone
+from ruamel.yaml import YAML
 
 from flows import champion, contents, dvc, registry
 from flows.champion import Action
 from flows.dvc import Change, Stale
+from flows.publish import publish
 from tasks import paths
-from tasks.champion import Champion
+from tasks.champion import Champion, split_of
 from tasks.champion import read as read_champion
 from tasks.errors import UserMistake
 
@@ -105,6 +107,29 @@ def test_the_champion_is_the_model_in_production_and_says_which(published: Clone
     # Not the model that lies in models/int8, which is that of v1.1.0.
     assert (paths.CHAMPION / "model.onnx").read_text() == "model.onnx 0.25: In the beginning.\n"
     assert "model.onnx 0.75" in paths.INT8_GRAPH.read_text()
+
+
+def test_a_champion_whose_code_dealt_files_out_by_their_text_is_told_apart(published: Clone) -> None:
+    content = YAML(typ="safe").load(Path("params.yaml"))
+    notes = {"name": "notes", "uri": "texts", "format": "txt", "licence": "none"}
+    published.set("collect", "sources", [*content["collect"]["sources"], notes])
+
+    def dealt_alike(bold: float) -> bool:
+        published.set("train", "learning_rate", bold)
+        published.run()
+        published.commit()
+        publish(published.root)
+        registry.promote(published.root, registry.versions(published.root)[-1], "By hand.")
+        then, now = champion.current(published.root).split, split_of(YAML(typ="safe").load(Path("params.yaml")))
+        assert then is not None
+        assert now is not None
+        return then.deals_like(now)
+
+    assert not dealt_alike(0.6)
+    code = published.root / "tasks/ingest/file_group.py"
+    code.parent.mkdir(parents=True)
+    shutil.copy(REPOSITORY / code.relative_to(published.root), code)
+    assert dealt_alike(0.7)
 
 
 def test_what_the_cache_has_lost_comes_from_the_remote_and_what_is_damaged_is_mended(published: Clone) -> None:

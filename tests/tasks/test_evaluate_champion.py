@@ -182,6 +182,8 @@ def test_the_candidate_itself_as_champion_is_equal_to_the_last_bit(project: Path
         # A grouping that has changed deals the same text out to other splits.
         ({"groups": {"kjv": {"group_field": "chapter"}}}, {"groups": {"kjv": {"group_field": "book"}}}, False),
         ({"groups": {"kjv": {"document_fields": ["a"]}}}, {"groups": {"kjv": {"document_fields": ["b"]}}}, False),
+        # A file that was dealt out by its text may be in test by its name.
+        ({"groups": {"notes": {}}}, {"groups": {"notes": {"grows_in_place": True}}}, False),
         # Sources come and go: what one of them does not have, it cannot have been trained on.
         ({"groups": {"kjv": {"group_field": "book"}}}, {"groups": {"new": {"group_field": "page"}}}, True),
     ],
@@ -198,6 +200,15 @@ def test_the_split_is_read_from_the_parameters_of_any_time() -> None:
     assert (found.seed, found.valid, found.test) == (468, 0.05, 0.05)
     assert found.groups["kjv"].group_field == "book"
     assert found.groups["kjv"].document_fields == ("book", "chapter")
+    notes = {"name": "notes", "uri": "texts", "format": "txt", "licence": "none"}
+    content["collect"]["sources"].append(notes)
+    for by_this_code in (True, False):
+        found = split_of(content, by_this_code)
+        assert found is not None
+        assert {name: grouping.grows_in_place for name, grouping in found.groups.items()} == {
+            "kjv": False,
+            "notes": by_this_code,
+        }
     for strange in (
         None,
         [],
