@@ -25,7 +25,8 @@ class Grouping(BaseModel):
 
     document_fields: tuple[str, ...] = ()
     group_field: str | None = None
-    # Whether its texts grow in their split, as files of txt and md do; versions of old dealt these out by their text.
+    # Whether its texts grow in their split: files of txt and md do, and documents of several records without a group;
+    # versions of old dealt these out by their whole text.
     grows_in_place: bool = False
 
 
@@ -71,8 +72,12 @@ class _Source(BaseModel):
     group_field: str | None = None
 
     def grouping(self, grows_in_place: bool) -> Grouping:
-        stays = grows_in_place and self.format in FILE_FORMATS
-        return Grouping(document_fields=self.document_fields, group_field=self.group_field, grows_in_place=stays)
+        grows = self.format in FILE_FORMATS or (bool(self.document_fields) and self.group_field is None)
+        return Grouping(
+            document_fields=self.document_fields,
+            group_field=self.group_field,
+            grows_in_place=grows_in_place and grows,
+        )
 
 
 class _Collect(BaseModel):

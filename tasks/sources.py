@@ -36,7 +36,7 @@ class Source(Section):
     messages_field: str | None = None
     # Consecutive records with equal values here are joined into one document. Empty: each record is a document.
     document_fields: list[str] = []
-    # Documents with equal values here land in the same split. None: each document by itself; of txt and md each file.
+    # Documents with equal values here land in the same split. None: each by itself, by its first record.
     group_field: str | None = None
 
     @property

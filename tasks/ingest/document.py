@@ -13,12 +13,13 @@ SEPARATOR = "\n"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text of the corpus. ``line`` is where its first record begins; ``records`` is how many were joined."""
+    """One text of the corpus, which begins with that of its ``first`` record, in ``line``; ``records`` were joined."""
 
     text: str
     group: str | None
     line: int
     records: int
+    first: str
 
 
 def digest(text: str) -> bytes:
@@ -34,7 +35,8 @@ def join(records: Iterable[Record]) -> Iterator[Document]:
     for (labels, group), alike in groupby(records, key=lambda record: (record.document, record.group)):
         if not labels:
             for record in alike:
-                yield Document(record.text, group, record.line, 1)
+                yield Document(record.text, group, record.line, 1, record.text)
             continue
         joined = list(alike)
-        yield Document(SEPARATOR.join(record.text for record in joined), group, joined[0].line, len(joined))
+        text, first = SEPARATOR.join(record.text for record in joined), joined[0]
+        yield Document(text, group, first.line, len(joined), first.text)

@@ -85,8 +85,9 @@ class _Corpus:
         text = digest(document.text)
         size = size_of(document.text)
         group = group_of_file(name) if source.holds_files else document.group
-        # Without a group the text itself decides: a line's number would change with every line added before it.
-        split = split_of(text if group is None else group.encode(), self.params.split)
+        # Without a group the text itself decides, of several records the first: others may come behind it. A line's
+        # number would change with every line added before it.
+        split = split_of(digest(document.first) if group is None else group.encode(), self.params.split)
         is_duplicate = not self.texts.add(text, split)
         self.sources[source.name].add_document(document, size, is_duplicate)
         if is_duplicate:

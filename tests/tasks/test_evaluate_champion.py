@@ -201,13 +201,17 @@ def test_the_split_is_read_from_the_parameters_of_any_time() -> None:
     assert found.groups["kjv"].group_field == "book"
     assert found.groups["kjv"].document_fields == ("book", "chapter")
     notes = {"name": "notes", "uri": "texts", "format": "txt", "licence": "none"}
-    content["collect"]["sources"].append(notes)
+    threads = {**content["collect"]["sources"][0], "name": "threads", "group_field": None}
+    lines = {**threads, "name": "lines", "document_fields": []}
+    content["collect"]["sources"] += [notes, threads, lines]
     for by_this_code in (True, False):
         found = split_of(content, by_this_code)
         assert found is not None
         assert {name: grouping.grows_in_place for name, grouping in found.groups.items()} == {
             "kjv": False,
             "notes": by_this_code,
+            "threads": by_this_code,
+            "lines": False,
         }
     for strange in (
         None,

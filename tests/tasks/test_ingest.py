@@ -3,6 +3,7 @@
 import json
 import subprocess
 import unicodedata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def test_without_a_group_the_text_decides_and_not_its_place(project: Path, bible
     ingest(collect_params(flat), ingest_params())
     assert {row["text"]: split for split in SPLITS for row in rows(split)} == before
     assert {row["group"] for row in everything()} == {None}
+
+
+def test_without_a_group_a_document_that_records_are_added_to_stays_in_its_split(  # type: ignore[no-untyped-def]
+    bible: Path, write_jsonl
+) -> None:
+    def beginnings() -> list[set[str]]:
+        ingest(collect_params(source(group_field=None)), ingest_params())
+        return [{row["text"].split("\n")[0] for row in rows(split)} for split in SPLITS]
+
+    before = beginnings()
+    for night in range(3):
+        chapters = [verses(book)[at : at + 2] for book in range(BOOKS) for at in (0, 2)]
+        added = [{**chapter[-1], "text": f"added in night {n}"} for chapter in chapters for n in range(night + 1)]
+        write_jsonl(bible, sorted(chain(*chapters, added), key=lambda row: (row["book"], row["chapter"])))
+        assert beginnings() == before
 
 
 def test_a_report_counts_each_record_character_and_byte(project: Path, bible: Path) -> None:
@@ -360,15 +376,15 @@ def record(line: int, text: str, *document: str, group: str | None = None) -> Re
     ("records", "documents"),
     [
         ([], []),
-        ([record(1, "a"), record(2, "b")], [Document("a", None, 1, 1), Document("b", None, 2, 1)]),
-        ([record(1, "a", "1"), record(3, "b", "1")], [Document("a\nb", None, 1, 2)]),
+        ([record(1, "a"), record(2, "b")], [Document("a", None, 1, 1, "a"), Document("b", None, 2, 1, "b")]),
+        ([record(1, "a", "1"), record(3, "b", "1")], [Document("a\nb", None, 1, 2, "a")]),
         (
             [record(1, "a", "1"), record(2, "b", "2"), record(3, "c", "1")],
-            [Document("a", None, 1, 1), Document("b", None, 2, 1), Document("c", None, 3, 1)],
+            [Document("a", None, 1, 1, "a"), Document("b", None, 2, 1, "b"), Document("c", None, 3, 1, "c")],
         ),
         (
             [record(1, "a", "1", group="Obadiah"), record(2, "b", "1", group="Jonah")],
-            [Document("a", "Obadiah", 1, 1), Document("b", "Jonah", 2, 1)],
+            [Document("a", "Obadiah", 1, 1, "a"), Document("b", "Jonah", 2, 1, "b")],
         ),
     ],
 )
