@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from tasks import atomic, paths
 from tasks.errors import BadInput, BadParameter
@@ -28,7 +29,7 @@ class TextTokenizer(Protocol):
     bos_token_id: int
     eos_token_id: int
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> Sequence[npt.ArrayLike]:
         """Returns the ids of each text, without special tokens."""
 
     def to_json(self) -> str:
@@ -145,7 +146,7 @@ class _Encoding:
                 if document is not None:
                     yield document
                 continue
-            tokens = np.array([bos, *next(plain), *end], dtype=dtype)
+            tokens = np.concatenate([[bos], next(plain), end], dtype=dtype, casting="unsafe")
             learned = None if self._conversations is None else np.ones(len(tokens), dtype=np.uint8)
             yield EncodedDocument(tokens, len(text.encode()), learned)
 

@@ -1,6 +1,7 @@
 """The stage ``shard``: one tokenizer whichever library reads it, and shards that hold every document."""
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,16 @@ def loaded(tokenizer: BytePairTokenizer, tmp_path_factory: pytest.TempPathFactor
     return tokenizers.Tokenizer.from_file(str(path))
 
 
+def ids_of(tokenizer: BytePairTokenizer, text: str) -> list[int]:
+    (ids,) = tokenizer.encode([text])
+    return ids.tolist()
+
+
 @pytest.mark.parametrize("text", VARIED, ids=range(len(VARIED)))
 def test_tokenizers_and_tiktoken_give_the_same_ids(
     tokenizer: BytePairTokenizer, loaded: tokenizers.Tokenizer, text: str
 ) -> None:
-    (ids,) = tokenizer.encode([text])
+    ids = ids_of(tokenizer, text)
     if END_OF_TEXT not in text:
         assert loaded.encode(text, add_special_tokens=False).ids == ids
     assert b"".join(list(tokenizer.ranks)[id_] for id_ in ids).decode() == text
@@ -74,7 +80,7 @@ def test_tokenizers_and_tiktoken_give_the_same_ids(
 def test_tokenizers_and_tiktoken_agree_on_any_text(
     tokenizer: BytePairTokenizer, loaded: tokenizers.Tokenizer, text: str
 ) -> None:
-    (ids,) = tokenizer.encode([text])
+    ids = ids_of(tokenizer, text)
     assert loaded.encode(text, add_special_tokens=False).ids == ids
     assert loaded.decode(ids) == text
 
@@ -91,7 +97,7 @@ def test_libraries_agree_on_what_is_a_letter_a_digit_and_a_space(tokenizer: Byte
     characters = [chr(code) for code in range(0x80, 0x32000, 3) if not 0xD800 <= code < 0xE000]
     texts = ["".join(f"{neighbour}{char}x\n" for char in characters) for neighbour in "a1! "]
     for text, ids in zip(texts, probe.encode(texts), strict=True):
-        assert loaded.encode(text, add_special_tokens=False).ids == ids
+        assert loaded.encode(text, add_special_tokens=False).ids == ids.tolist()
 
 
 def test_the_special_token_is_last_and_begins_a_text(
@@ -99,13 +105,13 @@ def test_the_special_token_is_last_and_begins_a_text(
 ) -> None:
     assert tokenizer.vocab_size == loaded.get_vocab_size() == 400
     assert tokenizer.bos_token_id == loaded.token_to_id(END_OF_TEXT) == 399
-    (ids,) = tokenizer.encode(["the earth"])
+    ids = ids_of(tokenizer, "the earth")
     assert loaded.encode("the earth").ids == [399, *ids]
     assert loaded.decode([399, *ids], skip_special_tokens=True) == "the earth"
 
 
 def test_a_special_token_spelled_in_a_text_is_plain_text(tokenizer: BytePairTokenizer) -> None:
-    assert tokenizer.bos_token_id not in tokenizer.encode([END_OF_TEXT])[0]
+    assert tokenizer.bos_token_id not in ids_of(tokenizer, END_OF_TEXT)
 
 
 def test_every_merge_joins_two_earlier_tokens(tokenizer: BytePairTokenizer) -> None:
@@ -119,9 +125,18 @@ def test_every_merge_joins_two_earlier_tokens(tokenizer: BytePairTokenizer) -> N
 @pytest.mark.parametrize("run", [" ", "\n", "a", "!", "\u0301"])
 def test_an_endless_run_of_one_character_is_encoded(tokenizer: BytePairTokenizer, run: str) -> None:
     text = run * 300_000 + "x"
-    (ids,) = tokenizer.encode([text])
+    ids = ids_of(tokenizer, text)
     tokens = list(tokenizer.ranks)
     assert b"".join(tokens[id_] for id_ in ids).decode() == text
+
+
+def test_encoding_makes_no_python_object_of_a_token(tokenizer: BytePairTokenizer) -> None:
+    text = "In the beginning. " * 20_000
+    tracemalloc.start()
+    (ids,) = tokenizer.encode([text])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < len(ids)
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["ab"], ["the the the"]])
