@@ -156,6 +156,7 @@ def _read_source(source: Source, files: list[Path], corpus: _Corpus, done: _Byte
             tally.empty_files.append(name)
     _tell_empty(source, tally, done.shown)
     _check_rate(source, tally, corpus.params)
+    _tell_rejected_files(source, tally, done.shown)
     tally.sha256 = sha256.hexdigest()
 
 
@@ -213,17 +214,30 @@ def _parts(folder: Path) -> Iterator[Path]:
 def _check_rate(source: Source, tally: SourceTally, params: IngestParams) -> None:
     if tally.reject_rate <= params.max_reject_rate:
         return
-    commonest = [reason for reason, _ in tally.reasons.most_common(_REASONS_TOLD)]
-    told = "; ".join(_tell_reason(source, reason, tally) for reason in commonest)
-    if left := len(tally.reasons) - len(commonest):
-        told += f"; and {left} more reason{'s' if left > 1 else ''}"
-    longer = " (or ingest.max_line_bytes, for the lines that are too long)" if "line too long" in commonest else ""
+    told = _tell_reasons(source, tally)
+    longer = " (or ingest.max_line_bytes, for the lines that are too long)" if "line too long" in tally.reasons else ""
     raise BadInput(
         f"source '{source.name}': {tally.rejections:,} of {tally.records:,} records are rejected "
         f"({tally.reject_rate:.2%}; ingest.max_reject_rate allows {params.max_reject_rate:.2%}): {told}. "
         f"{REFUSED} lists them; mend the source (what is gone from it stays in data/raw until you delete it there), or "
         f"raise the rate{longer} in params.yaml."
     )
+
+
+def _tell_rejected_files(source: Source, tally: SourceTally, shown: Progress) -> None:
+    """Tells of whole texts that are not in the corpus, however few. A record among others is counted alone."""
+    if not source.holds_files or not tally.rejections:
+        return
+    what = "1 file is" if tally.rejections == 1 else f"{tally.rejections:,} files are"
+    shown.notice(f"{source.name}: {what} rejected and left out: {_tell_reasons(source, tally)}")
+
+
+def _tell_reasons(source: Source, tally: SourceTally) -> str:
+    commonest = [reason for reason, _ in tally.reasons.most_common(_REASONS_TOLD)]
+    told = "; ".join(_tell_reason(source, reason, tally) for reason in commonest)
+    if left := len(tally.reasons) - len(commonest):
+        told += f"; and {left} more reason{'s' if left > 1 else ''}"
+    return told
 
 
 def _tell_reason(source: Source, reason: Reason, tally: SourceTally) -> str:

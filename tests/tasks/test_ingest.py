@@ -307,6 +307,20 @@ def test_files_without_text_are_told_and_left_out(project: Path, run_stage, writ
     assert (told["files"], told["empty_files"], told["records"]["in"]) == (16, 4, 12)
 
 
+def test_a_file_that_is_rejected_is_told_though_few_are(project: Path, run_stage, write_params) -> None:  # type: ignore[no-untyped-def]
+    folder = project / "data/raw/notes"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"note {number}")
+    (folder / "diary.txt").write_bytes(b"caf\xe9\n")
+    settings: dict[str, Any] = {"max_reject_rate": 0.1, "split": {"seed": 2, "valid": 0.2, "test": 0.2}}
+    write_params(collect={"sources": [notes()]}, ingest=settings)
+    result = run_stage("ingest")
+    assert result.returncode == 0, result.stderr
+    told = "notice: notes: 1 file is rejected and left out: not UTF-8 (1, first in data/raw/notes/diary.txt)\n"
+    assert told in result.stderr
+
+
 def test_the_last_line_of_progress_counts_the_rejected_records_of_all_sources(  # type: ignore[no-untyped-def]
     project: Path, bible: Path, run_stage, write_params
 ) -> None:
