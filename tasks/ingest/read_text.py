@@ -33,14 +33,21 @@ def read_text(stream: Readable, max_line_bytes: int, block_bytes: int = BLOCK_BY
     if too_long:
         yield whole.rejection(f" in all, over {LONGEST_LINES} x max_line_bytes" if text_bytes > most else "")
         return
-    data = b"".join(chunks)
+    joined = b"".join(chunks)
+    chunks.clear()
+    record = _read(joined)
+    # While the record is at work, its text alone is held.
+    del joined
+    if record is not None:
+        yield record
+
+
+def _read(data: bytes) -> Record | Rejection | None:
     try:
         text = data.decode()
     except UnicodeDecodeError:
         # What some editors on Windows call Unicode.
         is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        yield reject(1, "not UTF-8", data, "it is UTF-16" if is_utf16 else "")
-        return
+        return reject(1, "not UTF-8", data, "it is UTF-16" if is_utf16 else "")
     record = accept(1, text, (), _NO_FIELDS, data)
-    if isinstance(record, Record):
-        yield record
+    return record if isinstance(record, Record) else None

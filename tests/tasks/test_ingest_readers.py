@@ -298,6 +298,17 @@ def test_a_text_file_without_text_is_no_record_and_no_rejection(data: bytes) -> 
     assert list(read_text(io.BytesIO(data), LIMIT)) == []
 
 
+def test_of_a_text_that_is_read_its_text_alone_is_held() -> None:
+    stream = io.BytesIO(b"In the beginning.\n" * 200_000)
+    tracemalloc.start()
+    reading = read_text(stream, 10**6)
+    record = next(reading)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # And pieces of the last block.
+    assert held < 2 * record.size.bytes
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.zst", "a.csv", "a.parquet", "a.parquet.gz"])
 def test_a_file_without_a_byte_is_not_damaged_but_empty(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
