@@ -11,7 +11,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def literal(text: str) -> str:
     """Returns what shows ``text``, which comes from data, as it is: no emphasis, picture or HTML."""
-    return re.sub(r"([\\`*\[<&])", r"\\\1", text)
+    return re.sub(r"([\\`*_~\[<&])", r"\\\1", text)
 
 
 def _cell(text: str) -> str:

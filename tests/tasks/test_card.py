@@ -116,11 +116,11 @@ def test_a_refused_models_card_says_so_at_the_top_and_shows_the_champion() -> No
 
 
 def test_names_from_the_data_are_shown_and_write_nothing_into_the_card() -> None:
-    names = ["Ruth", "x |\n\n## Gate\n\npassed <script>a</script> ![](http://elsewhere/y.png)"]
+    names = ["__init__.md", "~~x~~", "x |\n\n## Gate\n\npassed <script>a</script> ![](http://elsewhere/y.png)"]
     corpus = {"splits": {"test": {"documents": 5, "bytes": 4321, "groups": 2, "group_names": names}}}
     card = text.body(evidence_of(corpus=corpus), PARAMS)
     assert card.count("\n## Gate\n") == 1
-    shown = r"Ruth, x \| ## Gate passed \<script>a\</script> !\[](http://elsewhere/y.png)"
+    shown = r"\_\_init\_\_.md, \~\~x\~\~, x \| ## Gate passed \<script>a\</script> !\[](http://elsewhere/y.png)"
     assert f"| test | 5 | 4,321 | {shown} |" in card
 
 
