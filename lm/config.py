@@ -204,6 +204,14 @@ class GroupedShape(_Shape):
     tie_word_embeddings: bool
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
+    # Of queries, keys, values and outputs. A qwen2 always has those of the first three, and no other.
+    attention_bias: bool = False
+
+    @model_validator(mode="after")
+    def _biases_fit(self) -> Self:
+        if self.attention_bias and self.model_type == "qwen2":
+            raise ValueError("attention_bias is true; a qwen2 has its biases without it, and none on outputs")
+        return self
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -218,7 +226,8 @@ class GroupedShape(_Shape):
 
     @property
     def has_biases(self) -> bool:
-        return self.model_type == "qwen2"
+        """Whether queries, keys and values have biases."""
+        return self.attention_bias or self.model_type == "qwen2"
 
     @property
     def norms_heads(self) -> bool:
@@ -234,11 +243,19 @@ class GroupedArchitecture(GroupedShape):
     """What a user chooses about a Llama-, Qwen2- or Qwen3-style decoder: grouped-query attention, dense SwiGLU.
 
     Qwen2 adds biases to queries, keys and values (arXiv 2407.10671); Qwen3 norms each head's queries and keys instead
-    (arXiv 2505.09388).
+    (arXiv 2505.09388). Some of Llama's shape have biases everywhere, as Granite's code models (arXiv 2405.04324).
     """
 
     model_type: Literal["llama", "qwen2", "qwen3"]
     intermediate_size: Size
+    # Of all three products of a feed-forward.
+    mlp_bias: bool = False
+
+    @model_validator(mode="after")
+    def _the_feed_forward_is_of_its_family(self) -> Self:
+        if self.mlp_bias and self.model_type != "llama":
+            raise ValueError(f"mlp_bias is true; the feed-forward of a {self.model_type} has no biases")
+        return self
 
 
 class GroupedMixtureArchitecture(GroupedShape):

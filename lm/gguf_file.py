@@ -67,6 +67,7 @@ def _load(path: Path) -> Loaded:
         _dequantized(there["token_embd.weight"]).shape,
         tied="output.weight" not in there,
         factors=None if factors is None else _dequantized(factors),
+        tensors=there,
     )
     # Before they are listed: a small file may say that there are billions.
     least, numbers = layers_and_experts(config), sum(tensor.n_elements for tensor in every)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -19,7 +19,7 @@ from lm.config import (
     ModelConfig,
     YarnScaling,
 )
-from lm.gguf_tensors import Array, Unfit, rope_factors, takes_plain_queries
+from lm.gguf_tensors import MLP_BIAS, OUTPUT_BIAS, Array, Unfit, rope_factors, takes_plain_queries
 
 Value = int | float | bool | str
 _Stretched = TypeVar("_Stretched", YarnScaling, Llama3Scaling)
@@ -112,6 +112,8 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
         raise Unfit(f"llama.cpp reads Llama 3's rope_scaling of no {config.model_type}; --to hf writes it")
     if isinstance(config, GroupedMixtureConfig) and not config.norm_topk_prob:
         raise Unfit("llama.cpp normalizes the weights of a qwen3moe's experts, and norm_topk_prob is false here")
+    if isinstance(config, GroupedShape) and config.attention_bias and config.model_type != "llama":
+        raise Unfit(f"llama.cpp reads an attention_bias on outputs of no {config.model_type}; --to hf writes it")
     named: dict[str, Value] = {
         key: value for key, name in _KEYS[type(config)].items() if (value := getattr(config, name)) is not None
     }
@@ -196,11 +198,18 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool, factors: Array | None) -> ModelConfig:
+def config_from(
+    found: Mapping[str, Any],
+    embedding: tuple[int, ...],
+    tied: bool,
+    factors: Array | None,
+    tensors: Container[str] = (),
+) -> ModelConfig:
     """Returns the shape that the metadata ``found`` describe.
 
     ``embedding`` is that tensor's shape [vocabulary, hidden size], ``tied`` says whether it is the head as well, and
-    ``factors`` are those of the tensor ``rope_freqs``. Raises :class:`Unfit` for what :mod:`lm.config` cannot tell.
+    ``factors`` are those of the tensor ``rope_freqs``. No key says that layers have biases: that they are among the
+    names ``tensors`` does. Raises :class:`Unfit` for what :mod:`lm.config` cannot tell.
     """
     family = found.get("general.architecture", "")
     if family not in ARCHITECTURES:
@@ -233,6 +242,8 @@ def config_from(found: Mapping[str, Any], embedding: tuple[int, ...], tied: bool
         values |= _of_grouped_heads(values, said)
         if kind is GroupedMixtureConfig:
             values["norm_topk_prob"] = True
+        if family == "llama":
+            values |= {"attention_bias": OUTPUT_BIAS in tensors, "mlp_bias": MLP_BIAS in tensors}
     values["rope_scaling"] = _told_scaling(found, said, family)
     if factors is not None and values["rope_scaling"] is not None:
         raise Unfit(f"it has rope_freqs.weight and a {_YARN}factor; a model that is stretched in one way can be read")

@@ -13,11 +13,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from lm.config import GroupedMixtureConfig, GroupedShape, LatentConfig, Llama3Scaling, MixtureConfig, ModelConfig
+from lm.config import (
+    GroupedConfig,
+    GroupedMixtureConfig,
+    GroupedShape,
+    LatentConfig,
+    Llama3Scaling,
+    MixtureConfig,
+    ModelConfig,
+)
 
 Array = npt.NDArray[np.float32]
 Change = Callable[[Sequence[Array]], list[Array]]
 EXPANDED = "attn_kv_b"
+# They are there where all of attention, and of the feed-forward, has biases.
+OUTPUT_BIAS, MLP_BIAS = "blk.0.attn_output.bias", "blk.0.ffn_down.bias"
 
 
 class Unfit(ValueError):
@@ -83,7 +93,11 @@ def _layer(config: ModelConfig, layer: int, expanded: bool) -> list[Part]:
     ):
         feed_forward = _experts(config)
     else:
-        feed_forward = [_weight(f"ffn_{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+        feed_forward = [
+            Part((f"ffn_{name}.{kind}",), (f"mlp.{name}_proj.{kind}",))
+            for name in ("gate", "up", "down")
+            for kind in _kinds(isinstance(config, GroupedConfig) and config.mlp_bias)
+        ]
     return [
         replace(
             part,
@@ -96,16 +110,15 @@ def _layer(config: ModelConfig, layer: int, expanded: bool) -> list[Part]:
 
 
 def _grouped(config: GroupedShape) -> list[Part]:
-    kinds = ("weight", "bias") if config.has_biases else ("weight",)
     found = [_NORM]
     for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads), ("v", 0)):
-        for kind in kinds:
+        for kind in _kinds(config.has_biases):
             part = Part((f"attn_{name}.{kind}",), (f"self_attn.{name}_proj.{kind}",))
             if config.model_type == "llama" and heads:
                 # llama.cpp turns neighbours in this architecture, and the two halves of a head in the others.
                 part = Part(part.names, part.sources, _interleaved(heads), _halved(heads))
             found.append(part)
-    found.append(_weight("attn_output", "self_attn.o_proj"))
+    found += [Part((f"attn_output.{kind}",), (f"self_attn.o_proj.{kind}",)) for kind in _kinds(config.attention_bias)]
     if config.norms_heads:
         found += [_weight(f"attn_{name}_norm", f"self_attn.{name}_norm") for name in ("q", "k")]
     return found
@@ -192,6 +205,10 @@ def _experts(config: MixtureConfig) -> list[Part]:
     if config.n_shared_experts:
         found += [_weight(f"ffn_{name}_shexp", f"mlp.shared_experts.{name}_proj") for name in ("gate", "up", "down")]
     return found
+
+
+def _kinds(has_bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if has_bias else ("weight",)
 
 
 def _weight(name: str, source: str) -> Part:

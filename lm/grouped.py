@@ -23,7 +23,7 @@ class GroupedAttention(nn.Module):
         self.q_proj = Linear(hidden, config.num_attention_heads * width, biases)
         self.k_proj = Linear(hidden, config.num_key_value_heads * width, biases)
         self.v_proj = Linear(hidden, config.num_key_value_heads * width, biases)
-        self.o_proj = Linear(config.num_attention_heads * width, hidden)
+        self.o_proj = Linear(config.num_attention_heads * width, hidden, config.attention_bias)
         if config.norms_heads:
             self.q_norm = RMSNorm(width, config.rms_norm_eps)
             self.k_norm = RMSNorm(width, config.rms_norm_eps)

@@ -39,20 +39,21 @@ _QWEN3_MOE_KEY_VALUE_HEADS = 4
 # Values that are built here; a key that is missing or null is one of them.
 _BUILT: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
 }
+_WITHOUT_BIASES: dict[str, tuple[object, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
 _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
-    "deepseek_v2": {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
-    "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    # It has biases whatever this says.
-    "qwen2": {"attention_bias": (False, True)},
+    "deepseek_v2": {
+        **_WITHOUT_BIASES,
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+    },
+    "deepseek_v3": {**_WITHOUT_BIASES, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     # Each layer has experts.
-    "qwen3_moe": {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    "qwen3_moe": {"mlp_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
 }
 # Of DeepSeek's architecture, written at another place of the file or only where it is set.
 _APART = {"rope_scaling", "tie_word_embeddings"}
@@ -83,8 +84,12 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
             method = "greedy" if config.n_group == config.topk_group else "group_limited_greedy"
             own |= {"topk_method": method, "scoring_func": "softmax", "moe_layer_freq": 1}
     else:
+        # Without what is of no model but a few: older versions did not write it, and equal models keep their bytes.
+        del dumped["attention_bias"]
+        if not dumped.get("mlp_bias"):
+            dumped.pop("mlp_bias", None)
         own["attention_bias"] = config.has_biases
-        # The feed-forward's sizes stand before these: so they did in older versions, and equal models keep their bytes.
+        # The feed-forward's sizes stand before these: so they did in older versions.
         dumped |= {name: dumped.pop(name) for name in ("tie_word_embeddings", "initializer_range", "rms_norm_eps")}
         if isinstance(config, GroupedMixtureConfig):
             own |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -113,6 +118,9 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     block_of(content)
     kind = _CONFIGS[family]
     known: dict[str, Any] = {name: content[name] for name in kind.model_fields if name in content}
+    if family == "qwen2":
+        # It has its biases whatever this says.
+        known["attention_bias"] = False
     missing = _DEFAULTS | _ids(content) | (_latent(content) if kind is LatentConfig else _grouped(content))
     known |= {name: value for name, value in missing.items() if known.get(name) is None}
     for name in ("bos_token_id", "eos_token_id"):
@@ -188,12 +196,14 @@ def _latent(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
-    found: dict[str, Any] = {"num_key_value_heads": heads}
+    found: dict[str, Any] = {"num_key_value_heads": heads, "attention_bias": False}
     if _CONFIGS[content["model_type"]] is GroupedMixtureConfig:
         found |= {"norm_topk_prob": False, "num_key_value_heads": _QWEN3_MOE_KEY_VALUE_HEADS}
         # Releases of transformers from 5 on write this name.
         if "num_local_experts" in content:
             found["num_experts"] = content["num_local_experts"]
+    else:
+        found["mlp_bias"] = False
     if content["model_type"] == "qwen3":
         found["head_dim"] = _QWEN3_HEAD_DIM
     elif isinstance(heads, int) and isinstance(width, int) and heads > 0:

@@ -16,7 +16,8 @@ Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Linear(nn.Linear):
     """``x @ weight.T``, plus the bias if there is one: [..., in_features] to [..., out_features].
 
-    Where there is a ``turn`` [K, K], each K inputs are multiplied by it before anything else.
+    Where there is a ``turn`` [K, K], each K inputs are multiplied by it before anything else. ``bias_share`` is what
+    the bias counts for: of outputs that several processes add up, one alone adds it.
     """
 
     turn: torch.Tensor | None
@@ -26,12 +27,16 @@ class Linear(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
         self.project: Project = F.linear
+        self.bias_share = 1.0
         self.register_buffer("turn", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.project(turned(x, self.turn), self.weight)
+        if self.bias is None:
+            return y
         # In the product's type: a sum with fp32 would be fp32, and so would all that is made of it.
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self.bias.to(y.dtype)
+        return y + (bias if self.bias_share == 1 else bias * self.bias_share)
 
 
 def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:

@@ -32,7 +32,8 @@ class Block(nn.Module):
         ):
             self.mlp = MixtureOfExperts(config)
         else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+            biases = isinstance(config, GroupedConfig) and config.mlp_bias
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, biases)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)

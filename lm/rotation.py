@@ -46,7 +46,9 @@ def rotate(model: LanguageModel) -> LanguageModel:
         attention, mlp = block.self_attn, block.mlp
         _read_normed(block.input_layernorm, _first_of(attention), stream)
         _read_normed(block.post_attention_layernorm, _inputs_of(mlp), stream)
+        writers = [attention.o_proj, *([mlp.down_proj] if isinstance(mlp, SwiGLU) else [])]
         _turn_writes([attention.o_proj.weight, *_outputs_of(mlp)], stream)
+        _turn_reads([layer.bias for layer in writers if layer.bias is not None], stream)
         if isinstance(attention, LatentAttention):
             _turn_latents(attention)
         else:

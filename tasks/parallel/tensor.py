@@ -104,8 +104,13 @@ def _cut_regions(block: nn.Module, mesh: DeviceMesh, in_parts: InParts, enter: t
                 in_parts.add([layer])
                 continue
             along = 0 if name in CUT_OUTPUTS else 1
-            for parameter, _ in list(layer.named_parameters(recurse=False)):
-                cut(layer, parameter, mesh, Shard(along))
+            assert isinstance(layer, Linear)
+            cut(layer, "weight", mesh, Shard(along))
+            if layer.bias is not None and name in CUT_OUTPUTS:
+                cut(layer, "bias", mesh, Shard(0))
+            elif layer.bias is not None:
+                layer.bias_share = float(mesh.get_local_rank() == 0)
+                in_parts.add_some(layer, ["bias"])
             factors = getattr(layer, "project", None)
             if isinstance(factors, LowRank):
                 # One has the layer's outputs or inputs; the other is whole, with a part of its gradient.
@@ -115,7 +120,6 @@ def _cut_regions(block: nn.Module, mesh: DeviceMesh, in_parts: InParts, enter: t
                     else:
                         in_parts.add_some(factors, [parameter])
             if name in CUT_OUTPUTS:
-                assert isinstance(layer, Linear)
                 layer.out_features //= mesh.size()
         region.forward = functools.partial(  # type: ignore[method-assign]
             _forward, region, region.forward, mesh.get_group(), enter, leave

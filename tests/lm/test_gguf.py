@@ -34,6 +34,7 @@ V2 = {"model_type": "deepseek_v2", "norm_topk_prob": False}
 MODELS = {
     "llama": (odd.make_grouped, {}),
     "llama, stretched and tied": (odd.make_grouped, {"rope_scaling": LLAMA_3, "tie_word_embeddings": True}),
+    "llama, with biases": (odd.make_grouped, {"attention_bias": True, "mlp_bias": True}),
     "qwen2": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96}),
     "qwen3, one head of keys": (odd.make_grouped, {"model_type": "qwen3", "num_key_value_heads": 1}),
     "qwen3moe": (odd.make_grouped_mixture, {}),
@@ -121,6 +122,7 @@ def test_what_ends_a_text_takes_the_keys_that_llama_cpp_has_for_it(
     ("make", "changes", "said"),
     [
         (odd.make_grouped_mixture, {"norm_topk_prob": False}, "normalizes the weights of a qwen3moe's experts"),
+        (odd.make_grouped_mixture, {"attention_bias": True}, "reads an attention_bias on outputs of no qwen3_moe"),
         (odd.make_grouped_mixture, {"rope_scaling": LLAMA_3}, "reads Llama 3's rope_scaling of no qwen3_moe"),
         (odd.make_grouped, {"model_type": "qwen3", "rope_scaling": LLAMA_3}, "reads Llama 3's .* of no qwen3"),
         (

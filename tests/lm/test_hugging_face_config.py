@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from lm.config import LinearScaling, Llama3Scaling, YarnScaling
+from lm.config import GroupedConfig, LinearScaling, Llama3Scaling, YarnScaling
 from lm.hugging_face_config import Unusable, config_from_json, config_to_json
 
 # As older releases of transformers wrote it: no head_dim, a flat base, a type of the weights under its old name.
@@ -70,7 +70,16 @@ def test_a_flat_stretching_of_any_age_is_read() -> None:
     assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
 
 
-@pytest.mark.parametrize("content", [LLAMA, DEEPSEEK, {**DEEPSEEK, "n_group": 4, "topk_group": 2}, QWEN3_MOE])
+@pytest.mark.parametrize(
+    "content",
+    [
+        LLAMA,
+        {**LLAMA, "attention_bias": True, "mlp_bias": True},
+        DEEPSEEK,
+        {**DEEPSEEK, "n_group": 4, "topk_group": 2},
+        QWEN3_MOE,
+    ],
+)
 def test_what_is_written_is_what_was_read(content: dict[str, Any], tmp_path: Any) -> None:
     config = config_from_json(content)
     written = config_to_json(config)
@@ -80,6 +89,21 @@ def test_what_is_written_is_what_was_read(content: dict[str, Any], tmp_path: Any
     assert "training_length" not in written
     shorter = config.model_copy(update={"training_length": 9})
     assert config_from_json(config_to_json(shorter)).window == 9
+
+
+def test_biases_are_those_that_a_file_says() -> None:
+    config = config_from_json({**LLAMA, "attention_bias": True, "mlp_bias": True})
+    assert isinstance(config, GroupedConfig)
+    assert (config.attention_bias, config.mlp_bias) == (True, True)
+    written = config_to_json(config)
+    assert (written["attention_bias"], written["mlp_bias"]) == (True, True)
+    assert config_from_json(written) == config
+    nothing = {**LLAMA, "attention_bias": None, "mlp_bias": None}
+    assert config_from_json(nothing) == config_from_json(LLAMA)
+    # Qwen2's are where they are, whatever its file says.
+    for said in (False, True):
+        qwen2 = config_from_json({**LLAMA, "model_type": "qwen2", "attention_bias": said})
+        assert (qwen2.has_biases, qwen2.attention_bias) == (True, False)
 
 
 def test_greedy_experts_have_no_groups() -> None:
@@ -93,7 +117,8 @@ def test_greedy_experts_have_no_groups() -> None:
     [
         ({"model_type": ["llama"]}, r"model_type is \['llama'\]; the families that are built here are deepseek_v2"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; the families that are built here are deepseek_v2"),
-        ({"attention_bias": True}, "attention_bias is True; of a llama, False is built here"),
+        ({"attention_bias": "yes"}, "attention_bias: Input should be a valid boolean, found 'yes'"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is true; the feed-forward of a qwen3 has no biases"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; of quantized weights, fp8 with a"),
         ({"quantization_config": "fp8"}, "quant_method is None"),

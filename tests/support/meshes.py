@@ -76,6 +76,12 @@ MODELS: dict[str, ModelConfig] = {
     "qwen3-even": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True, "vocab_size": VOCAB + 1}
     ),
+    "llama-biases": GroupedConfig.model_validate(
+        {
+            **{**_TOKENS, **_ANY, **_GROUPED, "model_type": "llama", "tie_word_embeddings": False},
+            **{"vocab_size": VOCAB + 1, "attention_bias": True, "mlp_bias": True},
+        }
+    ),
     "qwen2": GroupedConfig.model_validate(
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": VOCAB + 1}
     ),

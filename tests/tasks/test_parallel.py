@@ -38,6 +38,7 @@ TWO = [
     Case({"tensor": 2}, "qwen3-moe", micro_batch=4, steps=FEW),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-moe", steps=FEW),
     Case({"tensor": 2}, "qwen2", micro_batch=4, steps=FEW),
+    Case({"tensor": 2}, "llama-biases", micro_batch=4, steps=FEW),
     Case({"tensor": 2}, "qwen3-even", micro_batch=4, logits_held=64),
     Case({"tensor": 2}, "qwen3", micro_batch=4, steps=FEW),
     Case({"tensor": 2}, "latent-compressed", micro_batch=4, recomputed="selective", steps=FEW),
