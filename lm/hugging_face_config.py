@@ -212,14 +212,25 @@ def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(content: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Returns the base of the rotations and how they are stretched, from the nested or the older flat form."""
-    given: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        found = content.get(key) or {}
+    """Returns the base of the rotations and how they are stretched, from the nested or the older flat form.
+
+    Of both, the older one holds, as in transformers: model cards say to add it to what is there.
+    """
+    older, nested = (content.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    for key, found in (("rope_scaling", older), ("rope_parameters", nested)):
         if not isinstance(found, dict):
             raise Unusable(f"config.json: {key} is {found!r}; a mapping is needed")
-        given |= found
+    given = older or nested
     theta = given.get("rope_theta") or content.get("rope_theta") or _ROPE_THETA
+    if (other := nested.get("rope_theta") or theta) != theta:
+        raise Unusable(
+            f"config.json: rope_parameters has the rope_theta {other}, and rope_scaling, which is read in its place, "
+            f"is without it, so that it would be {theta}; write it into rope_scaling"
+        )
+    if (share := given.get("partial_rotary_factor") or 1) != 1:
+        raise Unusable(
+            f"config.json: partial_rotary_factor is {share!r}; of a {content['model_type']}, 1 is built here"
+        )
     # Releases before 4.43 called it type.
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":

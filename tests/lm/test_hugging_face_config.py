@@ -1,5 +1,6 @@
 """``config.json`` as published checkpoints have it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -70,6 +71,23 @@ def test_a_flat_stretching_of_any_age_is_read() -> None:
     assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
 
 
+def test_a_stretching_that_was_added_to_a_newer_file_holds() -> None:
+    # As Qwen's cards say to do, and releases of transformers from 5 on write the other key.
+    added = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    newer = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 500000}, "rope_scaling": added}
+    assert config_from_json(newer).rope_scaling == YarnScaling(**added)
+    assert (
+        config_from_json(newer).rope_theta == AutoConfig.for_model(**copy.deepcopy(newer)).rope_parameters["rope_theta"]
+    )
+    # transformers would take 10,000.
+    with pytest.raises(
+        Unusable, match=r"rope_theta 500000, and rope_scaling, .* would be 10000\.0; write it into rope_s"
+    ):
+        config_from_json({**newer, "rope_theta": None})
+    within = {**newer, "rope_theta": None, "rope_scaling": {**added, "rope_theta": 500000}}
+    assert config_from_json(within).rope_theta == 500000
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -131,6 +149,7 @@ def test_greedy_experts_have_no_groups() -> None:
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; a mapping is needed"),
         ({"rope_parameters": ["yarn"]}, r"rope_parameters is \['yarn'\]; a mapping is needed"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling is of the type \['yarn'\]"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; of a llama, 1 is built"),
         ({"layer_types": ["sliding_attention"]}, "layer_types has sliding_attention"),
         ({"layer_types": 5}, "layer_types is 5; a list is needed"),
         ({"layer_types": [5, None]}, "layer_types has 5, None"),
