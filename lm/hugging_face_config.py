@@ -3,7 +3,7 @@
 What changes the numbers and is not built here is refused by name; what does not change them is passed over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -36,10 +36,10 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddin
 _ROPE_THETA = 10000.0
 _QWEN3_HEAD_DIM = 128
 _QWEN3_MOE_KEY_VALUE_HEADS = 4
+_SLIDING_WINDOW, _MAX_WINDOW_LAYERS = 4096, 28
 # Values that are built here; a key that is missing or null is one of them.
 _BUILT: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
@@ -55,6 +55,7 @@ _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
     # Each layer has experts.
     "qwen3_moe": {"mlp_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
 }
+_SLIDING = "sliding_attention"
 # Of DeepSeek's architecture, written at another place of the file or only where it is set.
 _APART = {"rope_scaling", "tie_word_embeddings"}
 # Rows and columns that have one scale.
@@ -175,8 +176,34 @@ def _refuse_what_is_not_built(content: Mapping[str, Any], family: str) -> None:
     layers = content.get("layer_types") or []
     if not isinstance(layers, list):
         raise Unusable(f"config.json: layer_types is {layers!r}; a list is needed")
-    if others := sorted({str(layer) for layer in layers} - {"full_attention"}):
+    if others := sorted({str(layer) for layer in layers} - {"full_attention", _SLIDING}):
         raise Unusable(f"config.json: layer_types has {', '.join(others)}; full_attention alone is built here")
+    if _has_windows(content, layers):
+        _check_window(content)
+
+
+def _has_windows(content: Mapping[str, Any], layers: Sequence[object]) -> bool:
+    """Whether a layer attends to a window before each token alone: so it is read by transformers."""
+    if _SLIDING in layers:
+        return True
+    if not content.get("use_sliding_window") or content.get("sliding_window", _SLIDING_WINDOW) is None:
+        return False
+    if content["model_type"] == "qwen3_moe":
+        return True
+    # Those before so many layers attend to all.
+    full, count = content.get("max_window_layers", _MAX_WINDOW_LAYERS), content.get("num_hidden_layers")
+    return not layers and not (isinstance(full, int) and isinstance(count, int) and full >= count)
+
+
+def _check_window(content: Mapping[str, Any]) -> None:
+    """Raises :class:`Unusable` where a window leaves out a token that a text has room for."""
+    window, positions = content.get("sliding_window", _SLIDING_WINDOW), content.get("max_position_embeddings")
+    if not isinstance(window, int) or not isinstance(positions, int) or window < positions:
+        raise Unusable(
+            f"config.json: use_sliding_window is {content.get('use_sliding_window')!r} and sliding_window {window!r}, "
+            f"less than the {positions!r} of max_position_embeddings; windows that leave tokens out are not built "
+            f"here: set max_position_embeddings to {window!r} to use it for texts as long as that alone"
+        )
 
 
 def _ids(content: Mapping[str, Any]) -> dict[str, Any]:

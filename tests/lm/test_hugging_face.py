@@ -32,6 +32,25 @@ def test_transformers_computes_the_same_logits(
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_in_which_each_text_has_room_compute_what_they_do_in_transformers(
+    family: str, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    model = make_grouped(model_type=family, max_position_embeddings=33)
+    ids = torch.randint(0, 100, (1, 33), generator=torch.Generator().manual_seed(5))
+    hugging_face.save(model, tokenizer_file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def said(window: int) -> torch.Tensor:
+        windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+        (tmp_path / "config.json").write_text(json.dumps({**config, **windows}))
+        return AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+
+    with torch.no_grad():
+        assert not torch.allclose(said(32), model(ids), atol=1e-4)
+        torch.testing.assert_close(said(33), hugging_face.load(tmp_path)(ids), atol=1e-5, rtol=1e-5)
+
+
 def test_a_row_that_is_filled_up_at_its_end_is_as_transformers_masks_it(
     model: LanguageModel, tokenizer_file: Path, ids: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -124,6 +124,53 @@ def test_biases_are_those_that_a_file_says() -> None:
         assert (qwen2.has_biases, qwen2.attention_bias) == (True, False)
 
 
+QWEN2 = {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}
+WINDOWS = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**QWEN2, "use_sliding_window": False},
+        {**QWEN2, "sliding_window": None},
+        {**QWEN2, "sliding_window": 128, "max_window_layers": 0},
+        {**QWEN2, "max_window_layers": 2},
+        # There are 28 such layers, where it does not say so.
+        QWEN2,
+        {**QWEN2, "max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+        {**QWEN2, "sliding_window": 128, "layer_types": WINDOWS},
+        {**QWEN3_MOE, "use_sliding_window": True},
+        {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 128},
+    ],
+)
+def test_windows_in_which_each_text_has_room_are_full_attention(changes: dict[str, Any]) -> None:
+    content = {**changes, "layer_types": list(changes["layer_types"])} if "layer_types" in changes else changes
+    without = {name: value for name, value in content.items() if name not in ("layer_types", "use_sliding_window")}
+    assert config_from_json(content) == config_from_json(without)
+    # Nothing says that there were any.
+    assert (
+        not {"use_sliding_window", "sliding_window", "layer_types"} & config_to_json(config_from_json(content)).keys()
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**QWEN2, "max_window_layers": 0},
+        {**QWEN2, "max_window_layers": 1},
+        {**QWEN2, "max_window_layers": 2, "layer_types": [*WINDOWS]},
+        {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 64},
+    ],
+)
+def test_windows_that_leave_tokens_out_are_refused(changes: dict[str, Any]) -> None:
+    told = "sliding_window 64, less than the 128 of max_position_embeddings; .*: set max_position_embeddings to 64 to"
+    with pytest.raises(Unusable, match=f"^config.json: use_sliding_window is True and {told}"):
+        config_from_json(changes)
+    with pytest.raises(Unusable, match="sliding_window '64', less than the 128 of max"):
+        config_from_json({**changes, "sliding_window": "64"})
+    assert config_from_json({**changes, "max_position_embeddings": 64}).max_position_embeddings == 64
+
+
 def test_greedy_experts_have_no_groups() -> None:
     assert config_from_json({**DEEPSEEK, "n_group": 4, "topk_group": 2}).n_group == 1
     limited = {**DEEPSEEK, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
@@ -150,7 +197,7 @@ def test_greedy_experts_have_no_groups() -> None:
         ({"rope_parameters": ["yarn"]}, r"rope_parameters is \['yarn'\]; a mapping is needed"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling is of the type \['yarn'\]"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; of a llama, 1 is built"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types has chunked_attention"),
         ({"layer_types": 5}, "layer_types is 5; a list is needed"),
         ({"layer_types": [5, None]}, "layer_types has 5, None"),
         ({"bos_token_id": None, "eos_token_id": None}, "neither bos_token_id nor eos_token_id"),
