@@ -54,6 +54,20 @@ class LinearScaling(_Shape):
         return 1.0
 
 
+class DynamicScaling(_Shape):
+    """Rotations that are slowed down for texts longer than the model has positions for, and for no others ("dynamic
+    NTK"): here, where there are none, it is kept for whoever runs the model.
+    """
+
+    rope_type: Literal["dynamic"]
+    factor: float = Field(ge=1)
+
+    @property
+    def rotation_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+
 class YarnScaling(_Shape):
     """YaRN's stretching, rotation by rotation (arXiv 2309.00071, section 3.2; in Hugging Face's terms).
 
@@ -94,7 +108,7 @@ class YarnScaling(_Shape):
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
-RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
+RopeScaling = Llama3Scaling | LinearScaling | DynamicScaling | YarnScaling
 
 
 class LatentArchitecture(_Shape):

@@ -302,7 +302,9 @@ def _told_scaling(found: Mapping[str, Any], said: Mapping[str, Any], family: str
     read = readers.get(str(said.get(f"{_YARN}type", "linear" if is_linear else "none")))
     if read is None:
         _same(said, f"{_YARN}type", "none")
-        return None
+        # llama.cpp knows no such thing, and stretches no text that the model has positions for either.
+        is_dynamic = found.get(f"{_OWN}rope_type") == "dynamic"
+        return {"rope_type": "dynamic", "factor": found.get(f"{_OWN}factor")} if is_dynamic else None
     return read(found, said, family)
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lm.config import (
     Architecture,
+    DynamicScaling,
     GroupedMixtureConfig,
     LatentConfig,
     LinearScaling,
@@ -30,7 +31,12 @@ _ARCHITECTURES = {
 _CONFIGS: dict[str, type[ModelConfig]] = {
     family: kind for kind in get_args(ModelConfig) for family in get_args(kind.model_fields["model_type"].annotation)
 }
-_SCALINGS: dict[str, type[RopeScaling]] = {"llama3": Llama3Scaling, "linear": LinearScaling, "yarn": YarnScaling}
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    "llama3": Llama3Scaling,
+    "linear": LinearScaling,
+    "dynamic": DynamicScaling,
+    "yarn": YarnScaling,
+}
 # What transformers takes where a configuration does not say.
 _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
 _ROPE_THETA = 10000.0

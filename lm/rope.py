@@ -17,7 +17,7 @@ def rotations(positions: int, head_dim: int, theta: float, scaling: RopeScaling 
         frequencies = _stretched(frequencies, scaling)
     elif isinstance(scaling, LinearScaling):
         frequencies = frequencies / scaling.factor
-    elif scaling is not None:
+    elif isinstance(scaling, YarnScaling):
         frequencies = _stretched_one_by_one(frequencies, head_dim, theta, scaling)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     table = torch.stack([angles.cos(), angles.sin()])

@@ -47,6 +47,7 @@ GROUPED_VARIANTS = {
     "llama": {},
     # As DeepSeek-Coder.
     "llama, stretched evenly": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama, stretched for longer texts alone": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
     "llama, stretched and tied": {"rope_scaling": LLAMA_3, "tie_word_embeddings": True},
     # As Granite's code models.
     "llama, biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},

@@ -44,6 +44,10 @@ MODELS = {
     "latent, dense only": (odd.make_model, {"first_k_dense_replace": 3}),
     "latent, not normalized": (odd.make_model, {"first_k_dense_replace": 0, "norm_topk_prob": False}),
     "llama, stretched evenly": (odd.make_grouped, {"rope_scaling": {"rope_type": "linear", "factor": 2.1}}),
+    "llama, stretched for longer texts alone": (
+        odd.make_grouped,
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
     "qwen2, stretched by YaRN": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),
     "llama, stretched by YaRN": (odd.make_grouped, {"rope_scaling": YARN}),
     "qwen3moe, stretched by YaRN": (odd.make_grouped_mixture, {"rope_scaling": YARN}),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from lm.config import GroupedConfig, LinearScaling, Llama3Scaling, YarnScaling
+from lm.config import DynamicScaling, GroupedConfig, LinearScaling, Llama3Scaling, YarnScaling
 from lm.hugging_face_config import Unusable, config_from_json, config_to_json
 
 # As older releases of transformers wrote it: no head_dim, a flat base, a type of the weights under its old name.
@@ -66,6 +66,8 @@ def test_a_flat_stretching_of_any_age_is_read() -> None:
     assert stretched.rope_scaling == YarnScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
     evenly = config_from_json({**LLAMA, "rope_scaling": {"factor": 4.0, "type": "linear"}})
     assert evenly.rope_scaling == LinearScaling(rope_type="linear", factor=4.0)
+    longer = config_from_json({**LLAMA, "rope_scaling": {"factor": 2.0, "type": "dynamic"}})
+    assert longer.rope_scaling == DynamicScaling(rope_type="dynamic", factor=2.0)
     deepseek = config_from_json(DEEPSEEK).rope_scaling
     assert isinstance(deepseek, YarnScaling)
     assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
@@ -192,7 +194,7 @@ def test_greedy_experts_have_no_groups() -> None:
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
             r"weight_block_size is \[128, 0\]",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is of the type 'dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling is of the type 'longrope'"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; a mapping is needed"),
         ({"rope_parameters": ["yarn"]}, r"rope_parameters is \['yarn'\]; a mapping is needed"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling is of the type \['yarn'\]"),
