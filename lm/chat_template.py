@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 FILE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 Role = Literal["system", "user", "assistant"]
 # Around a control token in a message, while the template is rendered. They stand for no character.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -94,7 +95,7 @@ class ChatTemplate:
         if found is None:
             return None
         place, source = found
-        return cls(source, _special_tokens(settings_in(folder)), tokenizer, str(place))
+        return cls(source, _special_tokens(_naming(folder)), tokenizer, str(place))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, today: date | None = None) -> str:
         """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`.
@@ -341,7 +342,19 @@ def source_in(folder: Path) -> tuple[Path, str] | None:
 
 def settings_in(folder: Path) -> dict[str, Any]:
     """Returns what ``tokenizer_config.json`` in ``folder`` says; nothing where it is not there. Raises as above."""
-    file = folder / SETTINGS
+    return _object_in(folder / SETTINGS)
+
+
+def _naming(folder: Path) -> dict[str, Any]:
+    """Returns what says which tokens begin and end texts: older releases of transformers had a file of its own for it.
+
+    It goes first, but for where ``tokenizer_config.json`` describes all added tokens: so transformers has it.
+    """
+    settings = settings_in(folder)
+    return settings if "added_tokens_decoder" in settings else {**settings, **_object_in(folder / SPECIAL_TOKENS)}
+
+
+def _object_in(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:

@@ -111,6 +111,23 @@ def theirs(folder: Path, messages: list[Message], **how: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder).apply_chat_template(conversation, add_generation_prompt=True, **how)
 
 
+@pytest.mark.parametrize("described", [False, True])
+def test_tokens_may_be_named_in_a_file_of_their_own(described: bool, tmp_path: Path) -> None:
+    write(tmp_path, "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    file, named = tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>", "bos_token": {"content": "<think>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    settings = json.loads(file.read_text())
+    for content in (settings, {**settings, "bos_token": None, "eos_token": None}, {}):
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", **({"added_tokens_decoder": {}} if described else {})}
+        file.write_text(json.dumps({**content, **kind}))
+        assert read(tmp_path).render(TALK) == theirs(tmp_path, TALK, tokenize=False)
+    assert read(tmp_path).render(TALK).endswith("<|im_end|>") != described
+    (tmp_path / "special_tokens_map.json").write_text("[]")
+    if not described:
+        with pytest.raises(Malformed, match=r"special_tokens_map\.json: no JSON object"):
+            read(tmp_path)
+
+
 def test_a_conversation_is_written_as_transformers_writes_it(tmp_path: Path, name: str) -> None:
     template = write(tmp_path, TEMPLATES[name])
     for messages in [TALK, TALK[:1], [*TALK, *TALK[1:]]] + [WITH_SYSTEM] * (name != "strict"):
