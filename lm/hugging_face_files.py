@@ -27,6 +27,8 @@ _COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
 )
+# What tokenizers were read from before they had a file for all.
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
 # Where those of a model with several chat templates lie that have a name.
 _MORE_TEMPLATES = "additional_chat_templates"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -43,12 +45,23 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the files in ``folder`` that make up its checkpoint. Raises :class:`Unusable` where one is missing."""
     read_config(folder)
     if not (folder / TOKENIZER).is_file():
-        raise Unusable(f"{TOKENIZER}: no such file; a model needs the tokenizer that it was trained with")
+        raise Unusable(_without_tokenizer(folder))
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     beside = [folder / name for name in companions(folder)]
     for file in (folder / TOKENIZER, *beside):
         _check_inside(file, folder)
     return [folder / CONFIG, folder / TOKENIZER, *beside, *index, *weight_files(folder)]
+
+
+def _without_tokenizer(folder: Path) -> str:
+    told = f"{TOKENIZER}: no such file; a model needs the tokenizer that it was trained with"
+    found = next((name for name in _OTHER_TOKENIZERS if (folder / name).is_file()), None)
+    if found is None:
+        return told
+    return (
+        f"{told}. There is {found}, of which transformers, with sentencepiece, writes it: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
 
 
 def _check_inside(file: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 HALF = "\ufffd"
 # So many tokens before a text hold a whole character and more.
 _MOST_BEFORE = 16
+_NAMED = 3
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
@@ -25,6 +26,25 @@ def read_tokenizer(file: Path) -> Tokenizer:
 def size_of(tokenizer: Tokenizer) -> int:
     """Returns how many ids it has, added tokens included."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+def misfit(tokenizer: Tokenizer, vocab_size: int, **ids: int) -> str | None:
+    """Returns what is told of a tokenizer that is not that of a model with so many rows; None where it is.
+
+    ``ids`` are the tokens that the model's configuration names.
+    """
+    if (size := size_of(tokenizer)) > vocab_size:
+        names = {number: name for name, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+        surplus = [f"{names[number]!r} ({number})" for number in sorted(names) if number >= vocab_size]
+        more = f" and {len(surplus) - _NAMED:,} more" if len(surplus) > _NAMED else ""
+        return (
+            f"it has {size} tokens, and config.json's vocab_size is {vocab_size}: the model knows no "
+            f"{', '.join(surplus[:_NAMED])}{more}. Where no text needs them, remove them from its added_tokens"
+        )
+    for name, number in ids.items():
+        if tokenizer.id_to_token(number) is None:
+            return f"it has no token {number}, which is config.json's {name}. Mend the checkpoint"
+    return None
 
 
 class Detokenizer:

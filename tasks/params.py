@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
+from tokenizers import Tokenizer
 
 from lm.config import without_further
 from lm.hugging_face_config import architecture_of
@@ -12,13 +13,14 @@ from lm.hugging_face_files import TOKENIZER, read_config
 from lm.tokenizer import read_tokenizer, size_of
 from tasks import init, paths
 from tasks.card.params import CardParams
-from tasks.errors import BadParameter
+from tasks.errors import BadInput, BadParameter
 from tasks.evaluate.params import EvaluateParams
 from tasks.ingest.params import IngestParams
 from tasks.notice_params import NoticeParams
 from tasks.publish_params import PublishParams
 from tasks.quantize.params import QuantizeParams
 from tasks.section import Section, parse_yaml, read_yaml, validate
+from tasks.shard.checkpoint_tokenizer import misfit_of
 from tasks.shard.params import ShardParams
 from tasks.sources import CollectParams
 from tasks.train.params import TrainParams
@@ -81,8 +83,12 @@ class Params(Section):
         # Whether the layers that predict further tokens are in the files, as the configuration says, `train` sees.
         told = self.train.misfit(config) if self.train.misfit(without_further(config)) else None
         told = told or self.quantize.misfit(architecture_of(config))
-        size = _size_of_tokenizer(folder)
-        return told or (None if size is None else self.shard.misfit(size))
+        tokenizer = _tokenizer_in(folder)
+        if told or tokenizer is None:
+            return told
+        if other := misfit_of(tokenizer, config):
+            raise BadInput(f"{folder / TOKENIZER}: {other}")
+        return self.shard.misfit(size_of(tokenizer))
 
     def _unbuilt(self) -> str | None:
         build = importlib.metadata.version("torch")
@@ -95,9 +101,9 @@ class Params(Section):
         return None
 
 
-def _size_of_tokenizer(folder: Path) -> int | None:
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
     try:
-        return size_of(read_tokenizer(folder / TOKENIZER))
+        return read_tokenizer(folder / TOKENIZER)
     except Exception:
         # `shard` says what is wrong with it; tokenizers has no exception of its own.
         return None

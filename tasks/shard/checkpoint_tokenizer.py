@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from lm import hugging_face_files
-from lm.tokenizer import read_tokenizer, size_of
+from lm.config import ModelConfig
+from lm.tokenizer import misfit, read_tokenizer, size_of
 from tasks.errors import BadInput
 from tasks.init import unusable_is_told
 
@@ -19,6 +20,12 @@ def opened(folder: Path) -> Tokenizer:
     except Exception as error:
         # tokenizers has no exception of its own.
         raise BadInput(f"{path}: not a tokenizer ({' '.join(str(error).split())}).") from None
+
+
+def misfit_of(tokenizer: Tokenizer, config: ModelConfig) -> str | None:
+    """Returns what is told of a tokenizer that is not that of the model of ``config``; None where it is."""
+    told = misfit(tokenizer, config.vocab_size, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+    return told and f"{told}, or name another in train.init."
 
 
 class CheckpointTokenizer:
@@ -34,18 +41,9 @@ class CheckpointTokenizer:
         # A text may hold the name of a special token; to a model it is plain text.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = size_of(self._tokenizer)
-        if self.vocab_size > config.vocab_size:
-            raise BadInput(
-                f"{path}: it has {self.vocab_size} tokens, and config.json's vocab_size is {config.vocab_size}: they "
-                "are not of one model. Name another checkpoint in train.init."
-            )
         self.bos_token_id, self.eos_token_id = config.bos_token_id, config.eos_token_id
-        for name in ("bos_token_id", "eos_token_id"):
-            if self._tokenizer.id_to_token(number := getattr(config, name)) is None:
-                raise BadInput(
-                    f"{path}: it has no token {number}, which is config.json's {name}. Mend the checkpoint, or "
-                    "name another in train.init."
-                )
+        if told := misfit_of(self._tokenizer, config):
+            raise BadInput(f"{path}: {told}")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, on all cores, without special tokens."""

@@ -372,8 +372,25 @@ def test_a_tokenizer_that_changes_the_text_is_refused(corpus: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(corpus: Path) -> None:
     write_checkpoint(corpus / "given", vocab_size=250, bos_token_id=1, eos_token_id=2)
     collect_init("given")
-    with pytest.raises(BadInput, match=r"it has 257 tokens, and config\.json's vocab_size is 250"):
+    told = r"it has 257 tokens, and config\.json's vocab_size is 250: the model knows no 'ú' \(250\), 'û' \(251\), "
+    with pytest.raises(
+        BadInput, match=told + r"'ü' \(252\) and 4 more\. Where no text needs them, remove them from it"
+    ):
         shard(read_section("shard", ShardParams), init.checkpoint())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_a_tokenizer_in_the_files_of_older_releases_is_told_with_what_writes_the_newer_one(
+    name: str, corpus: Path
+) -> None:
+    write_checkpoint(corpus / "given")
+    (corpus / "given/tokenizer.json").rename(corpus / "given" / name)
+    told = rf"tokenizer\.json: no such file; .* There is {name}, of which transformers, .* writes it: AutoTokenizer\."
+    with pytest.raises(BadInput, match=told):
+        collect_init("given")
+    (corpus / "given" / name).unlink()
+    with pytest.raises(BadInput, match=r"tokenizer\.json: no such file; [^.]*\. Mend the folder"):
+        collect_init("given")
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])

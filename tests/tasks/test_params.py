@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import tiny
 from odd import make_model, write_checkpoint
+from tokenizers import Tokenizer
 
 from lm.hugging_face_config import architecture_of
 from lm.hugging_face_files import read_config
 from tasks import params, paths
 from tasks.collect.init import collect_init
-from tasks.errors import BadParameter
+from tasks.errors import BadInput, BadParameter
 from tasks.init import Init, write_record
 
 
@@ -75,6 +76,19 @@ def test_a_checkpoint_that_later_stages_could_not_take(changes: dict[str, Any], 
     with pytest.raises(BadParameter, match=re.escape(f"params.yaml: {told}")) as caught:
         start(project, changes).check_start(paths.INIT)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_the_model_s_is_told_before_its_texts_are_read(project: Path) -> None:
+    found = start(project, {})
+    file = paths.INIT / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens([f"<x{number}>" for number in range(6)] + ["<y>", "<pad>"])
+    tokenizer.save(str(file))
+    # As a Llama 2 that was published with a token for filling up batches.
+    with pytest.raises(
+        BadInput, match=r"tokenizer\.json: it has 265 tokens, .* 264: the model knows no '<pad>' \(264\)"
+    ):
+        found.check_start(paths.INIT)
 
 
 def test_a_checkpoint_that_fits_and_one_of_another_run(project: Path) -> None:
