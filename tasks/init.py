@@ -9,7 +9,7 @@ there and ``train`` the weights, so that they cannot part.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -53,9 +53,19 @@ def kind(init: str) -> Kind:
 
 def wanted() -> str:
     """Returns ``train.init``. Whether it is one is checked with the rest of its section."""
-    section = read_yaml(paths.PARAMS).get("train")
-    found = section.get("init") if isinstance(section, dict) else None
+    found = _section().get("init")
     return found if isinstance(found, str) else SCRATCH
+
+
+def trains_mtp() -> bool:
+    """Returns whether layers of multi-token prediction are trained, by the section ``train``, as it stands."""
+    section = _section()
+    return section.get("mtp_loss_weight") != 0 and section.get("lora") is None
+
+
+def _section() -> dict[str, Any]:
+    found = read_yaml(paths.PARAMS).get("train")
+    return found if isinstance(found, dict) else {}
 
 
 def read(folder: Path = paths.INIT) -> Init:

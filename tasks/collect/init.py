@@ -17,6 +17,7 @@ from tasks.digest import digest_of
 from tasks.errors import BadInput, BadParameter
 
 _MEND = "Mend the folder, or name another in train.init."
+_MEND_MTP = "Mend the folder, or set train.mtp_loss_weight: 0 to leave its layers of multi-token prediction out."
 
 
 def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | None:
@@ -66,14 +67,17 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
 def _check_weights(source: Path) -> None:
     """Raises :class:`BadInput` where the weights in ``source`` are damaged, missing or too many.
 
-    Training looks as well, hours later where there is much text to read before. Layers of multi-token prediction are
-    left to it: it may have no use for them.
+    Training looks as well, hours later where there is much text to read before. Layers of multi-token prediction have
+    to be whole where it is to train them.
     """
     # It imports torch, which takes seconds.
     from lm import hugging_face
 
     with init.unusable_is_told(source, _MEND):
         hugging_face.check(source)
+    if init.trains_mtp():
+        with init.unusable_is_told(source, _MEND_MTP):
+            hugging_face.check(source, mtp=True)
 
 
 def _unpack(source: Path, folder: Path) -> None:

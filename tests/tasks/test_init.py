@@ -369,6 +369,24 @@ def test_a_tokenizer_that_changes_the_text_is_refused(corpus: Path) -> None:
         shard(read_section("shard", ShardParams), init.checkpoint())
 
 
+@pytest.mark.parametrize("changes", [{}, {"train__mtp_loss_weight": 0.0}, {"train__lora": {"rank": 2}}])
+def test_layers_that_predict_further_tokens_are_whole_where_they_are_to_be_trained(
+    changes: dict[str, Any], corpus: Path
+) -> None:
+    write_checkpoint(corpus / "given", lambda **ids: make_model(**ids, num_nextn_predict_layers=1))
+    file = corpus / "given/model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.3.eh_proj.weight"]
+    save_file(tensors, file)
+    tiny.write_params(corpus, **CHECKPOINT, **changes)
+    if changes:
+        collect_init("given")
+        return
+    told = r"without model\.layers\.3\.eh_proj\.weight, which .*\. Mend the folder, or set train\.mtp_loss_weight: 0 to"
+    with pytest.raises(BadInput, match=told):
+        collect_init("given")
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(corpus: Path) -> None:
     write_checkpoint(corpus / "given", vocab_size=250, bos_token_id=1, eos_token_id=2)
     collect_init("given")
