@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
 from prefect.utilities.context import get_task_and_flow_run_ids
 
 from flows.graph import Stage
+from flows.leaves import leaves
 from tasks import paths
 from tasks.progress import Event
 
@@ -35,8 +36,6 @@ _REPORTS = (
     paths.EVALUATION,
     paths.CARD / "README.md",
 )
-
-Scalar = str | int | float | bool | None
 
 
 class ProgressArtifact:
@@ -133,27 +132,12 @@ def reports(stage: Stage) -> list[Path]:
 
 
 def table(content: object) -> str:
-    """Returns a Markdown table with a row for each scalar in ``content``, named by the path that leads to it."""
-    rows = list(leaves(content))
+    """Returns a Markdown table with a row for each scalar in parsed JSON, named by the path that leads to it."""
+    rows = list(leaves(content, ".{}"))
     lines = [f"| {_cell(name)} | {_cell(_format(value))} |" for name, value in rows[:_MOST_ROWS]]
     if len(rows) > _MOST_ROWS:
         lines.append(f"| … | {len(rows) - _MOST_ROWS} more in the file |")
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def leaves(content: object, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
-    """Yields the path (``models.int8.bits_per_byte.value``) and the value of each scalar in parsed JSON."""
-    items: Iterable[tuple[str, object]]
-    if isinstance(content, dict):
-        items = content.items()
-    elif isinstance(content, list):
-        items = ((str(index), item) for index, item in enumerate(content))
-    else:
-        assert content is None or isinstance(content, str | int | float | bool)
-        yield prefix, content
-        return
-    for name, item in items:
-        yield from leaves(item, f"{prefix}.{name}" if prefix else name)
 
 
 def key(name: str) -> str:
@@ -161,14 +145,14 @@ def key(name: str) -> str:
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower()).strip("-")
 
 
-def _format(value: Scalar) -> str:
+def _format(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value
+    return str(value)
 
 
 def _cell(text: str) -> str:

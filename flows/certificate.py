@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict
 
 from flows.environment import Difference, Environment, facts_of
+from flows.leaves import leaves
 from tasks import atomic, paths
 
 FOLDER = paths.SCRATCH / "certificates"
@@ -223,7 +224,7 @@ def compare_files(
 
 def compare_metrics(file: str, recorded: bytes, rebuilt: bytes, measured: bool) -> tuple[int, tuple[MetricResult, ...]]:
     """Returns how many values of two JSON files are equal, and those that are not. Raises :class:`ValueError`."""
-    before, after = (dict(_values("", json.loads(content))) for content in (recorded, rebuilt))
+    before, after = (dict(leaves(json.loads(content), "[{}]")) for content in (recorded, rebuilt))
     unequal = tuple(
         MetricResult(file=file, name=name, recorded=before.get(name), rebuilt=after.get(name), measured=measured)
         for name in {**before, **after}
@@ -334,17 +335,6 @@ def render(certificate: Certificate) -> str:
 def _few(facts: Sequence[str]) -> str:
     more = len(facts) - _MOST_FACTS
     return ", ".join(facts[:_MOST_FACTS]) + (f" and {more} more" if more > 0 else "")
-
-
-def _values(name: str, value: object) -> Iterator[tuple[str, bool | Number | str | None]]:
-    if isinstance(value, dict):
-        for key, held in value.items():
-            yield from _values(f"{name}.{key}" if name else str(key), held)
-    elif isinstance(value, list):
-        for index, held in enumerate(value):
-            yield from _values(f"{name}[{index}]", held)
-    elif value is None or isinstance(value, bool | int | float | str):
-        yield name, value
 
 
 def _is_number(value: object) -> bool:

@@ -17,6 +17,7 @@ from flows import contents, dvc, environment, objects, project, registry
 from flows.contents import Output
 from flows.git import GitFailed, commit_of, git, show
 from flows.land import is_pointer
+from flows.leaves import leaves
 from flows.terminal import print_line
 from tasks import paths
 from tasks.errors import TryAgain, UserMistake
@@ -95,7 +96,7 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
     theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
     facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else None
     return Difference(
-        parameters=differing(*(flat(_parameters(root, commit)) for commit in (before, after))),
+        parameters=differing(*(dict(leaves(_parameters(root, commit))) for commit in (before, after))),
         data=None if None in listings else differing_files(*(listing or {} for listing in listings)),
         code=_code(root, before, after),
         environment=None if facts is None else tuple(Change(one.fact, one.recorded, one.here) for one in facts),
@@ -114,16 +115,6 @@ def _known(*metrics: Mapping[str, object]) -> list[dict[str, object]]:
     for side in metrics:
         kept = {name: value for name, value in side.items() if name.split(".")[0] not in lost}
         found.append(kept | {name: NOT_KNOWN if side.get(name) == NOT_KNOWN else "known" for name in sorted(lost)})
-    return found
-
-
-def flat(values: object, name: str = "") -> dict[str, object]:
-    """Returns nested mappings as one, with dotted names. Lists are values."""
-    if not isinstance(values, Mapping):
-        return {name: values}
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{name}.{key}" if name else str(key))
     return found
 
 
@@ -205,7 +196,7 @@ def _metrics(root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, O
                 content = json.loads(objects.read(store, outputs[path]))
             except (objects.Unlisted, TryAgain, ValueError):
                 content = NOT_KNOWN
-            yield from flat(content, path.stem).items()
+            yield from leaves(content, name=path.stem)
 
 
 def _code(root: Path, before: str, after: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.git import show
+from flows.leaves import leaves
 from tasks import atomic, paths
 from tasks.section import read_yaml
 
@@ -205,16 +206,13 @@ def other_facts(stage: str, computed: Environment, here: Environment) -> dict[st
 def facts_of(environment: Environment) -> dict[str, str]:
     """Returns each fact as text, by its name, but for those of stages that were computed elsewhere."""
 
-    def walk(name: str, value: Any) -> Iterator[tuple[str, str]]:
-        if isinstance(value, dict):
-            for key, held in value.items():
-                yield from walk(f"{name}.{key}" if name else key, held)
-        elif isinstance(value, list):
-            yield name, ", ".join(map(str, value)) or ABSENT
-        else:
-            yield name, ABSENT if value is None else str(value)
+    return {name: _told(value) for name, value in leaves(environment.model_dump(mode="json", exclude={"computed"}))}
 
-    return dict(walk("", environment.model_dump(mode="json", exclude={"computed"})))
+
+def _told(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or ABSENT
+    return ABSENT if value is None else str(value)
 
 
 def _processor(cpuinfo: Path) -> Processor:

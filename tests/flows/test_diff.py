@@ -124,10 +124,6 @@ def test_differing_values(
     assert diff.differing(before, after) == tuple(Change(*change) for change in expected)
 
 
-def test_nested_values_get_dotted_names() -> None:
-    assert diff.flat({"a": {"b": {"c": 1}}, "d": [1]}) == {"a.b.c": 1, "d": [1]}
-
-
 def test_differing_files() -> None:
     before = {PurePosixPath("a"): "1", PurePosixPath("b"): "2", PurePosixPath("c"): "3"}
     after = {PurePosixPath("b"): "2", PurePosixPath("c"): "4", PurePosixPath("d/e"): "1"}
