@@ -30,9 +30,10 @@ from lm.weights import fill
 from tasks.checkpoints import Checkpoints
 from tasks.heartbeat import Heartbeat
 from tasks.launch import worker_environment
+from tasks.process import Process
 from tasks.progress import Progress
 from tasks.section import read_section
-from tasks.shards import Shards, read_manifest
+from tasks.shards import read_manifest, read_windows
 from tasks.train import start
 from tasks.train.params import TrainParams
 from tasks.training import train
@@ -175,12 +176,12 @@ def run_side(changes: dict[str, Any]) -> None:
     section = read_section("train", TrainParams).model_dump()
     params = TrainParams.model_validate({**section, **changes})
     manifest, timed = read_manifest(), _Timed()
-    texts, valid = (Shards(Path("data/shards"), manifest, split).reader(params.seq_len) for split in ("train", "valid"))
     with tempfile.TemporaryDirectory() as folder, world.joined(params, params.mesh) as here:
         checkpoints = Checkpoints("train", "benchmark", 1, root=Path(folder))
         model, weights = start.begun(None, params, manifest)
         fill(model, weights)
-        train(model, params, texts, valid, checkpoints, here, timed, "benchmark", Heartbeat())
+        process = Process("benchmark", here, timed, Heartbeat())
+        train(model, params, read_windows(manifest, params.seq_len), process, checkpoints)
     if os.environ["RANK"] == "0":
         Path("curve.json").write_text(json.dumps(timed.curve))
 

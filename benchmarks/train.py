@@ -42,9 +42,10 @@ from lm.model import LanguageModel
 from tasks.checkpoints import Checkpoints
 from tasks.heartbeat import Heartbeat
 from tasks.launch import worker_environment
+from tasks.process import Process
 from tasks.progress import Progress
 from tasks.section import read_section
-from tasks.shards import WindowReader
+from tasks.shards import WindowReader, Windows
 from tasks.step_meter import active_in_products
 from tasks.train.params import TrainParams
 from tasks.training import train
@@ -281,7 +282,8 @@ def run_ours(params: TrainParams, vocabulary: int, folder: Path) -> float:
     os.chdir(folder)
     with world.joined(params) as here:
         checkpoints = Checkpoints("train", f"benchmark-{os.environ['TORCHELASTIC_RUN_ID']}", kept=1, root=folder)
-        train(model, params, reader, few, checkpoints, here, stopwatch, "benchmark", Heartbeat())
+        process = Process("benchmark", here, stopwatch, Heartbeat())
+        train(model, params, Windows(reader, few), process, checkpoints)
     # The last step's end comes after a validation and a checkpoint, which are no part of a step.
     stopwatch.ends.pop()
     return stopwatch.seconds()

@@ -11,6 +11,7 @@ damaged header can hang libhdf5 (hdf5#1707). After that h5py only tells where th
 memory map, at the cost of ``np.memmap`` (h5py's own slices are about ten times slower).
 """
 
+import dataclasses
 import io
 import itertools
 from bisect import bisect_right
@@ -209,6 +210,22 @@ class WindowReader:
             shard = bisect_right(ends, index)
             batch[row] = shards[shard][index - starts[shard]]
         return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """What a training reads: the windows that it learns from, and those that it is validated on."""
+
+    train: WindowReader
+    valid: WindowReader
+
+
+def read_windows(manifest: Manifest, length: int, moved: Callable[[], None] = lambda: None) -> Windows:
+    """Returns the windows of ``length`` + 1 tokens in the shards of this project.
+
+    Checks each shard's digest, and calls ``moved`` then. Raises :class:`BadInput` that names a missing or damaged one.
+    """
+    return Windows(*(Shards(paths.SHARDS, manifest, split, moved).reader(length) for split in SEEN))
 
 
 def share_learned(windows: WindowReader, indices: npt.NDArray[np.int64]) -> float:

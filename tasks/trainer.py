@@ -19,20 +19,18 @@ from tasks.balance import Balance
 from tasks.compiled import compile_layers
 from tasks.curve import Curve
 from tasks.errors import BadParameter
-from tasks.heartbeat import Heartbeat
 from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.parallel.parallelize import lay_out
 from tasks.parallel.traffic import Traffic
-from tasks.progress import Progress
+from tasks.process import Process
 from tasks.recomputation import recompute
 from tasks.schedule import learning_rate_at
-from tasks.shards import WindowReader, share_learned
+from tasks.shards import Windows, share_learned
 from tasks.step_meter import StepMeter, StepReport
 from tasks.stopping import Stop
 from tasks.training_params import TrainingParams
-from tasks.world import World
 
 
 class Trainer:
@@ -40,22 +38,18 @@ class Trainer:
 
     def __init__(
         self,
-        stage: str,
+        process: Process,
         model: LanguageModel,
         params: TrainingParams,
-        train_windows: WindowReader,
-        valid_windows: WindowReader,
-        world: World,
-        progress: Progress,
-        beat: Heartbeat,
+        windows: Windows,
         weights: Weights | None,
     ) -> None:
         """Lays ``model`` out over the processes; ``weights`` are its own where it is on ``meta``."""
-        self.stage = stage
-        self.params, self.world, self.progress, self.beat = params, world, progress, beat
-        self.train_windows, self.valid_windows = train_windows, valid_windows
+        self.process, self.params, self.windows = process, params, windows
+        self.stage, self.progress = process.stage, process.progress
+        self.world, self.beat = world, beat = process.world, process.beat
         self.curve = Curve()
-        self.tokens_per_step = params.global_batch * train_windows.length
+        self.tokens_per_step = params.global_batch * windows.train.length
         self.traffic = Traffic(world.device, world.mesh is not None and world.mesh.layout.pipeline > 1)
         # Counts the parameters of the whole model.
         self.meter = StepMeter(model, self.tokens_per_step, world, params.compiles)
@@ -128,7 +122,7 @@ class Trainer:
         """Computes the gradients of ``step``, pass by pass, reduced over the processes; returns the loss here."""
         with self.meter.waiting_for_data():
             samples = batch_of_rank(
-                step, len(self.train_windows), self.params.seed, self.params.global_batch, self.params.micro_batch,
+                step, len(self.windows.train), self.params.seed, self.params.global_batch, self.params.micro_batch,
                 self.world.data_rank, self.world.data_size,
             )  # fmt: skip
         samples = self.parallel.grouped(samples)
@@ -140,7 +134,7 @@ class Trainer:
             # All passes but the last only add up gradients; the last one reduces them over the processes.
             self.parallel.reduce_in_backward(index == len(samples) - 1)
             with self.meter.waiting_for_data():
-                windows = self._read(self.train_windows, micro)
+                windows = self.process.read(self.windows.train, micro)
             self.beat.batch()
             with self.world.autocast():
                 loss = self.parallel.loss(windows, passes)
@@ -203,7 +197,7 @@ class Trainer:
     def _batch(self, step: int) -> npt.NDArray[np.int64]:
         """Returns the windows of all processes in ``step``, counted from 0."""
         params = self.params
-        return batch_of_rank(step, len(self.train_windows), params.seed, params.global_batch, params.micro_batch, 0, 1)
+        return batch_of_rank(step, len(self.windows.train), params.seed, params.global_batch, params.micro_batch, 0, 1)
 
     def _end_if_too_many(self, where: str) -> None:
         """Sets ``fault``, on all processes, when a step was skipped once too often, ``where``."""
@@ -263,7 +257,7 @@ class Trainer:
         None where one of the processes has been told to end: on large splits this may take longer than that may. Sets
         ``told_to_stop`` then, on all of them.
         """
-        available = len(self.valid_windows)
+        available = len(self.windows.valid)
         wanted = min(self.params.validation_windows, available)
         chosen = torch.arange(wanted) * available // wanted
         mine = chosen[self.world.data_rank :: self.world.data_size].numpy()
@@ -276,11 +270,11 @@ class Trainer:
                 self.model.train()
                 return None
             share = mine[start : start + self.params.micro_batch]
-            windows = self._read(self.valid_windows, share if len(share) else chosen[:1].numpy())
+            windows = self.process.read(self.windows.valid, share if len(share) else chosen[:1].numpy())
             with self.world.autocast():
                 summed += self.parallel.evaluate(windows).double() * len(share)
         self.model.train()
-        return float(self.world.sum(summed) / (wanted * share_learned(self.valid_windows, chosen.numpy())))
+        return float(self.world.sum(summed) / (wanted * share_learned(self.windows.valid, chosen.numpy())))
 
     def _told_to_end(self, stop: Stop) -> bool:
         told = self.world.sum_all(torch.tensor(float(stop.told or self.told_to_stop), device=self.world.device))
@@ -343,14 +337,6 @@ class Trainer:
 
     def _share_learned(self, step: int) -> float:
         """Returns :func:`share_learned` of the windows of all processes: the loss is the mean over what is learned."""
-        if self.train_windows.learned is None:
+        if self.windows.train.learned is None:
             return 1.0
-        return share_learned(self.train_windows, self._batch(step).flatten())
-
-    def _read(self, windows: WindowReader, indices: Any) -> torch.Tensor:
-        batch = torch.from_numpy(windows.batch(indices)).to(self.world.device).long()
-        if windows.learned is not None:
-            learned = torch.from_numpy(windows.learned.batch(indices)).to(self.world.device).long()
-            batch = torch.stack([batch, learned], dim=1)
-        self.beat.move()
-        return batch
+        return share_learned(self.windows.train, self._batch(step).flatten())

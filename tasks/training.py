@@ -17,11 +17,11 @@ from tasks import atomic, divergence, out_of_memory, paths, stopping
 from tasks.checkpoints import Checkpoints, agreed
 from tasks.curve import Curve
 from tasks.errors import EXIT_STOPPED
-from tasks.heartbeat import Heartbeat
 from tasks.parallel.parallelize import Parallel
 from tasks.parallel.traffic import of_all_reduce
+from tasks.process import Process
 from tasks.progress import Progress
-from tasks.shards import WindowReader
+from tasks.shards import Windows
 from tasks.step_log import StepLog, logged, sum_up
 from tasks.step_meter import StepReport
 from tasks.trainer import Trainer
@@ -39,31 +39,26 @@ class Trained(NamedTuple):
 def train(
     model: LanguageModel,
     params: TrainingParams,
-    train_windows: WindowReader,
-    valid_windows: WindowReader,
+    windows: Windows,
+    process: Process,
     checkpoints: Checkpoints,
-    world: World,
-    progress: Progress,
-    stage: str,
-    beat: Heartbeat,
     measure_first: bool = False,
     weights: Weights | None = None,
 ) -> Trained:
     """Runs ``params.steps`` optimizer steps on ``model``; returns the curve and what has the weights now.
 
     ``measure_first`` has the weights validated that it begins with. ``weights`` are those of a model on ``meta``, which
-    stays there. ``beat`` is told how this gets on.
+    stays there.
 
     Continues from the newest intact checkpoint. A step whose loss or gradient is not finite is skipped; raises
     :class:`tasks.errors.BadParameter` after more than ``params.max_skipped_steps`` of them in a row, or where none was
     taken, or where the validation loss is not finite: of such a model nothing is written.
     """
+    world, length = process.world, windows.train.length
     out_of_memory.remember_allocations(world.device)
-    told = functools.partial(
-        out_of_memory.told, stage, params=params, length=train_windows.length, precision=world.precision
-    )
+    told = functools.partial(out_of_memory.told, process.stage, params=params, length=length, precision=world.precision)
     with told(model):
-        trainer = Trainer(stage, model, params, train_windows, valid_windows, world, progress, beat, weights)
+        trainer = Trainer(process, model, params, windows, weights)
     with told(trainer.model):
         _go_on(trainer, checkpoints, measure_first)
     return Trained(trainer.curve, trainer.parallel)

@@ -21,15 +21,15 @@ from lm.weights import Weights, fill, reads, taken
 from tasks import atomic, heartbeat, inputs, out_of_memory, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.curve import Curve
-from tasks.heartbeat import Heartbeat
 from tasks.parallel.parallelize import Parallel
+from tasks.process import Process
 from tasks.progress import Progress, progress
 from tasks.quantize import memory
 from tasks.quantize.audit import audit
 from tasks.quantize.params import QuantizeParams, SchemeName, checkpoint_inputs
 from tasks.quantize.schemes import SCHEMES, Measure, Quantization, Trial, check_in_float, plan_name, plan_of
 from tasks.section import read_section
-from tasks.shards import SEEN, Shards, WindowReader, read_manifest
+from tasks.shards import WindowReader, Windows, read_manifest, read_windows
 from tasks.step_log import sum_up
 from tasks.training import train
 from tasks.world import World
@@ -115,15 +115,15 @@ class _Schemes:
         self._original = hugging_face.mapped(paths.FLOAT)
         check_in_float(self._original, params)
         length = self._original.config.window
-        self._read, self._held_out = (Shards(paths.SHARDS, manifest, split).reader(length) for split in SEEN)
-        self.measure = Measure(self._original, self._held_out, params, here)
+        self._windows = read_windows(manifest, length)
+        self.measure = Measure(self._original, self._windows.valid, params, here)
         out_of_memory.remember_allocations(here.device)
-        count = min(params.calibration_windows, len(self._read))
+        count = min(params.calibration_windows, len(self._windows.train))
         held = functools.partial(memory.largest, self._original, length, count, params.compensate)
         # Of fine-tuning, train itself tells it.
         self._told = functools.partial(out_of_memory.told_of, "quantize", held)
         with self._told():
-            self._seen = calibration_windows(self._read, params, here)
+            self._seen = calibration_windows(self._windows.train, params, here)
 
     def attempt(self, name: SchemeName) -> Attempt:
         """Returns what the scheme ``name`` makes of the float model."""
@@ -142,10 +142,10 @@ class _Schemes:
             else:
                 # Nobody asks it before the next trial, and a GPU's memory is what fine-tuning is short of.
                 self._original.cpu()
-            readers = self._read, self._held_out
             with heartbeat.beating(here.rank, here.size, params.hang_timeout_seconds) as beat:
                 self._checkpoints.moved = beat.move
-                curve = fine_tuned(model, params, readers, self._checkpoints, here, self._shown, beat)
+                process = Process("quantize", here, self._shown, beat)
+                curve = fine_tuned(model, params, self._windows, process, self._checkpoints)
                 # Who has no checkpoint to write says as long as the first does that it lives.
                 here.lowest(0)
             model.taught = None
@@ -156,15 +156,14 @@ class _Schemes:
 def fine_tuned(
     model: LanguageModel,
     params: QuantizeParams,
-    readers: tuple[WindowReader, WindowReader],
+    windows: Windows,
+    process: Process,
     checkpoints: Checkpoints,
-    here: World,
-    shown: Progress,
-    beat: Heartbeat,
 ) -> Curve:
     """Trains the rounded ``model`` in place, whole in every process before and behind that; returns the curve."""
+    here, beat = process.world, process.beat
     weights = None if here.mesh is None else taken(model)
-    run = train(model, params, *readers, checkpoints, here, shown, "quantize", beat, weights=weights)
+    run = train(model, params, windows, process, checkpoints, weights=weights)
     if here.mesh is not None:
         # Each process measures it on windows of its own.
         beat.at(params.steps, "the model's gathering")

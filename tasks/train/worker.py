@@ -14,11 +14,12 @@ from tasks import atomic, heartbeat, init, inputs, paths, stage, world
 from tasks.checkpoints import Checkpoints
 from tasks.curve import Curve
 from tasks.errors import BadInput
-from tasks.heartbeat import Heartbeat, ranks
+from tasks.heartbeat import ranks
 from tasks.parallel.parallelize import Parallel
-from tasks.progress import Progress, progress
+from tasks.process import Process
+from tasks.progress import progress
 from tasks.section import read_section
-from tasks.shards import SEEN, Shards, read_manifest
+from tasks.shards import read_manifest, read_windows
 from tasks.train import probe, start
 from tasks.train.params import TrainParams, checkpoint_inputs
 from tasks.training import train
@@ -36,13 +37,14 @@ def main() -> None:
         probe.report(here, "train")
         beat.move()
         # By itself: what sums gradients has to be gone before the group of processes is.
-        train_and_write(params, here, beat, shown)
+        train_and_write(params, Process("train", here, shown, beat))
         # On another machine, the stage has not ended before its files are there.
         here.lowest(0)
 
 
-def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Progress) -> None:
+def train_and_write(params: TrainParams, process: Process) -> None:
     """Trains from where ``params`` say, with all processes; leaves ``models/float``, the curve and the report."""
+    here, beat = process.world, process.beat
     manifest = read_manifest()
     origin = init.checkpoint()
     key = inputs.key("train", params, checkpoint_inputs())
@@ -55,7 +57,9 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
     model, weights = start.begun(origin, params, manifest)
     if origin is not None and not params.trains_mtp and (count := hugging_face.left_out(origin)):
         why = "lora does not train them" if params.lora else "mtp_loss_weight is 0"
-        shown.notice(f"{count} tensors of multi-token prediction are left out: {why}, and {paths.FLOAT} has none")
+        process.progress.notice(
+            f"{count} tensors of multi-token prediction are left out: {why}, and {paths.FLOAT} has none"
+        )
     unread: Weights | None = weights
     if here.mesh is None:
         # Every process holds the whole model.
@@ -63,16 +67,13 @@ def train_and_write(params: TrainParams, here: World, beat: Heartbeat, shown: Pr
         unread = None
     total, active = on_meta(model.config).parameter_counts()
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    shards = [Shards(paths.SHARDS, manifest, split, beat.move) for split in SEEN]
-    read, held_out = (one.reader(params.seq_len) for one in shards)
-    curve, parallel = train(
-        model, params, read, held_out, checkpoints, here, shown, "train", beat, origin is not None, unread
-    )
+    windows = read_windows(manifest, params.seq_len, beat.move)
+    curve, parallel = train(model, params, windows, process, checkpoints, origin is not None, unread)
     beat.at(params.steps, "the model's writing")
-    write_model(model, params, parallel, here.is_first, origin, manifest.answer_ends, beat)
+    write_model(model, params, parallel, process, origin, manifest.answer_ends)
     if here.is_first:
         counts = {"parameters": total, "active_parameters": active, "trained_parameters": learning}
-        write_reports(counts, curve, params, len(read), here.precision, origin)
+        write_reports(counts, curve, params, len(windows.train), here.precision, origin)
 
 
 def check_alike(here: World, key: str) -> None:
@@ -91,10 +92,9 @@ def write_model(
     model: LanguageModel,
     params: TrainParams,
     parallel: Parallel,
-    is_first: bool,
+    process: Process,
     origin: Path | None,
     answer_ends: Sequence[int],
-    beat: Heartbeat,
 ) -> None:
     """Writes ``models/float`` from the weights that ``parallel`` has: the first process writes, all send theirs.
 
@@ -102,11 +102,11 @@ def write_model(
     """
 
     def moving(name: str) -> torch.Tensor:
-        beat.move()
+        process.beat.move()
         return parallel.whole(name)
 
     whole: Whole = moving
-    with atomic.folder(paths.FLOAT) if is_first else contextlib.nullcontext() as folder:
+    with atomic.folder(paths.FLOAT) if process.world.is_first else contextlib.nullcontext() as folder:
         if params.lora is not None:
             if params.lora.keep_adapter:
                 # A folder of the same layout; what a GGUF file or the version in production is, peft cannot load.

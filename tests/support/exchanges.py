@@ -22,8 +22,9 @@ from tasks.checkpoints import Checkpoints
 from tasks.exchange_params import DilocoParams, ExchangeParams
 from tasks.heartbeat import Heartbeat
 from tasks.parallel import traffic
+from tasks.process import Process
 from tasks.progress import Lines, Progress
-from tasks.shards import WindowReader
+from tasks.shards import WindowReader, Windows
 from tasks.training import train
 from tasks.world import World
 
@@ -99,7 +100,8 @@ def run(kind: str, folder: Path, world: World, spoil: int = -1) -> dict[str, Any
 
     if spoil >= 0:
         model.model.norm.register_forward_pre_hook(spoilt)
-    curve, _ = train(model, params, readers[0], readers[1], checkpoints, world, progress, "train", Heartbeat())
+    process = Process("train", world, progress, Heartbeat())
+    curve, _ = train(model, params, Windows(*readers), process, checkpoints)
     digest = xxhash.xxh3_128_hexdigest(b"".join(value.numpy().tobytes() for value in model.state_dict().values()))
     digests: list[Any] = [None] * world.size
     dist.all_gather_object(digests, digest)

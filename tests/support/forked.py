@@ -385,17 +385,23 @@ def slowly() -> None:
 
 def validate_slowly() -> None:
     """Makes each batch of a validation take a second, and leaves a file ``validating`` where there is one."""
+    from unittest import mock
+
+    from tasks.process import Process
     from tasks.trainer import Trainer
 
-    read = Trainer._read
+    read, validate = Process.read, Trainer.validate
 
-    def slow(self: Trainer, *arguments: Any) -> Any:
-        if not self.model.training:
-            Path("validating").touch()
-            time.sleep(1)
+    def slow(self: Process, *arguments: Any) -> Any:
+        Path("validating").touch()
+        time.sleep(1)
         return read(self, *arguments)
 
-    Trainer._read = slow  # type: ignore[method-assign]
+    def validating(self: Trainer, stop: Any) -> float | None:
+        with mock.patch.object(Process, "read", slow):
+            return validate(self, stop)
+
+    Trainer.validate = validating  # type: ignore[method-assign]
 
 
 def draw() -> None:

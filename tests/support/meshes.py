@@ -33,7 +33,9 @@ from tasks.heartbeat import Heartbeat
 from tasks.mesh import Mesh, MeshParams
 from tasks.parallel import parts, tensor, vocabulary, whole
 from tasks.parallel.stages import EMBED_AGAIN
+from tasks.process import Process
 from tasks.progress import Lines, Progress
+from tasks.shards import Windows
 from tasks.stopping import Stop
 from tasks.trainer import Trainer
 from tasks.training_params import TrainingParams
@@ -288,16 +290,12 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     if world.mesh is not None:
         model, weights = _on_meta(model, case, result)
     run = Trainer(
-        "train",
+        Process("train", world, Progress("train", Lines(lambda line: None)), Heartbeat()),
         model,
         params_of(case, world.data_size),
-        reader,
-        Reader(2, 7, case.answers),
-        world,
-        Progress("train", Lines(lambda line: None)),
-        Heartbeat(),
+        Windows(reader, Reader(2, 7, case.answers)),  # type: ignore[arg-type]
         weights,
-    )  # type: ignore[arg-type]
+    )
     # An optimizer goes on in the very tensors that it is given.
     done = run.restore(None if case.resume is None else copy.deepcopy(states[case.resume]))
     clip = run.parallel.clip
