@@ -5,6 +5,7 @@ model, the optimizer, the number of steps done and the curve so far.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,7 @@ from tasks.shards import Windows, share_learned
 from tasks.step_meter import StepMeter, StepReport
 from tasks.stopping import Stop
 from tasks.training_params import TrainingParams
+from tasks.validation import validate
 
 
 class Trainer:
@@ -250,33 +252,13 @@ class Trainer:
         self.balance.load.zero_()
         self.steps_since_row = 0
 
-    @torch.no_grad()
     def validate(self, stop: Stop) -> float | None:
-        """Returns the mean loss over validation windows spread evenly over the split.
-
-        None where one of the processes has been told to end: on large splits this may take longer than that may. Sets
-        ``told_to_stop`` then, on all of them.
-        """
-        available = len(self.windows.valid)
-        wanted = min(self.params.validation_windows, available)
-        chosen = torch.arange(wanted) * available // wanted
-        mine = chosen[self.world.data_rank :: self.world.data_size].numpy()
-        # Each process computes as often as the first one, which has most: the parts of a layer come from all of them.
-        most = len(chosen[:: self.world.data_size])
-        summed = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self.model.eval()
-        for start in range(0, most, self.params.micro_batch):
-            if self._told_to_end(stop):
-                self.model.train()
-                return None
-            share = mine[start : start + self.params.micro_batch]
-            windows = self.process.read(self.windows.valid, share if len(share) else chosen[:1].numpy())
-            with self.world.autocast():
-                summed += self.parallel.evaluate(windows).double() * len(share)
-        self.model.train()
-        return float(self.world.sum(summed) / (wanted * share_learned(self.windows.valid, chosen.numpy())))
+        """Returns what :func:`tasks.validation.validate` does; None where one of the processes is told to end."""
+        told = functools.partial(self._told_to_end, stop)
+        return validate(self.parallel, self.windows.valid, self.params, self.process, told)
 
     def _told_to_end(self, stop: Stop) -> bool:
+        """Sets ``told_to_stop``, on all processes alike, and returns it."""
         told = self.world.sum_all(torch.tensor(float(stop.told or self.told_to_stop), device=self.world.device))
         self.told_to_stop = bool(told)
         return self.told_to_stop
