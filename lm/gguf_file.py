@@ -11,7 +11,8 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType, TokenType
 
 from lm import gguf_sentencepiece
 from lm.config import ModelConfig, layers_and_experts
-from lm.gguf_metadata import config_from, files_of, told_ends
+from lm.gguf_config import config_from, told_ends
+from lm.gguf_split import files_of
 from lm.gguf_tensors import EXPANDED, Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import Vocabulary, puts_bos_before, tokenizer_json
 from lm.hugging_face import layout_to_state

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from lm import chat_template, gguf_sentencepiece
 from lm.config import LatentConfig, ModelConfig
-from lm.gguf_metadata import Value, architecture, further_ends, metadata
+from lm.gguf_keys import Value
+from lm.gguf_metadata import architecture, further_ends, metadata
 from lm.gguf_tensors import Array, Part, Unfit, check_names, parts
 from lm.gguf_tokenizer import vocabulary
 from lm.hugging_face_config import Unusable, config_from_json

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import page
 import pytest
 
-from lm import gguf_metadata, gguf_tokenizer
+from lm import gguf_keys, gguf_tokenizer
 from lm.config import Architecture
 from tasks.params import Params
 from tasks.section import parse_yaml, read_yaml, validate
@@ -40,7 +40,7 @@ def test_it_names_the_families_that_are_built() -> None:
     families, in_gguf = (re.findall(r"`(\w+)`", " ".join(column)) for column in zip(*rows, strict=True))
     built = {name for kind in get_args(Architecture) for name in get_args(kind.model_fields["model_type"].annotation)}
     assert set(families) == built
-    assert set(in_gguf) == set(gguf_metadata.ARCHITECTURES)
+    assert set(in_gguf) == set(gguf_keys.ARCHITECTURES)
 
 
 def test_it_names_the_ways_to_cut_a_text_that_are_known_of_a_gguf_file() -> None:

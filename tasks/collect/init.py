@@ -108,7 +108,7 @@ def _unpack(source: Path, folder: Path) -> None:
 
 def _digest_of_gguf(source: Path) -> str:
     """Returns the digest of a GGUF file; of a model in several, one of theirs."""
-    from lm.gguf_metadata import files_of
+    from lm.gguf_split import files_of
 
     with _unfit_is_told(source):
         files = files_of(source)

@@ -16,6 +16,19 @@ from lm.model import LanguageModel
 
 SIZE = 330
 IDS = {"vocab_size": SIZE, "bos_token_id": SIZE - 1, "eos_token_id": SIZE - 1}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# 16 positions at first; DeepSeek scales scores by it, V2 with 0.707.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
+V2 = {"model_type": "deepseek_v2", "norm_topk_prob": False}
+PROMPTS = torch.randint(0, SIZE - 1, (2, 20), generator=torch.Generator().manual_seed(1)).tolist()
+NEW = 20
 
 
 def make_checkpoint(folder: Path, make=odd.make_grouped, pre="llama-bpe", **changes) -> tuple[LanguageModel, Path]:
@@ -85,3 +98,11 @@ def edited(
         writer.add_tensor(name, tensor)
     finish(writer)
     return path
+
+
+def greedy(model: LanguageModel, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+    """The likeliest token of ``model`` after each prompt and each beginning of its answer."""
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    with torch.no_grad():
+        likeliest = model(torch.tensor(texts))[:, len(prompts[0]) - 1 : -1].argmax(dim=-1)
+    return likeliest.tolist()
