@@ -4,20 +4,18 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import publishing
 import pytest
-from publishing import Clone
+from publishing import Clone, nightly
 from rich.console import Console
 
-from flows import contents, dvc, land, lock, objects, project, publish, push, pushed, registry, remotely, worktree
+from flows import dvc, land, lock, project, publish, registry, worktree
 from flows.git import GitFailed, commit_of, git, show
 from flows.publish import ChampionMoved
 from tasks.errors import TryAgain, UserMistake
@@ -46,63 +44,6 @@ def test_a_version_is_pushed_committed_registered_and_promoted(publisher: Clone)
     assert again.reasons == ("nothing new since v1.0.0",)
     assert len(publisher.tags()) == 2
     assert commit_of(publisher.root, "main") == done.commit
-
-
-def emptied(publisher: Clone, file: Path) -> Path:
-    """Empties what DVC's cache has of ``file``, as a machine leaves it that went down before the disk had all of it."""
-    with dvc.store(publisher.root) as store:
-        cached = store.path(contents.md5_of(file))
-    cached.chmod(0o644)
-    cached.write_bytes(b"")
-    cached.chmod(0o444)
-    return cached
-
-
-def test_what_is_damaged_in_the_cache_is_mended_before_it_is_pushed(publisher: Clone) -> None:
-    model = publisher.root / "models/int8/model.onnx"
-    cached = emptied(publisher, model)
-    with dvc.store(publisher.root) as store:
-        publish.publish(publisher.root)
-        fetched = publisher.root / ".overnight/fetched"
-        assert store.download(contents.md5_of(model), fetched)
-    assert fetched.read_bytes() == cached.read_bytes() == model.read_bytes()
-
-
-@pytest.mark.parametrize("damaged", ["files", "listings"])
-def test_what_is_cut_off_at_the_remote_is_pushed_anew(publisher: Clone, damaged: str) -> None:
-    # DVC passes over what is there, and stumbles over a listing.
-    publish.publish(publisher.root)
-    for held in publisher.shelf.rglob("*"):
-        if held.is_file() and (held.suffix == ".dir") == (damaged == "listings"):
-            held.chmod(0o644)
-            held.write_bytes(b"")
-    publisher.write("b.txt", "And then.\n")
-    publisher.run()
-    publish.publish(publisher.root)
-    with dvc.store(publisher.root) as store:
-        for output in contents.present(publisher.root):
-            assert store.compare(objects.needed(store, [output], {})) == (set(), set()), output
-
-
-def test_what_the_remote_alone_has_whole_is_mended_here(publisher: Clone) -> None:
-    model = publisher.root / "models/int8/model.onnx"
-    publish.publish(publisher.root)
-    good, cached = model.read_bytes(), emptied(publisher, model)
-    model.unlink()
-    with dvc.store(publisher.root) as store:
-        remotely.check(publisher.root, "shelf", publisher.root / ".overnight/log", 1.0)
-        assert cached.read_bytes() == good
-        assert store.download(cached.parent.name + cached.name, publisher.root / ".overnight/fetched")
-    assert (publisher.root / ".overnight/fetched").read_bytes() == good
-
-
-def test_what_is_damaged_everywhere_is_not_pushed(publisher: Clone) -> None:
-    model = publisher.root / "models/int8/model.onnx"
-    cached = emptied(publisher, model)
-    model.unlink()
-    with pytest.raises(UserMistake, match=r"^models/int8/model.onnx: damaged in DVC's cache \(removed\), and no good"):
-        remotely.check(publisher.root, "shelf", publisher.root / ".overnight/log", 1.0)
-    assert not cached.exists()
 
 
 def test_what_the_gate_refuses_is_a_version_but_no_champion(publisher: Clone) -> None:
@@ -222,32 +163,6 @@ def test_killed_before_a_promotion_is_pushed_it_is_pushed_next_time(
     assert publisher.tags() == ["lm#prod#1", "lm@v1.0.0"]
 
 
-def nightly(publisher: Clone, name: str, text: str) -> Clone:
-    """A night's worktree in which a run has been done."""
-    place = worktree.add(publisher.root, name, "HEAD")
-    night = Clone(place, publisher.shared, publisher.shelf)
-    night.write(f"{name}.txt", text)
-    night.run()
-    return night
-
-
-def test_a_night_in_its_worktree_publishes_onto_the_branch_of_nights(publisher: Clone) -> None:
-    main = commit_of(publisher.root, "main")
-    first = publish.publish(nightly(publisher, "one", "The first night.\n").root)
-    assert first.promoted
-    assert commit_of(publisher.root, "nightly") == commit_of(publisher.shared, "nightly") == first.commit
-    # The second started from the same commit, and knew nothing of the first.
-    second = publish.publish(nightly(publisher, "two", "The second night.\n").root)
-    tip = commit_of(publisher.shared, "nightly")
-    assert commit_of(publisher.root, "nightly") == tip
-    for version in (first, second):
-        assert git(publisher.root, "merge-base", tip, version.commit) == version.commit
-    # What the tip records is what the second version records.
-    assert show(publisher.root, tip, "dvc.lock") == show(publisher.root, second.commit, "dvc.lock")
-    assert commit_of(publisher.root, "main") == commit_of(publisher.shared, "main") == main
-    assert [version.name for version in registry.versions(publisher.shared)] == ["v1.0.0", "v1.1.0"]
-
-
 @pytest.mark.parametrize(("rate", "promoted", "reasons"), [(0.25, True, ()), (0.75, False, ("a loss of 0.75",))])
 def test_a_night_that_was_killed_late_is_not_told_as_one_without_news(
     publisher: Clone, monkeypatch: pytest.MonkeyPatch, rate: float, promoted: bool, reasons: tuple[str, ...]
@@ -269,68 +184,6 @@ def test_a_night_that_was_killed_late_is_not_told_as_one_without_news(
 
 def _die(*_: object) -> None:
     raise Killed
-
-
-def test_code_that_changed_on_both_sides_is_left_to_people(publisher: Clone) -> None:
-    night = nightly(publisher, "one", "The first night.\n")
-    git(publisher.root, "switch", "-q", "-c", "nightly")
-    (publisher.root / "stage.py").write_text("raise SystemExit\n")
-    theirs = publisher.commit("Theirs")
-    git(publisher.root, "push", "-q", "origin", "nightly")
-    git(publisher.root, "switch", "-q", "main")
-    (night.root / "stage.py").write_text(publishing.STAGE + "# ours\n")
-    git(night.root, "commit", "-q", "-a", "-m", "Ours", environment=registry.author(night.root))
-    night.run()
-    done = publish.publish(night.root)
-    assert done.new
-    assert "not on the branch nightly, where stage.py changed too" in done.reasons[0]
-    assert commit_of(publisher.shared, "nightly") == commit_of(publisher.root, "nightly") == theirs
-    # Its tag keeps it.
-    assert "lm@v1.0.0" in publisher.tags()
-    publisher.check_remote()
-
-
-def test_a_branch_that_somebody_works_on_stays_where_it_is(publisher: Clone) -> None:
-    night = nightly(publisher, "one", "The first night.\n")
-    git(publisher.root, "stash", "-q", "--include-untracked")
-    git(publisher.root, "switch", "-q", "-c", "nightly")
-    before = commit_of(publisher.root, "nightly")
-    done = publish.publish(night.root)
-    assert f"checked out in {publisher.root} and stays where it is" in done.reasons[0]
-    assert commit_of(publisher.root, "nightly") == before
-    assert commit_of(publisher.shared, "nightly") == done.commit
-
-
-def publish_elsewhere(publisher: Clone) -> "subprocess.Popen[str]":
-    code = (
-        "from pathlib import Path\nfrom flows.publish import publish\n"
-        "done = publish(Path.cwd())\nprint(done.version.name, done.new)\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=publisher.root, env={**os.environ, "PYTHONPATH": str(publishing.REPOSITORY)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def test_two_machines_that_publish_at_once_lose_nothing(publisher: Clone) -> None:
-    # Nothing is promoted, so that neither has to measure again.
-    publisher.set("publish", "promote", False)
-    publisher.commit()
-    git(publisher.root, "push", "-q", "origin", "main")
-    machines = [publisher.clone(name) for name in ("left", "right")]
-    for machine in machines:
-        machine.write(f"{machine.root.name}.txt", f"What {machine.root.name} has found.\n")
-        machine.run()
-    started = [publish_elsewhere(machine) for machine in machines]
-    ended = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended
-    assert sorted(out for out, _ in ended) == ["v1.0.0 True\n", "v1.1.0 True\n"]
-    tip = commit_of(publisher.shared, "main")
-    shared = registry.versions(publisher.shared)
-    assert {version.name for version in shared} == {"v1.0.0", "v1.1.0"}
-    for version in shared:
-        assert git(publisher.shared, "merge-base", tip, version.commit) == version.commit
-    publisher.check_remote()
 
 
 def overtaking(publisher: Clone) -> Clone:
@@ -469,26 +322,6 @@ def test_by_hand_a_version_is_made_on_a_branch(publisher: Clone) -> None:
     publish._check_branch(night, project.parameters(publisher.root))
 
 
-def test_a_data_remote_that_has_nothing_of_the_last_version_gets_no_other_before_it_has_that(published: Clone) -> None:
-    pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
-    # As a place looks where nothing is mounted.
-    shutil.rmtree(published.shelf)
-    published.shelf.mkdir()
-    published.write("c.txt", "And the third.\n")
-    published.run()
-    told = r"^DVC's remote 'shelf' has nothing of v1\.1\.0, which was pushed to that very place: look"
-    with pytest.raises(TryAgain, match=told):
-        publish.publish(published.root)
-    assert not any(published.shelf.iterdir())
-    assert "lm@v1.2.0" not in published.tags()
-    push.bring_data(published.root, registry.resolve(published.root, "v1.1.0"), "shelf")
-    assert publish.publish(published.root).version.name == "v1.2.0"
-    note = (published.root / pushed.FILE).read_text()
-    assert json.loads(note)["version"] == "v1.2.0"
-    # An address may hold a password.
-    assert "shelf" not in note
-
-
 def test_what_a_run_took_that_made_nothing_new_is_put_back(published: Clone) -> None:
     speed = published.root / "speed/train.csv"
     speed.parent.mkdir()
@@ -504,45 +337,6 @@ def test_what_a_run_took_that_made_nothing_new_is_put_back(published: Clone) -> 
     assert speed.read_text() == "as of the version\n"
 
 
-def test_what_is_brought_to_another_place_is_looked_for_there(published: Clone) -> None:
-    other = published.shelf.with_name("other")
-    (published.root / ".dvc/config.local").write_text(f"['remote \"shelf\"']\n    url = {other}\n")
-    assert publish.publish(published.root).reasons[0] == "nothing new since v1.1.0"
-    assert any(other.rglob("*"))
-    shutil.rmtree(other)
-    published.write("c.txt", "And the third.\n")
-    published.run()
-    with pytest.raises(TryAgain, match="has nothing of v1"):
-        publish.publish(published.root)
-
-
-def test_a_data_remote_at_another_place_is_a_new_one(published: Clone) -> None:
-    pushed.remember(published.root, None, registry.resolve(published.root, "v1.1.0"))
-    other = published.shelf.with_name("other")
-    (published.root / ".dvc/config.local").write_text(f"['remote \"shelf\"']\n    url = {other}\n")
-    published.write("c.txt", "And the third.\n")
-    published.run()
-    assert publish.publish(published.root).version.name == "v1.2.0"
-    assert other.is_dir()
-
-
-@pytest.mark.parametrize("lost", ["a part", "the note"])
-def test_what_a_data_remote_has_lost_of_the_last_version_does_not_hold_up_the_next(lost: str, published: Clone) -> None:
-    last = registry.resolve(published.root, "v1.1.0")
-    pushed.remember(published.root, None, last)
-    if lost == "a part":
-        gone = contents.recorded(published.root, last.commit)[-1].md5
-        next(published.shelf.rglob(f"{gone[:2]}/{gone[2:]}")).unlink()
-        with dvc.store(published.root) as store:
-            store.discard({gone})
-    else:
-        shutil.rmtree(published.shelf)
-        (published.root / pushed.FILE).write_text("{}")
-    published.write("c.txt", "And the third.\n")
-    published.run()
-    assert publish.publish(published.root).version.name == "v1.2.0"
-
-
 def test_a_git_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> None:
     away = publisher.shared.with_name("away.git")
     publisher.shared.rename(away)
@@ -555,56 +349,6 @@ def test_a_git_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> 
 def test_an_unknown_remote_is_named(publisher: Clone) -> None:
     publisher.set("publish", "git_remote", "upstream")
     with pytest.raises(UserMistake, match="Git has no remote 'upstream'; there are origin"):
-        publish.publish(publisher.root)
-
-
-def test_what_did_not_reach_the_data_remote_is_brought_there_or_gets_no_tag(
-    publisher: Clone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = contents.md5_of(publisher.root / "models/int8/model.onnx")
-    with dvc.store(publisher.root) as store:
-        cached = store.path(model)
-    with monkeypatch.context() as patch:
-        # DVC's push passes over what its cache has lost meanwhile, and ends well.
-        patch.setattr(publish, "_dvc", lambda to, command: cached.rename(cached.with_name("away")))
-        with pytest.raises(UserMistake, match=rf"DVC's remote 'shelf' lacks 1 of the version's objects \({model}\)"):
-            publish.publish(publisher.root)
-    assert publisher.tags() == []
-    assert registry.versions(publisher.root) == ()
-    cached.with_name("away").rename(cached)
-    # It passes over what it believes to be there, too.
-    monkeypatch.setattr(publish, "_dvc", lambda to, command: None)
-    assert publish.publish(publisher.root).promoted
-    publisher.check_remote()
-
-
-@pytest.fixture
-def silent() -> Iterator[str]:
-    """The address of a server that takes every connection and says nothing."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/store"
-
-
-def test_a_data_remote_that_says_nothing_is_not_waited_for(publisher: Clone, silent: str) -> None:
-    publisher.set("publish", "stall_minutes", 0.03)
-    publisher.set("publish", "retries", 1)
-    publisher.set("flow", "retry_delay_seconds", 0.1)
-    publisher.commit()
-    here = publisher.root / ".dvc/config.local"
-    told: list[str] = []
-
-    here.write_text(f"['remote \"shelf\"']\n    url = {silent}\n")
-    with pytest.raises(TryAgain, match="nothing was read or written for 2 s"):
-        publish.publish(publisher.root, told.append)
-    assert publisher.tags() == []
-    assert told == ["DVC's remote: nothing was read or written for 2 s, so it was ended. Trying again in 0 s."]
-    here.unlink()
-    assert publish.publish(publisher.root).promoted
-    publisher.check_remote()
-
-    # A night without news asks it as well.
-    here.write_text(f"['remote \"shelf\"']\n    url = {silent}\n")
-    with pytest.raises(TryAgain, match=r"DVC's remote: nothing was read or written for 2 s, so it was ended. What was"):
         publish.publish(publisher.root)
 
 

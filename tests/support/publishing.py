@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from ruamel.yaml import YAML
 
-from flows import champion, contents, dvc, objects, registry
+from flows import champion, contents, dvc, objects, registry, worktree
 from flows.git import commit_of, git
 from tasks import paths
 
@@ -157,3 +157,12 @@ def make(place: Path) -> Clone:
     project.write("a.txt", "In the beginning.\n")
     project.run()
     return project
+
+
+def nightly(publisher: Clone, name: str, text: str) -> Clone:
+    """A night's worktree in which a run has been done."""
+    place = worktree.add(publisher.root, name, "HEAD")
+    night = Clone(place, publisher.shared, publisher.shelf)
+    night.write(f"{name}.txt", text)
+    night.run()
+    return night
