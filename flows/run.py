@@ -38,16 +38,27 @@ class Request:
     again: runs.Run | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A run that has the lock, and whose graph and parameters fit what was asked for."""
+
+    request: Request
+    site: Site
+    graph: Graph
+    params: Params
+    record: running.Record
+
+
 def run(request: Request, out: Console, err: Console) -> int:
     """Runs the project in the current folder and returns the exit code: 0, 1 when a stage failed.
 
     Raises :class:`tasks.errors.UserMistake` before anything runs, :class:`flows.lock.Held` when another run is at work.
     """
     with sigterm_raises(lambda: speaker(err)("terminated; `overnight rerun` goes on where this run stopped.")):
-        return _checked(request, out, err)
+        return _check_and_run(request, out, err)
 
 
-def _checked(request: Request, out: Console, err: Console) -> int:
+def _check_and_run(request: Request, out: Console, err: Console) -> int:
     root = project.find()
     params = project.parameters(root)
     name = request.again.run if request.again else f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -69,20 +80,11 @@ def _checked(request: Request, out: Console, err: Console) -> int:
             for stage in params.flow.retries:
                 graph.check(stage, "params.yaml: flow.retries")
             record.plan(graph.names())
-            return _run(site, graph, params, request, serving, record, out, err)
+            return _run(_Checked(request, site, graph, params, record), serving, out, err)
 
 
-def _run(
-    site: Site,
-    graph: Graph,
-    params: Params,
-    request: Request,
-    serving: server.Server,
-    record: running.Record,
-    out: Console,
-    err: Console,
-) -> int:
-    started = time.monotonic()
+def _run(checked: _Checked, serving: server.Server, out: Console, err: Console) -> int:
+    started, request, site = time.monotonic(), checked.request, checked.site
     with importing():
         # It imports Prefect, which must wait for the server's settings.
         from flows import flow_runs
@@ -93,7 +95,7 @@ def _run(
     known = {"from_stage": request.from_stage, "force": request.force}
     digest = hashlib.sha256((site.root / paths.PARAMS).read_bytes()).hexdigest()
     with runs.attempt(site.root, site.run, **known, params=digest) as kept:
-        flow = make_flow(site, graph, params, All(record, kept, terminal), kept)
+        flow = make_flow(site, checked.graph, checked.params, All(checked.record, kept, terminal), kept)
         serving.wait()
         if not err.is_terminal:
             terminal.say(f"run {site.run} {'goes on' if request.again else 'starts'} in {site.root}")
@@ -108,25 +110,36 @@ def _run(
         finally:
             flush()
         serving.let_go()
-        kept.end("completed" if state.is_completed() else "failed", "" if state.is_completed() else state.message or "")
+        fault = None if state.is_completed() else state.message or ""
+        kept.end("completed" if fault is None else "failed", fault or "")
     seconds = time.monotonic() - started
+    _show_end(site, terminal.runs, seconds, fault, out, err)
+    if not err.is_terminal:
+        gate = summary.read_evaluation(site.root).gate if fault is None else None
+        verdict = "" if gate is None or gate.passed else "; the gate REFUSED this model"
+        how = "completed" if fault is None else "failed"
+        terminal.say(f"run {site.run} ends: {how} in {seconds:,.0f} s{verdict}")
+    return 0 if fault is None else _exit_code(_failed(terminal.runs))
+
+
+def _show_end(
+    site: Site, stages: Sequence[StageRun], seconds: float, fault: str | None, out: Console, err: Console
+) -> None:
+    """Shows how the ``stages`` of a run ended, and what came of it; ``fault`` is None where all went well."""
     if out.is_terminal or not _same_place(out, err):
         # In one log both ends of the run would list them.
-        summary.show_stages(out, [_line(one) for one in terminal.runs], seconds)
-    for one in terminal.runs:
-        if one.outcome == "failed":
-            _show_failure(err, site, one)
-    if state.is_completed():
+        summary.show_stages(out, [_line(one) for one in stages], seconds)
+    for one in _failed(stages):
+        _show_failure(err, site, one)
+    if fault is None:
         out.print()
         summary.show_model(out, site.root)
-    elif not any(one.outcome == "failed" for one in terminal.runs):
-        print_line(err, f"error: {state.message or 'the flow failed'}")
-    if not err.is_terminal:
-        how = "completed" if state.is_completed() else "failed"
-        gate = summary.read_evaluation(site.root).gate if state.is_completed() else None
-        verdict = "" if gate is None or gate.passed else "; the gate REFUSED this model"
-        terminal.say(f"run {site.run} ends: {how} in {seconds:,.0f} s{verdict}")
-    return 0 if state.is_completed() else _exit_code([one for one in terminal.runs if one.outcome == "failed"])
+    elif not _failed(stages):
+        print_line(err, f"error: {fault or 'the flow failed'}")
+
+
+def _failed(stages: Sequence[StageRun]) -> list[StageRun]:
+    return [one for one in stages if one.outcome == "failed"]
 
 
 def _exit_code(failed: Sequence[StageRun]) -> int:
