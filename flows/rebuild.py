@@ -21,6 +21,7 @@ from rich.table import Table
 
 from flows import (
     certificate,
+    certificate_page,
     contents,
     dvc,
     environment,
@@ -304,7 +305,7 @@ def _read(store: dvc.Store, site: Site, output: Output) -> bytes:
 def _end(
     site: Site, version: Version, journal: Journal, made: Certificate, outputs: Sequence[Output], out: Console
 ) -> None:
-    data, page = certificate.write(site.root, made)
+    data, page = certificate_page.write(site.root, made)
     table = Table(box=None, pad_edge=False, show_header=False)
     for output in made.outputs:
         table.add_row(output.path, "[green]identical[/]" if output.identical else "[bold red]differs[/]")

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from flows import certificate
+from flows import certificate, certificate_page
 from flows.certificate import Certificate, MetricResult, OutputResult, StageResult, Verdict
 from flows.environment import Difference, Environment, Processor
 
@@ -133,7 +133,7 @@ def test_an_earlier_certificate_is_kept(tmp_path: Path) -> None:
         metrics_compared=True, equal_metrics=7, metrics=(), environment_recorded=True, environment=(), here=HERE,
     )  # fmt: skip
     for reason in ("first", "second", "third"):
-        data, page = certificate.write(tmp_path, made.model_copy(update={"reason": reason}))
+        data, page = certificate_page.write(tmp_path, made.model_copy(update={"reason": reason}))
     assert {
         file.stem: Certificate.model_validate_json(file.read_bytes()).reason
         for file in (tmp_path / data.parent).glob("*.json")
@@ -143,7 +143,7 @@ def test_an_earlier_certificate_is_kept(tmp_path: Path) -> None:
     old = made.model_dump_json(exclude={"here", "tag_object", "unknown"})
     assert Certificate.model_validate_json(old).here is None
     (tmp_path / data).write_text("{")
-    certificate.write(tmp_path, made)
+    certificate_page.write(tmp_path, made)
     assert len(list((tmp_path / data.parent).glob("*.json"))) == 4
 
 
@@ -158,7 +158,7 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
         environment_recorded=True, environment=(CPU, CORES),
         here=HERE, tag_object="d" * 40,
     )  # fmt: skip
-    data, page = certificate.write(tmp_path, made)
+    data, page = certificate_page.write(tmp_path, made)
     assert Certificate.model_validate_json((tmp_path / data).read_bytes()) == made
     text = (tmp_path / page).read_text()
     for line in (
@@ -182,6 +182,6 @@ def test_page_and_json_say_all(tmp_path: Path) -> None:
     ):
         assert line in text
     assert "does not prove" not in text
-    assert "does not prove" in certificate.render(made.model_copy(update={"verdict": Verdict.TOLERANCE}))
+    assert "does not prove" in certificate_page.render(made.model_copy(update={"verdict": Verdict.TOLERANCE}))
     # A bar in a value would end the cell.
     assert "a\\|b" in text
