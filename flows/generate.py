@@ -116,7 +116,8 @@ def load_template(folder: Path, model: "Generator") -> "ChatTemplate | None":
 
     Raises :class:`BadInput` for a template that is malformed.
     """
-    from lm.chat_template import ChatTemplate, Malformed
+    from lm.chat_template import ChatTemplate
+    from lm.chat_template_files import Malformed
 
     try:
         return ChatTemplate.read(folder, model.tokenizer)

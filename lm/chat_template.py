@@ -8,24 +8,19 @@ that the tokenizer calls special, or that the template writes.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-FILE = "chat_template.jinja"
-SETTINGS = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
+from lm.chat_template_files import Malformed, source_in, special_tokens
+from lm.chat_template_language import environment
+
 Role = Literal["system", "user", "assistant"]
 # Around a control token in a message, while the template is rendered. They stand for no character.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -42,10 +37,6 @@ _TAG_BEFORE = re.compile(r"</?think>\s*\Z")
 _LONGEST_TAG = 64
 # A model writes these itself, around what it thinks before it answers, so in its own messages they are tokens.
 _THOUGHT = frozenset({"<think>", "</think>"})
-
-
-class Malformed(ValueError):
-    """A template that is not in jinja2's language, or a file that should name one and cannot be read."""
 
 
 class Unrenderable(ValueError):
@@ -71,7 +62,7 @@ class ChatTemplate:
         """
         self._special_tokens, self._tokenizer = special_tokens, tokenizer
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise Malformed(f"{place}: not a chat template: line {error.lineno}: {error.message}") from None
         # Python compiles what jinja2 makes of it, and may refuse that by anything.
@@ -95,7 +86,7 @@ class ChatTemplate:
         if found is None:
             return None
         place, source = found
-        return cls(source, _special_tokens(_naming(folder)), tokenizer, str(place))
+        return cls(source, special_tokens(folder), tokenizer, str(place))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, today: date | None = None) -> str:
         """Returns ``messages`` and the beginning of the answer as one text. Raises :class:`Unrenderable`.
@@ -266,120 +257,6 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
         marks += character in (_BEGIN, _END)
 
 
-class _Generation(Extension):
-    """``{% generation %}``, which marks what the model wrote for training; here it is what stands in it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's own, in which products, powers and repetitions are no longer than a range may be in that."""
-
-    # What is in here is not computed while a template is compiled either.
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if _length(operator, left, right) > MAX_RANGE:
-            raise jinja2.TemplateRuntimeError(f"what {operator} makes is too long; at most {MAX_RANGE:,} is computed")
-        return super().call_binop(context, operator, left, right)
-
-
-def _length(operator: str, left: object, right: object) -> int:
-    """Returns how many bits a whole number, or how many items a repetition, may come to; 0 for anything else."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-    for repeated, times in ((left, right), (right, left)):
-        if isinstance(repeated, Sized) and isinstance(times, int):
-            return len(repeated) * times
-    return 0
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    # Jinja's own escapes what HTML needs escaped.
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
 def _controls(texts: Iterable[str]) -> re.Pattern[str]:
     # Of two that begin alike the longer one is meant; (?!) is found nowhere.
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-def source_in(folder: Path) -> tuple[Path, str] | None:
-    """Returns the template's text of the model in ``folder``, and where it stands there; None where there is none.
-
-    Raises :class:`Malformed` where it cannot be read.
-    """
-    place = folder / FILE
-    if place.is_file():
-        try:
-            return place, place.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise Malformed(f"{place}: not UTF-8") from None
-    found = _older(folder / SETTINGS, settings_in(folder).get("chat_template"))
-    return None if found is None else (folder / SETTINGS, found)
-
-
-def settings_in(folder: Path) -> dict[str, Any]:
-    """Returns what ``tokenizer_config.json`` in ``folder`` says; nothing where it is not there. Raises as above."""
-    return _object_in(folder / SETTINGS)
-
-
-def _naming(folder: Path) -> dict[str, Any]:
-    """Returns what says which tokens begin and end texts: older releases of transformers had a file of its own for it.
-
-    It goes first, but for where ``tokenizer_config.json`` describes all added tokens: so transformers has it.
-    """
-    settings = settings_in(folder)
-    return settings if "added_tokens_decoder" in settings else {**settings, **_object_in(folder / SPECIAL_TOKENS)}
-
-
-def _object_in(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"{file}: damaged, or not what its name says ({error})") from None
-    if not isinstance(content, dict):
-        raise Malformed(f"{file}: no JSON object")
-    return content
-
-
-def _older(file: Path, entry: object) -> str | None:
-    """Returns the template in ``tokenizer_config.json``, where it stood before it had a file: a text, or named ones."""
-    if isinstance(entry, list):
-        if not all(isinstance(one, dict) for one in entry):
-            raise Malformed(f"{file}: chat_template lists what is no object with a name and a template")
-        entry = next((one.get("template") for one in entry if one.get("name") == "default"), None)
-    return entry if isinstance(entry, str) else None
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """Returns ``bos_token``, ``eos_token`` and others by their names; each is a text, or a description with one."""
-    texts = {
-        name: token.get("content") if isinstance(token, dict) else token
-        for name, token in settings.items()
-        if name.endswith("_token")
-    }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from safetensors import SafetensorError, safe_open
 
-from lm import chat_template, gguf_sentencepiece
+from lm import chat_template_files, gguf_sentencepiece
 from lm.config import LatentConfig, ModelConfig
 from lm.gguf_keys import Value
 from lm.gguf_metadata import architecture, further_ends, metadata
@@ -54,9 +54,9 @@ def write(folder: Path, path: Path, kind: Kind, about: dict[str, str]) -> list[s
     with _named(folder / "config.json"):
         described = metadata(config)
     try:
-        template = chat_template.source_in(folder)
-        settings = chat_template.settings_in(folder)
-    except chat_template.Malformed as error:
+        template = chat_template_files.source_in(folder)
+        settings = chat_template_files.settings_in(folder)
+    except chat_template_files.Malformed as error:
         raise Unfit(str(error)) from None
     writer = gguf.GGUFWriter(path, architecture(config))
     try:

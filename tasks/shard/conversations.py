@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from lm.chat_template import ChatTemplate, Malformed, Message, Unrenderable
+from lm.chat_template import ChatTemplate, Message, Unrenderable
+from lm.chat_template_files import Malformed
 from tasks import paths
 from tasks.errors import BadInput, BadParameter
 from tasks.shard.checkpoint_tokenizer import opened

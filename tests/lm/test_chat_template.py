@@ -13,7 +13,8 @@ import pytest
 import tiny
 from tokenizers import Tokenizer
 
-from lm.chat_template import ChatTemplate, Malformed, Message, Unrenderable
+from lm.chat_template import ChatTemplate, Message, Unrenderable
+from lm.chat_template_files import Malformed
 
 # Written in the style of templates that models bring.
 LLAMA = """\
