@@ -1,23 +1,14 @@
 """The command ``overnight``. Each command imports what it needs when it runs, so that ``--help`` is quick."""
 
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from flows.ownership import others_are_told
+from flows.mistakes import mistakes_are_told
 from flows.serve import PARALLEL
-from flows.termination import EXIT_INTERRUPTED
-from tasks.atomic import disk_full_is_told
-from tasks.errors import TryAgain, UserMistake
-
-# Prefect's database and DVC's locks need some room at any moment.
-_LEAST_FREE = 32 * 2**20
 
 app = typer.Typer(
     name="overnight",
@@ -29,50 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@contextmanager
-def _told(again: str = "overnight run") -> Iterator[None]:
-    """Turns what a user can mend into one line and an exit code: 2 for a mistake, 75 when waiting helps.
-
-    ``again`` is the command that goes on after an interruption.
-    """
-    try:
-        with disk_full_is_told(Path.cwd()), others_are_told(Path.cwd()):
-            yield
-    except typer.Exit:
-        raise
-    except (UserMistake, TryAgain) as error:
-        full = isinstance(error, TryAgain) and _nearly_full()
-        typer.echo(f"error: {error}{f' {full}' if full else ''}", err=True)
-        raise typer.Exit(UserMistake.exit_code if full else error.exit_code) from None
-    except EOFError as error:
-        if "marshal" not in str(error):
-            raise
-        typer.echo(
-            "error: a file that Python has compiled is cut off, as a full disk leaves it. Remove them, and run again: "
-            "find . -name __pycache__ -prune -exec rm -r {} +",
-            err=True,
-        )
-        raise typer.Exit(UserMistake.exit_code) from None
-    except Exception as error:
-        # Prefect's server tells in words of its own that it has no room.
-        if (full := _nearly_full()) is None:
-            raise
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        typer.echo(f"error: {told.strip().rstrip('.')}. {full}", err=True)
-        raise typer.Exit(UserMistake.exit_code) from None
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; `{again}` goes on where this one stopped.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _nearly_full() -> str | None:
-    """Returns what to tell where there is hardly room on the disk, which then is why something failed; else None."""
-    free = shutil.disk_usage(Path.cwd()).free
-    if free > _LEAST_FREE:
-        return None
-    return f"The disk is nearly full ({free / 2**20:,.1f} MiB free). Free some space and run again."
 
 
 @app.command()
@@ -91,7 +38,7 @@ def run(
     Exit code: 0 when all is up to date, 1 when a stage failed, 2 for a mistake to mend, 75 when another run is at work
     or Prefect's server has gone away.
     """
-    with _told():
+    with mistakes_are_told():
         from flows.run import Request
         from flows.run import run as run_project
 
@@ -102,7 +49,7 @@ def run(
 @app.command()
 def status() -> None:
     """Say for each stage: up to date, stale (and what changed), never run, failed (and why), stopped or running."""
-    with _told():
+    with mistakes_are_told():
         from flows import project
         from flows import status as status_of
 
@@ -115,7 +62,7 @@ def runs(
     number: Annotated[int, typer.Option("-n", min=1, help="Show this many, the newest last.")] = 20,
 ) -> None:
     """List the runs: state, stage, duration, version, and why the failed ones failed."""
-    with _told():
+    with mistakes_are_told():
         from flows import history, project
         from flows import runs as runs_of
 
@@ -143,7 +90,7 @@ def rerun(
     Training resumes at its checkpoint, and Prefect shows one more attempt at the same run. Exit code: as `overnight
     run` has it; of a night that fails again 1, for a mistake too.
     """
-    with _told():
+    with mistakes_are_told():
         from flows.rerun import rerun as go_on
 
         code = go_on(run, from_stage, force, wait, Console(), Console(stderr=True))
@@ -169,7 +116,7 @@ def schedule(
 
     Each night works on the last commit, in a worktree of its own. Set PREFECT_API_URL to use a server of your team.
     """
-    with _told():
+    with mistakes_are_told():
         from flows.schedule import Request
         from flows.schedule import schedule as serve_project
 
@@ -216,7 +163,7 @@ def generate(
 
     The text ends where the model ends it, after --max-new-tokens, or when the model's context is full.
     """
-    with _told():
+    with mistakes_are_told():
         from flows import generate as generation
         from flows import project
         from lm.sampling import Sampling
@@ -244,7 +191,7 @@ def chat(
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation. From a pipe, each line is answered in turn.
     """
-    with _told("overnight chat"):
+    with mistakes_are_told("overnight chat"):
         from flows import chat as conversing
         from flows import project
         from lm.sampling import Sampling
@@ -277,7 +224,7 @@ def serve(
 
     Metrics are at /metrics. If OVERNIGHT_API_KEY is set, requests must send it as 'Authorization: Bearer ...'.
     """
-    with _told("overnight serve"):
+    with mistakes_are_told("overnight serve"):
         from flows import project
         from flows.serve.command import serve as serve_model
 
@@ -305,7 +252,7 @@ def export(
 
     The folders of hf and onnx carry the model's card.
     """
-    with _told(f"overnight export --to {to}"):
+    with mistakes_are_told(f"overnight export --to {to}"):
         from flows import export as exporting
         from flows import project
 
@@ -319,7 +266,7 @@ def publish() -> None:
     Where it is pushed, and whether it is promoted, stands in params.yaml under publish. A publication that was stopped
     is finished by the next one. Exit code: 75 when a remote does not answer or another version was promoted meanwhile.
     """
-    with _told():
+    with mistakes_are_told():
         from flows.publish import publish_by_hand
 
         code = publish_by_hand(Console(), Console(stderr=True))
@@ -340,7 +287,7 @@ def push(
     Exit code: 1 when bytes of one are neither there nor here, or damaged at both (it is named), 75 when a remote does
     not answer.
     """
-    with _told("overnight push"):
+    with mistakes_are_told("overnight push"):
         from flows.push import push as push_versions
 
         code = push_versions(version or [], Console(), Console(stderr=True), verify)
@@ -353,7 +300,7 @@ def versions(
     everything: Annotated[bool, typer.Option("--all", help="Show them all.")] = False,
 ) -> None:
     """List the versions: date, data, commit, quality, the gate's verdict, what is in production, size."""
-    with _told():
+    with mistakes_are_told():
         from flows.versions import versions as list_versions
 
         code = list_versions(None if everything else last, Console(), Console(stderr=True))
@@ -366,7 +313,7 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
 ) -> None:
     """Say what differs between A and B: parameters, data, code, environment and metrics."""
-    with _told():
+    with mistakes_are_told():
         from flows.diff import diff as compare_versions
 
         code = compare_versions(first, second, Console(), Console(stderr=True))
@@ -376,7 +323,7 @@ def diff(
 @app.command()
 def promote(version: Annotated[str, typer.Argument(metavar="V", help="v1.2.0, or latest.")]) -> None:
     """Put the version V into production, whatever the gate said. New models are measured against it from now on."""
-    with _told():
+    with mistakes_are_told():
         from flows.promote import promote as promote_version
 
         code = promote_version(version, Console(), Console(stderr=True))
@@ -386,7 +333,7 @@ def promote(version: Annotated[str, typer.Argument(metavar="V", help="v1.2.0, or
 @app.command()
 def rollback() -> None:
     """Put the version that was in production before back there. Once more goes back one further."""
-    with _told():
+    with mistakes_are_told():
         from flows.promote import rollback as roll_back
 
         code = roll_back(Console(), Console(stderr=True))
@@ -403,7 +350,7 @@ def prune(
     Every registered version keeps all its bytes. --remote needs publish.git_remote, which tells of other machines'
     versions; it must be no remote that other projects push to.
     """
-    with _told():
+    with mistakes_are_told():
         from flows.prune import prune as prune_project
 
         code = prune_project(yes, remote, Console(), Console(stderr=True))
@@ -423,7 +370,7 @@ def restore(
     What is missing or damaged in the cache is fetched from the remote. Your checkout is left alone.
     Exit code: 0 when every file is there, 1 when one is lost (it is named), 2 for a mistake to mend.
     """
-    with _told(f"overnight restore {version}"):
+    with mistakes_are_told(f"overnight restore {version}"):
         from flows.restore import restore as restore_version
 
         code = restore_version(version, to, Console(), Console(stderr=True))
@@ -442,7 +389,7 @@ def rebuild(
     It works in a worktree of its own, without any cache; your checkout is left alone. Stopped, it goes on next time.
     Exit code: 0 when all is identical, 3 when only the metrics agree (another machine), 1 when not, 2 for a mistake.
     """
-    with _told(f"overnight rebuild {version}"):
+    with mistakes_are_told(f"overnight rebuild {version}"):
         from flows.rebuild import rebuild as rebuild_version
 
         code = rebuild_version(version, environment, Console(), Console(stderr=True))

@@ -1,0 +1,60 @@
+"""What a user can mend, told in one line and by an exit code, whichever command has met it."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from flows.ownership import others_are_told
+from flows.termination import EXIT_INTERRUPTED
+from tasks.atomic import disk_full_is_told
+from tasks.errors import TryAgain, UserMistake
+
+# Prefect's database and DVC's locks need some room at any moment.
+_LEAST_FREE = 32 * 2**20
+
+
+@contextmanager
+def mistakes_are_told(again: str = "overnight run") -> Iterator[None]:
+    """Turns what a user can mend into one line and an exit code: 2 for a mistake, 75 when waiting helps.
+
+    ``again`` is the command that goes on after an interruption, whose code is 130. Raises :class:`typer.Exit`.
+    """
+    try:
+        with disk_full_is_told(Path.cwd()), others_are_told(Path.cwd()):
+            yield
+    except typer.Exit:
+        raise
+    except (UserMistake, TryAgain) as error:
+        full = isinstance(error, TryAgain) and _nearly_full()
+        typer.echo(f"error: {error}{f' {full}' if full else ''}", err=True)
+        raise typer.Exit(UserMistake.exit_code if full else error.exit_code) from None
+    except EOFError as error:
+        if "marshal" not in str(error):
+            raise
+        typer.echo(
+            "error: a file that Python has compiled is cut off, as a full disk leaves it. Remove them, and run again: "
+            "find . -name __pycache__ -prune -exec rm -r {} +",
+            err=True,
+        )
+        raise typer.Exit(UserMistake.exit_code) from None
+    except Exception as error:
+        # Prefect's server tells in words of its own that it has no room.
+        if (full := _nearly_full()) is None:
+            raise
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        typer.echo(f"error: {told.strip().rstrip('.')}. {full}", err=True)
+        raise typer.Exit(UserMistake.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; `{again}` goes on where this one stopped.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _nearly_full() -> str | None:
+    """Returns what to tell where there is hardly room on the disk, which then is why something failed; else None."""
+    free = shutil.disk_usage(Path.cwd()).free
+    if free > _LEAST_FREE:
+        return None
+    return f"The disk is nearly full ({free / 2**20:,.1f} MiB free). Free some space and run again."

@@ -1,0 +1,75 @@
+"""What a user can mend is one line and an exit code, in whatever words it came."""
+
+import errno
+import marshal
+import os
+from pathlib import Path
+
+import pytest
+import typer
+
+from flows import mistakes, ownership
+from tasks.errors import TryAgain
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Server error '500'\nand more"), TryAgain("no answer.")], ids=repr)
+def test_what_fails_on_a_disk_that_is_nearly_full_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        with mistakes.mistakes_are_told():
+            raise error
+
+    with pytest.raises(type(error) if isinstance(error, RuntimeError) else typer.Exit):
+        fail()
+    capsys.readouterr()
+    monkeypatch.setattr(mistakes, "_LEAST_FREE", 2**62)
+    with pytest.raises(typer.Exit) as ended:
+        fail()
+    assert ended.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(("error: Server error '500'. The disk is nearly full (", "error: no answer. The disk is "))
+    assert line.endswith(" MiB free). Free some space and run again.")
+
+
+def test_what_somebody_else_owns_in_the_project_is_named_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> None:
+        with mistakes.mistakes_are_told():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "project/.overnight/runs").mkdir(parents=True)
+    (tmp_path / "theirs").touch()
+    monkeypatch.chdir(tmp_path / "project")
+    lock = tmp_path / "project/.overnight/runs/20261130.lock"
+    # Our own, and what lies elsewhere.
+    with pytest.raises(PermissionError):
+        fail(lock)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(PermissionError):
+        fail(tmp_path / "theirs")
+    # Their folders let us in, as those of a team's project do: something else has refused.
+    monkeypatch.setattr(os, "access", lambda place, mode: True)
+    with pytest.raises(PermissionError):
+        fail(lock)
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+    # Python tells the number of what was asked for by its descriptor.
+    with pytest.raises(PermissionError, match="denied: 7"), mistakes.mistakes_are_told():
+        raise PermissionError(errno.EACCES, "Permission denied", 7)
+    with pytest.raises(typer.Exit) as ended:
+        fail(lock)
+    assert ended.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    owner, advice = Path.cwd().owner(), ownership.advice(Path.cwd().stat().st_uid, Path.cwd())
+    assert line == f"error: {lock}: no permission: {lock.parent} belongs to {owner}, and you are 54321{advice}"
+    assert ownership.advice(0, Path.cwd()).endswith(f" sudo chown -R 54321 {Path.cwd()}")
+    # To take it over would take it from the others who share the project.
+    assert ownership.advice(12345, Path.cwd()) == ". Have 12345 let you at it."
+
+
+def test_a_compiled_file_that_is_cut_off_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told():
+        marshal.loads(marshal.dumps("cut off")[:-1])
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err.startswith("error: a file that Python has compiled is cut off")
