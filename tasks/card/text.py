@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from tasks.card import verdict
+from tasks.card import measured, quantized, verdict
 from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
 from tasks.card.markdown import literal, table
 from tasks.card.params import CardParams
@@ -64,11 +64,11 @@ def body(evidence: Evidence, params: CardParams) -> str:
         "![training curve](curve.png)" if evidence.curve else NOT_ASSESSED,
         _training(evidence),
         "## Evaluation",
-        _evaluation(evidence),
+        measured.section(evidence),
         "## Gate",
         verdict.section(evidence.evaluation),
         "## Quantization",
-        _quantization(evidence),
+        quantized.section(evidence),
         "## Intended use",
         params.intended_use,
         "## Limits",
@@ -185,140 +185,6 @@ def _training(evidence: Evidence) -> str:
 def _if_told(report: Report, where: str, name: str, style: str = "{}") -> list[list[str]]:
     """Returns a row ``name`` for what lies at ``where``, and none where that is nothing."""
     return [[name, report.show(where, style)]] if report.get(where) else []
-
-
-def _evaluation(evidence: Evidence) -> str:
-    report = evidence.evaluation
-    measures = [
-        ("bits per byte", "bits_per_byte", "{:.3f}"),
-        ("nats a token", "nats_per_token", "{:.4f}"),
-        ("next token right", "accuracy", "{:.4f}"),
-        ("KL divergence from float (nats a token)", "kl_divergence", "{:.5f}"),
-        ("the same, 99th percentile", "kl_divergence_99", "{:.5f}"),
-        ("same likeliest token as float", "same_top_1", "{:.4f}"),
-        *(
-            (f"same experts as float, layer {found['layer']}", f"same_experts.{index}.share", "{:.4f}")
-            for index, found in enumerate(report.get("models.int8.same_experts") or [])
-        ),
-    ]
-    sides = {"float": "float", "post_training": "rounded alone", "int8": "INT8"}
-    if report.get("models.post_training") is None:
-        del sides["post_training"]
-    rows = [
-        [name, *(report.interval(f"models.{side}.{key}", style) for side in sides)] for name, key, style in measures
-    ]
-    for row in rows[3:]:
-        row[1] = "-"
-    others = [
-        [
-            f"{report.show('baselines.ngram.order')}-gram model of characters, interpolated",
-            report.interval("baselines.ngram.bits_per_byte"),
-        ],
-        ["`xz -9` primed with that text", report.show("baselines.xz.bits_per_byte.value", "{:.3f}")],
-    ]
-    if report.get("champion") is not None:
-        champion = f"the champion, {report.show('champion.version')} (INT8)"
-        others.append([champion, report.interval("champion.bits_per_byte")])
-    return "\n\n".join(
-        [
-            f"On {_documents(report)} ({report.show('bytes', '{:,}')} bytes) of the test split, {_unseen(evidence)}. "
-            f"Each token is predicted from at most {report.show('context', '{:,}')} before it. "
-            "In brackets: 95% intervals from a bootstrap over documents; those of one group are alike, so that they "
-            "say less about text of other groups."
-            + (
-                " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
-                if "post_training" in sides
-                else ""
-            )
-            + (
-                " Of conversations only the assistant's answers count, read after what came before them."
-                if evidence.manifest.get("has_conversations")
-                else ""
-            ),
-            table(["", *sides.values()], rows),
-            "Others on the same text. The first two have read the last "
-            f"{report.show('baselines.trained_on_bytes', '{:,}')} bytes of the training split:",
-            table(["", "bits per byte"], others),
-        ]
-    )
-
-
-def _documents(report: Report) -> str:
-    there = report.get("documents_in_split")
-    drawn = f" of {there:,}" if there and there != report.get("documents") else ""
-    return f"{report.show('documents', '{:,}')}{drawn} documents"
-
-
-def _unseen(evidence: Evidence) -> str:
-    if not (start := evidence.train.get("started_from")):
-        return "none of whose groups was trained on"
-    return f"none of whose groups this training has read (what {start} had read before, its own card may tell)"
-
-
-_ACTIVATIONS = "Activations: unsigned 8 bits, one scale and zero point a token."
-_FIXED = (
-    "Activations: unsigned 8 bits, one scale and zero point a layer, with the least squared error on calibration "
-    "windows of the training split; what lies outside is clipped."
-)
-_IN_BLOCKS = "Activations: signed 8 bits, one scale a block of as many."
-_PLANS = {
-    "per-token-8": f"Weights: signed 8 bits, one scale an output channel. {_ACTIVATIONS}",
-    "static-8": f"Weights: signed 8 bits, one scale an output channel. {_FIXED}",
-    "blockwise-8": f"Weights: 8 bits, one scale a block of 32 inputs. {_IN_BLOCKS}",
-    "blockwise-8-wide": f"Weights: 8 bits, one scale a block of 64 inputs. {_IN_BLOCKS}",
-    "blockwise-4": f"Weights: 4 bits, one scale a block of 32 inputs; in the head, and in routers if "
-    f"they are rounded, 8 bits, of 64. {_IN_BLOCKS}",
-}
-_BEFORE_ROUNDING = {
-    "rotated": "Before that the spaces between its layers were turned: the function stays as it was, and no channel is "
-    "larger than all others (QuaRot, arXiv 2404.00456). Where what `down_proj` reads is turned too, that is done while "
-    "the model runs, by the matrices `turn_...` that the table names.",
-    "compensated": "The rounding of each weight makes up for those before it, by what calibration windows of the "
-    "training split bring into the layer (GPTQ, arXiv 2210.17323).",
-}
-_FINE_TUNED = {
-    "text": "The model was fine-tuned with exactly these roundings before the export; a negative relative loss means "
-    "that this further training gained more than the rounding cost.",
-    "float": "The model was fine-tuned with exactly these roundings before the export, towards the float model's own "
-    "predictions (LLM-QAT, arXiv 2305.17888).",
-}
-
-
-def _quantization(evidence: Evidence) -> str:
-    report, audit, found = evidence.evaluation, evidence.audit, evidence.quantization
-    products = audit.tell("float_products", lambda names: ", ".join(f"`{name}`" for name in names) or "none")
-    trained = found.tell(
-        "fine_tuned", lambda done: found.tell("objective", _FINE_TUNED.__getitem__) if done else "No fine-tuning."
-    )
-    trials = [
-        [
-            f"`{trial['scheme']}` after {trial['after']}",
-            found.interval(f"trials.{index}.relative_loss", "{:+.4f}"),
-            found.interval(f"trials.{index}.kl_divergence", "{:.5f}"),
-        ]
-        for index, trial in enumerate(found.get("trials") or [])
-    ]
-    return "\n\n".join(
-        [
-            f"{found.tell('plan', _PLANS.__getitem__)} {trained}",
-            *(text for key, text in _BEFORE_ROUNDING.items() if found.get(key)),
-            table(
-                ["", ""],
-                [
-                    [
-                        "scheme (`quantize.scheme`)",
-                        found.show("scheme", "`{}`") + found.show("asked", " (asked: `{}`)"),
-                    ],
-                    ["relative loss against float, paired", report.interval("gate.relative_loss", "{:+.4f}")],
-                    ["quantized matrix products", audit.show("quantized_products", "{:,}")],
-                    ["share of all weight bytes", audit.show("quantized_share_of_bytes", "{:.1%}")],
-                    ["left in float on purpose", products],
-                ],
-            ),
-            f"On {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
-            table(["", "relative loss against float", "KL divergence from float (nats a token)"], trials),
-        ]
-    )
 
 
 def _limits(evidence: Evidence, params: CardParams) -> str:
