@@ -26,10 +26,10 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def say(self, line: str, style: str | None = None) -> None:
+    def say(self, line: str) -> None:
         """Prints ``line`` as it is, however long; where no terminal is, with the time before it."""
         self._close()
-        speaker(self._err)(line, style)
+        speaker(self._err)(line)
 
     def began(self, stage: str) -> None:
         pass
@@ -59,12 +59,12 @@ def print_line(console: Console, line: str, style: str | None = None) -> None:
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def speaker(console: Console) -> Callable[..., None]:
+def speaker(console: Console) -> Callable[[str], None]:
     """Returns a function that prints one line on ``console``, unwrapped; with its time where that is no terminal."""
 
-    def say(line: str, style: str | None = None) -> None:
+    def say(line: str) -> None:
         if console.is_terminal:
-            print_line(console, line, style)
+            print_line(console, line)
         else:
             print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=console.file, flush=True)
 

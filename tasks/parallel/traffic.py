@@ -36,7 +36,7 @@ class Traffic:
         self._steps, self._between = 0, 1
         self._sent: int | None = None if messages and device.type == "cpu" else 0
 
-    def after_step(self, last: bool = False) -> int | None:
+    def after_step(self, last: bool) -> int | None:
         """Returns the bytes sent so far, as of the last reading; ``last`` reads at once.
 
         None where a reading came too late for the recorder, or nothing is recorded.
