@@ -21,6 +21,7 @@ from prefect.utilities.context import get_task_and_flow_run_ids
 from flows.graph import Stage
 from flows.leaves import leaves
 from tasks import paths
+from tasks.markdown import cell
 from tasks.progress import Event
 
 _SECONDS_BETWEEN_UPDATES = 2.0
@@ -134,7 +135,7 @@ def reports(stage: Stage) -> list[Path]:
 def table(content: object) -> str:
     """Returns a Markdown table with a row for each scalar in parsed JSON, named by the path that leads to it."""
     rows = list(leaves(content, ".{}"))
-    lines = [f"| {_cell(name)} | {_cell(_format(value))} |" for name, value in rows[:_MOST_ROWS]]
+    lines = [f"| {cell(name)} | {cell(_format(value))} |" for name, value in rows[:_MOST_ROWS]]
     if len(rows) > _MOST_ROWS:
         lines.append(f"| … | {len(rows) - _MOST_ROWS} more in the file |")
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -153,7 +154,3 @@ def _format(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -18,6 +18,7 @@ from flows.certificate import (
 )
 from flows.environment import facts_of
 from tasks import atomic, paths
+from tasks.markdown import cell
 
 FOLDER = paths.SCRATCH / "certificates"
 _MOST_FILES = 20
@@ -116,7 +117,7 @@ def render(certificate: Certificate) -> str:
     else:
         lines += ["| fact | recorded | here | |", "|---|---|---|---|"]
         lines += [
-            f"| {one.fact} | {_cell(one.recorded)} | {_cell(one.here)} "
+            f"| {one.fact} | {cell(one.recorded)} | {cell(one.here)} "
             f"| {'' if one.has_effect else 'changes no number'} |"
             for one in certificate.environment
         ]
@@ -125,7 +126,7 @@ def render(certificate: Certificate) -> str:
         lines += ["", f"Not known, as they ran on another machine or outside of `overnight run`, is that of: {told}."]
     if certificate.here is not None:
         lines += ["", "All facts here:", "", "| fact | here |", "|---|---|"]
-        lines += [f"| {fact} | {_cell(value)} |" for fact, value in facts_of(certificate.here).items()]
+        lines += [f"| {fact} | {cell(value)} |" for fact, value in facts_of(certificate.here).items()]
     lines += ["", "## Stages", "", "| stage | seconds |", "|---|--:|"]
     lines += [f"| {one.stage} | {one.seconds:,.1f} |" for one in certificate.stages]
     return "\n".join(lines) + "\n"
@@ -158,8 +159,4 @@ def _side(file: FileResult) -> str:
 def _show(value: bool | Number | str | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.6g}" if isinstance(value, float) else _cell(str(value))
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return f"{value:.6g}" if isinstance(value, float) else cell(str(value))

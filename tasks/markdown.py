@@ -1,4 +1,4 @@
-"""Markdown that several parts of the card need."""
+"""Pieces of Markdown: tables, their cells, and text as it is."""
 
 import re
 
@@ -6,7 +6,7 @@ import re
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns a table; a bar inside a cell is escaped, and a cell is one line."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell(text) for text in line) + " |" for line in lines)
 
 
 def literal(text: str) -> str:
@@ -14,5 +14,6 @@ def literal(text: str) -> str:
     return re.sub(r"([\\`*_~\[<&])", r"\\\1", text)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Returns ``text`` in one line, as a cell of a table shows it."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,7 +1,7 @@
 """What was measured on the test split: the model as float and INT8, and others on the same text."""
 
 from tasks.card.evidence import Evidence, Report
-from tasks.card.markdown import table
+from tasks.markdown import table
 
 
 def section(evidence: Evidence) -> str:

@@ -1,7 +1,7 @@
 """How the model was made INT8, what that cost, and what was tried."""
 
 from tasks.card.evidence import Evidence
-from tasks.card.markdown import table
+from tasks.markdown import table
 
 _ACTIVATIONS = "Activations: unsigned 8 bits, one scale and zero point a token."
 _FIXED = (

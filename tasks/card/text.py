@@ -6,8 +6,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tasks.card import measured, quantized, verdict
 from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
-from tasks.card.markdown import literal, table
 from tasks.card.params import CardParams
+from tasks.markdown import literal, table
 
 EXAMPLE = Path(__file__).with_name("example.py")
 MOST_GROUPS_NAMED = 12

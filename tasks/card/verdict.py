@@ -3,7 +3,7 @@
 from typing import Any
 
 from tasks.card.evidence import NOT_ASSESSED, Report
-from tasks.card.markdown import table
+from tasks.markdown import table
 
 _CHECKS = {
     "int8_against_float": "INT8 against float",
