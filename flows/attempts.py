@@ -24,7 +24,7 @@ class StageFailed(Exception):
 
 
 class Attempts:
-    """The attempts at one stage: what the last one complained about, and whether another one is worth it."""
+    """Those at the stage ``name``; ``watch`` is told of another one."""
 
     def __init__(self, name: str, site: Site, params: FlowParams, watch: Watch) -> None:
         self._name, self.site, self._params, self._watch = name, site, params, watch

@@ -26,6 +26,7 @@ class Settings(Writing):
     system: str | None = None
 
     def check(self) -> None:
+        """Raises as :meth:`flows.generate.Writing.check` does, for what the model is told too."""
         check_text(self.system or "", "--system")
         super().check()
 

@@ -18,7 +18,7 @@ _LEAST_FREE = 32 * 2**20
 
 @contextmanager
 def mistakes_are_told(again: str = "overnight run") -> Iterator[None]:
-    """Turns what a user can mend into one line and an exit code: 2 for a mistake, 75 when waiting helps.
+    """Turns what a user can mend into one line and an exit code: 2 for a mistake or a full disk, 75 when waiting helps.
 
     ``again`` is the command that goes on after an interruption, whose code is 130. Raises :class:`typer.Exit`.
     """

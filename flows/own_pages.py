@@ -34,7 +34,7 @@ class OwnPages:
 
 
 def make() -> ASGIApp:
-    """Returns Prefect's application behind both; its automations ask the application itself, as another host."""
+    """Returns Prefect's application, for hosts and pages of its own; its automations ask it itself, as another host."""
     origins = tuple(get_current_settings().server.api.cors_allowed_origins.split(","))
     hosts = [urlsplit(origin).hostname or origin for origin in origins]
     return TrustedHostMiddleware(OwnPages(create_app(), origins), [*_LOOPBACK, *hosts])

@@ -13,7 +13,7 @@ from tasks.world import World
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One process of ``stage``. ``beat`` tells the launcher that it moves, ``progress`` whoever looks on."""
+    """One process of ``stage``. ``beat`` tells the others where it is, ``progress`` whoever looks on."""
 
     stage: str
     world: World

@@ -1,4 +1,4 @@
-"""The training loop: data parallel, resumable at any step, equal after a resume to a run that was never disturbed.
+"""The training loop: on any mesh, resumable at any step, equal after a resume to a run that was never disturbed.
 
 When it validates, writes a checkpoint, logs and ends; what a step does says :mod:`tasks.trainer`.
 """

@@ -145,7 +145,7 @@ def joined(
     mesh: MeshParams = MeshParams(),  # noqa: B008
     timeout_seconds: float | None = None,
 ) -> Iterator[World]:
-    """Yields this process's :class:`World`, joined to the others that torchrun started with it.
+    """Yields this process's :class:`World`, joined to the others that were started with it.
 
     ``timeout_seconds``: of a collective; None: half an hour, or twice what a hanging step may take.
     """

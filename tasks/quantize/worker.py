@@ -1,4 +1,4 @@
-"""One quantizing process, as torchrun starts it. The first one exports the graph and audits it."""
+"""One quantizing process, as :mod:`tasks.launch` starts it. The first one exports the graph and audits it."""
 
 import functools
 import gc

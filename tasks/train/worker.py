@@ -1,4 +1,4 @@
-"""One training process, as torchrun starts it; the first one writes ``models/float``."""
+"""One training process, as :mod:`tasks.launch` or torchrun starts it; the first one writes ``models/float``."""
 
 import contextlib
 import os
