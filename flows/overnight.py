@@ -5,13 +5,8 @@ task is a child process (:mod:`flows.process`) that ends with it. DVC is the onl
 Import this after :mod:`flows.server` has set the environment: Prefect reads its settings when it is imported.
 """
 
-import contextlib
-import shutil
-import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefect import Flow, Task, allow_failure
@@ -20,22 +15,20 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts, champion, computed, dvc, dvc_lock, failures, init, raw, remotely, worktree
+from flows import failures
 from flows.attempts import Attempts, StageFailed
-from flows.execute import Classify, Site, drop_old_logs, execute, remember
-from flows.graph import CHAMPION, CHECKOUT, COLLECT, INIT, PUBLISH, Graph, Stage
+from flows.bodies import Bodies
+from flows.execute import Site, drop_old_logs
+from flows.graph import CHAMPION, CHECKOUT, COLLECT, INIT, PUBLISH, Graph
 from flows.plan import Action, Step, collects, plan
 from flows.publish import ChampionMoved, Look, Published, publish
 from flows.runs import Record, Resumed
 from flows.watch import Outcome, StageRun, Watch
-from tasks import atomic, paths
-from tasks.champion import read as read_champion
-from tasks.collect.report import read as read_report
-from tasks.errors import EXIT_USER_MISTAKE, DiskFull, TryAgain, UserMistake
-from tasks.init import PREVIOUS
-from tasks.init import read as read_init
+from tasks import atomic
+from tasks.errors import DiskFull, TryAgain, UserMistake
 from tasks.params import FlowParams, Params
-from tasks.progress import Event
+
+_OUTCOMES: Mapping[str, Outcome] = {"Ran": "ran", "Cached": "cached", "Skipped": "skipped"}
 
 
 def make_flow(
@@ -67,14 +60,13 @@ def make_flow(
 
 
 class Night:
-    """The stages of one flow run as they end; ``resumed`` says what earlier attempts at it have done."""
+    """The tasks of one flow run, in their order and as they end; ``resumed``: what earlier attempts at it have done."""
 
     def __init__(self, site: Site, params: Params, watch: Watch, resumed: Resumed) -> None:
         self.site = site
         self._params, self._watch, self._resumed = params, watch, resumed
         self._states: dict[str, State[Any]] = {}
-        # What was stale when `collect` had nothing new to bring: the plan needs the same answer.
-        self._changes: dvc.Changes | None = None
+        self.bodies = Bodies(site, params, watch)
         self.runs: dict[str, StageRun] = {}
 
     @property
@@ -96,7 +88,7 @@ class Night:
         """
         started = time.monotonic()
         try:
-            self._ask_remote(CHECKOUT, dvc.checkout_command(self.site.root, self._params.publish.data_remote))
+            self.bodies.checkout()
         except StageFailed as error:
             failed = StageRun(CHECKOUT, "failed", time.monotonic() - started, str(error), error.exit_code)
             self.runs[CHECKOUT] = failed
@@ -107,6 +99,7 @@ class Night:
 
     def work(self, graph: Graph, from_stage: str | None, force: bool) -> None:
         """Collects, then does with each stage what the plan says."""
+        bodies = self.bodies
         drop_old_logs(self.site.home or self.site.root)
         self.collect(graph, collects(from_stage))
         if self.failed:
@@ -114,14 +107,17 @@ class Night:
         else:
             # What this attempt has forced already is not forced again when the champion has moved meanwhile.
             done = {run.stage for run in self.runs.values() if run.outcome == "ran"}
-            steps = plan(graph, self.stale(), from_stage, force, self._resumed.finished | done)
+            steps = plan(graph, bodies.stale(), from_stage, force, self._resumed.finished | done)
             running = {step.stage.name for step in steps if step.action == Action.RUN}
             if any(stage.reads_init and stage.name in running for stage in graph.stages):
                 self._run(
-                    INIT, "Fetch and version what training starts from.", [COLLECT], lambda: self._init(graph, running)
+                    INIT,
+                    "Fetch and version what training starts from.",
+                    [COLLECT],
+                    lambda: bodies.bring_init(graph, running),
                 )
                 # The plan follows from what training starts from.
-                steps = plan(graph, self.stale(), from_stage, force, self._resumed.finished | done)
+                steps = plan(graph, bodies.stale(), from_stage, force, self._resumed.finished | done)
         for step in steps:
             self.step(step)
 
@@ -132,7 +128,7 @@ class Night:
         """
         published: list[Published] = []
         # Where nothing was stale and nothing ran, all is as it was when `collect` looked.
-        seen = self._changes
+        seen = self.bodies.seen
         idle = seen is not None and not seen.stages and all(run.outcome == "cached" for run in self.runs.values())
         look = Look(graph, seen) if idle and seen is not None else None
 
@@ -142,33 +138,21 @@ class Night:
             except ChampionMoved as error:
                 return Completed(name="Skipped", message=str(error), data="skipped")
             except (UserMistake, TryAgain) as error:
-                raise self._refused(PUBLISH, error) from None
+                raise self.bodies.refused(PUBLISH, error) from None
             return Completed(name="Ran" if published[0].new else "Cached", data=published[0].version.name)
 
         self._run(PUBLISH, "Push the data, commit, push Git, register the version, promote it.", [*self.runs], body)
         return published[0] if published else None
 
-    def stale(self) -> Collection[str]:
-        """Returns the stages that are not up to date, now that ``collect`` has ended."""
-        return (self._changes or self._look()).stages.keys()
-
-    def _look(self) -> dvc.Changes:
-        while True:
-            try:
-                return dvc.changes(self.site.root)
-            except dvc_lock.Busy:
-                # Somebody typed a DVC command meanwhile.
-                dvc_lock.await_others(self.site.root, lambda line: None)
-
     def collect(self, graph: Graph, wanted: bool) -> None:
         """Copies what is new at the sources and versions it, unless a later stage was asked for."""
         # What an earlier pass saw is stale itself by now.
-        self._changes = None
+        self.bodies.seen = None
 
         def body() -> State[Any]:
-            return (
-                self._collect(graph) if wanted else Completed(name="Skipped", message="before --from", data="skipped")
-            )
+            if not wanted:
+                return Completed(name="Skipped", message="before --from", data="skipped")
+            return self.bodies.collect(graph)
 
         self._run(COLLECT, "Copy what is new at the sources into data/raw and version it.", (), body)
 
@@ -180,7 +164,12 @@ class Night:
         brought = [INIT] if INIT in self.runs and (stage.reads_init or refused) else []
         upstream = [*([COLLECT] if stage.reads_collected else []), *brought, *stage.upstream]
         if stage.reads_champion and step.action == Action.RUN and not self._missing(upstream):
-            self._run(CHAMPION, "Fetch and version the model in production.", upstream, lambda: self._champion(stage))
+            self._run(
+                CHAMPION,
+                "Fetch and version the model in production.",
+                upstream,
+                lambda: self.bodies.bring_champion(stage),
+            )
             upstream += [CHAMPION] if CHAMPION in self.runs else []
         missing = self._missing(upstream)
         left = "stale, and left out by --from: what follows is of what it made before" if step.stale else ""
@@ -194,12 +183,12 @@ class Night:
             if step.action == Action.CACHED:
                 failures.forget(self.site.root, stage.name)
                 return Completed(name="Cached", message="unchanged", data="cached")
-            return self._repro(stage, step.force)
+            return self.bodies.repro(stage, step.force)
 
         if step.force and not missing and stage.name not in self._resumed.begun:
             # A forced stage computes everything anew; from its last checkpoint it would only write the result again.
             # Its retries do go on from theirs.
-            self._forget_checkpoints(stage)
+            self.bodies.forget_checkpoints(stage)
         self._run(stage.name, stage.description, upstream, body, why, cut_off=bool(missing))
 
     def _missing(self, upstream: Sequence[str]) -> list[str]:
@@ -245,141 +234,3 @@ class Night:
         run = StageRun(name, outcome, seconds, message, attempts.exit_code if outcome == "failed" else None, cut_off)
         self.runs[name] = run
         self._watch.ended(run)
-
-    def _collect(self, graph: Graph) -> State[Any]:
-        root = self.site.root
-        if (root / raw.POINTER).exists() and not (root / paths.RAW).exists():
-            # Else what is gone at the sources by now would be left out of the next version without a word.
-            self._restore_raw()
-        if (root / init.POINTER).exists() and not (root / paths.INIT).exists():
-            # As with the text: a checkpoint that has gone from where it was is still that of the project.
-            self._ask_remote(COLLECT, dvc.checkout_command(root, self._params.publish.data_remote, init.POINTER))
-        command = [sys.executable, "-m", "tasks.collect", "--relative-to", str(worktree.main(root))]
-        self._execute(COLLECT, command, dvc.classify_stage)
-        report = read_report(root)
-        copied = {paths.RAW: (raw.POINTER, report.has_news)}
-        if report.init is not None and any(stage.reads_init for stage in graph.stages):
-            copied[paths.INIT] = (init.POINTER, report.init.state in ("new", "changed"))
-        changes = None
-        if not any(has_news or not (root / pointer).exists() for pointer, has_news in copied.values()):
-            changes = self._look()
-            if not any(str(pointer) in changes.data for pointer, _ in copied.values()):
-                self._changes = changes
-                return Completed(name="Cached", message="nothing new at the sources", data="cached")
-        for folder, (pointer, has_news) in copied.items():
-            if has_news or not (root / pointer).exists() or changes is None or str(pointer) in changes.data:
-                self._execute(COLLECT, dvc.add_command(folder))
-        return Completed(name="Ran", data="ran")
-
-    def _restore_raw(self) -> None:
-        self._ask_remote(COLLECT, dvc.checkout_command(self.site.root, self._params.publish.data_remote, raw.POINTER))
-        if not (self.site.root / paths.RAW).exists():
-            raise StageFailed(
-                f"{raw.POINTER} names text that lies neither here nor in DVC's cache nor at a remote. Name the remote "
-                f"that has it (`dvc remote add --default NAME PLACE`), or delete {raw.POINTER} to begin with what the "
-                "sources have now.",
-                False,
-                EXIT_USER_MISTAKE,
-            )
-
-    def _init(self, graph: Graph, running: Collection[str]) -> State[Any]:
-        root, wanted = self.site.root, self._params.train.init
-        action = self._bring(
-            INIT, paths.INIT, init.POINTER,
-            lambda: init.look(root, wanted, graph, self._changes or self._look(), running),
-            partial(remotely.bring_init, root, wanted),
-        )  # fmt: skip
-        try:
-            self._params.check_start(root / paths.INIT)
-        except UserMistake as error:
-            raise self._refused(INIT, error) from None
-        if action != champion.Action.KEEP:
-            # What was seen is stale itself by now.
-            self._changes = None
-        nothing = action == champion.Action.BRING and read_init(root / paths.INIT).version is None
-        if nothing and wanted == PREVIOUS:
-            told = "no version is in production yet that training could go on from: it starts from scratch"
-            self._watch.event(Event(INIT, "", 0, 0, "", 0, notice=told))
-        return _brought(action, "from scratch" if nothing else None)
-
-    def _champion(self, stage: Stage) -> State[Any]:
-        root = self.site.root
-        action = self._bring(
-            CHAMPION, paths.CHAMPION, champion.POINTER,
-            lambda: champion.look(root, stage.name, self._look()),
-            partial(remotely.bring_champion, root),
-        )  # fmt: skip
-        nothing = action == champion.Action.BRING and read_champion(root / paths.CHAMPION).version is None
-        return _brought(action, "no champion yet" if nothing else None)
-
-    def _bring(
-        self, name: str, folder: Path, pointer: Path,
-        look: Callable[[], champion.Action], bring: Callable[[Path, float], None],
-    ) -> champion.Action:  # fmt: skip
-        """Does what ``look`` says about a ``folder`` that a version brings along, and returns what that was."""
-        try:
-            action = look()
-            if action == champion.Action.BRING:
-                bring(self.site.root / self.site.log(name), self._params.publish.stall_minutes)
-        except (UserMistake, TryAgain) as error:
-            raise self._refused(name, error, mendable=isinstance(error, TryAgain)) from None
-        match action:
-            case champion.Action.KEEP:
-                failures.forget(self.site.root, name)
-            case champion.Action.RESTORE:
-                try:
-                    self._ask_remote(name, dvc.pull_command(pointer))
-                except StageFailed as error:
-                    if error.mendable:
-                        raise
-                    told = " ".join(str(error).split()).rstrip(".?")
-                    cure = f"delete {pointer}, and the next run brings what is in production now"
-                    place = "name the remote that has it (`dvc remote add --default NAME PLACE`)"
-                    message = f"{folder} is lost or edited, and cannot be had again ({told}): {place}, or {cure}."
-                    raise StageFailed(message, False, EXIT_USER_MISTAKE) from None
-            case champion.Action.BRING:
-                self._execute(name, dvc.add_command(folder))
-        return action
-
-    def _refused(self, name: str, error: UserMistake | TryAgain, mendable: bool = False) -> StageFailed:
-        """Remembers what ``name`` has met outside of any command, for `overnight status`; returns it as its failure."""
-        remember(self.site, name, dvc.Result("failed", error.exit_code, str(error)))
-        return StageFailed(str(error), mendable, error.exit_code)
-
-    def _forget_checkpoints(self, stage: Stage) -> None:
-        shutil.rmtree(self.site.root / paths.CHECKPOINTS / stage.name, ignore_errors=True)
-
-    def _repro(self, stage: Stage, force: bool) -> State[Any]:
-        result = self._execute(stage.name, dvc.repro_command(stage.name, force))
-        if result.outcome == "ran":
-            computed.note(self.site.root, stage.name)
-        # DVC has the result now, so nobody will go on from there.
-        self._forget_checkpoints(stage)
-        artifacts.report(stage, self.site.root)
-        return Completed(name=result.outcome.capitalize(), data=result.outcome)
-
-    def _ask_remote(self, name: str, command: list[str]) -> dvc.Result:
-        return self._execute(name, command, minutes=self._params.publish.stall_minutes)
-
-    def _execute(
-        self, name: str, command: list[str], classify: Classify = dvc.classify, minutes: float | None = None
-    ) -> dvc.Result:
-        with contextlib.closing(artifacts.ProgressArtifact(name)) as shown:
-
-            def on_event(event: Event) -> None:
-                self._watch.event(event)
-                shown.update(event)
-
-            result = execute(self.site, name, command, on_event, classify, minutes)
-        if result.outcome == "failed":
-            raise StageFailed(result.message, result.mendable, result.exit_code)
-        return result
-
-
-def _brought(action: champion.Action, nothing: str | None) -> State[Any]:
-    if action == champion.Action.KEEP or nothing:
-        return Completed(name="Cached", message=nothing or "unchanged", data="cached")
-    return Completed(name="Ran", data="ran")
-
-
-_OUTCOMES: Mapping[str, Outcome] = {"Ran": "ran", "Cached": "cached", "Skipped": "skipped"}

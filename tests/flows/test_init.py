@@ -16,13 +16,12 @@ from publishing import REPOSITORY, Clone
 from ruamel.yaml import YAML
 
 from flows import dvc, init, registry
+from flows.bodies import Bodies
 from flows.champion import Action
 from flows.dvc import Change, Changes, Stale
 from flows.execute import Site
 from flows.graph import Graph, Stage
-from flows.overnight import Night
 from flows.publish import publish
-from flows.runs import Resumed
 from lm.config import completed
 from lm.hugging_face_config import config_to_json
 from tasks import paths
@@ -212,9 +211,9 @@ def test_the_first_night_says_that_there_is_nothing_to_go_on_from(
     tiny.write_params(tmp_path, train__init="previous")
     write_record(paths.INIT, Init(init="previous"))
     told: list[Event] = []
-    night = Night(Site(tmp_path, "night", 0), read_params(), Mock(event=told.append), Resumed())
-    with patch.object(night, "_bring", return_value=Action.BRING):
-        night._init(GRAPH, ["train"])
+    bodies = Bodies(Site(tmp_path, "night", 0), read_params(), Mock(event=told.append))
+    with patch.object(bodies, "_bring", return_value=Action.BRING):
+        bodies.bring_init(GRAPH, ["train"])
     assert [event.notice for event in told] == [
         "no version is in production yet that training could go on from: it starts from scratch"
     ]

@@ -129,13 +129,13 @@ def test_an_exception_nobody_thought_of_is_a_failure_that_is_told_with_its_last_
 def test_a_second_measurement_looks_again_at_what_is_stale(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     night = Night(Site(root, "night", 0), project.committed(root), watch=All(), resumed=runs.Resumed())
     looks = iter([Changes({"train": Stale((), True)}, {}), Changes({"evaluate": Stale((), True)}, {})])
-    monkeypatch.setattr(night, "_look", lambda: next(looks))
+    monkeypatch.setattr(night.bodies, "_look", lambda: next(looks))
     # What `collect` does when it has nothing new to bring.
-    night._changes = night._look()
-    assert set(night.stale()) == {"train"}
+    night.bodies.seen = night.bodies._look()
+    assert set(night.bodies.stale()) == {"train"}
     monkeypatch.setattr(night, "_run", lambda *arguments: None)
     night.collect(Graph(()), wanted=True)
-    assert set(night.stale()) == {"evaluate"}
+    assert set(night.bodies.stale()) == {"evaluate"}
 
 
 def test_outside_a_project_it_says_so(tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
