@@ -4,6 +4,7 @@ import shutil
 from datetime import timedelta
 from pathlib import Path
 
+import disturb
 import forked
 import pytest
 import tiny
@@ -18,7 +19,7 @@ def train_on_two(folder: Path, others: dict[str, object], **changes: object) -> 
         tiny.write_params(folder / name, train__world_size=2, **own)
         tiny.write_shards(folder / name)
     log = folder / "log"
-    codes = forked.end(forked.start([folder / "first", folder / "second"], log, forked.only_the_first_has_bf16))
+    codes = forked.end(forked.start([folder / "first", folder / "second"], log, disturb.only_the_first_has_bf16))
     return codes, [line for line in log.read_text().splitlines() if line.startswith("error")]
 
 
@@ -54,7 +55,7 @@ def test_another_processor_that_goes_on_in_another_precision_says_so(tmp_path: P
     tiny.write_params(tmp_path, **tiny.ALONE, train__precision="auto")
     tiny.write_shards(tmp_path)
     said = []
-    for prepare in (forked.only_the_first_has_bf16, forked.lack_bf16):
+    for prepare in (disturb.only_the_first_has_bf16, disturb.lack_bf16):
         code, output = tiny.run("train", tmp_path, prepare)
         assert code == 0, output
         said.append(output)
@@ -65,7 +66,7 @@ def test_another_processor_that_goes_on_in_another_precision_says_so(tmp_path: P
     assert ["precision auto is fp32 here, and was bf16: a rebuild will differ" in one for one in said] == [False, True]
 
 
-@pytest.mark.parametrize("check", [forked.check_patience, forked.check_patience_of_replicas])
+@pytest.mark.parametrize("check", [disturb.check_patience, disturb.check_patience_of_replicas])
 def test_every_group_has_the_timeout_that_was_asked_for(check: object, tmp_path: Path) -> None:
-    assert timedelta(hours=2) == forked.PATIENCE
+    assert timedelta(hours=2) == disturb.PATIENCE
     forked.together(check, 2, tmp_path)  # type: ignore[arg-type]

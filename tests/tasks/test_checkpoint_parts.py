@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import forked
+import disturb
 import pytest
 import tiny
 import torch
@@ -121,7 +121,7 @@ def test_what_another_mesh_has_written_is_taken_over(project: Path) -> None:
 def test_a_training_takes_no_step_from_what_changed_while_it_was_read(project: Path) -> None:
     newest_first(project)[0].unlink()
     shutil.rmtree(project / "models")
-    code, output = tiny.run("train", project, forked.damage_what_is_loaded)
+    code, output = tiny.run("train", project, disturb.damage_what_is_loaded)
     assert code == EXIT_TRY_AGAIN, output
     assert "the checkpoint changed while it was read. Run again to go on from what is intact." in output
     assert not (project / "models").exists()

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import disturb
 import forked
 import pytest
 import tiny
@@ -32,7 +33,7 @@ def write(project: Path, world_size: int) -> None:
 def stop_after(project: Path, world_size: int, steps: int) -> None:
     """Trains until ``steps`` steps are done, and then tells it to end."""
     write(project, world_size)
-    ranks = forked.start([project] * world_size, project / "log", forked.record)
+    ranks = forked.start([project] * world_size, project / "log", disturb.record)
     deadline = time.monotonic() + 60
     while not (project / "seen-0").exists() or len((project / "seen-0").read_text().splitlines()) < steps:
         assert time.monotonic() < deadline
@@ -54,7 +55,7 @@ def test_no_window_is_lost_or_repeated(tmp_path: Path, monkeypatch: pytest.Monke
     # One process reaches nobody.
     assert not LINKS.exists()
     write(tmp_path, 2)
-    assert forked.end(forked.start([tmp_path] * 2, tmp_path / "log", forked.record)) == [0, 0]
+    assert forked.end(forked.start([tmp_path] * 2, tmp_path / "log", disturb.record)) == [0, 0]
     assert json.loads(Path("models/train.json").read_text())["processes_in_turn"] == [2, 1, 2]
 
     seen: dict[int, list[int]] = defaultdict(list)

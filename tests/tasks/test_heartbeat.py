@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import disturb
 import forked
 import psutil
 import pytest
@@ -104,7 +105,7 @@ def test_a_process_that_is_held_up_elsewhere_is_named_once(
     windows = batch_of_rank(2, count, params.seed, params.global_batch, params.micro_batch, 1, 2)[0]
     log = tmp_path / "log"
     variables = {"LINGERS": ",".join(map(str, windows)), "LATE": str(late)}
-    codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.linger, **variables), 30)
+    codes = forked.end(forked.start([tmp_path, tmp_path], log, disturb.linger, **variables), 30)
     assert codes == [EXIT_TRY_AGAIN] * 2
     assert tiny.error_line(log.read_text()).startswith("rank 1 is held up in the gradients of step 3, ")
 
@@ -159,7 +160,7 @@ def test_a_process_that_stops_before_or_after_the_steps_is_named_with_the_collec
     tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=4, train__mesh=mesh)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT=place), 60)
+    codes = forked.end(forked.start([tmp_path, tmp_path], log, disturb.stand_still, STANDS_STILL_AT=place), 60)
     assert codes == [EXIT_TRY_AGAIN, -signal.SIGKILL]
     told = tiny.error_line(log.read_text())
     assert told.startswith(f"rank 1 did not come through {part}: stopped, or gone (rank 0 waits in "), told
@@ -182,7 +183,7 @@ def test_a_process_that_stops_within_a_step_is_named_with_what_is_waited_for(
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
     place = "tasks.trainer.batch_of_rank"
-    codes = forked.end(forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT=place), 60)
+    codes = forked.end(forked.start([tmp_path, tmp_path], log, disturb.stand_still, STANDS_STILL_AT=place), 60)
     assert codes == [EXIT_TRY_AGAIN, -signal.SIGKILL]
     told = tiny.error_line(log.read_text())
     assert told.startswith("rank 1 did not come through the gradients of step 1: stopped, or gone (rank 0 waits in ")
@@ -193,7 +194,7 @@ def test_a_process_that_stops_before_it_has_joined_is_named(tmp_path: Path) -> N
     tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    ranks = forked.start([tmp_path, tmp_path], log, forked.stand_still, STANDS_STILL_AT="tasks.world.tell_apart")
+    ranks = forked.start([tmp_path, tmp_path], log, disturb.stand_still, STANDS_STILL_AT="tasks.world.tell_apart")
     ranks[0].join(30)
     ranks[1].kill()
     assert ranks[0].exitcode == EXIT_TRY_AGAIN, log.read_text()
@@ -207,7 +208,7 @@ def test_the_first_process_which_keeps_the_store_is_named_too(place: str, tmp_pa
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
     how = {"STANDS_STILL_AT": place, "STANDS_STILL": "0"}
-    ranks = forked.start([tmp_path, tmp_path], log, forked.stand_still, **how)
+    ranks = forked.start([tmp_path, tmp_path], log, disturb.stand_still, **how)
     ranks[1].join(30)
     ranks[0].kill()
     assert ranks[1].exitcode == EXIT_TRY_AGAIN, log.read_text()
@@ -246,7 +247,7 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=60, train__checkpoint_every=2)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    ranks = forked.start([tmp_path, tmp_path], log, forked.slowly)
+    ranks = forked.start([tmp_path, tmp_path], log, disturb.slowly)
     until(lambda: any(tmp_path.glob(".overnight/checkpoints/train/*/*.pt")), told=log.read_text)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
@@ -273,7 +274,7 @@ def test_a_process_that_goes_before_all_have_joined_is_one_line_too(tmp_path: Pa
     tiny.write_params(tmp_path)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    ranks = forked.start([tmp_path, tmp_path], log, forked.lose_a_peer_while_joining)
+    ranks = forked.start([tmp_path, tmp_path], log, disturb.lose_a_peer_while_joining)
     assert forked.end(ranks) == [EXIT_PEER_LOST, EXIT_PEER_LOST]
     assert "warning: rank 0: another process is gone: Gloo connectFullMesh failed" in log.read_text()
     assert "Traceback" not in log.read_text()

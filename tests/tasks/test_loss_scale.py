@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import disturb
 import forked
 import pytest
 import tiny
@@ -34,7 +35,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(project: Path, overflows: str = "") -> dict[str, Any]:
     log = project / "log"
     variables = {"OVERFLOWS": overflows, "OVERNIGHT_EVENTS": "events"}
-    codes = forked.end(forked.start([project, project], log, forked.overflow, **variables))
+    codes = forked.end(forked.start([project, project], log, disturb.overflow, **variables))
     assert codes == [0, 0], log.read_text()
     return {**json.loads((project / "models/train.json").read_text()), "norm": last_norm(project)}
 
@@ -95,7 +96,7 @@ def test_a_training_of_overflows_alone_ends_in_one_line(project: Path) -> None:
     # The second attempt goes on after the last step.
     for attempt in ("first", "second"):
         log = project / attempt
-        ranks = forked.start([project], log, forked.overflow, OVERFLOWS=",".join(map(str, every)))
+        ranks = forked.start([project], log, disturb.overflow, OVERFLOWS=",".join(map(str, every)))
         assert forked.end(ranks) == [2]
         assert tiny.error_line(log.read_text()) == (
             "params.yaml: train: no step could be taken: at none of 12 was the gradient finite in fp16, though the "

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import forked
+import disturb
 import odd
 import pytest
 import tiny
@@ -203,7 +203,7 @@ def test_other_errors_pass(project: Path) -> None:
 def test_a_training_ends_in_that_line(where: str, changes: dict[str, Any], project: Path) -> None:
     tiny.write_params(project, **changes)
     tiny.write_shards(project)
-    code, output = tiny.run("train", project, forked.run_out_of_memory, ERROR=ERROR, WHERE=f"tasks.{where}")
+    code, output = tiny.run("train", project, disturb.run_out_of_memory, ERROR=ERROR, WHERE=f"tasks.{where}")
     assert code == 2, output
     assert "error: params.yaml: train: out of GPU memory (CUDA out of memory)" in output
     assert "Traceback" not in output
@@ -216,7 +216,9 @@ def test_what_quantizing_does_without_training_ends_in_that_line(where: str, pro
     tiny.write_params(project, **tiny.ALONE)
     tiny.write_shards(project)
     odd.write_checkpoint(project / "models/float", odd.make_model)
-    code, output = tiny.run("quantize", project, forked.run_out_of_memory, ERROR=ERROR, WHERE=f"tasks.quantize.{where}")
+    code, output = tiny.run(
+        "quantize", project, disturb.run_out_of_memory, ERROR=ERROR, WHERE=f"tasks.quantize.{where}"
+    )
     assert code == 2, output
     line = tiny.error_line(output)
     assert line.startswith("params.yaml: quantize: out of GPU memory (CUDA out of memory). The largest, as estimated")

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import forked
+import disturb
 import numpy as np
 import onnx
 import pytest
@@ -166,7 +166,7 @@ def test_where_none_loses_little_enough_auto_keeps_what_loses_least(
     tiny.write_params(trained, quantize__scheme="auto", quantize__max_relative_loss=-1.0, **settings)
     counts = trained / "counts"
     counts.unlink(missing_ok=True)
-    code, output = tiny.run("quantize", trained, forked.count_models, COUNTS=str(counts))
+    code, output = tiny.run("quantize", trained, disturb.count_models, COUNTS=str(counts))
     assert code == 0, output
     # What was tried before is gone when the next one is made: beside that there is the float model alone.
     assert counts.read_text().split() == ["0", *["1"] * (2 if kept == "qat" else 3)]
@@ -364,7 +364,7 @@ def test_while_the_last_checkpoint_is_written_nobody_is_taken_for_gone(tmp_path:
     )
     tiny.write_shards(tmp_path)
     write_checkpoint(tmp_path / "models/float", make_model)
-    code, output = tiny.run("quantize", tmp_path, forked.stall_a_checkpoint, STALLS="4")
+    code, output = tiny.run("quantize", tmp_path, disturb.stall_a_checkpoint, STALLS="4")
     assert code == EXIT_TRY_AGAIN, output
     # The second process has nothing to write, and would be killed if it did not beat any more.
     told = tiny.error_line(output)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import disturb
 import forked
 import pytest
 import tiny
@@ -36,7 +37,7 @@ def windows_of(step: int, rank: int) -> list[int]:
     return sorted(batch.flatten().tolist())
 
 
-def train(project: Path, spoilt: list[int], spoil: Callable[[], None] = forked.spoil) -> tuple[list[int | None], str]:
+def train(project: Path, spoilt: list[int], spoil: Callable[[], None] = disturb.spoil) -> tuple[list[int | None], str]:
     log = project / "log"
     log.unlink(missing_ok=True)
     variables = {"SPOILT": ",".join(map(str, spoilt)), "OVERNIGHT_EVENTS": "events"}
@@ -69,7 +70,7 @@ def test_a_step_that_one_process_finds_not_finite_is_left_out_by_both(project: P
 
 def test_the_processes_agree_on_a_step_of_which_one_alone_can_see_that_it_is_spoilt(project: Path) -> None:
     # Its loss is not finite, and the gradients that all have are.
-    codes, told = train(project, [windows_of(5, rank=1)[0]], forked.spoil_the_loss)
+    codes, told = train(project, [windows_of(5, rank=1)[0]], disturb.spoil_the_loss)
     assert codes == [0, 0], told
     assert json.loads((project / "models/train.json").read_text())["skipped_steps"] == 1
 
@@ -118,7 +119,7 @@ def test_a_validation_loss_that_is_not_finite_ends_in_one_line(
 ) -> None:
     tiny.write_params(project, train__validate_every=2, train__checkpoint_every=1, **changes)
     log = project / "log"
-    codes = forked.end(forked.start([project, project], log, forked.diverge, LOSS="inf", FROM="3"))
+    codes = forked.end(forked.start([project, project], log, disturb.diverge, LOSS="inf", FROM="3"))
     assert codes == [2, 2], log.read_text()
     assert tiny.error_line(log.read_text()) == (
         "params.yaml: train: the validation loss is not finite (inf) after step 6 of 12: the training has diverged. "

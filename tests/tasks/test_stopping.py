@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import disturb
 import forked
 import psutil
 import pytest
@@ -94,7 +95,7 @@ def test_a_validation_is_broken_off_and_done_by_the_next_attempt(
         undisturbed = tiny.files_of(project / "models")
         shutil.rmtree(project / "models")
         shutil.rmtree(project / ".overnight")
-    ranks = forked.start([project, project], log, forked.validate_slowly)
+    ranks = forked.start([project, project], log, disturb.validate_slowly)
     until((project / "validating").exists, told=log.read_text)
     ranks[1].terminate()
     assert forked.end(ranks, 18) == [EXIT_STOPPED] * 2, log.read_text()
@@ -114,7 +115,7 @@ def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int
     undisturbed = tiny.files_of(tmp_path / "models")
     shutil.rmtree(tmp_path / "models")
     shutil.rmtree(tmp_path / ".overnight")
-    ranks = forked.start(folders, log, forked.slowly, OVERNIGHT_EVENTS="events")
+    ranks = forked.start(folders, log, disturb.slowly, OVERNIGHT_EVENTS="events")
     await_step(tmp_path / "events", 5)
     # Not the one that is told of in the log.
     ranks[-1].terminate()
@@ -138,7 +139,7 @@ def test_who_is_told_in_a_meeting_stops_after_what_all_do_next(
     tiny.write_params(tmp_path, train__steps=48, train__diloco={"inner_steps": 4}, **every)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    ranks = forked.start([tmp_path, tmp_path], log, forked.told_in_a_meeting)
+    ranks = forked.start([tmp_path, tmp_path], log, disturb.told_in_a_meeting)
     assert forked.end(ranks, 30) == [EXIT_STOPPED] * 2, log.read_text()
     assert "Traceback" not in log.read_text()
     assert least <= max(saved(tmp_path)) < 48
@@ -151,7 +152,7 @@ def test_replicas_that_are_cut_stop_at_a_meeting_when_one_of_their_processes_is_
     tiny.write_params(tmp_path, **every, **apart)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
-    ranks = forked.start([tmp_path] * 4, log, forked.slowly, OVERNIGHT_EVENTS="events")
+    ranks = forked.start([tmp_path] * 4, log, disturb.slowly, OVERNIGHT_EVENTS="events")
     await_step(tmp_path / "events", 3)
     ranks[-1].terminate()
     assert forked.end(ranks, 30) == [EXIT_STOPPED] * 4, log.read_text()
@@ -179,7 +180,7 @@ def test_who_is_stuck_in_a_step_ends_without_its_end() -> None:
 def test_a_process_that_needs_more_than_stop_seconds_leaves_no_checkpoint(project: Path) -> None:
     tiny.write_params(project, train__checkpoint_every=1000, train__steps=60, train__stop_seconds=0.2)
     log = project / "log"
-    ranks = forked.start([project, project], log, forked.validate_slowly)
+    ranks = forked.start([project, project], log, disturb.validate_slowly)
     until((project / "validating").exists, told=log.read_text)
     for rank in ranks:
         rank.terminate()

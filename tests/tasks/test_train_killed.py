@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import disturb
 import forked
 import pytest
 import tiny
@@ -34,12 +35,12 @@ def test_kills_change_nothing(shard: int, kills: int, tmp_path: Path) -> None:
     tiny.write_params(calm, train__mesh__shard=shard, **often)
     tiny.write_shards(calm)
     shutil.copytree(calm, project)
-    assert forked.end(forked.start([calm, calm], log, forked.draw)) == [0, 0], log.read_text()
+    assert forked.end(forked.start([calm, calm], log, disturb.draw)) == [0, 0], log.read_text()
     choose = random.Random(SEED)
     done = []
     for _ in range(kills):
         before = saved(project)
-        ranks = forked.start([project, project], log, forked.draw)
+        ranks = forked.start([project, project], log, disturb.draw)
         # Mostly somewhere in the steps after a checkpoint of this attempt's own, else wherever it is by then.
         if choose.random() < 0.8:
             deadline = time.monotonic() + 60
@@ -61,5 +62,5 @@ def test_kills_change_nothing(shard: int, kills: int, tmp_path: Path) -> None:
     # Each attempt went on from the one before, and none began anew.
     assert done == sorted(done)
     assert len(set(done)) > kills // 2
-    assert forked.end(forked.start([project, project], log, forked.draw)) == [0, 0], log.read_text()
+    assert forked.end(forked.start([project, project], log, disturb.draw)) == [0, 0], log.read_text()
     assert tiny.files_of(project / "models") == tiny.files_of(calm / "models")
