@@ -31,9 +31,11 @@ _SERVE = "import sys; sys.path.append(sys.argv[1]); from flows import dvc_fork; 
 
 # What DVC's commands import when they start.
 _MODULES = (
-    *("dvc.cachemgr", "dvc.data_cloud", "dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.graph"),
-    *("dvc.repo.metrics", "dvc.repo.params", "dvc.repo.plots", "dvc.repo.stage", "dvc.rwlock"),
-    *("dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "networkx"),
+    *("configobj", "dulwich.ignore", "dulwich.worktree", "dvc.cachemgr", "dvc.data_cloud", "dvc.dirs"),
+    *("dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.graph", "dvc.repo.index", "dvc.repo.metrics"),
+    *("dvc.repo.open_repo", "dvc.repo.params", "dvc.repo.plots", "dvc.repo.stage", "dvc.repo.trie"),
+    *("dvc.rwlock", "dvc.scm"),
+    *("dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "fsspec.implementations.memory", "networkx", "ruamel.yaml"),
 )
 
 # The flow's end of the socket, once there is a process at the other one.

@@ -1,6 +1,7 @@
 """A forked DVC command is what a started one is: its output, its exit code, and nothing left behind."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,21 @@ def test_commands_are_forks_of_one_process_with_their_own_surroundings(project: 
     assert f"another in {project}\n" in (project / "log").read_text()
     assert forker() == first
     assert psutil.wait_procs(first.children(), 5)[1] == []
+
+
+def test_a_command_finds_imported_what_it_needs(project: Path) -> None:
+    code = (
+        "import sys\nfrom flows import dvc_fork\ndvc_fork._import()\nimported = set(sys.modules)\nimport dvc.cli\n"
+        "dvc.cli.main(['repro'])\nprint('NEW', *sorted(set(sys.modules) - imported))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env={**os.environ, "DVC_NO_ANALYTICS": "1", "SHELL": "/bin/sh"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.rpartition("NEW")[2].split() == [], done.stdout
 
 
 def test_it_ends_with_the_flow(project: Path) -> None:
