@@ -97,6 +97,18 @@ def test_help_reads_well_and_comes_at_once(arguments: list[str]) -> None:
     assert "Usage: overnight" in text
 
 
+def test_what_a_command_has_imported_is_not_looked_through_for_garbage() -> None:
+    code = (
+        "import atexit, gc\nbefore = gc.get_stats()[2]['collections']\n"
+        "atexit.register(lambda: print('LEFT', len(gc.get_objects()), gc.get_stats()[2]['collections'] - before))\n"
+        "from flows.cli import app\nimport dvc.repo\napp(['--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    left, collections = map(int, done.stdout.rpartition("LEFT")[2].split())
+    assert left < 1000
+    assert collections <= 1
+
+
 @pytest.mark.parametrize(
     ("command", "default"),
     [
