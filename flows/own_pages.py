@@ -8,12 +8,12 @@ origins are let in, and with them their hosts.
 
 from urllib.parse import urlsplit
 
-from prefect.server.api.server import create_app
-from prefect.settings import get_current_settings
 from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tasks.stage import importing
 
 _LOOPBACK = ("127.0.0.1", "localhost")
 _ALL = "*"
@@ -35,6 +35,11 @@ class OwnPages:
 
 def make() -> ASGIApp:
     """Returns Prefect's application, for hosts and pages of its own; its automations ask it itself, as another host."""
+    with importing():
+        from prefect.server.api.server import create_app
+        from prefect.settings import get_current_settings
+
+        app = create_app()
     origins = tuple(get_current_settings().server.api.cors_allowed_origins.split(","))
     hosts = [urlsplit(origin).hostname or origin for origin in origins]
-    return TrustedHostMiddleware(OwnPages(create_app(), origins), [*_LOOPBACK, *hosts])
+    return TrustedHostMiddleware(OwnPages(app, origins), [*_LOOPBACK, *hosts])

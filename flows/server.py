@@ -221,13 +221,9 @@ def _go_past_proxies() -> None:
         os.environ[name] = ",".join(filter(None, [*given, *({"127.0.0.1"} - set(given))]))
 
 
-# Importing the server makes millions of objects that stay; collecting garbage meanwhile costs a fifth of the start.
-_UVICORN = "import gc, uvicorn; gc.set_threshold(100_000, 50, 100); uvicorn.main()"
-
-
 def _command(descriptor: int) -> list[str]:
     return [
-        *(sys.executable, "-c", _UVICORN, "--factory", "flows.own_pages:make"),
+        *(sys.executable, "-m", "uvicorn", "--factory", "flows.own_pages:make"),
         *("--fd", str(descriptor), "--log-level", "error", "--lifespan", "on"),
         # Prefect's client keeps a websocket open that uvicorn would wait for.
         *("--timeout-graceful-shutdown", "0"),
