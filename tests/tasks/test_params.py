@@ -46,8 +46,8 @@ LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj"], "keep_adapter": False}
 def start(project: Path, changes: dict[str, Any]) -> params.Params:
     """Puts what training starts from into ``project``, and returns the parameters with ``changes``."""
     write_checkpoint(project / "given", make_model)
-    collect_init("given")
     tiny.write_params(project, **{**FROM, **changes})
+    collect_init("given")
     return params.read()
 
 
