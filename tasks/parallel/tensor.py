@@ -105,12 +105,13 @@ def _cut_regions(block: nn.Module, mesh: DeviceMesh, in_parts: InParts, enter: t
                 continue
             along = 0 if name in CUT_OUTPUTS else 1
             assert isinstance(layer, Linear)
-            cut(layer, "weight", mesh, Shard(along))
-            if layer.bias is not None and name in CUT_OUTPUTS:
-                cut(layer, "bias", mesh, Shard(0))
-            elif layer.bias is not None:
-                layer.bias_share = float(mesh.get_local_rank() == 0)
-                in_parts.add_some(layer, ["bias"])
+            # A layer of another stage of a pipeline has none.
+            for parameter, _ in list(layer.named_parameters(recurse=False)):
+                if parameter == "bias" and name in CUT_INPUTS:
+                    layer.bias_share = float(mesh.get_local_rank() == 0)
+                    in_parts.add_some(layer, ["bias"])
+                else:
+                    cut(layer, parameter, mesh, Shard(along))
             factors = getattr(layer, "project", None)
             if isinstance(factors, LowRank):
                 # One has the layer's outputs or inputs; the other is whole, with a part of its gradient.
