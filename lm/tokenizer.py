@@ -25,7 +25,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 def size_of(tokenizer: Tokenizer) -> int:
     """Returns how many ids it has, added tokens included."""
-    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
 
 def misfit(tokenizer: Tokenizer, vocab_size: int, **ids: int) -> str | None:

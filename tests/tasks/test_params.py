@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 from odd import make_model, write_checkpoint
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from lm.hugging_face_config import architecture_of
 from lm.hugging_face_files import read_config
@@ -88,6 +88,14 @@ def test_a_tokenizer_that_is_not_the_model_s_is_told_before_its_texts_are_read(p
     with pytest.raises(
         BadInput, match=r"tokenizer\.json: it has 265 tokens, .* 264: the model knows no '<pad>' \(264\)"
     ):
+        found.check_start(paths.INIT)
+
+
+def test_a_tokenizer_without_tokens_is_told_in_one_line(project: Path) -> None:
+    found = start(project, {})
+    Tokenizer(models.BPE()).save(str(paths.INIT / "tokenizer.json"))
+    told = r"^models/init/tokenizer\.json: it has no token 256, which is config\.json's bos_token_id\. Mend "
+    with pytest.raises(BadInput, match=told):
         found.check_start(paths.INIT)
 
 
