@@ -202,9 +202,14 @@ def _has_windows(content: Mapping[str, Any], layers: Sequence[object]) -> bool:
 
 
 def _check_window(content: Mapping[str, Any]) -> None:
-    """Raises :class:`Unusable` where a window leaves out a token that a text has room for."""
+    """Raises :class:`Unusable` where a window leaves out a token that a text has room for, or is none."""
     window, positions = content.get("sliding_window", _SLIDING_WINDOW), content.get("max_position_embeddings")
-    if not isinstance(window, int) or not isinstance(positions, int) or window < positions:
+    if not isinstance(window, int):
+        raise Unusable(
+            f"config.json: sliding_window is {window!r}; where use_sliding_window is true or layer_types has "
+            f"{_SLIDING}, a whole number is needed"
+        )
+    if isinstance(positions, int) and window < positions:
         raise Unusable(
             f"config.json: use_sliding_window is {content.get('use_sliding_window')!r} and sliding_window {window!r}, "
             f"less than the {positions!r} of max_position_embeddings; windows that leave tokens out are not built "

@@ -168,9 +168,20 @@ def test_windows_that_leave_tokens_out_are_refused(changes: dict[str, Any]) -> N
     told = "sliding_window 64, less than the 128 of max_position_embeddings; .*: set max_position_embeddings to 64 to"
     with pytest.raises(Unusable, match=f"^config.json: use_sliding_window is True and {told}"):
         config_from_json(changes)
-    with pytest.raises(Unusable, match="sliding_window '64', less than the 128 of max"):
-        config_from_json({**changes, "sliding_window": "64"})
     assert config_from_json({**changes, "max_position_embeddings": 64}).max_position_embeddings == 64
+
+
+@pytest.mark.parametrize("window", ["64", None])
+def test_a_window_that_is_no_number_is_told(window: object) -> None:
+    changes = {**QWEN2, "layer_types": [*WINDOWS], "sliding_window": window}
+    with pytest.raises(Unusable, match=rf"^config\.json: sliding_window is {window!r}; .* a whole number is needed$"):
+        config_from_json(changes)
+
+
+def test_windows_without_a_number_of_positions_are_told_that_it_is_missing() -> None:
+    without = {name: value for name, value in QWEN2.items() if name != "max_position_embeddings"}
+    with pytest.raises(Unusable, match=r"^config\.json: max_position_embeddings is missing$"):
+        config_from_json({**without, "max_window_layers": 0})
 
 
 def test_greedy_experts_have_no_groups() -> None:
