@@ -83,6 +83,7 @@ FOUR = [
     Case({"shard": 2, "expert": 2}, micro_batch=1, steps=3, optimizer="muon"),
     Case({"pipeline": 2}, steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even", steps=FEW),
+    Case({"pipeline": 2, "tensor": 2}, "llama-biases", steps=FEW),
     Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),
     Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
     Case(
