@@ -1,6 +1,7 @@
 """``overnight serve``: the server's address, its key, and its end."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -22,6 +23,8 @@ from tasks.errors import UserMistake
 
 # Answers end within this, or are cut off.
 _SECONDS_TO_END = 2
+# What a request leaves is some hundred objects that point at each other.
+_OBJECTS_TO_COLLECT = 1_000
 
 
 def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: bool, version: str | None = None) -> int:
@@ -49,6 +52,9 @@ def serve(root: Path, host: str, port: int, out: Console, parallel: int, spin: b
         stopped = threading.Event()
         app = make_app(generator, template, root.name, key, parallel, stopped=stopped)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END)
+        # A command collects no garbage for as long as most take, and this one goes on for weeks.
+        gc.freeze()
+        gc.set_threshold(_OBJECTS_TO_COLLECT)
         with contextlib.suppress(KeyboardInterrupt):
             _Server(config, stopped).run(sockets=[listening])
         # A second Ctrl-C comes to nothing: Python must not end while the graph runs.

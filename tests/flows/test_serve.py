@@ -378,6 +378,26 @@ def test_so_many_texts_are_written_side_by_side_as_the_command_is_told(root: Pat
     assert "rows 2\n" not in output
 
 
+COUNTED = """
+import atexit, gc
+from flows.cli import app
+
+atexit.register(lambda: print("LEFT", len(gc.get_objects())))
+app(prog_name="overnight")
+"""
+
+
+def test_what_requests_leave_is_collected(root: Path) -> None:
+    server = Server(root, program=("-c", COUNTED))
+    try:
+        with httpx.Client() as client:
+            for _ in range(60):
+                assert client.post(f"{server.url}/completions", json=GREEDY).status_code == 200
+    finally:
+        _, output = server.stop()
+    assert int(output.rpartition("LEFT")[2]) < 10_000
+
+
 def test_too_many_that_wait_are_an_error_of_the_protocol(root: Path) -> None:
     full = TestClient(make_app(Generator(root / "models/int8"), None, "m", None, parallel=0, most_waiting=0), HERE)
     answer = full.post("/v1/completions", json=GREEDY)
