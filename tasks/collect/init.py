@@ -53,6 +53,8 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
     with init.unusable_is_told(source, _MEND):
         files = checkpoint_files(source)
     if held is not None and dict(held.files) == _digests(source, files):
+        # The parameters may have changed.
+        _check_mtp(source)
         return InitReport(state="unchanged")
     _check_weights(source)
     with atomic.folder(paths.INIT) as folder:
@@ -67,17 +69,28 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
 def _check_weights(source: Path) -> None:
     """Raises :class:`BadInput` where the weights in ``source`` are damaged, missing or too many.
 
-    Training looks as well, hours later where there is much text to read before. Layers of multi-token prediction have
-    to be whole where it is to train them.
+    Training looks as well, hours later where there is much text to read before.
     """
     # It imports torch, which takes seconds.
     from lm import hugging_face
 
     with init.unusable_is_told(source, _MEND):
         hugging_face.check(source)
-    if init.trains_mtp():
-        with init.unusable_is_told(source, _MEND_MTP):
-            hugging_face.check(source, mtp=True)
+    _check_mtp(source)
+
+
+def _check_mtp(source: Path) -> None:
+    """Raises :class:`BadInput` where what ``source`` has of multi-token prediction is to be trained, and not whole."""
+    from lm.config import without_further
+    from lm.hugging_face_files import read_config
+
+    config = read_config(source)
+    if not init.trains_mtp() or without_further(config) == config:
+        return
+    from lm import hugging_face
+
+    with init.unusable_is_told(source, _MEND_MTP):
+        hugging_face.check(source, mtp=True)
 
 
 def _unpack(source: Path, folder: Path) -> None:
