@@ -15,7 +15,7 @@ from tasks import paths
 
 NOT_ASSESSED = "not assessed"
 _SAMPLE_TOKENS = 40
-_SAMPLE_PROMPT = "In the beginning"
+_BEGINNING_CHARACTERS = 24
 _WIDEST = 10_000
 _STYLES = {"ran": "green", "cached": "dim", "skipped": "yellow", "failed": "bold red"}
 
@@ -229,12 +229,31 @@ def describe_gate(gate: Gate | None) -> list[Text]:
 
 
 def sample(root: Path) -> str:
-    """Returns one line that the INT8 model writes."""
+    """Returns one line: the first words of a held-out text, and how the INT8 model goes on."""
     from flows.generate import Writing, continue_text
 
     try:
-        pieces = continue_text(root / paths.INT8, _SAMPLE_PROMPT, Writing(_SAMPLE_TOKENS))
-        return " ".join((_SAMPLE_PROMPT + "".join(pieces)).split())
+        beginning = _beginning(root)
+        pieces = continue_text(root / paths.INT8, beginning, Writing(_SAMPLE_TOKENS))
+        return " ".join((beginning + "".join(pieces)).split())
     except Exception as error:
         # The run has succeeded; a model that cannot speak is told, not raised.
         return f"nothing: {type(error).__name__}: {error}"
+
+
+def _beginning(root: Path) -> str:
+    """Returns how the first test document begins, in whole words where it has spaces; of a conversation a greeting.
+
+    Raises :class:`OSError` when there is no such document.
+    """
+    import pyarrow.parquet as pq
+
+    parts = sorted((root / paths.CORPUS / "test").glob("*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"{paths.CORPUS / 'test'}: no text")
+    with pq.ParquetFile(parts[0]) as part:
+        rows = next(part.iter_batches(1)).to_pylist()
+    if rows[0].get("is_conversation"):
+        return "Hello"
+    beginning = " ".join(rows[0]["text"].split())[:_BEGINNING_CHARACTERS]
+    return beginning.rpartition(" ")[0] or beginning

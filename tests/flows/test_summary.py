@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from flows import summary
+from flows import generate, summary
 
 EVALUATION = {
     "documents": 3,
@@ -112,3 +114,21 @@ def test_what_is_missing_was_not_assessed(tmp_path: Path, evaluation: str | None
 
 def test_a_project_without_a_model_shows_nothing(tmp_path: Path) -> None:
     assert shown(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("document", "beginning"),
+    [
+        ({"text": "Monday:\n  the pump of tank 3 leaks again."}, "Monday: the pump of"),
+        ({"text": "Fine"}, "Fine"),
+        ({"text": "\u96ea" * 500}, "\u96ea" * 24),
+        ({"text": "[]", "is_conversation": True}, "Hello"),
+    ],
+)
+def test_the_model_goes_on_with_a_held_out_text_of_its_own_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: dict[str, object], beginning: str
+) -> None:
+    (tmp_path / "data/corpus/test").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([document] * 2), tmp_path / "data/corpus/test/part-00000.parquet")
+    monkeypatch.setattr(generate, "continue_text", lambda folder, text, writing: [" and", "\nso on"])
+    assert summary.sample(tmp_path) == f"{beginning} and so on"
