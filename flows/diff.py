@@ -24,6 +24,8 @@ from tasks.errors import TryAgain, UserMistake
 
 ABSENT = "-"
 _MOST_FILES = 10
+# How a path names one of a list.
+_ITEM = "[{}]"
 # Of measurements that cannot be read: two of these are not the same.
 NOT_KNOWN = "not in DVC's cache nor at its remote"
 
@@ -96,7 +98,7 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
     theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
     facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else None
     return Difference(
-        parameters=differing(*(dict(leaves(_parameters(root, commit))) for commit in (before, after))),
+        parameters=differing(*(dict(leaves(_parameters(root, commit), _ITEM)) for commit in (before, after))),
         data=None if None in listings else differing_files(*(listing or {} for listing in listings)),
         code=_code(root, before, after),
         environment=None if facts is None else tuple(Change(one.fact, one.recorded, one.here) for one in facts),
@@ -196,7 +198,7 @@ def _metrics(root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, O
                 content = json.loads(objects.read(store, outputs[path]))
             except (objects.Unlisted, TryAgain, ValueError):
                 content = NOT_KNOWN
-            yield from leaves(content, name=path.stem)
+            yield from leaves(content, _ITEM, path.stem)
 
 
 def _code(root: Path, before: str, after: str) -> tuple[str, ...]:

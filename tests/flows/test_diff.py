@@ -62,6 +62,15 @@ def test_two_versions(published: Clone) -> None:
     assert git(published.root, "status", "--porcelain") == ""
 
 
+def test_of_a_list_only_what_differs_is_told(published: Clone) -> None:
+    params = published.root / "params.yaml"
+    params.write_text(params.read_text() + "extra:\n- {name: notes, uri: texts}\n- {name: talk, uri: a}\n")
+    before = published.commit()
+    params.write_text(params.read_text().replace("uri: a", "uri: b"))
+    after = published.commit()
+    assert diff.compare(published.root, before, after).parameters == (Change("extra[1].uri", "a", "b"),)
+
+
 def test_any_revision_will_do(published: Clone) -> None:
     first = git(published.root, "rev-list", "--max-parents=0", "HEAD")
     sections = shown(first, "prod")
