@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State
 
 from flows import dvc
 from flows.execute import Site, remember
-from flows.ownership import NotOurs, others_are_told
+from flows.ownership import NoPermission, others_are_told
 from flows.watch import Watch
 from tasks import atomic
 from tasks.errors import DiskFull
@@ -52,7 +52,7 @@ class Attempts:
         except StageFailed as error:
             self._failure = error
             raise
-        except (DiskFull, NotOurs) as error:
+        except (DiskFull, NoPermission) as error:
             # Where DVC or a log has no room, or may not write; a stage tells it by itself.
             self._failure = StageFailed(str(error), False, error.exit_code)
             raise self._failure from None

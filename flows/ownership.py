@@ -1,4 +1,4 @@
-"""What somebody else owns in the project's folder, as one run under ``sudo`` leaves it: told in one line."""
+"""What does not let us at it in the project's folder, as what one run under ``sudo`` leaves: told in one line."""
 
 import contextlib
 import os
@@ -10,21 +10,26 @@ from pathlib import Path
 from tasks.errors import UserMistake
 
 
-class NotOurs(UserMistake):
-    """A file or folder of the project belongs to somebody else, who does not let us at it."""
+class NoPermission(UserMistake):
+    """A file or folder of the project does not let us at it: somebody else's, or ours by its mode."""
 
 
 @contextlib.contextmanager
 def others_are_told(root: Path) -> Iterator[None]:
-    """Turns a refusal at what somebody else owns below ``root`` into :class:`NotOurs`; other errors pass."""
+    """Turns a refusal below ``root`` by an owner or a mode into :class:`NoPermission`; other errors pass."""
     try:
         yield
     except PermissionError as error:
         refused = [Path(os.fsdecode(name)).absolute() for name in _names(error)]
         for path in filter(lambda path: path.is_relative_to(root.absolute()), refused):
-            if (found := _owned(path, root.absolute())) is not None:
+            if (found := _refusing(path, root.absolute())) is not None:
                 place, owner = found
-                raise NotOurs(
+                if owner == os.geteuid():
+                    raise NoPermission(
+                        f"{path}: no permission: the mode of {place}, which is yours, keeps you out. Let yourself in: "
+                        f"chmod u+rwX {shlex.quote(str(place))}"
+                    ) from error
+                raise NoPermission(
                     f"{path}: no permission: {place} belongs to {name_of(owner)}, and you are {name_of(os.geteuid())}"
                     f"{advice(owner, root.absolute())}"
                 ) from error
@@ -47,10 +52,11 @@ def advice(owner: int, root: Path) -> str:
     )
 
 
-def _owned(path: Path, root: Path) -> tuple[Path, int] | None:
-    """Returns what somebody else owns and keeps from us, with the owner: ``path``, or a folder above it up to ``root``.
+def _refusing(path: Path, root: Path) -> tuple[Path, int] | None:
+    """Returns what keeps us from ``path``, with its owner: ``path``, or a folder above it up to ``root``.
 
-    A folder that lets us in has not refused anything, as that of a shared project.
+    A folder that lets us in has not refused anything, as that of a shared project. Nor has a file of ours that can be
+    read: what nobody is to write, such as DVC's cache, stays so.
     """
     for place in (path, *path.parents):
         if not place.is_relative_to(root):
@@ -58,8 +64,8 @@ def _owned(path: Path, root: Path) -> tuple[Path, int] | None:
         with contextlib.suppress(OSError):
             theirs = (owner := place.stat().st_uid) != os.geteuid()
             # Who may go through a folder may not always change what lies right in it.
-            asked = os.W_OK | os.X_OK if place == path.parent else os.X_OK
-            if theirs and (place == path or not os.access(place, asked)):
+            asked = os.R_OK if place == path else os.W_OK | os.X_OK if place == path.parent else os.X_OK
+            if (theirs and place == path) or not os.access(place, asked):
                 return place, owner
     return None
 

@@ -3,6 +3,7 @@
 import errno
 import marshal
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,26 @@ def test_what_somebody_else_owns_in_the_project_is_named_with_its_owner(
     assert ownership.advice(0, Path.cwd()).endswith(f" sudo chown -R 54321 {Path.cwd()}")
     # To take it over would take it from the others who share the project.
     assert ownership.advice(12345, Path.cwd()) == ". Have 12345 let you at it."
+
+
+@pytest.mark.parametrize(("refused", "closed"), [("texts/.gitignore", "texts"), ("a note.md", "a note.md")])
+def test_what_our_own_modes_keep_us_from_is_named_with_the_command_that_lets_us_in(
+    refused: str, closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "a note.md").touch()
+    monkeypatch.chdir(tmp_path)
+    # Root may do everything.
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path / closed)
+    with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told():
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / refused))
+    assert ended.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    place = tmp_path / closed
+    assert line == (
+        f"error: {tmp_path / refused}: no permission: the mode of {place}, which is yours, keeps you out. "
+        f"Let yourself in: chmod u+rwX {shlex.quote(str(place))}"
+    )
 
 
 def test_a_compiled_file_that_is_cut_off_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
