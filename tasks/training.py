@@ -76,6 +76,8 @@ def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> N
     progress.begin("training", done)
     if 0 < done < params.steps:
         progress.notice(f"goes on after step {done:,} of {params.steps:,}, whose checkpoint is there")
+    elif done:
+        progress.notice(f"all {params.steps:,} steps are done, and the checkpoint of the last is there")
     started, first = time.monotonic(), done
     log = StepLog(stage, done) if world.is_first else None
     with stopping.noted(params.stop_seconds) as stop, trainer.meter.seeing_waits():

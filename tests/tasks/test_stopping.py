@@ -69,6 +69,18 @@ def test_a_launcher_told_to_end_leaves_a_checkpoint_and_asks_to_be_tried_again(
     assert tiny.files_of(project / "models") == undisturbed
 
 
+def test_a_training_of_which_every_step_is_done_says_so(tmp_path: Path) -> None:
+    # As one that is killed between its last checkpoint and its model.
+    tiny.write_params(tmp_path, **tiny.ALONE)
+    tiny.write_shards(tmp_path)
+    events = tmp_path / "events"
+    assert tiny.run("train", tmp_path)[0] == 0
+    code, output = tiny.run("train", tmp_path, OVERNIGHT_EVENTS=str(events))
+    assert code == 0, output
+    (told,) = [json.loads(line)["notice"] for line in events.read_text().splitlines()]
+    assert told == "all 12 steps are done, and the checkpoint of the last is there"
+
+
 def test_all_stop_at_one_step_when_one_is_told(project: Path, undisturbed: dict[str, bytes]) -> None:
     log = project / "log"
     ranks = forked.start([project, project], log, OVERNIGHT_EVENTS="events")
