@@ -82,7 +82,7 @@ def prune(delete: bool, remote: bool, out: Console, err: Console) -> int:
     with lock.hold(root, name, advice=advice), contextlib.chdir(root):
         dvc_lock.check_others(root, advice)
         if remote:
-            _fetch(root, params.publish.git_remote)
+            _fetch(root, project.git_remote(root, params))
         with dvc.store(root, params.publish.data_remote) as store:
             if remote and store.remote is None:
                 raise UserMistake("--remote: no DVC remote is configured (`dvc remote list`). Leave the option out.")
@@ -91,7 +91,7 @@ def prune(delete: bool, remote: bool, out: Console, err: Console) -> int:
             if delete:
                 if found.remote:
                     # Another machine may have published since, and named what nobody needed then.
-                    _fetch(root, params.publish.git_remote)
+                    _fetch(root, project.git_remote(root, params))
                     found = dataclasses.replace(found, remote=_still_surplus(root, store, found))
                 _remove(root, store, found)
     return 0

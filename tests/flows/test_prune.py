@@ -209,6 +209,12 @@ def test_what_another_machine_publishes_while_the_remote_is_pruned_stays_whole(
     published.check_remote()
 
 
+def test_a_git_remote_that_is_misspelt_is_a_mistake_and_no_silence(published: Clone) -> None:
+    published.set("publish", "git_remote", "orign")
+    with pytest.raises(UserMistake, match=r"publish\.git_remote: Git has no remote 'orign'"):
+        pruned(remote=True)
+
+
 def test_without_a_git_remote_nobody_knows_what_others_keep(published: Clone) -> None:
     published.set("publish", "git_remote", None)
     with pytest.raises(UserMistake, match=r"^--remote: other machines may keep versions there"):
