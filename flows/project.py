@@ -25,9 +25,12 @@ def find() -> Path:
             f"{root}: a restored version, and no project: its files are for use as they are. In the project, "
             "`generate`, `chat` and `serve` take it with --version."
         )
-    for name in (DAG, paths.PARAMS):
-        if not (root / name).is_file():
-            raise NotAProject(f"{root}: no {name} here. Change to the project's folder and run this again.")
+    missing = [name for name in (DAG, paths.PARAMS) if not (root / name).is_file()]
+    if len(missing) == 1:
+        told = f"`git checkout {missing[0]}` brings back the one that was committed"
+        raise NotAProject(f"{root}: a project without its {missing[0]}. {told}.")
+    if missing:
+        raise NotAProject(f"{root}: no {missing[0]} here. Change to the project's folder and run this again.")
     if not any((folder / ".git").exists() for folder in (root, *root.parents)):
         raise NotAProject(f"{root}: not in a Git repository. Run `git init`, or clone the project with Git.")
     if not (root / ".dvc").is_dir():

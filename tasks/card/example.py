@@ -8,7 +8,8 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-prompt = sys.argv[1] if len(sys.argv) > 1 else "And it came to pass"
+# Without one, the model begins a text of its own.
+prompt = sys.argv[1] if len(sys.argv) > 1 else ""
 options = onnxruntime.SessionOptions()
 options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x86 CPUs without VNNI too
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])

@@ -33,8 +33,16 @@ def refuse(project: "Project", *arguments: str, **more: str) -> str:
 
 @pytest.mark.parametrize("command", [["run"], ["status"], ["generate", "text"]])
 def test_a_folder_without_a_project(project: "Project", command: list[str]) -> None:
-    (project.root / "dvc.yaml").unlink()
+    for name in ("dvc.yaml", "params.yaml"):
+        (project.root / name).unlink()
     assert refuse(project, *command).endswith("no dvc.yaml here. Change to the project's folder and run this again.")
+
+
+@pytest.mark.parametrize("name", ["dvc.yaml", "params.yaml"])
+def test_a_project_that_has_lost_one_of_its_files(name: str, project: "Project") -> None:
+    (project.root / name).unlink()
+    told = f"a project without its {name}. `git checkout {name}` brings back the one that was committed."
+    assert refuse(project, "status").endswith(told)
 
 
 def test_a_broken_lock_of_dvc_says_how_it_comes_back(project: "Project") -> None:

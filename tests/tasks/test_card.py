@@ -217,7 +217,7 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
     assert program
     (tmp_path / "example.py").write_text(program[1])
 
-    def run(prompt: str, folder: Path = project / "models/int8") -> "subprocess.CompletedProcess[str]":
+    def run(*prompt: str, folder: Path = project / "models/int8") -> "subprocess.CompletedProcess[str]":
         # Only these three packages may be imported, whatever else is installed.
         guard = (
             "import sys, runpy\n"
@@ -226,7 +226,7 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
             "        if name.split('.')[0] in ('torch', 'transformers', 'lm', 'tasks', 'flows'):\n"
             "            raise ImportError(name)\n"
             "sys.meta_path.insert(0, Guard())\n"
-            f"sys.argv = ['example.py', {prompt!r}]\n"
+            f"sys.argv = ['example.py', *{prompt!r}]\n"
             f"runpy.run_path({str(tmp_path / 'example.py')!r}, run_name='__main__')\n"
         )
         return subprocess.run([sys.executable, "-c", guard], cwd=folder, capture_output=True, text=True, check=False)
@@ -235,17 +235,18 @@ def test_the_example_of_the_card_runs_as_written(project: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("in the beginning")
     assert len(done.stdout) > len("in the beginning\n")
+    assert len(run().stdout) > 10
     # Whatever the tokenizer was saved with.
     shutil.copytree(project / "models/int8", tmp_path / "padding")
     tokenizer = Tokenizer.from_file(str(tmp_path / "padding/tokenizer.json"))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=32)
     tokenizer.save(str(tmp_path / "padding/tokenizer.json"))
-    assert run("in the beginning", tmp_path / "padding").stdout == done.stdout
+    assert run("in the beginning", folder=tmp_path / "padding").stdout == done.stdout
     # What ends a text stands in the way to generate: here every token does.
     generation = tmp_path / "padding/generation_config.json"
     generation.write_text(json.dumps({"eos_token_id": [*range(tokenizer.get_vocab_size())]}))
-    assert run("in the beginning", tmp_path / "padding").stdout == "in the beginning\n"
+    assert run("in the beginning", folder=tmp_path / "padding").stdout == "in the beginning\n"
     refused = run("in the beginning " * 100)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert re.fullmatch(
