@@ -76,13 +76,15 @@ GOALS = {"llama.cpp Q8_0": (2.0, 3.0)}
 LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
 TRANSFORMERS = {"PyTorch eager fp32": ("float32", False), "PyTorch compiled bf16": ("bfloat16", True)}
 GENERATE, GENAI, FLOAT = "transformers generate", "onnxruntime-genai INT4", "onnxruntime fp32"
+EVERY_SIDE = [*OURS, FLOAT, *STANDARD, *LLAMA_CPP, GENAI, *TRANSFORMERS, GENERATE]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
-    parser.add_argument("--only", action="append", metavar="SIDE", help="only this side; may be given several times")
+    one = "only this side; may be given several times"
+    parser.add_argument("--only", action="append", choices=EVERY_SIDE, metavar="SIDE", help=one)
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="while N other processes compute")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -163,6 +163,8 @@ def main() -> None:
         if alone and isinstance(params.model, GroupedArchitecture) and importlib.util.find_spec("litgpt"):
             every = {"OMP_NUM_THREADS": str(params.world_size * params.threads_per_process)}
             sides["litgpt"] = side("litgpt", "litgpt", plain if peak else every)
+        if unknown := set(arguments.only or ()) - set(sides):
+            parser.error(f"--only {', '.join(unknown)}: no such side here; there are {', '.join(sides)}")
         kept = {name: run for name, run in sides.items() if name == "overnight" or name in (arguments.only or sides)}
         compare(kept, arguments.rounds, "tokens/s", {"transformers Trainer": 2.0}, "overnight", notes)
 
