@@ -130,6 +130,9 @@ def _of_repository(root: Path) -> Holder | None:
             except BlockingIOError:
                 pid = int(file.read())
                 command = psutil.Process(pid).cmdline()
+                if dvc_fork.is_fork(command):
+                    # Its command line is not its own.
+                    return Holder(pid, "dvc")
                 # `python -m dvc push` and `python .../bin/dvc push`.
                 start = next((place for place, word in enumerate(command) if Path(word).name == "dvc"), 0)
                 return Holder(pid, " ".join(command[start:]))

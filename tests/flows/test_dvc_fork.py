@@ -123,9 +123,8 @@ def test_its_notes_are_those_of_a_living_command_to_whoever_mends_them(project: 
         # As `overnight versions` does, and whatever else looks at the project meanwhile.
         dvc_lock.mend(project)
         assert table.exists()
-        holder = dvc_lock.other(project)
-        assert holder is not None
-        assert holder.command.endswith("dvc repro")
+        # Until the table is whole, the lock of the repository tells of it, which knows no command.
+        until(lambda: (holder := dvc_lock.other(project)) and holder.command.endswith("dvc repro"))
         assert child.wait(60) == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import dvc_lock
+from flows import dvc_fork, dvc_lock
 
 # Two words of Python that stay until their input ends; the last one is what a table of locks would hold.
 STAY = "import sys; sys.stdin.read()"
@@ -80,6 +80,18 @@ def test_a_command_that_holds_the_whole_repository_is_seen(root: Path, stranger:
         assert found is not None
         assert (found.pid, found.alive) == (stranger.pid, True)
     assert dvc_lock.other(root) is None
+
+
+def test_a_fork_that_holds_the_whole_repository_is_called_what_it_is(root: Path) -> None:
+    # A fork has the command line of the process that it comes from.
+    forked = [sys.executable, "-c", STAY, dvc_fork._SERVE, "folder", "17"]
+    with subprocess.Popen(forked, stdin=subprocess.PIPE) as fork, (root / ".dvc/tmp/lock").open("w+") as file:
+        file.write(str(fork.pid))
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = dvc_lock.other(root)
+        assert found is not None
+        assert (str(found), found.alive) == (f"process {fork.pid}: dvc", True)
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"read": {', b"\xff", b"[]", b'{"write": {"a": 1}}'])
