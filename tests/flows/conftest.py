@@ -15,6 +15,7 @@ import pytest
 from processes import left_within, within
 from publishing import Clone
 from ruamel.yaml import YAML
+from serving import lay_out_project
 from versioned import Versioned, make
 
 from flows.publish import publish
@@ -196,3 +197,14 @@ def published(tmp_path: Path, published_twice: Clone, monkeypatch: pytest.Monkey
     made = published_twice.copy(tmp_path / "place")
     monkeypatch.chdir(made.root)
     return made
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an INT8 model whose tokens are bytes, for what serves it."""
+    # It imports torch, which other tests here do without.
+    from odd import export_over_bytes
+
+    root = lay_out_project(tmp_path_factory.mktemp("project"))
+    export_over_bytes(root / "models/int8")
+    return root

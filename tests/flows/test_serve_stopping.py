@@ -10,8 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from odd import export_over_bytes
-from serving import Server, lay_out_project, until
+from serving import Server, until
 
 SLOW = """
 import time
@@ -31,13 +30,6 @@ def slow(self, ids, cache, last=False):
 Generator.run = slow
 app(prog_name="overnight")
 """
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = lay_out_project(tmp_path_factory.mktemp("project"))
-    export_over_bytes(root / "models/int8")
-    return root
 
 
 def serve_slowly(root: Path, pace: float) -> Server:

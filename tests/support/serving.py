@@ -21,6 +21,8 @@ from fastapi import FastAPI
 PATIENCE = 10
 # As a client in this process asks.
 HERE = "http://127.0.0.1"
+# A request that always gets the same text.
+GREEDY = {"temperature": 0, "max_tokens": 8, "prompt": "sea"}
 until = functools.partial(waiting.until, seconds=PATIENCE)
 
 
