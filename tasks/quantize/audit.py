@@ -54,7 +54,7 @@ def expected_products(model: LanguageModel, plan: Plan) -> dict[str, str]:
     # The expansion of latents is absorbed into the products around it, which read it as it was rounded.
     return {
         product.scheme.stored(name): "Cast"
-        if name.endswith(".kv_b_proj") and not isinstance(product.scheme, Float)
+        if product.cache and not isinstance(product.scheme, Float)
         else product.operator
         for name, product in products(model, plan).items()
     }
@@ -186,10 +186,16 @@ def _other_embeddings(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[st
         if nodes.tensors[name].data_type == TensorProto.FLOAT and list(nodes.tensors[name].dims[1:]) in widths
     }
     in_float = {name for name in _embeddings(model) if plan.matches(name, plan.in_float)}
-    meant = {f"{name}.weight" if name in in_float else f"{name}.int8" for name in _embeddings(model)}
+    in_float_weights = {f"{name}.weight" for name in in_float}
+    meant = in_float_weights | {f"{name}.int8" for name in _embeddings(model).keys() - in_float}
     return [
-        *(f"{name} is looked up in float" for name in sorted(floating - {f"{name}.weight" for name in in_float})),
+        *(f"{name} is looked up in float" for name in sorted(floating - in_float_weights)),
         *(f"{name} is not looked up" for name in sorted(meant - looked_up)),
+        *(
+            f"{node.input[0]} is not scaled row by row"
+            for node in nodes.all
+            if node.op_type == "Gather" and node.input[0] in meant - in_float_weights and not nodes.scales_rows(node)
+        ),
     ]
 
 

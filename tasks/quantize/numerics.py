@@ -11,6 +11,7 @@ from lm.blockwise import Blockwise
 from lm.graph import nodes_of
 from lm.model import LanguageModel
 from lm.quantization import Plan
+from lm.scheme import Float, Scheme
 from lm.static import Range, Static
 from tasks.quantize.products import Product, products
 
@@ -19,6 +20,14 @@ _SCALE_AND_POINT = (TensorProto.FLOAT, TensorProto.UINT8)
 _OF_A_TOKEN = {"Div", "Sub", "Min", "Max", "Neg", "QuantizeLinear"}
 # What gives on a matrix as it is, or a part of it, or its transpose.
 _PASSED = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Split", "Identity"}
+# Which operands each product has: the others are zero points of weights and biases, which no plan has.
+_OPERANDS = {
+    per_token.OPERATOR: {0, 1, 2, 3, 4},
+    "MatMulNBits": {0, 1, 2},
+    blockwise.MIXTURE: {0, 1, 2, 3, 5, 6, blockwise.GATES},
+}
+# How far behind a weight its scales stand.
+_SCALES_BEHIND = {per_token.OPERATOR: 2, "MatMulNBits": 1, blockwise.MIXTURE: 1}
 
 
 class Nodes:
@@ -46,7 +55,19 @@ class Nodes:
         if scale is None or cast is None or cast.op_type != "Cast":
             return name
         integers = cast.input[0]
-        return integers if scale.input[1] == f"{integers.removesuffix('.int8')}.scales" else name
+        return integers if scale.input[1] == scales_name(integers) else name
+
+    def scales_rows(self, lookup: onnx.NodeProto) -> bool:
+        """Whether all that reads the integers of ``lookup``, a Gather, multiplies each row by its own scale."""
+        table, rows = lookup.input
+        casts = self.readers[lookup.output[0]]
+        products = [node for cast in casts for node in self.readers[cast.output[0]]]
+        scales = [self.makers.get(node.input[1]) for node in products]
+        return (
+            {node.op_type for node in casts} == {"Cast"}
+            and {node.op_type for node in products} == {"Mul"}
+            and all(one is not None and list(one.input) == [scales_name(table), rows] for one in scales)
+        )
 
     def by_owner(self, node: onnx.NodeProto) -> bool:
         """Whether ``node`` looks up a row for each of those that lie sorted: by what is sorted, from the least up."""
@@ -63,6 +84,11 @@ class Nodes:
         return float(numpy_helper.to_array(tensor))
 
 
+def scales_name(integers: str) -> str:
+    """Returns the tensor that holds the scales of the tensor ``integers``."""
+    return f"{integers.rpartition('.')[0]}.scales"
+
+
 def other_numerics(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
     """Returns what is told of each product that differs from its plan's."""
     expected = {product.scheme.stored(name): product for name, product in products(model, plan).items()}
@@ -71,6 +97,10 @@ def other_numerics(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
     for node in nodes.all:
         for weight in expected.keys() & set(node.input):
             product = expected[weight]
+            if node.op_type in _OPERANDS and not _has_its_own_operands(node, weight):
+                faults.append(f"{weight} has other operands than its own scales")
+            if node.op_type == "Cast" and not _is_scaled(nodes, node):
+                faults.append(f"{weight} is multiplied by other scales than its own")
             if node.op_type == per_token.OPERATOR:
                 faults += [f"{weight} {fault}" for fault in _of_integers(nodes, node, product)]
             elif node.op_type == "MatMulNBits" and isinstance(product.scheme, Blockwise):
@@ -81,7 +111,53 @@ def other_numerics(nodes: Nodes, model: LanguageModel, plan: Plan) -> list[str]:
                 faults += [f"{weight} is multiplied with {fault}" for fault in _attributes(node, wanted)]
                 if list(node.input[blockwise.GATES : blockwise.GATES + 1]) != [node.input[1]]:
                     faults.append(f"{weight} is not weighed by the router's gates")
+    faults += [
+        f"{weight} meets latents that are not rounded as its plan has it"
+        for weight, product in expected.items()
+        if product.cache and not _latents_are_rounded(nodes, product.cache, product.scheme)
+    ]
     return sorted(faults)
+
+
+def _has_its_own_operands(node: onnx.NodeProto, weight: str) -> bool:
+    given = list(node.input)
+    place = given.index(weight) + _SCALES_BEHIND[node.op_type]
+    has = {index for index, name in enumerate(given) if name}
+    return has <= _OPERANDS[node.op_type] and given[place : place + 1] == [scales_name(weight)]
+
+
+def _is_scaled(nodes: Nodes, cast: onnx.NodeProto) -> bool:
+    """Whether all that reads ``cast``, integers as fp32, multiplies them by their own scales."""
+    readers = nodes.readers[cast.output[0]]
+    return bool(readers) and all(nodes.scaled(node.output[0]) == cast.input[0] for node in readers)
+
+
+def _latents_are_rounded(nodes: Nodes, cache: str, scheme: Scheme) -> bool:
+    """Whether what ``cache`` gets of new tokens is rounded as an operand of ``scheme`` is."""
+    if isinstance(scheme, Float):
+        return True
+    writes = [node for node in nodes.readers[cache] if node.op_type == "ScatterND"]
+    new = [nodes.makers.get(node.input[2]) for node in writes]
+    # Behind the latents lie the rotary keys, which are not.
+    return bool(writes) and all(one is not None and _is_rounded(nodes, one.input[0], scheme) for one in new)
+
+
+def _is_rounded(nodes: Nodes, name: str, scheme: Scheme) -> bool:
+    node = nodes.makers.get(name)
+    while node is not None and node.op_type in ("Slice", "Flatten"):
+        node = nodes.makers.get(node.input[0])
+    before = None if node is None else nodes.makers.get(node.input[0])
+    if node is None or before is None:
+        return False
+    if isinstance(scheme, Blockwise):
+        return (node.op_type, before.op_type) == ("Mul", "Round")
+    if (node.op_type, before.op_type) != ("DequantizeLinear", "QuantizeLinear") or node.input[1:] != before.input[1:]:
+        return False
+    if isinstance(scheme, Static):
+        within = scheme.within
+        given = [nodes.number(one, kind) for one, kind in zip(before.input[1:], _SCALE_AND_POINT, strict=True)]
+        return within is not None and given == [within.scale, within.zero]
+    return all(_is_of_a_token(nodes, one, before.input[0]) for one in before.input[1:])
 
 
 def _of_integers(nodes: Nodes, product: onnx.NodeProto, expected: Product) -> Iterator[str]:

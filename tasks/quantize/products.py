@@ -15,7 +15,8 @@ from lm.scheme import Scheme, expert_name
 class Product:
     """A weight [outputs, inputs] and the operator that multiplies by it.
 
-    Of an expert with products of its own, ``expert`` is its number and ``part`` what all of its kind are called.
+    Of an expert with products of its own, ``expert`` is its number and ``part`` what all of its kind are called. What
+    expands latents reads them in ``cache``, and is absorbed into the products around it.
     """
 
     scheme: Scheme
@@ -24,17 +25,20 @@ class Product:
     inputs: int
     expert: int | None = None
     part: str = ""
+    cache: str | None = None
 
 
 def products(model: LanguageModel, plan: Plan) -> dict[str, Product]:
     """What the graph multiplies by: a layer, layers that are packed into one, and each expert's two parts."""
     found: dict[str, Product] = {}
+    caches = {f"model.layers.{index}.self_attn.kv_b_proj": f"past_{index}" for index in range(len(model.model.layers))}
     for name, layer in layers(model).items():
         if isinstance(layer, Experts):
             found |= _of_experts(name, layer, plan)
         else:
             scheme = plan.of(name)
-            found[name] = Product(scheme, scheme.operator, *layer.weight.shape)
+            outputs, inputs = layer.weight.shape
+            found[name] = Product(scheme, scheme.operator, outputs, inputs, cache=caches.get(name))
     for name, parts in packed_products(model, plan).items():
         packed = [found.pop(part) for part in parts]
         found[name] = replace(packed[0], outputs=sum(part.outputs for part in packed))

@@ -263,3 +263,78 @@ def signed_range(planted: onnx.ModelProto) -> None:
     quantize = next(node for node in planted.graph.node if product.input[0] in node.output)
     planted.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), "signed"))
     quantize.input[2] = product.input[4] = "signed"
+
+
+def added(planted: onnx.ModelProto, name: str, values: np.ndarray) -> str:
+    planted.graph.initializer.append(numpy_helper.from_array(values, name))
+    return name
+
+
+def one_scale_for_all_channels(planted: onnx.ModelProto) -> None:
+    # Those of the channels are still there, and nobody reads them.
+    product = reader_of(planted, f"{UP}.scales")
+    product.input[list(product.input).index(f"{UP}.scales")] = added(
+        planted, "of_all_channels", np.array(0.1, np.float32)
+    )
+
+
+def another_experts_scales(planted: onnx.ModelProto) -> None:
+    reader_of(planted, f"{EXPERT}.int8").input[3] = f"{EXPERT.replace('.2.', '.1.')}.scales"
+
+
+def weights_zero_point(planted: onnx.ModelProto) -> None:
+    reader_of(planted, f"{UP}.int8").input.append(added(planted, "zero_point", np.array(3, np.int8)))
+
+
+def zero_points_of_blocks(planted: onnx.ModelProto) -> None:
+    zeros = np.full(tensor_of(planted, f"{UP}.scales").dims, 120, np.uint8)
+    reader_of(planted, f"{UP}.int8").input.append(added(planted, "zero_points", zeros))
+
+
+def bias_of_blocks(planted: onnx.ModelProto) -> None:
+    bias = np.ones(tensor_of(planted, f"{UP}.scales").dims[0], np.float32)
+    reader_of(planted, f"{UP}.int8").input.extend(["", "", added(planted, "bias", bias)])
+
+
+def bias_of_experts(planted: onnx.ModelProto) -> None:
+    node = next(node for node in planted.graph.node if node.op_type == "QMoE")
+    node.input[4] = added(planted, "bias", np.ones(tensor_of(planted, node.input[3]).dims[:2], np.float32))
+
+
+def scales_of_experts(planted: onnx.ModelProto) -> None:
+    node = next(node for node in planted.graph.node if node.op_type == "QMoE")
+    node.input[6] = added(planted, "ones", np.ones(tensor_of(planted, node.input[6]).dims, np.float32))
+
+
+def embedding_a_scale_for_all(planted: onnx.ModelProto) -> None:
+    looked_up = reader_of(planted, "model.embed_tokens.scales").output[0]
+    product = reader_of(planted, looked_up)
+    product.input[list(product.input).index(looked_up)] = added(planted, "of_all_rows", np.array(0.1, np.float32))
+
+
+def embedding_the_first_rows_scale(planted: onnx.ModelProto) -> None:
+    reader_of(planted, "model.embed_tokens.scales").input[1] = added(planted, "first", np.zeros(1, np.int64))
+
+
+def latents_in_float(planted: onnx.ModelProto) -> None:
+    # What a token leaves in the cache is as the norm gives it.
+    joined = maker_of(planted, reader_of(planted, "past_1").input[2])
+    norm = maker_of(planted, joined.input[0])
+    while norm.op_type != "RMSNormalization":
+        norm = maker_of(planted, norm.input[0])
+    joined.input[0] = norm.output[0]
+
+
+def latents_rounded_within_another_range(planted: onnx.ModelProto) -> None:
+    joined = maker_of(planted, reader_of(planted, "past_1").input[2])
+    product = reader_of(planted, f"{UP}.int8")
+    others = next(node for node in planted.graph.node if product.input[0] in node.output).input[1:]
+    back = maker_of(planted, joined.input[0])
+    for node in (back, maker_of(planted, back.input[0])):
+        node.input[1:] = others
+
+
+def expansion_without_its_scales(planted: onnx.ModelProto) -> None:
+    scales = "model.layers.1.self_attn.kv_b_proj.scales"
+    product = reader_of(planted, scales)
+    product.input[1] = added(planted, "ones", np.ones(tensor_of(planted, scales).dims, np.float32))

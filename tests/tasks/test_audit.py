@@ -84,6 +84,8 @@ _UP = re.escape(spoilt.UP)
 
 
 _EXPERT = re.escape(spoilt.EXPERT)
+_LATENTS = r"model\.layers\.1\.self_attn\.kv_b_proj"
+_OTHER_OPERANDS = "has other operands than its own scales"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,14 @@ _EXPERT = re.escape(spoilt.EXPERT)
         (spoilt.embedding_of_something_else, r"model\.embed_tokens\.int8 is not looked up"),
         (spoilt.one_experts_zero_points, rf"{_EXPERT}\.int8 does not take out its tokens' zero points and scales"),
         (spoilt.experts_scale_a_tensor, rf"{_EXPERT}\.int8 meets activations without a scale a token"),
+        (spoilt.one_scale_for_all_channels, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.another_experts_scales, rf"{_EXPERT}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.weights_zero_point, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.embedding_a_scale_for_all, r"model\.embed_tokens\.int8 is not scaled row by row"),
+        (spoilt.embedding_the_first_rows_scale, r"model\.embed_tokens\.int8 is not scaled row by row"),
+        (spoilt.latents_in_float, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.latents_rounded_within_another_range, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.expansion_without_its_scales, rf"{_LATENTS}\.int8 is multiplied by other scales than its own"),
     ],
 )
 def test_what_quantizers_do_in_silence_is_refused(
@@ -180,6 +190,26 @@ def test_only_the_range_that_was_calibrated_is_right_for_static(
         audit(path, model, plan)
 
 
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (spoilt.one_scale_for_all_channels, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.latents_in_float, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.latents_rounded_within_another_range, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+    ],
+)
+def test_static_has_its_own_scales_and_the_range_of_its_latents(
+    plant: Callable[[onnx.ModelProto], None], told: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    plan, path = calibrate(model, PLANS["static-8"], torch.arange(48).view(3, 16)), tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    planted = onnx.load(path)
+    plant(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=told):
+        audit(path, model, plan)
+
+
 def test_fixed_ranges_are_a_trap_where_no_range_was_asked_for(model: LanguageModel, tmp_path: Path) -> None:
     ids = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
     onnx_model.export(model, calibrate(model, PLANS["static-8"], ids), tmp_path / "model.onnx")
@@ -206,6 +236,30 @@ def test_blocks_that_are_multiplied_otherwise_are_refused(
     next(one for one in product.attribute if one.name == attribute).i = value
     onnx.save(planted, path)
     with pytest.raises(Refused, match=rf"{_UP}\.int8 is multiplied with {told}"):
+        audit(path, model, plan)
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (spoilt.one_scale_for_all_channels, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.zero_points_of_blocks, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.bias_of_blocks, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.bias_of_experts, rf"experts\.gate_up_proj\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.scales_of_experts, rf"experts\.down_proj\.int8 {_OTHER_OPERANDS}"),
+        (spoilt.latents_in_float, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.expansion_without_its_scales, rf"{_LATENTS}\.int8 is multiplied by other scales than its own"),
+    ],
+)
+def test_what_is_added_to_blocks_in_silence_is_refused(
+    plant: Callable[[onnx.ModelProto], None], told: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
+    onnx_model.export(model, plan, path)
+    planted = onnx.load(path)
+    plant(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=told):
         audit(path, model, plan)
 
 
