@@ -202,10 +202,12 @@ def test_what_conversations_have_said_stays_while_others_are_answered(model: Not
     for text in said:
         written.add(Request(text, 4, Sampling(temperature=0)))
         written.finish()
+    expected = write(model, *(Request(f"{text}light", 4, Sampling(temperature=0)) for text in said))
     for number, text in enumerate(said):
         model.runs.clear()
         written.add(Request(f"{text}light", 4, Sampling(temperature=0)))
-        written.finish()
+        # It goes on with what its own row held, wherever that is moved to.
+        assert written.finish()[-1] == expected[number]
         # What was written after it is not what follows now.
         assert model.runs[0] == (1, len("light")), number
     model.runs.clear()

@@ -167,6 +167,7 @@ SMALL_GROUPED = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads
     [
         (make_model, SMALL),
         (make_model, {**SMALL, "hidden_size": 64}),
+        (make_model, {**SMALL, "model_type": "deepseek_v2", "norm_topk_prob": False, "q_lora_rank": 8}),
         (make_grouped, SMALL_GROUPED),
         (make_grouped, {**SMALL_GROUPED, "model_type": "qwen2", "tie_word_embeddings": True}),
         (make_grouped, {**SMALL_GROUPED, "model_type": "qwen3"}),
@@ -174,7 +175,8 @@ SMALL_GROUPED = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads
         (make_grouped_mixture, {**SMALL_GROUPED, "moe_intermediate_size": 6, "hidden_size": 64}),
     ],
     ids=[
-        *("latent, a node an expert", "latent, a node for all experts", "llama", "qwen2, tied", "qwen3"),
+        *("latent, a node an expert", "latent, a node for all experts", "v2, query latent"),
+        *("llama", "qwen2, tied", "qwen3"),
         *("qwen3_moe, a node an expert", "qwen3_moe, a node for all experts"),
     ],
 )

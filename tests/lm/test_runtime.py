@@ -188,6 +188,34 @@ def test_texts_side_by_side_are_those_of_each_alone(folder: Path) -> None:
     assert (endings[1].ending, endings[2].ending) == ("length", "context")
 
 
+def test_of_a_prompt_the_last_tokens_logits_alone_are_computed_where_no_others_are_wanted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(folder)
+    ids = np.array([[256, *b"light"], [256, *b"night"]])
+    whole, last = (generator.run(ids, generator.new_cache(2), last=last) for last in (False, True))
+    assert last.shape == (2, 1, generator.vocab_size)
+    np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-5)
+    run, sizes = generator.run, list[int]()
+
+    def note(*what: Any, **how: Any) -> Any:
+        logits = run(*what, **how)
+        sizes.append(logits.shape[1])
+        return logits
+
+    monkeypatch.setattr(generator, "run", note)
+    write(generator, "light", 3, GREEDY, (), 0)
+    assert sizes == [1, 1, 1]
+
+
+def test_what_ends_a_text_may_stand_in_a_prompt_that_is_told_with_it(folder: Path) -> None:
+    generator = Generator(folder)
+    plain = write(generator, "light", 12, GREEDY)
+    told = "".join(generator.generate(Request("light", 12, GREEDY, ("ligh",), echo=True)))
+    assert "ligh" not in plain
+    assert told == f"light{plain}"
+
+
 def test_what_a_text_has_in_common_with_the_last_one_is_not_read_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
