@@ -13,6 +13,8 @@ FloatOrInt8 = Literal["float", "int8"]
 # fp32, in which rotations are computed, has every whole number up to there.
 Positions = Annotated[int, Field(ge=1, le=2**24)]
 _MOST_ROTATIONS = 2**31
+# Those with biases on queries, keys and values alone, whatever attention_bias says.
+QWEN2 = ("qwen2", "qwen2_moe")
 
 
 class _Shape(BaseModel):
@@ -180,6 +182,11 @@ class LatentArchitecture(_Shape):
         return self
 
     @property
+    def shared_size(self) -> int:
+        """The inner size of what each token sees beside its routed experts."""
+        return self.moe_intermediate_size * self.n_shared_experts
+
+    @property
     def has_bias(self) -> bool:
         """Whether a bias evens the experts out."""
         return self.model_type == "deepseek_v3"
@@ -218,13 +225,15 @@ class GroupedShape(_Shape):
     tie_word_embeddings: bool
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
-    # Of queries, keys, values and outputs. A qwen2 always has those of the first three, and no other.
+    # Of queries, keys, values and outputs. Qwen2's always have those of the first three, and no other.
     attention_bias: bool = False
 
     @model_validator(mode="after")
     def _biases_fit(self) -> Self:
-        if self.attention_bias and self.model_type == "qwen2":
-            raise ValueError("attention_bias is true; a qwen2 has its biases without it, and none on outputs")
+        if self.attention_bias and self.model_type in QWEN2:
+            raise ValueError(
+                f"attention_bias is true; a {self.model_type} has its biases without it, and none on outputs"
+            )
         return self
 
     @model_validator(mode="after")
@@ -241,7 +250,7 @@ class GroupedShape(_Shape):
     @property
     def has_biases(self) -> bool:
         """Whether queries, keys and values have biases."""
-        return self.attention_bias or self.model_type == "qwen2"
+        return self.attention_bias or self.model_type in QWEN2
 
     @property
     def norms_heads(self) -> bool:
@@ -273,17 +282,29 @@ class GroupedArchitecture(GroupedShape):
 
 
 class GroupedMixtureArchitecture(GroupedShape):
-    """What a user chooses about a Qwen3-MoE-style decoder (arXiv 2505.09388, section 2): Qwen3's attention, and a
-    mixture of experts in each layer.
+    """What a user chooses about a Qwen2- or Qwen3-MoE-style decoder: Qwen2's or Qwen3's attention, and a mixture of
+    experts in each layer.
 
-    Experts are scored by a softmax over all of them. None is shared, and no bias evens them out.
+    Experts are scored by a softmax over all of them, and no bias evens them out. Qwen2 has one more that each token
+    sees, as far as a gate says (arXiv 2407.10671, section 2.2.2); Qwen3 has none (arXiv 2505.09388, section 2).
     """
 
-    model_type: Literal["qwen3_moe"]
+    model_type: Literal["qwen2_moe", "qwen3_moe"]
     moe_intermediate_size: Size
     num_experts: Size = Field(ge=2)
     num_experts_per_tok: Size
     norm_topk_prob: bool
+    # Of a qwen2_moe's shared expert.
+    shared_expert_intermediate_size: Size | None = None
+
+    @model_validator(mode="after")
+    def _the_shared_expert_is_of_its_family(self) -> Self:
+        size = self.shared_expert_intermediate_size
+        if self.model_type == "qwen2_moe" and size is None:
+            raise ValueError("shared_expert_intermediate_size is missing; a qwen2_moe has a shared expert")
+        if self.model_type != "qwen2_moe" and size is not None:
+            raise ValueError(f"shared_expert_intermediate_size is {size}; a {self.model_type} has no shared expert")
+        return self
 
     @model_validator(mode="after")
     def _there_are_enough_experts(self) -> Self:
@@ -300,8 +321,8 @@ class GroupedMixtureArchitecture(GroupedShape):
         return self.num_experts
 
     @property
-    def n_shared_experts(self) -> int:
-        return 0
+    def shared_size(self) -> int:
+        return self.shared_expert_intermediate_size or 0
 
     @property
     def n_group(self) -> int:

@@ -1,5 +1,5 @@
 """Feed-forward layers: SwiGLU (arXiv 2002.05202), mixtures of experts: DeepSeek's (V3: arXiv 2412.19437, section 2.1.2;
-V2: arXiv 2405.04434, section 2.2) and Qwen3's (arXiv 2505.09388, section 2).
+V2: arXiv 2405.04434, section 2.2), Qwen2's (arXiv 2407.10671, section 2.2.2) and Qwen3's (arXiv 2505.09388, section 2).
 
 Shape suffixes: N tokens, D hidden size, F expert size, E experts, K experts a token, G groups of experts,
 P rows of all experts, S sequences.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lm.config import MixtureConfig
+from lm.config import LatentConfig, MixtureConfig
 from lm.dispatch import combined, counted, dealt, rows_by_pair, rows_by_row
 from lm.linear import Linear, Project, stacked, to_product_type, together, turned
 
@@ -85,7 +85,7 @@ class _Pressed(torch.autograd.Function):
 class Router(nn.Module):
     """Chooses each token's experts by sigmoid scores, evened out by a bias that no gradient touches.
 
-    Of DeepSeek-V2 and Qwen3: by their softmax, without a bias. A loss evens those out where a training has set
+    Of DeepSeek-V2 and Qwen: by their softmax, without a bias. A loss evens those out where a training has set
     ``pressure``, what a token weighs in it: for each sequence the sum over experts of their share of its tokens, times
     their mean score, 1 where all are alike (DeepSeek-V2, arXiv 2405.04434, section 2.2.3).
     """
@@ -244,19 +244,30 @@ def _all_products(x: torch.Tensor, weights: torch.Tensor, beside: Beside | None,
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts, and where a family has them, shared ones that see every token."""
+    """Routed experts, and where a family has them, shared ones that see every token.
+
+    DeepSeek's are ``shared_experts``. Qwen2's is ``shared_expert``; what it says is multiplied by the sigmoid of
+    ``shared_expert_gate``, a number for each token.
+    """
 
     shared_experts: SwiGLU | None
+    shared_expert: SwiGLU | None
+    shared_expert_gate: Linear | None
 
     def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        shared = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
+        shared = SwiGLU(config.hidden_size, config.shared_size) if config.shared_size else None
+        self.shared_experts, self.shared_expert = (shared, None) if isinstance(config, LatentConfig) else (None, shared)
+        self.shared_expert_gate = None if self.shared_expert is None else Linear(config.hidden_size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_ND = x.flatten(0, -2)
         experts_NK, weights_NK = self.gate(x_ND, x.shape[:-2].numel())
         y = self.experts(x_ND, experts_NK, weights_NK).view_as(x)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        if self.shared_experts is not None:
+            return y + self.shared_experts(x)
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            return y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        return y

@@ -19,7 +19,7 @@ from lm.gguf_keys import (
     ARCHITECTURES,
     BETAS,
     FURTHER_ENDS,
-    GROUPED_MIXTURE,
+    GROUPED_MIXTURES,
     KEYS,
     LATENT,
     MULTIPLIER,
@@ -69,7 +69,8 @@ def config_from(
     if family not in ARCHITECTURES:
         raise Unfit(f"its architecture is {family!r}; known are {', '.join(ARCHITECTURES)}")
     said = {key.removeprefix(f"{family}."): value for key, value in found.items() if key.startswith(f"{family}.")}
-    kinds: dict[str, type[ModelConfig]] = {LATENT: LatentConfig, GROUPED_MIXTURE: GroupedMixtureConfig}
+    mixtures = {name: model_type for model_type, name in GROUPED_MIXTURES.items()}
+    kinds: dict[str, type[ModelConfig]] = {LATENT: LatentConfig, **dict.fromkeys(mixtures, GroupedMixtureConfig)}
     kind = kinds.get(family, GroupedConfig)
     if each := [key for key in KEYS[kind] if isinstance(said.get(key), list)]:
         raise Unfit(f"its {each[0]} has a number for each layer; a model with one for all alone can be read")
@@ -81,7 +82,7 @@ def config_from(
         _check_number(said, family, key)
     values: dict[str, Any] = {name: said.get(key, _UNSAID.get(name, ...)) for key, name in KEYS[kind].items()}
     values |= {
-        "model_type": _latent_family(said) if family == LATENT else {GROUPED_MIXTURE: "qwen3_moe"}.get(family, family),
+        "model_type": _latent_family(said) if family == LATENT else mixtures.get(family, family),
         "vocab_size": embedding[0],
         "initializer_range": found.get(f"{OWN}initializer_range", 0.02),
         "eos_token_id": (end := found.get("tokenizer.ggml.eos_token_id", ...)),
@@ -93,7 +94,10 @@ def config_from(
     else:
         values |= _of_grouped_heads(values, said)
         if kind is GroupedMixtureConfig:
-            values["norm_topk_prob"] = True
+            values["norm_topk_prob"] = family == "qwen3moe"
+        if family == "qwen3moe":
+            # Others may say 0.
+            values["shared_expert_intermediate_size"] = None
         if family == "llama":
             values |= {"attention_bias": OUTPUT_BIAS in tensors, "mlp_bias": MLP_BIAS in tensors}
     values["rope_scaling"] = _told_scaling(found, said, family)

@@ -6,10 +6,10 @@ from lm.config import GroupedConfig, GroupedMixtureConfig, LatentConfig, ModelCo
 
 Value = int | float | bool | str
 
-# llama.cpp's names for DeepSeek-V2 and V3, and for Qwen3 with experts.
+# llama.cpp's names for DeepSeek-V2 and V3, and for Qwen2 and Qwen3 with experts.
 LATENT = "deepseek2"
-GROUPED_MIXTURE = "qwen3moe"
-ARCHITECTURES = (LATENT, *get_args(GroupedConfig.model_fields["model_type"].annotation), GROUPED_MIXTURE)
+GROUPED_MIXTURES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = (LATENT, *get_args(GroupedConfig.model_fields["model_type"].annotation), *GROUPED_MIXTURES.values())
 # How V2's and V3's routers score experts.
 SOFTMAX, SIGMOID = 1, 2
 _DENSE_KEY = "feed_forward_length"
@@ -28,6 +28,7 @@ KEYS: dict[type[ModelConfig], dict[str, str]] = {
     GroupedMixtureConfig: {
         **{key: name for key, name in _GROUPED.items() if key != _DENSE_KEY},
         "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
     },

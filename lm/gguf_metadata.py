@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lm.config import (
-    GroupedMixtureConfig,
+    QWEN2,
     GroupedShape,
     LatentConfig,
     LinearScaling,
@@ -16,7 +16,7 @@ from lm.config import (
 from lm.gguf_keys import (
     BETAS,
     FURTHER_ENDS,
-    GROUPED_MIXTURE,
+    GROUPED_MIXTURES,
     KEYS,
     LATENT,
     MULTIPLIER,
@@ -38,9 +38,7 @@ _NAMED_ENDS = {
 
 def architecture(config: ModelConfig) -> str:
     """Returns what llama.cpp calls the family of ``config``."""
-    if isinstance(config, GroupedMixtureConfig):
-        return GROUPED_MIXTURE
-    return LATENT if isinstance(config, LatentConfig) else config.model_type
+    return LATENT if isinstance(config, LatentConfig) else GROUPED_MIXTURES.get(config.model_type, config.model_type)
 
 
 def metadata(config: ModelConfig) -> dict[str, Value]:
@@ -49,8 +47,12 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
         raise Unfit("llama.cpp chooses a DeepSeek-V2's groups of experts otherwise, and there are some here")
     if isinstance(config.rope_scaling, Llama3Scaling) and config.model_type != "llama":
         raise Unfit(f"llama.cpp reads Llama 3's rope_scaling of no {config.model_type}; --to hf writes it")
-    if isinstance(config, GroupedMixtureConfig) and not config.norm_topk_prob:
+    if config.model_type == "qwen3_moe" and not config.norm_topk_prob:
         raise Unfit("llama.cpp normalizes the weights of a qwen3moe's experts, and norm_topk_prob is false here")
+    if config.model_type == "qwen2_moe" and config.norm_topk_prob:
+        raise Unfit("llama.cpp normalizes no weights of a qwen2moe's experts, and norm_topk_prob is true here")
+    if config.model_type == "qwen2_moe" and config.tie_word_embeddings:
+        raise Unfit("llama.cpp reads no qwen2moe whose head is its embedding; --to hf writes it")
     if isinstance(config, GroupedShape) and config.attention_bias and config.model_type != "llama":
         raise Unfit(f"llama.cpp reads an attention_bias on outputs of no {config.model_type}; --to hf writes it")
     named: dict[str, Value] = {
@@ -73,8 +75,10 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
         if config.q_lora_rank is not None and takes_plain_queries(config.num_hidden_layers):
             raise Unfit("llama.cpp reads latent models of 26 and 27 layers without a q_lora_rank alone")
     else:
-        if config.model_type == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
-            raise Unfit("llama.cpp reads a qwen2 alone whose hidden_size is num_attention_heads x head_dim")
+        if config.model_type in QWEN2 and config.num_attention_heads * config.head_dim != config.hidden_size:
+            raise Unfit(
+                f"llama.cpp reads a {config.model_type} alone whose hidden_size is num_attention_heads x head_dim"
+            )
         named |= {"attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim}
         own = {}
     if config.rope_scaling is not None:

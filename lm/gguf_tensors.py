@@ -1,7 +1,7 @@
 """Which tensors of llama.cpp's file format GGUF are which of Hugging Face's layout, and how one becomes the other.
 
-Names and forms are those that llama.cpp reads for its architectures llama, qwen2, qwen3, qwen3moe and deepseek2
-(github.com/ggml-org/llama.cpp, ``src/llama-arch.cpp`` and ``conversion/``). Imports no torch.
+Names and forms are those that llama.cpp reads for its architectures llama, qwen2, qwen3, qwen2moe, qwen3moe and
+deepseek2 (github.com/ggml-org/llama.cpp, ``src/llama-arch.cpp`` and ``conversion/``). Imports no torch.
 
 Shape suffixes: H heads, W head size, C latent rank, N head size without position, V value head size.
 """
@@ -202,8 +202,15 @@ def _experts(config: MixtureConfig) -> list[Part]:
     if config.has_bias:
         found.append(Part(("exp_probs_b.bias",), ("mlp.gate.e_score_correction_bias",)))
     found += routed
-    if config.n_shared_experts:
-        found += [_weight(f"ffn_{name}_shexp", f"mlp.shared_experts.{name}_proj") for name in ("gate", "up", "down")]
+    if config.shared_size:
+        shared = "shared_experts" if isinstance(config, LatentConfig) else "shared_expert"
+        found += [_weight(f"ffn_{name}_shexp", f"mlp.{shared}.{name}_proj") for name in ("gate", "up", "down")]
+    if config.model_type == "qwen2_moe":
+        # A vector there, and here a matrix of one row.
+        vector, matrix = "ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight"
+        found.append(
+            Part((vector,), (matrix,), lambda tensors: [tensors[0][0]], lambda tensors: [tensors[0].reshape(1, -1)])
+        )
     return found
 
 

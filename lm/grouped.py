@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2, Qwen3 and Qwen3-MoE have it.
+"""Grouped-query attention (arXiv 2305.13245) as Llama, Qwen2 and Qwen3 have it, with experts or without.
 
 Shape suffixes: B batch, T tokens, D hidden size, H heads, G key-value heads, W head size.
 """

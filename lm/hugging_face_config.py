@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from lm.config import (
+    QWEN2,
     Architecture,
     DynamicScaling,
     GroupedMixtureConfig,
@@ -25,6 +26,7 @@ _ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
@@ -41,7 +43,7 @@ _SCALINGS: dict[str, type[RopeScaling]] = {
 _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
 _ROPE_THETA = 10000.0
 _QWEN3_HEAD_DIM = 128
-_QWEN3_MOE_KEY_VALUE_HEADS = 4
+_KEY_VALUE_HEADS = {"qwen2_moe": 16, "qwen3_moe": 4}
 _SLIDING_WINDOW, _MAX_WINDOW_LAYERS = 4096, 28
 # Values that are built here; a key that is missing or null is one of them.
 _BUILT: dict[str, tuple[object, ...]] = {
@@ -51,6 +53,8 @@ _BUILT: dict[str, tuple[object, ...]] = {
     "rope_interleave": (True,),
 }
 _WITHOUT_BIASES: dict[str, tuple[object, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+# Each layer has experts.
+_ALL_HAVE_EXPERTS: dict[str, tuple[object, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
     "deepseek_v2": {
         **_WITHOUT_BIASES,
@@ -58,8 +62,8 @@ _BUILT_OF: dict[str, dict[str, tuple[object, ...]]] = {
         "topk_method": ("greedy", "group_limited_greedy"),
     },
     "deepseek_v3": {**_WITHOUT_BIASES, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    # Each layer has experts.
-    "qwen3_moe": {"mlp_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    "qwen2_moe": {"qkv_bias": (True,), **_ALL_HAVE_EXPERTS},
+    "qwen3_moe": {"mlp_bias": (False,), **_ALL_HAVE_EXPERTS},
 }
 _SLIDING = "sliding_attention"
 # Of DeepSeek's architecture, written at another place of the file or only where it is set.
@@ -93,8 +97,9 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     else:
         # Without what is of no model but a few: older versions did not write it, and equal models keep their bytes.
         del dumped["attention_bias"]
-        if not dumped.get("mlp_bias"):
-            dumped.pop("mlp_bias", None)
+        for name in ("mlp_bias", "shared_expert_intermediate_size"):
+            if not dumped.get(name):
+                dumped.pop(name, None)
         own["attention_bias"] = config.has_biases
         # The feed-forward's sizes stand before these: so they did in older versions.
         dumped |= {name: dumped.pop(name) for name in ("tie_word_embeddings", "initializer_range", "rms_norm_eps")}
@@ -125,8 +130,8 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     block_of(content)
     kind = _CONFIGS[family]
     known: dict[str, Any] = {name: content[name] for name in kind.model_fields if name in content}
-    if family == "qwen2":
-        # It has its biases whatever this says.
+    if family in QWEN2:
+        # They have their biases whatever this says.
         known["attention_bias"] = False
     missing = _DEFAULTS | _ids(content) | (_latent(content) if kind is LatentConfig else _grouped(content))
     known |= {name: value for name, value in missing.items() if known.get(name) is None}
@@ -196,8 +201,11 @@ def _has_windows(content: Mapping[str, Any], layers: Sequence[object]) -> bool:
         return False
     if content["model_type"] == "qwen3_moe":
         return True
-    # Those before so many layers attend to all.
     full, count = content.get("max_window_layers", _MAX_WINDOW_LAYERS), content.get("num_hidden_layers")
+    if content["model_type"] == "qwen2_moe":
+        # Each second one of so many layers has windows, the first one first.
+        return not layers and full != 0
+    # Those before so many layers attend to all.
     return not layers and not (isinstance(full, int) and isinstance(count, int) and full >= count)
 
 
@@ -236,7 +244,7 @@ def _grouped(content: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     found: dict[str, Any] = {"num_key_value_heads": heads, "attention_bias": False}
     if _CONFIGS[content["model_type"]] is GroupedMixtureConfig:
-        found |= {"norm_topk_prob": False, "num_key_value_heads": _QWEN3_MOE_KEY_VALUE_HEADS}
+        found |= {"norm_topk_prob": False, "num_key_value_heads": _KEY_VALUE_HEADS[content["model_type"]]}
         # Releases of transformers from 5 on write this name.
         if "num_local_experts" in content:
             found["num_experts"] = content["num_local_experts"]

@@ -62,4 +62,7 @@ def _attention(shape: Architecture) -> tuple[str, ...]:
 def _feed_forward(shape: Architecture, index: int) -> tuple[str, ...]:
     if isinstance(shape, LatentArchitecture) and index >= shape.first_k_dense_replace:
         return "gate", "experts", *(f"shared_experts.{name}" for name in _DENSE)
-    return ("gate", "experts") if isinstance(shape, GroupedMixtureArchitecture) else _DENSE
+    if isinstance(shape, GroupedMixtureArchitecture):
+        shared = ("shared_expert_gate", *(f"shared_expert.{name}" for name in _DENSE)) if shape.shared_size else ()
+        return "gate", "experts", *shared
+    return _DENSE

@@ -132,7 +132,7 @@ def _hidden(graph: PlannedGraph, gate: str, up: str, reader: Linear | Experts) -
 
 
 def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) -> str:
-    rows, experts, shared = Rows(graph, x), layer.experts, layer.shared_experts
+    rows, experts = Rows(graph, x), layer.experts
     chosen, weights, scores = _routes(graph, f"{name}.gate", layer.gate, rows)
     if (scheme := mixture_scheme(graph.plan, f"{name}.experts", experts)) is not None:
         # [N, E]: the weight of each expert's output for each token, 0 where it was not chosen.
@@ -142,7 +142,13 @@ def _mixture(graph: PlannedGraph, name: str, layer: MixtureOfExperts, x: str) ->
     else:
         with graph.scope("experts"):
             routed = _routed(graph, f"{name}.experts", experts, rows, chosen, weights)
-    return routed if shared is None else graph.op("Add", _swiglu(graph, f"{name}.shared_experts", shared, rows), routed)
+    if layer.shared_experts is not None:
+        return graph.op("Add", _swiglu(graph, f"{name}.shared_experts", layer.shared_experts, rows), routed)
+    if layer.shared_expert is not None and layer.shared_expert_gate is not None:
+        share = graph.op("Sigmoid", graph.linear(f"{name}.shared_expert_gate", layer.shared_expert_gate, rows))
+        shared = _swiglu(graph, f"{name}.shared_expert", layer.shared_expert, rows)
+        return graph.op("Add", graph.op("Mul", shared, share), routed)
+    return routed
 
 
 def _routed(graph: PlannedGraph, name: str, experts: Experts, x: Rows, chosen: str, weights: str) -> str:

@@ -18,7 +18,8 @@ from lm.static import Range, Static
 Layer = Linear | Experts | Router
 
 _FLOAT = Float()
-_ROUTER = ".mlp.gate"
+# Of routed experts, and of Qwen2's shared one.
+_ROUTERS = (".mlp.gate", ".mlp.shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Plan:
 
     Patterns are those of a shell, over names as in ``model.layers.0.mlp.down_proj``; a layer's routed experts are one
     name, ``model.layers.1.mlp.experts``. The embedding, ``model.embed_tokens``, is INT8, a scale a row, unless a
-    pattern matches it. ``routers`` that are INT8 have the scheme of the head, as what decides on much and is small.
+    pattern matches it. ``routers`` that are INT8 have the scheme of the head, as what decides on much and is small; the
+    gates of shared experts are routers too.
     The weights of ``norms`` that are INT8 have one scale each.
     ``ranges`` are those of :class:`lm.static.Static`, by the names of :func:`products`; other schemes need none.
     """
@@ -41,7 +43,7 @@ class Plan:
 
     def of(self, layer: str, product: str | None = None) -> Scheme:
         """Returns the scheme of the layer ``layer``, or of that one of its products."""
-        router = layer.endswith(_ROUTER)
+        router = layer.endswith(_ROUTERS)
         if self.matches(layer, self.in_float) or (router and self.routers == "float"):
             return _FLOAT
         within = self.ranges.get(product or layer)

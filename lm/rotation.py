@@ -110,15 +110,18 @@ def _first_of(attention: LatentAttention | GroupedAttention) -> Matrices:
 def _inputs_of(mlp: SwiGLU | MixtureOfExperts) -> Matrices:
     if isinstance(mlp, SwiGLU):
         return [mlp.gate_proj.weight, mlp.up_proj.weight]
-    shared = [] if mlp.shared_experts is None else _inputs_of(mlp.shared_experts)
-    return [mlp.gate.weight, mlp.experts.gate_up_proj, *shared]
+    gates = [mlp.gate.weight] if mlp.shared_expert_gate is None else [mlp.gate.weight, mlp.shared_expert_gate.weight]
+    return [*gates, mlp.experts.gate_up_proj, *(matrix for one in _shared(mlp) for matrix in _inputs_of(one))]
 
 
 def _outputs_of(mlp: SwiGLU | MixtureOfExperts) -> Matrices:
     if isinstance(mlp, SwiGLU):
         return [mlp.down_proj.weight]
-    shared = [] if mlp.shared_experts is None else _outputs_of(mlp.shared_experts)
-    return [mlp.experts.down_proj, *shared]
+    return [mlp.experts.down_proj, *(matrix for one in _shared(mlp) for matrix in _outputs_of(one))]
+
+
+def _shared(mlp: MixtureOfExperts) -> list[SwiGLU]:
+    return [one for one in (mlp.shared_experts, mlp.shared_expert) if one is not None]
 
 
 def _turn_latents(attention: LatentAttention) -> None:

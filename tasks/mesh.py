@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lm.config import Architecture, GroupedArchitecture, GroupedShape, LatentArchitecture
+from lm.config import Architecture, GroupedArchitecture, GroupedMixtureArchitecture, GroupedShape, LatentArchitecture
 from tasks.section import Section
 
 AXES = ("pipeline", "replicate", "shard", "expert", "tensor")
@@ -159,7 +159,9 @@ def _check_tensor(tensor: int, model: Architecture) -> None:
     if isinstance(model, LatentArchitecture | GroupedArchitecture):
         cut["intermediate_size"] = model.intermediate_size
     if isinstance(model, LatentArchitecture):
-        cut["moe_intermediate_size x n_shared_experts"] = model.moe_intermediate_size * model.n_shared_experts
+        cut["moe_intermediate_size x n_shared_experts"] = model.shared_size
+    if isinstance(model, GroupedMixtureArchitecture):
+        cut["shared_expert_intermediate_size"] = model.shared_size
     for name, size in cut.items():
         if size % tensor:
             raise ValueError(f"{name} {size} does not divide over mesh.tensor {tensor}; lower mesh.tensor")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim.optimizer import ParamsT
 
-from lm.feed_forward import Experts, Router
+from lm.feed_forward import Experts, MixtureOfExperts, Router
 from lm.linear import Embedding
 from lm.model import LanguageModel
 from tasks.parallel import whole
@@ -53,6 +53,8 @@ def _muon(model: LanguageModel, params: TrainingParams) -> "Together":
     for module in model.modules():
         if isinstance(module, Embedding | Router):
             kept.update(id(parameter) for parameter in module.parameters(recurse=False))
+        elif isinstance(module, MixtureOfExperts) and module.shared_expert_gate is not None:
+            kept.add(id(module.shared_expert_gate.weight))
     every = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hidden = [parameter for parameter in every if parameter.dim() > 1 and id(parameter) not in kept]
     chosen = {id(parameter) for parameter in hidden}

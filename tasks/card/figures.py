@@ -76,7 +76,8 @@ def _attention_text(config: dict[str, Any]) -> str:
 
 def _experts_text(config: dict[str, Any]) -> str:
     if "num_experts" in config:
-        count, shared = config["num_experts"], ""
+        size = config.get("shared_expert_intermediate_size")
+        count, shared = config["num_experts"], f"+ 1 shared of {size}, gated; " if size else ""
     else:
         count, shared = config["n_routed_experts"], f"+ {config['n_shared_experts']} shared; "
     has_bias = config["model_type"] == "deepseek_v3"

@@ -112,6 +112,7 @@ _FAMILIES = {
     "deepseek_v3": "DeepSeek-V3",
     "llama": "Llama",
     "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2-MoE",
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3-MoE",
 }

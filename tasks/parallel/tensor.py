@@ -3,10 +3,10 @@
 
 A region (an attention, a dense feed-forward) computes a part of its output in each process, from the same input: the
 inputs of all tokens are gathered, its outputs are summed, and each process keeps its share of the tokens. Going back it
-is the other way round. Norms, residuals, routers and routed experts see that share alone. Weights that work on a share,
-or on some of the heads, are whole in each process, which has a part of their gradient; the parts are summed once a
-step. Embedding and head are cut over their words (:mod:`tasks.parallel.vocabulary`) and see all tokens, and so do the
-blocks of multi-token prediction, whose tokens are fewer by one and do not divide.
+is the other way round. Norms, residuals, routers, routed experts and the gates of shared ones see that share alone.
+Weights that work on a share, or on some of the heads, are whole in each process, which has a part of their gradient;
+the parts are summed once a step. Embedding and head are cut over their words (:mod:`tasks.parallel.vocabulary`) and see
+all tokens, and so do the blocks of multi-token prediction, whose tokens are fewer by one and do not divide.
 """
 
 import functools
@@ -83,7 +83,8 @@ def cut_regions(model: LanguageModel, mesh: DeviceMesh) -> InParts:
         _cut_regions(layer, mesh, in_parts, tokens.gathered_for_parts, tokens.dealt_from_parts)
         in_parts.add([layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")])
         if isinstance(layer.mlp, MixtureOfExperts):
-            in_parts.add([layer.mlp.gate, layer.mlp.experts])
+            of_share = layer.mlp.gate, layer.mlp.experts, layer.mlp.shared_expert_gate
+            in_parts.add(module for module in of_share if module is not None)
             # Of each sequence a process has a share.
             layer.mlp.gate.sum_counts = functools.partial(_summed, group)
     first, last = model.model.layers[0], model.model.norm

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from graphs import CALIBRATION, opened
-from odd import make_grouped, make_grouped_mixture, make_model
+from odd import make_gated_mixture, make_grouped, make_grouped_mixture, make_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -65,10 +65,19 @@ GROUPED_MIXTURES = {
         **WHOLE_BLOCKS, "norm_topk_prob": False, "rope_scaling": YARN, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+GATED_MIXTURES = {
+    "qwen2_moe": {},
+    # Queries and keys that are not normed make sharp scores of wide weights, in which fp32 keeps fewer digits.
+    "qwen2_moe, whole blocks, stretched and tied, weights normalized": {
+        **WHOLE_BLOCKS, "norm_topk_prob": True, "rope_scaling": YARN, "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+    },
+}  # fmt: skip
 MODELS = {
     **{name: (make_model, changes) for name, changes in VARIANTS.items()},
     **{name: (make_grouped, changes) for name, changes in GROUPED_VARIANTS.items()},
     **{name: (make_grouped_mixture, changes) for name, changes in GROUPED_MIXTURES.items()},
+    **{name: (make_gated_mixture, changes) for name, changes in GATED_MIXTURES.items()},
 }
 
 

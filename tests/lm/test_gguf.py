@@ -38,6 +38,7 @@ MODELS = {
     "llama, with biases": (odd.make_grouped, {"attention_bias": True, "mlp_bias": True}),
     "qwen2": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96}),
     "qwen3, one head of keys": (odd.make_grouped, {"model_type": "qwen3", "num_key_value_heads": 1}),
+    "qwen2moe": (odd.make_gated_mixture, {"hidden_size": 96}),
     "qwen3moe": (odd.make_grouped_mixture, {}),
     "latent": (odd.make_model, {}),
     "latent, query latent and groups": (odd.make_model, {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
@@ -51,6 +52,7 @@ MODELS = {
     ),
     "qwen2, stretched by YaRN": (odd.make_grouped, {"model_type": "qwen2", "hidden_size": 96, "rope_scaling": YARN}),
     "llama, stretched by YaRN": (odd.make_grouped, {"rope_scaling": YARN}),
+    "qwen2moe, stretched by YaRN": (odd.make_gated_mixture, {"hidden_size": 96, "rope_scaling": YARN}),
     "qwen3moe, stretched by YaRN": (odd.make_grouped_mixture, {"rope_scaling": YARN}),
     "latent, stretched by YaRN": (odd.make_model, {"rope_scaling": DEEPSEEK_YARN}),
     "v2": (odd.make_model, V2),
@@ -93,6 +95,17 @@ def test_llama_cpp_ends_a_text_at_whatever_ends_it(tmp_path: Path) -> None:
     ("make", "changes", "said"),
     [
         (odd.make_grouped_mixture, {"norm_topk_prob": False}, "normalizes the weights of a qwen3moe's experts"),
+        (
+            odd.make_gated_mixture,
+            {"hidden_size": 96, "norm_topk_prob": True},
+            "normalizes no weights of a qwen2moe's experts",
+        ),
+        (
+            odd.make_gated_mixture,
+            {"hidden_size": 96, "tie_word_embeddings": True},
+            "reads no qwen2moe whose head",
+        ),
+        (odd.make_gated_mixture, {}, "reads a qwen2_moe alone whose hidden_size is num_attention_heads x head_dim"),
         (odd.make_grouped_mixture, {"attention_bias": True}, "reads an attention_bias on outputs of no qwen3_moe"),
         (odd.make_grouped_mixture, {"rope_scaling": LLAMA_3}, "reads Llama 3's rope_scaling of no qwen3_moe"),
         (odd.make_grouped, {"model_type": "qwen3", "rope_scaling": LLAMA_3}, "reads Llama 3's .* of no qwen3"),
@@ -173,7 +186,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     [
         (
             {"general.architecture": "falcon"},
-            "its architecture is 'falcon'; known are deepseek2, llama, qwen2, qwen3, qwen3moe",
+            "its architecture is 'falcon'; known are deepseek2, llama, qwen2, qwen3, qwen2moe, qwen3moe",
         ),
         ({"drop": "blk.1.ffn_up.weight"}, "it lacks blk.1.ffn_up.weight"),
         ({"add": "blk.9.what"}, "it has, beyond what its configuration says, blk.9.what"),

@@ -41,6 +41,18 @@ QWEN3_MOE = {
     "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 100,
 }  # fmt: skip
 
+# As Qwen published Qwen1.5-MoE-A2.7B, but for its sizes. Qwen2-57B-A14B's has mlp_only_layers besides.
+QWEN2_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 99, "decoder_sparse_step": 1,
+    "eos_token_id": 99, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 88,
+    "max_position_embeddings": 128, "max_window_layers": 1, "model_type": "qwen2_moe", "moe_intermediate_size": 22,
+    "norm_topk_prob": False, "num_attention_heads": 4, "num_experts": 6, "num_experts_per_tok": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 88,
+    "sliding_window": 64, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 100,
+}  # fmt: skip
+
 
 def test_what_an_older_file_leaves_out_has_its_default() -> None:
     config = config_from_json(LLAMA)
@@ -97,6 +109,8 @@ def test_a_stretching_that_was_added_to_a_newer_file_holds() -> None:
         {**LLAMA, "attention_bias": True, "mlp_bias": True},
         DEEPSEEK,
         {**DEEPSEEK, "n_group": 4, "topk_group": 2},
+        QWEN2_MOE,
+        {**QWEN2_MOE, "mlp_only_layers": []},
         QWEN3_MOE,
     ],
 )
@@ -143,6 +157,8 @@ WINDOWS = "full_attention", "sliding_attention"
         {**QWEN2, "sliding_window": 128, "layer_types": WINDOWS},
         {**QWEN3_MOE, "use_sliding_window": True},
         {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 128},
+        QWEN2_MOE,
+        {**QWEN2_MOE, "use_sliding_window": True, "max_window_layers": 0},
     ],
 )
 def test_windows_in_which_each_text_has_room_are_full_attention(changes: dict[str, Any]) -> None:
@@ -162,6 +178,8 @@ def test_windows_in_which_each_text_has_room_are_full_attention(changes: dict[st
         {**QWEN2, "max_window_layers": 1},
         {**QWEN2, "max_window_layers": 2, "layer_types": [*WINDOWS]},
         {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 64},
+        # It counts the layers that may have windows from the other end.
+        {**QWEN2_MOE, "use_sliding_window": True, "max_window_layers": 2},
     ],
 )
 def test_windows_that_leave_tokens_out_are_refused(changes: dict[str, Any]) -> None:
@@ -239,6 +257,29 @@ def test_what_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str
 def test_experts_that_are_not_built_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(Unusable, match=f"^config.json: .*{said}"):
         config_from_json({**QWEN3_MOE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "said"),
+    [
+        (QWEN2_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; of a qwen2_moe, 1 is built here"),
+        (QWEN2_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; of a qwen2_moe, \[\] is built here"),
+        (QWEN2_MOE, {"qkv_bias": False}, "qkv_bias is False; of a qwen2_moe, True is built here"),
+        (QWEN2_MOE, {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is missing; a qwen2_m"),
+        (QWEN3_MOE, {"shared_expert_intermediate_size": 88}, "shared_expert_intermediate_size is 88; a qwen3_moe has"),
+    ],
+)
+def test_a_shared_expert_is_of_its_family(content: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unusable, match=f"^config.json: .*{said}"):
+        config_from_json({**content, **changes})
+
+
+def test_what_a_mixture_leaves_out_is_as_in_transformers() -> None:
+    for content in (QWEN2_MOE, QWEN3_MOE):
+        without = {name: value for name, value in content.items() if name != "num_key_value_heads"}
+        theirs = AutoConfig.for_model(**without).num_key_value_heads
+        config = config_from_json({**without, "num_attention_heads": 16, "head_dim": 16})
+        assert (config.num_key_value_heads, config.has_biases) == (theirs, content is QWEN2_MOE)
 
 
 def test_the_order_of_keys_stays_that_of_older_versions() -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from odd import make_grouped, make_grouped_mixture, make_model
+from odd import make_gated_mixture, make_grouped, make_grouped_mixture, make_model
 
 from lm.layer_names import layer_names
 from lm.quantization import layers
@@ -19,6 +19,7 @@ from lm.quantization import layers
         (make_grouped, {"model_type": "qwen2", "tie_word_embeddings": True}),
         (make_grouped, {"model_type": "qwen3"}),
         (make_grouped_mixture, {}),
+        (make_gated_mixture, {}),
     ],
 )
 def test_they_are_those_that_the_model_has(make: Any, changes: dict[str, Any]) -> None:

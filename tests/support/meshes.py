@@ -59,6 +59,9 @@ _GROUPED_MIXTURE = {
     "model_type": "qwen3_moe", "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2,
     "norm_topk_prob": True, "tie_word_embeddings": False,
 }  # fmt: skip
+_GATED_MIXTURE = {
+    **_GROUPED_MIXTURE, "model_type": "qwen2_moe", "norm_topk_prob": False, "shared_expert_intermediate_size": 20,
+}  # fmt: skip
 MODELS: dict[str, ModelConfig] = {
     "latent": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-compressed": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": 8}),
@@ -109,6 +112,7 @@ MODELS: dict[str, ModelConfig] = {
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "tie_word_embeddings": True}
     ),
     "qwen3-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GROUPED_MIXTURE, "num_hidden_layers": 4}),
+    "qwen2-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GATED_MIXTURE}),
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-deep-lora": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}

@@ -75,6 +75,15 @@ ODD_GROUPED_MIXTURE = {
 }
 
 
+# All of it is unlike Qwen3's but for the router: biases, weights that are not normalized, a shared expert with a gate.
+ODD_GATED_MIXTURE = {
+    **ODD_GROUPED_MIXTURE,
+    "model_type": "qwen2_moe",
+    "norm_topk_prob": False,
+    "shared_expert_intermediate_size": 38,
+}
+
+
 def make_grouped(**changes: Any) -> LanguageModel:
     """A Llama- or Qwen-type model with random weights, its biases and norms random too."""
     return _with_odd_vectors(LanguageModel(GroupedConfig.model_validate({**ODD_GROUPED, **changes})))
@@ -83,6 +92,11 @@ def make_grouped(**changes: Any) -> LanguageModel:
 def make_grouped_mixture(**changes: Any) -> LanguageModel:
     """A Qwen3-MoE-type model, as :func:`make_grouped` makes one without experts."""
     return _with_odd_vectors(LanguageModel(GroupedMixtureConfig.model_validate({**ODD_GROUPED_MIXTURE, **changes})))
+
+
+def make_gated_mixture(**changes: Any) -> LanguageModel:
+    """A Qwen2-MoE-type model, as :func:`make_grouped` makes one without experts."""
+    return make_grouped_mixture(**{**ODD_GATED_MIXTURE, **changes})
 
 
 def _with_odd_vectors(model: LanguageModel) -> LanguageModel:

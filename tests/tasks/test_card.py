@@ -199,11 +199,13 @@ def test_the_figures_are_there(project: Path) -> None:
 
 
 def test_the_architecture_says_how_many_experts_of_what_size_there_are() -> None:
-    latent, grouped = (
-        figures._experts_text(config_to_json(make().config)) for make in (odd.make_model, odd.make_grouped_mixture)
+    latent, grouped, gated = (
+        figures._experts_text(config_to_json(make().config))
+        for make in (odd.make_model, odd.make_grouped_mixture, odd.make_gated_mixture)
     )
     assert latent == "8 experts of 22, 3 a token\n+ 2 shared; sigmoid router with balancing bias"
     assert grouped == "9 experts of 22, 3 a token\nsoftmax router"
+    assert gated == "9 experts of 22, 3 a token\n+ 1 shared of 38, gated; softmax router"
 
 
 def test_a_second_card_has_the_same_bytes(project: Path) -> None:

@@ -37,6 +37,9 @@ TWO = [
     Case({"expert": 2}, "qwen3-moe", steps=FEW),
     Case({"tensor": 2}, "qwen3-moe", micro_batch=4, steps=FEW),
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-moe", steps=FEW),
+    Case({"tensor": 2}, "qwen2-moe", micro_batch=4, steps=FEW),
+    # Its gates of one row are whole in one process, and nothing in the other.
+    Case({"expert": 2}, "qwen2-moe", steps=FEW),
     Case({"tensor": 2}, "qwen2", micro_batch=4, steps=FEW),
     Case({"tensor": 2}, "llama-biases", micro_batch=4, steps=FEW),
     Case({"tensor": 2}, "qwen3-even", micro_batch=4, logits_held=64),

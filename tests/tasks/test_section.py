@@ -60,11 +60,11 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
         # Keys of other families.
         (
             DEFAULT.replace(b"    n_routed_experts", b"    num_experts: 8\n    n_routed_experts"),
-            "train.model.num_experts: unknown key; it is one of qwen3_moe, remove it$",
+            "train.model.num_experts: unknown key; it is one of qwen2_moe and qwen3_moe, remove it$",
         ),
         (
             DEFAULT.replace(b"    kv_lora_rank", b"    head_dim: 16\n    num_key_value_heads: 2\n    kv_lora_rank"),
-            "train.model: head_dim and num_key_value_heads are keys of llama, qwen2, qwen3 and qwen3_moe; remove them$",
+            "train.model: head_dim and num_key_value_heads are keys of llama, qwen2, qwen3, qwen2_moe and qwen3_moe; ",
         ),
         (
             DEFAULT.replace(b"    n_routed_experts: 8", b"    num_experts: 8"),
@@ -160,7 +160,7 @@ GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": None, "tie_
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2"])
 def test_the_default_model_becomes_each_family_as_its_comment_says(family: str) -> None:
     content = parse_yaml(DEFAULT, Path("params.yaml"))
     model = content["train"]["model"]
@@ -173,7 +173,9 @@ def test_the_default_model_becomes_each_family_as_its_comment_says(family: str) 
             for name in names[names.index(first) : names.index(last) + 1]:
                 del model[name]
         model |= GROUPED
-    if family == "qwen3_moe":
+    if family in ("qwen2_moe", "qwen3_moe"):
         del model["intermediate_size"]
         model |= EXPERTS
+    if family == "qwen2_moe":
+        model["shared_expert_intermediate_size"] = 128
     assert validate(Params, content, Path("params.yaml")).train.model is not None
