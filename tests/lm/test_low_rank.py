@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from odd import make_grouped, make_grouped_mixture, make_model, write_checkpoint
+from odd import make_gated_mixture, make_grouped, make_grouped_mixture, make_model, write_checkpoint
 from safetensors.torch import load_file
 
 from lm import feed_forward, hugging_face, layer_names, low_rank
@@ -72,7 +72,7 @@ def test_a_pattern_that_matches_no_layer_is_named(targets: list[str], said: str)
         layer_names.chosen(names, targets)
 
 
-@pytest.mark.parametrize("make", [make_model, make_grouped, make_grouped_mixture])
+@pytest.mark.parametrize("make", [make_model, make_grouped, make_grouped_mixture, make_gated_mixture])
 def test_names_are_known_without_a_model(make: Callable[[], LanguageModel]) -> None:
     model = make()
     low_rank.adapt(model, ["*"], rank=2, alpha=4, seed=5)
@@ -153,6 +153,7 @@ def test_peft_computes_with_the_written_factors_what_the_model_does(tmp_path: Pa
         ("grouped", make_grouped, ["*_proj"]),
         ("latent", make_model, some),
         ("grouped-mixture", make_grouped_mixture, some),
+        ("gated-mixture", make_gated_mixture, [*some, "shared_expert_gate"]),
     ):
         base = tmp_path / name
         model = adapted(write_checkpoint(base, make), *targets)

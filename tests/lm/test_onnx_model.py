@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from graphs import CALIBRATION, opened
-from odd import make_grouped, make_grouped_mixture, make_model
+from odd import make_gated_mixture, make_grouped, make_grouped_mixture, make_model
 
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
@@ -173,11 +173,12 @@ SMALL_GROUPED = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads
         (make_grouped, {**SMALL_GROUPED, "model_type": "qwen3"}),
         (make_grouped_mixture, {**SMALL_GROUPED, "moe_intermediate_size": 6}),
         (make_grouped_mixture, {**SMALL_GROUPED, "moe_intermediate_size": 6, "hidden_size": 64}),
+        (make_gated_mixture, {**SMALL_GROUPED, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 12}),
     ],
     ids=[
         *("latent, a node an expert", "latent, a node for all experts", "v2, query latent"),
         *("llama", "qwen2, tied", "qwen3"),
-        *("qwen3_moe, a node an expert", "qwen3_moe, a node for all experts"),
+        *("qwen3_moe, a node an expert", "qwen3_moe, a node for all experts", "qwen2_moe"),
     ],
 )
 def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
@@ -230,13 +231,15 @@ def test_a_layer_that_is_named_stays_float(model: LanguageModel, ids: torch.Tens
     assert np.abs(all_quantized - expected).mean() > 10 * np.quantile(error, 0.25)
 
 
-@pytest.mark.parametrize("make", [make_model, make_grouped_mixture])
+@pytest.mark.parametrize("make", [make_model, make_grouped_mixture, make_gated_mixture])
 @torch.no_grad()
 def test_routers_are_rounded_where_they_are_to_be(
     make: Callable[[], LanguageModel], ids: torch.Tensor, plan: Plan, tmp_path: Path
 ) -> None:
     rounded = dataclasses.replace(plan, routers="int8")
-    assert rounded.of("model.layers.1.mlp.gate") is plan.head
+    for router in ("gate", "shared_expert_gate"):
+        assert rounded.of(f"model.layers.1.mlp.{router}") is plan.head
+        assert plan.of(f"model.layers.1.mlp.{router}") == Float()
     assert dataclasses.replace(rounded, in_float=("*.gate",)).of("model.layers.1.mlp.gate") == Float()
     rounded = calibrate(make(), rounded, CALIBRATION)
     session = _session(make(), tmp_path, rounded)

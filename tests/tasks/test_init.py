@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from odd import make_grouped, make_model, write_checkpoint
+from odd import make_gated_mixture, make_grouped, make_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 from texts import write_trained_tokenizer
 from tokenizers import Tokenizer
 
 from lm import gguf_write, hugging_face
 from lm.gguf_tokenizer import PIECES
+from lm.model import LanguageModel
 from lm.runtime import Generator
 from tasks import init, paths
 from tasks.collect.init import collect_init
@@ -68,8 +69,11 @@ def brought(corpus: Path) -> Path:
     return corpus
 
 
-def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(corpus: Path) -> None:
-    model = write_checkpoint(corpus / "given")
+@pytest.mark.parametrize("make", [make_grouped, make_gated_mixture])
+def test_a_training_goes_on_from_a_checkpoint_and_keeps_what_belongs_to_it(
+    corpus: Path, make: Callable[..., LanguageModel]
+) -> None:
+    model = write_checkpoint(corpus / "given", make)
     # As a model has it with several templates.
     (corpus / "given/additional_chat_templates").mkdir()
     (corpus / "given/additional_chat_templates/rag.jinja").write_text("{{ documents }}")

@@ -1,6 +1,7 @@
 """Muon moves matrices, each expert's as its own, and AdamW the rest; a resumed optimizer goes on as if nothing was."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import odd
@@ -63,8 +64,9 @@ def test_singular_values_come_near_one_matrix_by_matrix() -> None:
     assert found.max() < 1.3
 
 
-def test_embedding_head_norms_and_routers_stay_with_adamw(muon: TrainParams) -> None:
-    model = small_model()
+@pytest.mark.parametrize("make", [small_model, odd.make_gated_mixture])
+def test_embedding_head_norms_and_routers_stay_with_adamw(make: Callable[[], LanguageModel], muon: TrainParams) -> None:
+    model = make()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = make_optimizer(model, muon)
     by_rate = {
@@ -77,7 +79,7 @@ def test_embedding_head_norms_and_routers_stay_with_adamw(muon: TrainParams) -> 
     assert by_rate[0.005] == {
         name
         for name in names.values()
-        if name.endswith(("norm.weight", "gate.weight")) or "embed" in name or "head" in name
+        if name.endswith(("norm.weight", "gate.weight", "bias")) or "embed" in name or "head" in name
     }
     assert any("experts.gate_up_proj" in name for name in by_rate[0.02])
 

@@ -438,6 +438,11 @@ def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             "num_key_value_heads 1 does not divide over mesh.tensor 2",
         ),
         (
+            {"tensor": 2},
+            {"train__model": {**tiny.QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 17}},
+            "shared_expert_intermediate_size 17 does not divide over mesh.tensor 2",
+        ),
+        (
             {"shard": 5, "expert": 2},
             {"train__world_size": 10, "train__global_batch": 20},
             "hidden_size 32 does not divide over mesh.shard 5, as it must with mesh.expert above 1",
