@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from flows import dvc_lock, ownership
 from flows.graph import Graph, Stage, in_order
+from flows.store import FULL, S3_REFUSES
 from flows.store import Store as Store
 from tasks import paths
 from tasks.errors import EXIT_TRY_AGAIN, UserMistake
@@ -59,7 +60,8 @@ class Result:
 
     ``exit_code`` is that of the stage's own command, None where that did not fail or was not reached. ``message`` is
     one line. ``mendable``: another attempt may succeed. ``locked``: another DVC command held what this one needs.
-    ``refused``: DVC's remote lets nobody in without other credentials or permissions, or is not there.
+    ``refused``: DVC's remote lets nobody in without other credentials or permissions, or is not there. ``full``: there
+    was no room for what was written.
     """
 
     outcome: Literal["ran", "cached", "failed"]
@@ -68,6 +70,7 @@ class Result:
     mendable: bool = False
     locked: bool = False
     refused: bool = False
+    full: bool = False
 
 
 def graph(root: Path) -> Graph:
@@ -170,7 +173,6 @@ _RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
 _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
-_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _REFUSED = re.compile(r"Access ?Denied|Forbidden|Permission denied|bucket does not exist|credentials", re.IGNORECASE)
 # The address that it names may hold such a word, and who hands out credentials may be away.
 _SILENT = re.compile(r"time(d )?out|could not connect|connection (refused|reset|aborted)|max retries", re.IGNORECASE)
@@ -198,18 +200,19 @@ def classify(code: int, output: str) -> Result:
     if many and (reasons := list(filter(None, map(_ONE.match, complaints)))):
         # The last complaint counts them alone.
         message = f"{message.rstrip('.')}: {reasons[0][1]}"
-    if _FULL.search(message):
+    full = bool(FULL.search(message))
+    if full:
         # What is pushed is written elsewhere.
-        full = "The remote is full: make room there" if many and many["how"] == "push" else "Free some space"
-        message = f"{message.rstrip('.')}. {full} and run again."
+        cure = "The remote is full: make room there" if many and many["how"] == "push" else "Free some space"
+        message = f"{message.rstrip('.')}. {cure} and run again."
     if _CORRUPTED.search(message):
         message = (
             f"{message.rstrip('.')}. A folder's listing is damaged in DVC's cache or at its remote: `overnight push`, "
             "where a good copy is left, mends it in both."
         )
     locked = bool(_LOCKED.search(output))
-    refused = bool(_REFUSED.search(message)) and not _SILENT.search(message)
-    return Result("failed", None, message, mendable=locked, locked=locked, refused=refused)
+    refused = bool(_REFUSED.search(message) or S3_REFUSES.search(message)) and not _SILENT.search(message)
+    return Result("failed", None, message, mendable=locked, locked=locked, refused=refused, full=full)
 
 
 def classify_stage(code: int, output: str) -> Result:

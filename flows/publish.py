@@ -310,13 +310,18 @@ def _commit(root: Path) -> str:
 
 
 def _dvc(to: _Publication, command: list[str]) -> None:
-    """Runs a DVC command. Raises :class:`TryAgain` with its complaint, :class:`UserMistake` if the remote refuses."""
+    """Runs a DVC command.
+
+    Raises :class:`TryAgain` with its complaint, :class:`UserMistake` if there is no room or the remote refuses.
+    """
 
     def on_event(event: Event) -> None:
         if event.notice:
             to.tell(event.notice)
 
     result = execute.run(to.root, command, to.log, on_event, minutes=to.params.publish.stall_minutes)
+    if result.full:
+        raise UserMistake(f"DVC: {result.message}")
     if result.refused and "push" in command:
         raise UserMistake(f"DVC: {result.message.rstrip('.')}. {REFUSED}")
     if result.outcome == "failed":

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from flows.contents import OBJECT
+from tasks import atomic
 from tasks.errors import TryAgain, UserMistake
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 # What to do about a remote that refuses.
 REFUSED = (
-    "Look whether it is the right place (`dvc remote list`), and whether you may do this there: by your credentials "
-    "(environment, `dvc remote modify --local`), or by the permissions of a folder."
+    "Look whether it is the right place (`dvc remote list`; of S3 its region and endpoint too), and whether you may do "
+    "this there: by credentials that have not expired (environment, `dvc remote modify --local`), or by a folder's "
+    "permissions. S3 refuses a machine whose clock is wrong as well."
 )
+# What S3 says again until somebody mends it; an answer to HEAD has a status alone, 400 of expired credentials too.
+S3_REFUSES = re.compile(
+    r"\((?:ExpiredToken|InvalidToken|TokenRefreshRequired|InvalidAccessKeyId|SignatureDoesNotMatch|RequestTimeTooSkewed"
+    r"|AuthorizationHeaderMalformed|PermanentRedirect|301|400)\) when calling"
+)
+# The system's words, HTTP's, and the codes of Ceph and MinIO.
+FULL = re.compile(r"No space left on device|Disk quota exceeded|Insufficient Storage|(?:Quota ?Exceeded|StorageFull)\)")
 # botocore's NoCredentialsError, google.auth's DefaultCredentialsError, azure's ClientAuthenticationError and so on.
 _NO_CREDENTIALS = re.compile("Credential|Authentication")
 # S3 and its like list as many in one answer; each asked for alone is an answer, and is paid for.
@@ -117,7 +126,7 @@ class Store:
     def upload(self, md5s: Iterable[str]) -> None:
         """Copies those objects that the cache holds to the remote. Raises as :func:`download` does."""
         assert self._remote is not None
-        with self._remote_is_told():
+        with self._remote_is_told(writes=True):
             # Files before the listings that name them.
             for md5 in sorted(md5s, key=lambda md5: md5.endswith(".dir")):
                 if self.path(md5).is_file():
@@ -170,23 +179,30 @@ class Store:
             get_index(self._remote).clear()
 
     @contextlib.contextmanager
-    def _remote_is_told(self) -> Iterator[None]:
+    def _remote_is_told(self, writes: bool = False) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             # Each kind of remote has exceptions of its own.
             told = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
-            if self._is_ours(error):
+            if self._is_ours(error, writes):
                 raise
+            if writes and FULL.search(f"{told}: {error.__cause__}"):
+                raise UserMistake(
+                    f"DVC's remote '{self.remote}' is full: {told}. Make room there and run again."
+                ) from None
             # Of S3 a bucket that does not exist is a FileNotFoundError too. One with a number is the system's: a folder
             # that is not mounted, or what another machine has just removed.
             is_nowhere = isinstance(error, FileNotFoundError) and error.errno is None
-            if is_nowhere or isinstance(error, PermissionError) or _NO_CREDENTIALS.search(type(error).__name__):
+            refuses = isinstance(error, PermissionError) or S3_REFUSES.search(f"{error.__cause__}")
+            if is_nowhere or refuses or _NO_CREDENTIALS.search(type(error).__name__):
                 raise UserMistake(f"DVC's remote '{self.remote}' refuses: {told}. {REFUSED}") from None
             raise TryAgain(f"DVC's remote '{self.remote}' does not answer: {told}. Run this again later.") from None
 
-    def _is_ours(self, error: Exception) -> bool:
-        """Whether it is the cache that somebody else keeps from us."""
+    def _is_ours(self, error: Exception, writes: bool) -> bool:
+        """Whether it is the cache that somebody else keeps from us, or our own disk that has no room."""
+        if isinstance(error, OSError) and error.errno in atomic.FULL:
+            return not writes
         name = error.filename if isinstance(error, PermissionError) else None
         return isinstance(name, str | bytes) and Path(os.fsdecode(name)).is_relative_to(self.folder)
 

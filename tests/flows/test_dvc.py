@@ -40,6 +40,11 @@ def failed(own: str, code: int) -> str:
             ". The remote is full: make room there and run again.",
         ),
         (
+            "failed to push data to the cloud - 2 files failed to upload",
+            "[Errno 5] An error occurred (XMinioStorageFull) when calling the PutObject operation: no room",
+            ". The remote is full: make room there and run again.",
+        ),
+        (
             "failed to pull data from the cloud - 2 files failed to download",
             "[Errno 28] No space left on device: '/shelf/a' -> 'a'",
             ". Free some space and run again.",
@@ -49,7 +54,8 @@ def failed(own: str, code: int) -> str:
 )
 def test_why_files_were_not_moved_is_told(last: str, reason: str, told: str) -> None:
     output = f"ERROR: failed to transfer 'a0' - {reason}\nERROR: failed to transfer 'b1' - other\nERROR: {last}\n"
-    assert dvc.classify(255, output).message == f"{last}: {reason}{told}"
+    result = dvc.classify(255, output)
+    assert (result.message, result.full) == (f"{last}: {reason}{told}", "run again" in told)
 
 
 def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
@@ -58,6 +64,13 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
     last = "ERROR: failed to push data to the cloud - 1 files failed to upload\n"
     assert dvc.classify(255, f"ERROR: failed to transfer 'a0' - {denied}\n{last}").refused
     assert dvc.classify(255, "ERROR: unexpected error - The specified bucket does not exist\n").refused
+    # As S3 answers when credentials have expired: HEAD has no words.
+    expired = "An error occurred (ExpiredToken) when calling the PutObject operation: The provided token has expired."
+    assert dvc.classify(255, f"ERROR: failed to transfer 'a0' - {expired}\n{last}").refused
+    head = "[Errno 22] Bad Request: An error occurred (400) when calling the HeadObject operation: Bad Request"
+    assert dvc.classify(255, f"ERROR: unexpected error - {head}\n").refused
+    busy = "[Errno 16] Service Unavailable: An error occurred (503) when calling the HeadObject operation"
+    assert not dvc.classify(255, f"ERROR: unexpected error - {busy}\n").refused
     for silent in (
         "Connection refused",
         'Connect timeout on endpoint URL: "https://credentials.example/a0"',

@@ -1,5 +1,6 @@
 """What is asked of a remote, and how often."""
 
+import errno
 import hashlib
 from pathlib import Path
 from unittest.mock import patch
@@ -75,6 +76,41 @@ def test_a_remote_that_refuses_would_refuse_again(store: Store, error: Exception
     told = f"^DVC's remote 'shelf' refuses: {str(error).rstrip('.')}\\. Look whether it is the right place "
     with patch.object(store._remote, "add", side_effect=error), pytest.raises(UserMistake, match=told):
         store.upload([CUT])
+
+
+def _from_s3(number: int, code: str, message: str) -> OSError:
+    """As s3fs raises what botocore has raised."""
+    error = OSError(number, message)
+    error.__cause__ = Exception(f"An error occurred ({code}) when calling the HeadObject operation: {message}")
+    return error
+
+
+def test_credentials_that_have_expired_are_a_refusal(store: Store) -> None:
+    expired = _from_s3(errno.EINVAL, "400", "Bad Request")
+    with (
+        patch.object(store._remote, "add", side_effect=expired),
+        pytest.raises(UserMistake, match=r"refuses: .*Bad Request\. .* credentials that have not expired"),
+    ):
+        store.upload([CUT])
+    busy = _from_s3(errno.EBUSY, "503", "Slow Down")
+    with patch.object(store._remote, "add", side_effect=busy), pytest.raises(TryAgain, match="does not answer"):
+        store.upload([CUT])
+
+
+def test_a_full_remote_is_told_as_one_and_a_full_disk_is_ours(store: Store, tmp_path: Path) -> None:
+    for full in (OSError(errno.ENOSPC, "No space left on device"), _from_s3(errno.EIO, "QuotaExceeded", "no room")):
+        with (
+            patch.object(store._remote, "add", side_effect=full),
+            pytest.raises(UserMistake, match=r"^DVC's remote 'shelf' is full: .* Make room there"),
+        ):
+            store.upload([CUT])
+    disk = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "target"))
+    with (
+        patch.object(store._remote.fs, "get_file", side_effect=disk),  # type: ignore[union-attr]
+        pytest.raises(OSError, match="No space left") as raised,
+    ):
+        store.download(CUT, tmp_path / "target")
+    assert raised.value is disk
 
 
 def test_a_remote_that_is_away_may_come_back(store: Store) -> None:
