@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -122,12 +122,13 @@ def surplus(stored: Mapping[str, Stored], needed: set[str], now: float) -> dict[
     }
 
 
-def finished(known: Iterable[runs.Run]) -> tuple[runs.Run, ...]:
-    """Returns the runs with which nobody goes on: those that ended well, and those from before the last that did."""
-    ordered = sorted(known, key=lambda run: run.started)
-    well = [run for run in ordered if not run.alive and not run.can_go_on and run.state != "skipped"]
-    last = well[-1].started if well else None
-    return tuple(run for run in ordered if not run.alive and last is not None and run.started <= last)
+def finished(known: Sequence[runs.Run]) -> tuple[runs.Run, ...]:
+    """Returns those of the runs ``known``, the newest last, with which nobody goes on.
+
+    They are those that ended well, and those from before the last that did.
+    """
+    well = [place for place, run in enumerate(known) if not run.alive and not run.can_go_on and run.state != "skipped"]
+    return tuple(run for run in known[: well[-1] + 1] if not run.alive) if well else ()
 
 
 def _fetch(root: Path, git_remote: str | None) -> None:

@@ -31,6 +31,9 @@ _HOW = {
     "Terminated": "terminated (SIGTERM)",
     "TerminationSignal": "terminated (SIGTERM)",
     "KeyboardInterrupt": "interrupted (Ctrl-C)",
+    # What Prefect makes of a signal, or of somebody who cancels the run.
+    "CancelledError": "told to end",
+    "SystemExit": "told to end",
     # Nobody reads any more what it says: the runner of a night was killed.
     "BrokenPipeError": "whoever ran it was gone",
 }
@@ -60,6 +63,8 @@ class Run(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     run: str
+    # Its place among the project's runs: a clock that is put right may go back behind the start of an earlier one.
+    number: int = 0
     flow_run: str | None = None
     pid: int
     started: datetime
@@ -131,7 +136,7 @@ def read(root: Path) -> tuple[Run, ...]:
     for file in (root / RUNS).glob("[!.]*.json"):
         with contextlib.suppress(ValidationError, OSError):
             found.append(_load(file))
-    return tuple(sorted(found, key=lambda run: (run.started, run.run)))
+    return tuple(sorted(found, key=lambda run: (run.number, run.started, run.run)))
 
 
 def find(root: Path, name: str) -> Run:
@@ -243,7 +248,9 @@ def begin(root: Path, name: str, **known: object) -> Record:
     (``from_stage``, ``force``), begins anew.
     """
     now = _now()
-    before = recall(root, name) or Run(run=name, pid=os.getpid(), started=now, since=now)
+    if (before := recall(root, name)) is None:
+        number = 1 + max((run.number for run in read(root)), default=0)
+        before = Run(run=name, number=number, pid=os.getpid(), started=now, since=now)
     asked = before.model_copy(update=known)
     finished = {*before.finished, *(stage.stage for stage in before.stages if stage.outcome == "ran")}
     begun = {*before.begun, *(stage.stage for stage in before.stages if stage.outcome in (None, "failed"))} - finished

@@ -293,7 +293,8 @@ def run(name: str, state: str, day: int, pid: int = 2**22 + 1) -> runs.Run:
     ],
 )
 def test_runs_that_nobody_goes_on_with(known: Iterable[tuple[str, str]], expected: list[str]) -> None:
-    found = prune.finished(run(name, state, day) for day, (name, state) in enumerate(known, start=1))
+    # The clock went back between them: the list is in order all the same.
+    found = prune.finished([run(name, state, 9 - place) for place, (name, state) in enumerate(known)])
     assert [one.run for one in found] == expected
 
 

@@ -1,5 +1,6 @@
 """The records of runs, and which one `overnight rerun` goes on with."""
 
+import asyncio
 import contextlib
 import io
 import os
@@ -51,6 +52,26 @@ def test_a_run_that_is_stopped_says_where(tmp_path: Path) -> None:
         stopped()
     (run,) = runs.read(tmp_path)
     assert (run.condition, run.reason, run.can_go_on) == ("stopped", "interrupted (Ctrl-C) at train", True)
+
+
+def test_after_the_clock_went_back_the_last_run_is_still_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.begin(tmp_path, "20260101-030000-evening").end("completed")
+    monkeypatch.setattr(runs, "_now", lambda: NOW - timedelta(hours=2))
+    runs.begin(tmp_path, "20260101-010000-morning").end("failed")
+    runs.begin(tmp_path, "20260101-030000-evening").end("completed")
+    known = runs.read(tmp_path)
+    assert [run.run for run in known] == ["20260101-030000-evening", "20260101-010000-morning"]
+    assert choose(known).run == "20260101-010000-morning"
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_a_run_that_prefect_ends_is_told_without_pythons_words(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), runs.attempt(tmp_path, "a"):
+        raise error
+    (run,) = runs.read(tmp_path)
+    assert (run.condition, run.reason) == ("stopped", "told to end")
 
 
 def test_a_run_whose_process_is_gone_counts_as_killed() -> None:
