@@ -13,7 +13,6 @@ from rich.text import Text
 
 from flows import contents, dvc, objects, project, registry
 from flows.gate import PASSED, REFUSED
-from flows.git import GitFailed
 from flows.registry import Version
 from flows.summary import Evaluation
 from flows.terminal import print_line
@@ -67,8 +66,8 @@ def versions(last: int | None, out: Console, err: Console) -> int:
     root = project.find()
     params = project.parameters(root)
     try:
-        registry.fetch(root, params.publish.git_remote)
-    except GitFailed as error:
+        registry.fetch(root, project.git_remote(root, params))
+    except UserMistake as error:
         err.print(f"showing what is known here: {error}", markup=False, soft_wrap=True)
     known = registry.versions(root)
     if not known:

@@ -72,6 +72,10 @@ def test_another_machine_s_versions_are_seen_and_without_it_those_that_are_known
     lines, err = listed()
     assert len(lines) == 3
     assert err.startswith("showing what is known here: git fetch --quiet failed")
+    git(published.root, "remote", "rename", "origin", "other")
+    lines, err = listed()
+    assert len(lines) == 3
+    assert err.startswith("showing what is known here: params.yaml: publish.git_remote: Git has no remote 'origin'")
 
 
 def test_a_tag_on_a_commit_without_a_pipeline(published: Clone) -> None:
