@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from lm import cores
+from lm import cores, huge_pages
 from lm.batch import Batch
 from lm.cache import Cache
 from lm.drafting import Ids
@@ -67,6 +67,7 @@ class Generator:
             if graph is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
+        huge_pages.collapse()
         outputs = {value.name: value.shape for value in self.session.get_outputs()}
         self._outputs = list(outputs)
         if "positions" not in {value.name for value in self.session.get_inputs()}:

@@ -1,0 +1,39 @@
+"""A process's memory in huge pages: a token reads each weight once, and the place of each small page is looked up."""
+
+import contextlib
+import ctypes
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# A page of 2 MiB holds what 512 small ones do. Smaller regions are not worth a call.
+SIZE = 2 << 20
+_LEAST = 4 * SIZE
+# From Linux 6.1 on (madvise(2)): at once, and whether or not the system gives huge pages unasked. Older ones refuse it.
+_COLLAPSE = 25
+# Private, writable, of no file: "7f00...-7f00... rw-p 00000000 00:00 0".
+_REGION = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ 00:00 0 *(?:\[heap\])?$", re.MULTILINE)
+
+
+def collapse(maps: Path = Path("/proc/self/maps")) -> int:
+    """Moves what this process has written of its large regions to huge pages; returns how many bytes they hold.
+
+    Nothing that is stored changes, and it takes a second for some 3 GB. Where the system has no huge pages, or none
+    left, pages stay as they are: 0 where all do.
+    """
+    moved = 0
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for start, length in regions(maps.read_text()):
+            moved += length if madvise(start, length, _COLLAPSE) == 0 else 0
+    return moved
+
+
+def regions(maps: str) -> Iterator[tuple[int, int]]:
+    """Yields start and length of the large regions in ``maps`` (proc_pid_maps(5)), cut to whole huge pages."""
+    for found in _REGION.finditer(maps):
+        start, stop = (int(one, 16) for one in found.groups())
+        start, stop = -(-start // SIZE) * SIZE, stop // SIZE * SIZE
+        if stop - start >= _LEAST:
+            yield start, stop - start

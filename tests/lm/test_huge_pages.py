@@ -1,0 +1,50 @@
+"""Memory that is moved to huge pages: which regions, and that what is stored there stays."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm import huge_pages
+
+MAPS = """\
+55d0a0000000-55d0a4100000 rw-p 00000000 00:00 0                          [heap]
+7f0000100000-7f0000f00000 rw-p 00000000 00:00 0
+7f0010000000-7f0010400000 rw-p 00000000 00:00 0
+7f0020000000-7f0024000000 rw-p 00000000 fe:01 1234                       /weights.bin
+7f0030000000-7f0034000000 r--p 00000000 00:00 0
+7f0040000000-7f0044000000 rw-s 00000000 00:00 0
+7ffd00000000-7ffd04000000 rw-p 00000000 00:00 0                          [stack]
+"""
+
+
+def test_large_regions_of_no_file_are_moved_as_far_as_they_are_whole_huge_pages() -> None:
+    assert list(huge_pages.regions(MAPS)) == [(0x55D0A0000000, 0x4000000), (0x7F0000200000, 0xC00000)]
+
+
+def test_what_is_stored_stays() -> None:
+    size = 16 * huge_pages.SIZE
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        values = np.frombuffer(memory, np.uint32)
+        expected = np.arange(len(values), dtype=np.uint32)
+        values[:] = expected
+        moved = huge_pages.collapse()
+        assert np.array_equal(values, expected)
+        if moved:
+            assert _in_huge_pages() >= size - 2 * huge_pages.SIZE
+        del values
+
+
+def test_a_system_that_tells_no_regions_is_left_alone(tmp_path: Path) -> None:
+    assert huge_pages.collapse(tmp_path / "missing") == 0
+
+
+def test_a_system_without_the_call_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_COLLAPSE", -1)
+    assert huge_pages.collapse() == 0
+
+
+def _in_huge_pages() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
