@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# A page of 2 MiB holds what 512 small ones do. Smaller regions are not worth a call.
+# Each holds what 512 small ones do.
 SIZE = 2 << 20
-_LEAST = 4 * SIZE
 # From Linux 6.1 on (madvise(2)): at once, and whether or not the system gives huge pages unasked. Older ones refuse it.
 _COLLAPSE = 25
 # Private, writable, of no file: "7f00...-7f00... rw-p 00000000 00:00 0".
@@ -16,7 +15,7 @@ _REGION = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ 00:00 0 *(?:\[heap\])?$
 
 
 def collapse(maps: Path = Path("/proc/self/maps")) -> int:
-    """Moves what this process has written of its large regions to huge pages; returns how many bytes they hold.
+    """Moves what this process has written to huge pages, where it fills them; returns how many bytes were moved.
 
     Nothing that is stored changes, and it takes a second for some 3 GB. Where the system has no huge pages, or none
     left, pages stay as they are: 0 where all do.
@@ -31,9 +30,9 @@ def collapse(maps: Path = Path("/proc/self/maps")) -> int:
 
 
 def regions(maps: str) -> Iterator[tuple[int, int]]:
-    """Yields start and length of the large regions in ``maps`` (proc_pid_maps(5)), cut to whole huge pages."""
+    """Yields start and length of the whole huge pages that the regions in ``maps`` (proc_pid_maps(5)) have room for."""
     for found in _REGION.finditer(maps):
         start, stop = (int(one, 16) for one in found.groups())
         start, stop = -(-start // SIZE) * SIZE, stop // SIZE * SIZE
-        if stop - start >= _LEAST:
+        if stop > start:
             yield start, stop - start

@@ -11,7 +11,7 @@ from lm import huge_pages
 MAPS = """\
 55d0a0000000-55d0a4100000 rw-p 00000000 00:00 0                          [heap]
 7f0000100000-7f0000f00000 rw-p 00000000 00:00 0
-7f0010000000-7f0010400000 rw-p 00000000 00:00 0
+7f0010100000-7f00103ff000 rw-p 00000000 00:00 0
 7f0020000000-7f0024000000 rw-p 00000000 fe:01 1234                       /weights.bin
 7f0030000000-7f0034000000 r--p 00000000 00:00 0
 7f0040000000-7f0044000000 rw-s 00000000 00:00 0
@@ -19,7 +19,7 @@ MAPS = """\
 """
 
 
-def test_large_regions_of_no_file_are_moved_as_far_as_they_are_whole_huge_pages() -> None:
+def test_regions_of_no_file_are_moved_as_far_as_they_are_whole_huge_pages() -> None:
     assert list(huge_pages.regions(MAPS)) == [(0x55D0A0000000, 0x4000000), (0x7F0000200000, 0xC00000)]
 
 
