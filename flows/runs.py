@@ -63,8 +63,10 @@ class Run(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     run: str
-    # Its place among the project's runs: a clock that is put right may go back behind the start of an earlier one.
+    # Its place among the project's runs, and that of the present attempt at it among the attempts at all of them: a
+    # clock that is put right may go back behind the start of an earlier one.
     number: int = 0
+    attempt: int = 0
     flow_run: str | None = None
     pid: int
     started: datetime
@@ -137,6 +139,12 @@ def read(root: Path) -> tuple[Run, ...]:
         with contextlib.suppress(ValidationError, OSError):
             found.append(_load(file))
     return tuple(sorted(found, key=lambda run: (run.number, run.started, run.run)))
+
+
+def last_at_work(root: Path) -> Run | None:
+    """Returns the run at which somebody worked last; a night that was skipped did no work. None where there is none."""
+    worked = (run for run in read(root) if run.state != "skipped")
+    return max(worked, key=lambda run: (run.attempt, run.since), default=None)
 
 
 def find(root: Path, name: str) -> Run:
@@ -247,9 +255,9 @@ def begin(root: Path, name: str, **known: object) -> Record:
     ``known`` are fields of :class:`Run`. A run that had come to its end, or of which something else is asked now
     (``from_stage``, ``force``), begins anew.
     """
-    now = _now()
+    now, known_runs = _now(), read(root)
     if (before := recall(root, name)) is None:
-        number = 1 + max((run.number for run in read(root)), default=0)
+        number = 1 + max((run.number for run in known_runs), default=0)
         before = Run(run=name, number=number, pid=os.getpid(), started=now, since=now)
     asked = before.model_copy(update=known)
     finished = {*before.finished, *(stage.stage for stage in before.stages if stage.outcome == "ran")}
@@ -259,6 +267,7 @@ def begin(root: Path, name: str, **known: object) -> Record:
     fresh: dict[str, object] = {
         "pid": os.getpid(), "since": now, "ended": None, "state": "running", "reason": "", "stages": (), "told": False,
         "finished": tuple(sorted(finished)), "begun": tuple(sorted(begun)),
+        "attempt": 1 + max((run.attempt for run in known_runs), default=0),
     }  # fmt: skip
     return Record(root, asked.model_copy(update=fresh), Resumed(frozenset(finished), frozenset(begun)))
 

@@ -98,7 +98,7 @@ def _at_work(root: Path) -> Running | None:
 
 
 def _between_runs(root: Path, params: Params) -> tuple[StageStatus, ...]:
-    last = max(runs.read(root), key=lambda run: run.since, default=None)
+    last = runs.last_at_work(root)
     # What a night left lies in its worktree.
     place = stopped.place(root, last)
     edited = datetime.fromtimestamp((place / paths.PARAMS).stat().st_mtime, UTC)

@@ -66,6 +66,20 @@ def test_after_the_clock_went_back_the_last_run_is_still_the_last(
     assert choose(known).run == "20260101-010000-morning"
 
 
+def test_the_run_at_work_last_is_told_from_older_ones_and_from_nights_that_were_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runs.last_at_work(tmp_path) is None
+    runs.begin(tmp_path, "a").end("failed")
+    runs.begin(tmp_path, "b").end("failed")
+    runs.begin(tmp_path, "a").end("failed")
+    assert runs.last_at_work(tmp_path) == runs.find(tmp_path, "a")
+    monkeypatch.setattr(runs, "_now", lambda: NOW - timedelta(hours=2))
+    runs.begin(tmp_path, "b").end("failed")
+    runs.begin(tmp_path, "late").end("skipped")
+    assert runs.last_at_work(tmp_path) == runs.find(tmp_path, "b")
+
+
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
 def test_a_run_that_prefect_ends_is_told_without_pythons_words(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), runs.attempt(tmp_path, "a"):
