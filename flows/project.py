@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from flows.git import git, show
+from flows import registry
+from flows.git import show
 from tasks import paths
 from tasks.errors import BadParameter, UserMistake
 from tasks.notice_params import NoticeParams
@@ -45,12 +46,8 @@ def parameters(root: Path) -> Params:
 
 def git_remote(root: Path, params: Params) -> str | None:
     """Returns the name of Git's remote for versions, None where none is asked for. Raises :class:`UserMistake`."""
-    name = params.publish.git_remote
-    known = git(root, "remote").split()
-    if name is not None and name not in known:
-        there = f"there are {', '.join(known)}" if known else "there is none"
-        raise UserMistake(f"params.yaml: publish.git_remote: Git has no remote '{name}'; {there} (`git remote add`).")
-    return name
+    registry.check_remote(root, params.publish.git_remote)
+    return params.publish.git_remote
 
 
 def committed(root: Path) -> Params:

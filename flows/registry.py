@@ -103,11 +103,19 @@ def resolve_with(root: Path, text: str, remote: str | None, say: Callable[[str],
 
 
 def fetch_if_it_answers(root: Path, remote: str | None, say: Callable[[str], object]) -> None:
-    """Does what :func:`fetch` does; that ``remote`` does not answer ``say`` is told."""
+    """Does what :func:`fetch` does; that ``remote`` does not answer, or is none, ``say`` is told."""
     try:
         fetch(root, remote, say)
-    except GitFailed as error:
+    except UserMistake as error:
         say(f"{str(error).rstrip('.')}. What is known here is taken.")
+
+
+def check_remote(root: Path, remote: str | None) -> None:
+    """Raises :class:`UserMistake` where Git has no remote of the name ``remote``, which is that of ``params.yaml``."""
+    if remote is None or remote in (known := git(root, "remote").split()):
+        return
+    there = f"there are {', '.join(known)}" if known else "there is none"
+    raise UserMistake(f"params.yaml: publish.git_remote: Git has no remote '{remote}'; {there} (`git remote add`).")
 
 
 def register(root: Path, commit: str, message: str, remote: str | None = None) -> Version:
@@ -200,7 +208,9 @@ def fetch(root: Path, remote: str | None, say: Callable[[str], object] = _on_std
     """Brings the registry's tags from ``remote``; where it has another tag of the same name, that takes ours' place.
 
     ``say`` is told which versions are another commit by that, but of ``own``, which the caller has only just made.
+    Raises :class:`UserMistake` as :func:`check_remote` does, :class:`flows.git.GitFailed` when it does not answer.
     """
+    check_remote(root, remote)
     if remote is not None:
         spaces = (f"+refs/tags/{ARTIFACT}{mark}*:refs/tags/{ARTIFACT}{mark}*" for mark in "@#")
         with moves_told(root, remote, say, own):

@@ -66,7 +66,7 @@ def versions(last: int | None, out: Console, err: Console) -> int:
     root = project.find()
     params = project.parameters(root)
     try:
-        registry.fetch(root, project.git_remote(root, params))
+        registry.fetch(root, params.publish.git_remote)
     except UserMistake as error:
         err.print(f"showing what is known here: {error}", markup=False, soft_wrap=True)
     known = registry.versions(root)

@@ -91,6 +91,11 @@ def test_a_version_that_git_s_remote_alone_knows_is_found(published: Clone) -> N
     err = io.StringIO()
     assert diff.diff("v1.0.0", "v1.1.0", Console(file=io.StringIO()), Console(file=err)) == 0
     assert re.search(r"[^.]\. What is known here is taken\.\n$", err.getvalue())
+    published.set("publish", "git_remote", "orign")
+    err = io.StringIO()
+    assert diff.diff("v1.0.0", "v1.1.0", Console(file=io.StringIO()), Console(file=err)) == 0
+    told = "params.yaml: publish.git_remote: Git has no remote 'orign'; there are origin (`git remote add`). What is"
+    assert err.getvalue().startswith(told)
 
 
 @pytest.mark.parametrize("content", ["{", None])
