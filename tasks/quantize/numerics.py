@@ -62,7 +62,8 @@ class Nodes:
         table, rows = lookup.input
         casts = self.readers[lookup.output[0]]
         products = [node for cast in casts for node in self.readers[cast.output[0]]]
-        scales = [self.makers.get(node.input[1]) for node in products]
+        # The last operand: what is no product may have one alone.
+        scales = [self.makers.get(node.input[-1]) for node in products]
         return (
             {node.op_type for node in casts} == {"Cast"}
             and {node.op_type for node in products} == {"Mul"}
@@ -139,19 +140,23 @@ def _latents_are_rounded(nodes: Nodes, cache: str, scheme: Scheme) -> bool:
     writes = [node for node in nodes.readers[cache] if node.op_type == "ScatterND"]
     new = [nodes.makers.get(node.input[2]) for node in writes]
     # Behind the latents lie the rotary keys, which are not.
-    return bool(writes) and all(one is not None and _is_rounded(nodes, one.input[0], scheme) for one in new)
+    joined = [one.input[0] for one in new if one is not None and one.op_type == "Concat"]
+    return bool(writes) and len(joined) == len(writes) and all(_is_rounded(nodes, one, scheme) for one in joined)
 
 
 def _is_rounded(nodes: Nodes, name: str, scheme: Scheme) -> bool:
     node = nodes.makers.get(name)
     while node is not None and node.op_type in ("Slice", "Flatten"):
         node = nodes.makers.get(node.input[0])
-    before = None if node is None else nodes.makers.get(node.input[0])
+    # A constant is made of nothing.
+    before = None if node is None or not node.input else nodes.makers.get(node.input[0])
     if node is None or before is None:
         return False
     if isinstance(scheme, Blockwise):
         return (node.op_type, before.op_type) == ("Mul", "Round")
     if (node.op_type, before.op_type) != ("DequantizeLinear", "QuantizeLinear") or node.input[1:] != before.input[1:]:
+        return False
+    if len(before.input) != 1 + len(_SCALE_AND_POINT):
         return False
     if isinstance(scheme, Static):
         within = scheme.within

@@ -312,6 +312,11 @@ def embedding_a_scale_for_all(planted: onnx.ModelProto) -> None:
     product.input[list(product.input).index(looked_up)] = added(planted, "of_all_rows", np.array(0.1, np.float32))
 
 
+def embedding_without_its_scales(planted: onnx.ModelProto) -> None:
+    cast = reader_of(planted, reader_of(planted, "model.embed_tokens.int8").output[0])
+    planted.graph.node.append(onnx.helper.make_node("Identity", [cast.output[0]], ["integers"]))
+
+
 def embedding_the_first_rows_scale(planted: onnx.ModelProto) -> None:
     reader_of(planted, "model.embed_tokens.scales").input[1] = added(planted, "first", np.zeros(1, np.int64))
 
@@ -323,6 +328,24 @@ def latents_in_float(planted: onnx.ModelProto) -> None:
     while norm.op_type != "RMSNormalization":
         norm = maker_of(planted, norm.input[0])
     joined.input[0] = norm.output[0]
+
+
+def latents_without_a_zero_point(planted: onnx.ModelProto) -> None:
+    # The least value of each token becomes 0.
+    back = maker_of(planted, maker_of(planted, reader_of(planted, "past_1").input[2]).input[0])
+    for node in (back, maker_of(planted, back.input[0])):
+        del node.input[2:]
+
+
+def latents_of_no_token(planted: onnx.ModelProto) -> None:
+    value = numpy_helper.from_array(np.zeros(1, np.float32))
+    planted.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["nothing"], value=value))
+    maker_of(planted, reader_of(planted, "past_1").input[2]).input[0] = "nothing"
+
+
+def cache_of_no_token(planted: onnx.ModelProto) -> None:
+    latents_of_no_token(planted)
+    reader_of(planted, "past_1").input[2] = "nothing"
 
 
 def latents_rounded_within_another_range(planted: onnx.ModelProto) -> None:

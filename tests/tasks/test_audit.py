@@ -129,8 +129,12 @@ _OTHER_OPERANDS = "has other operands than its own scales"
         (spoilt.another_experts_scales, rf"{_EXPERT}\.int8 {_OTHER_OPERANDS}"),
         (spoilt.weights_zero_point, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
         (spoilt.embedding_a_scale_for_all, r"model\.embed_tokens\.int8 is not scaled row by row"),
+        (spoilt.embedding_without_its_scales, r"model\.embed_tokens\.int8 is not scaled row by row"),
         (spoilt.embedding_the_first_rows_scale, r"model\.embed_tokens\.int8 is not scaled row by row"),
         (spoilt.latents_in_float, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.latents_without_a_zero_point, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.latents_of_no_token, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.cache_of_no_token, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
         (spoilt.latents_rounded_within_another_range, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
         (spoilt.expansion_without_its_scales, rf"{_LATENTS}\.int8 is multiplied by other scales than its own"),
     ],
@@ -195,6 +199,7 @@ def test_only_the_range_that_was_calibrated_is_right_for_static(
     [
         (spoilt.one_scale_for_all_channels, rf"{_UP}\.int8 {_OTHER_OPERANDS}"),
         (spoilt.latents_in_float, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.latents_without_a_zero_point, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
         (spoilt.latents_rounded_within_another_range, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
     ],
 )
@@ -248,6 +253,7 @@ def test_blocks_that_are_multiplied_otherwise_are_refused(
         (spoilt.bias_of_experts, rf"experts\.gate_up_proj\.int8 {_OTHER_OPERANDS}"),
         (spoilt.scales_of_experts, rf"experts\.down_proj\.int8 {_OTHER_OPERANDS}"),
         (spoilt.latents_in_float, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
+        (spoilt.latents_of_no_token, rf"{_LATENTS}\.int8 meets latents that are not rounded"),
         (spoilt.expansion_without_its_scales, rf"{_LATENTS}\.int8 is multiplied by other scales than its own"),
     ],
 )
