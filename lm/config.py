@@ -301,9 +301,10 @@ class GroupedMixtureArchitecture(GroupedShape):
     def _the_shared_expert_is_of_its_family(self) -> Self:
         size = self.shared_expert_intermediate_size
         if self.model_type == "qwen2_moe" and size is None:
-            raise ValueError("shared_expert_intermediate_size is missing; a qwen2_moe has a shared expert")
+            raise ValueError("shared_expert_intermediate_size is missing; add it, a qwen2_moe has a shared expert")
         if self.model_type != "qwen2_moe" and size is not None:
-            raise ValueError(f"shared_expert_intermediate_size is {size}; a {self.model_type} has no shared expert")
+            told = f"remove it, a {self.model_type} has no shared expert"
+            raise ValueError(f"shared_expert_intermediate_size is {size}; {told}")
         return self
 
     @model_validator(mode="after")

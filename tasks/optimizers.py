@@ -44,7 +44,8 @@ def _adamw(parameters: Iterable[nn.Parameter], params: TrainingParams) -> torch.
 
 
 def _muon(model: LanguageModel, params: TrainingParams) -> "Together":
-    """Muon for the matrices between embedding and head; AdamW for those two, for routers, norms and biases.
+    """Muon for the matrices between embedding and head; AdamW for those two, for routers, for gates of shared
+    experts, norms and biases.
 
     The update of a matrix [A, B] is scaled by 0.2 sqrt(max(A, B)), which gives it the size of an AdamW update
     (arXiv 2502.16982, equation 4), so that one rate fits all shapes and the weight decay of AdamW fits too.

@@ -265,8 +265,8 @@ def test_experts_that_are_not_built_are_refused_by_name(changes: dict[str, Any],
         (QWEN2_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; of a qwen2_moe, 1 is built here"),
         (QWEN2_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; of a qwen2_moe, \[\] is built here"),
         (QWEN2_MOE, {"qkv_bias": False}, "qkv_bias is False; of a qwen2_moe, True is built here"),
-        (QWEN2_MOE, {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is missing; a qwen2_m"),
-        (QWEN3_MOE, {"shared_expert_intermediate_size": 88}, "shared_expert_intermediate_size is 88; a qwen3_moe has"),
+        (QWEN2_MOE, {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is missing; add it, "),
+        (QWEN3_MOE, {"shared_expert_intermediate_size": 88}, "shared_expert_intermediate_size is 88; remove it, a q"),
     ],
 )
 def test_a_shared_expert_is_of_its_family(content: dict[str, Any], changes: dict[str, Any], said: str) -> None:
