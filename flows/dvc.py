@@ -211,7 +211,9 @@ def classify(code: int, output: str) -> Result:
             "where a good copy is left, mends it in both."
         )
     locked = bool(_LOCKED.search(output))
-    refused = bool(_REFUSED.search(message) or S3_REFUSES.search(message)) and not _SILENT.search(message)
+    refused = bool(_REFUSED.search(message)) and not _SILENT.search(message)
+    # These are S3's own answers, however often botocore has asked ("reached max retries").
+    refused = refused or bool(S3_REFUSES.search(message))
     return Result("failed", None, message, mendable=locked, locked=locked, refused=refused, full=full)
 
 

@@ -69,6 +69,7 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
     assert dvc.classify(255, f"ERROR: failed to transfer 'a0' - {expired}\n{last}").refused
     head = "[Errno 22] Bad Request: An error occurred (400) when calling the HeadObject operation: Bad Request"
     assert dvc.classify(255, f"ERROR: unexpected error - {head}\n").refused
+    assert dvc.classify(255, f"ERROR: {expired.replace('operation:', 'operation (reached max retries: 4):')}\n").refused
     busy = "[Errno 16] Service Unavailable: An error occurred (503) when calling the HeadObject operation"
     assert not dvc.classify(255, f"ERROR: unexpected error - {busy}\n").refused
     for silent in (
