@@ -5,7 +5,8 @@ wide), the default model's scaled to 90 million parameters (latent attention, 2 
 experts, as DeepSeek-V2-Lite has them. A prefill of 512 tokens, then 64 tokens one by one; and 64 tokens of 8 texts side
 by side after 64 tokens each; two threads. Each measurement is a process of its own, in turns; ratios are taken round by
 round. Where it says so, our threads spin while they wait, as `--spin` has it and as llama.cpp's and onnxruntime-genai's
-do. ``standard`` is the same graph as `export --type standard` writes it. The roof is how often a second memory can be
+do. ``standard`` is the same graph as `export --type standard` writes it; in ``small pages`` lie weights that nobody has
+moved (:mod:`lm.huge_pages`). The roof is how often a second memory can be
 read for what one token needs: the active weights and the cache. The last line is one JSON object.
 """
 
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import peers
@@ -71,12 +73,15 @@ OURS = {
 }  # fmt: skip
 # The same graphs in ONNX's own operators.
 STANDARD = {f"{name}, standard": plan for name, plan in OURS.items() if not name.endswith(SPINNING)}
+# And one as the system lays it out.
+SMALL_PAGES = {"blocks, 8 bits, small pages": OURS["blocks, 8 bits"]}
+GRAPHS = {**OURS, **STANDARD, **SMALL_PAGES}
 # What ours are compared with, and the goals for the first shape: decode and prefill.
 GOALS = {"llama.cpp Q8_0": (2.0, 3.0)}
 LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_K_M": "Q4_K_M"}
 TRANSFORMERS = {"PyTorch eager fp32": ("float32", False), "PyTorch compiled bf16": ("bfloat16", True)}
 GENERATE, GENAI, FLOAT = "transformers generate", "onnxruntime-genai INT4", "onnxruntime fp32"
-EVERY_SIDE = [*OURS, FLOAT, *STANDARD, *LLAMA_CPP, GENAI, *TRANSFORMERS, GENERATE]
+EVERY_SIDE = [*OURS, FLOAT, *STANDARD, *SMALL_PAGES, *LLAMA_CPP, GENAI, *TRANSFORMERS, GENERATE]
 
 
 def main() -> None:
@@ -109,7 +114,7 @@ def main() -> None:
 def sides_of(shape: str, only: list[str] | None) -> list[str]:
     """Returns the sides that can be measured here, and says which cannot."""
     wanted = {
-        **dict.fromkeys([*OURS, FLOAT, *STANDARD]),
+        **dict.fromkeys([*OURS, FLOAT, *STANDARD, *SMALL_PAGES]),
         **dict.fromkeys(LLAMA_CPP, "llama_cpp"),
         **({GENAI: "onnxruntime_genai"} if SHAPES[shape]["model_type"] == "llama" else {}),
         **dict.fromkeys([*TRANSFORMERS, GENERATE]),
@@ -232,9 +237,9 @@ def write(shape: str, sides: list[str], folder: Path) -> dict[str, float]:
     hugging_face.save(model, tokenizer, checkpoint)
     for side in sides:
         place = folder / side
-        if side in {**OURS, **STANDARD} or side == FLOAT:
+        if side in GRAPHS or side == FLOAT:
             place.mkdir()
-            plan = Plan(Float(), Float()) if side == FLOAT else PLANS[{**OURS, **STANDARD}[side]]
+            plan = Plan(Float(), Float()) if side == FLOAT else PLANS[GRAPHS[side]]
             # As the stage does it: the turns that are left while the model runs take their time.
             written = (folder if side in STANDARD else place) / "model.onnx"
             onnx_model.export(turn_hidden(copy.deepcopy(model), plan), plan, written)
@@ -265,6 +270,9 @@ def make(side: str, folder: Path, batch: int) -> peers.Writer:
         return peers.Generate(folder, THREADS)
     if side in TRANSFORMERS:
         return peers.Transformers(folder, THREADS, *TRANSFORMERS[side], most_tokens=MOST_TOKENS)
+    if side in SMALL_PAGES:
+        with mock.patch("lm.huge_pages.collapse"):
+            return peers.Graph(folder, THREADS)
     return peers.Graph(folder, THREADS, side.endswith(SPINNING))
 
 

@@ -21,6 +21,8 @@ from lm.text import Done, Request, Text
 from lm.tokenizer import Detokenizer, read_tokenizer
 
 _LONGEST_REASON = 200
+# Smaller ones lie where the processor finds them at once.
+_LARGE = 64 << 20
 
 
 class PromptTooLong(ValueError):
@@ -67,7 +69,8 @@ class Generator:
             if graph is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
-        huge_pages.collapse()
+        if sum(file.stat().st_size for file in folder.glob("*.onnx.data")) >= _LARGE:
+            huge_pages.collapse()
         outputs = {value.name: value.shape for value in self.session.get_outputs()}
         self._outputs = list(outputs)
         if "positions" not in {value.name for value in self.session.get_inputs()}:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -15,6 +16,7 @@ from odd import export_over_bytes, make_grouped, make_model
 from together import written_together
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from lm import huge_pages, runtime
 from lm.batch import Batch
 from lm.runtime import Generator, PromptTooLong, Unloadable, ask_for_exact_products
 from lm.sampling import Sampling, held_back
@@ -51,6 +53,17 @@ def test_threads_wait_awake_only_where_that_is_asked_for_and_write_the_same(fold
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert write(generator, "sea", 12, GREEDY) == write(Generator(folder), "sea", 12, GREEDY)
+
+
+@pytest.mark.parametrize(("least", "calls"), [(0, 1), (1 << 40, 0)])
+def test_large_weights_are_moved_to_huge_pages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, least: int, calls: int
+) -> None:
+    expected = write(Generator(folder), "sea", 12, GREEDY)
+    monkeypatch.setattr(runtime, "_LARGE", least)
+    with mock.patch("lm.huge_pages.collapse", wraps=huge_pages.collapse) as moved:
+        assert write(Generator(folder), "sea", 12, GREEDY) == expected
+    assert moved.call_count == calls
 
 
 def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
