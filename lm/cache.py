@@ -1,5 +1,7 @@
 """What the layers keep of the tokens of several texts, in memory that graph runs write in place."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +33,8 @@ class Cache:
             return
         capacity = max(tokens, min(-(-tokens // _GROWTH) * _GROWTH, limit))
         sizes = {"batch": len(self.lengths), "capacity": capacity}
-        larger = {}
-        for name, shape in self._shapes.items():
-            # Zeros and not just memory: a weight of zero times what is no number would be no number. The system brings
-            # their memory when they are first written: a row that no text has had takes none.
-            larger[name] = np.zeros([sizes.get(axis, axis) for axis in shape], np.float32)
+        larger = self._zeros({name: [sizes.get(axis, axis) for axis in shape] for name, shape in self._shapes.items()})
+        for name in larger:
             for row, length in enumerate(self.lengths if self._buffers else ()):
                 self._tokens(name, row, length, larger)[...] = self._tokens(name, row, length)
         self._buffers, self.capacity = larger, capacity
@@ -69,6 +68,16 @@ class Cache:
             self._tokens(name, one, right)[...] = self._tokens(name, other, right)
             self._tokens(name, other, left)[...] = kept
         self.lengths[[one, other]] = self.lengths[[other, one]]
+
+    def _zeros(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, npt.NDArray[np.float32]]:
+        # Zeros and not just memory: a weight of zero times what is no number would be no number. The system brings
+        # their memory when they are first written: a row that no text has had takes none.
+        if len(self.lengths) > 1:
+            return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        # In one piece, which numpy asks huge pages for (:mod:`lm.huge_pages`); each would reach over several rows.
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        pieces = np.split(np.zeros(ends[-1], np.float32), ends[:-1])
+        return {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
     def _tokens(
         self, name: str, row: int, count: int, buffers: dict[str, npt.NDArray[np.float32]] | None = None
