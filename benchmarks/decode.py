@@ -271,7 +271,7 @@ def make(side: str, folder: Path, batch: int) -> peers.Writer:
     if side in TRANSFORMERS:
         return peers.Transformers(folder, THREADS, *TRANSFORMERS[side], most_tokens=MOST_TOKENS)
     if side in SMALL_PAGES:
-        with mock.patch("lm.huge_pages.collapse"):
+        with mock.patch("lm.huge_pages.join"), mock.patch("lm.huge_pages.collapse"):
             return peers.Graph(folder, THREADS)
     return peers.Graph(folder, THREADS, side.endswith(SPINNING))
 

@@ -1,6 +1,8 @@
 """Memory that is moved to huge pages: which regions, and that what is stored there stays."""
 
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +50,23 @@ def test_a_system_without_the_call_is_left_alone(monkeypatch: pytest.MonkeyPatch
 def _in_huge_pages() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+_BLOCKS = f"""
+import ctypes
+from lm import huge_pages
+malloc = ctypes.CDLL(None).malloc
+malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+for joined in (False, True):
+    if joined:
+        huge_pages.join()
+    blocks = [malloc({3 << 20}) for _ in range(16)]
+    starts = [region for region in open("/proc/self/maps") if region.rstrip().endswith("[heap]")]
+    low, high = (int(end, 16) for end in starts[0].split()[0].split("-"))
+    print(sum(low <= block < high for block in blocks))
+"""
+
+
+def test_blocks_lie_in_one_region_once_that_is_asked_for() -> None:
+    ran = subprocess.run([sys.executable, "-c", _BLOCKS], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["0", "16"]

@@ -61,9 +61,12 @@ def test_large_weights_are_moved_to_huge_pages(
 ) -> None:
     expected = write(Generator(folder), "sea", 12, GREEDY)
     monkeypatch.setattr(runtime, "_LARGE", least)
-    with mock.patch("lm.huge_pages.collapse", wraps=huge_pages.collapse) as moved:
+    with (
+        mock.patch("lm.huge_pages.collapse", wraps=huge_pages.collapse) as moved,
+        mock.patch("lm.huge_pages.join") as joined,
+    ):
         assert write(Generator(folder), "sea", 12, GREEDY) == expected
-    assert moved.call_count == calls
+    assert moved.call_count == joined.call_count == calls
 
 
 def test_a_prompt_that_is_read_in_pieces_ends_in_the_same_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
