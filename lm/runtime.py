@@ -65,15 +65,15 @@ class Generator:
         ask_for_exact_products(options)
         # The fallback warnings of graph optimization say nothing to a user.
         options.log_severity_level = 3
-        is_large = sum(file.stat().st_size for file in folder.glob("*.onnx.data")) >= _LARGE
-        if is_large:
-            huge_pages.join()
         with _named(folder / "model.onnx") as model:
+            is_large = sum(file.stat().st_size for file in folder.glob("*.onnx.data")) >= _LARGE
+            if is_large:
+                huge_pages.join()
             if graph is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
             self.session = onnxruntime.InferenceSession(graph or model, options, providers=["CPUExecutionProvider"])
-        if is_large:
-            huge_pages.collapse()
+            if is_large:
+                huge_pages.collapse()
         outputs = {value.name: value.shape for value in self.session.get_outputs()}
         self._outputs = list(outputs)
         if "positions" not in {value.name for value in self.session.get_inputs()}:

@@ -307,6 +307,14 @@ def test_exact_products_are_asked_for_where_those_of_8_bits_overflow(
     assert found == str(int(asked))
 
 
+def test_a_link_to_weights_that_are_gone_is_a_fault_of_the_model(folder: Path, tmp_path: Path) -> None:
+    weights = linked(folder, tmp_path) / "model.onnx.data"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(Unloadable, match=r"model\.onnx: damaged, or not what its name says"):
+        Generator(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "config.json", "generation_config.json"])
 def test_a_damaged_file_is_named_in_one_line(folder: Path, tmp_path: Path, name: str) -> None:
     (linked(folder, tmp_path) / name).unlink(missing_ok=True)
