@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from lm import hugging_face, onnx_model, per_token
 from lm.calibration import calibrate
 from lm.model import LanguageModel
-from lm.quantization import PLANS
+from lm.quantization import PLANS, Plan
 from lm.rotation import turn_hidden
 from tasks.errors import Refused
 from tasks.quantize.audit import audit, expected_products
@@ -34,6 +34,17 @@ def model(trained: Path) -> LanguageModel:
 def graph(model: LanguageModel, tmp_path: Path) -> Path:
     onnx_model.export(model, PLAN, tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
+
+
+def check_that_it_is_refused(
+    path: Path, model: LanguageModel, plan: Plan, plant: Callable[[onnx.ModelProto], None], told: str
+) -> None:
+    """Plants a fault into the graph at ``path``."""
+    planted = onnx.load(path)
+    plant(planted)
+    onnx.save(planted, path)
+    with pytest.raises(Refused, match=told):
+        audit(path, model, plan)
 
 
 def test_the_audit_counts_what_the_graph_holds(graph: Path, model: LanguageModel) -> None:
@@ -142,11 +153,7 @@ _OTHER_OPERANDS = "has other operands than its own scales"
 def test_what_quantizers_do_in_silence_is_refused(
     plant: Callable[[onnx.ModelProto], None], told: str, graph: Path, model: LanguageModel
 ) -> None:
-    planted = onnx.load(graph)
-    plant(planted)
-    onnx.save(planted, graph)
-    with pytest.raises(Refused, match=told):
-        audit(graph, model, PLAN)
+    check_that_it_is_refused(graph, model, PLAN, plant, told)
 
 
 def test_a_weight_that_is_turned_meets_activations_that_are(model: LanguageModel, tmp_path: Path) -> None:
@@ -187,11 +194,9 @@ def test_only_the_range_that_was_calibrated_is_right_for_static(
     found = audit(path, model, plan)
     assert found.operators[per_token.OPERATOR] == [*expected_products(model, plan).values()].count(per_token.OPERATOR)
     assert found.float_products == ["model.layers.1.mlp.gate.weight"]
-    planted = onnx.load(path)
-    plant(planted)
-    onnx.save(planted, path)
-    with pytest.raises(Refused, match=rf"{_UP}\.int8 meets activations that are not unsigned 8 bits of its calibrated"):
-        audit(path, model, plan)
+    check_that_it_is_refused(
+        path, model, plan, plant, rf"{_UP}\.int8 meets activations that are not unsigned 8 bits of its calibrated"
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,11 +213,7 @@ def test_static_has_its_own_scales_and_the_range_of_its_latents(
 ) -> None:
     plan, path = calibrate(model, PLANS["static-8"], torch.arange(48).view(3, 16)), tmp_path / "model.onnx"
     onnx_model.export(model, plan, path)
-    planted = onnx.load(path)
-    plant(planted)
-    onnx.save(planted, path)
-    with pytest.raises(Refused, match=told):
-        audit(path, model, plan)
+    check_that_it_is_refused(path, model, plan, plant, told)
 
 
 def test_fixed_ranges_are_a_trap_where_no_range_was_asked_for(model: LanguageModel, tmp_path: Path) -> None:
@@ -262,11 +263,7 @@ def test_what_is_added_to_blocks_in_silence_is_refused(
 ) -> None:
     plan, path = PLANS["blockwise-8"], tmp_path / "model.onnx"
     onnx_model.export(model, plan, path)
-    planted = onnx.load(path)
-    plant(planted)
-    onnx.save(planted, path)
-    with pytest.raises(Refused, match=told):
-        audit(path, model, plan)
+    check_that_it_is_refused(path, model, plan, plant, told)
 
 
 @pytest.mark.parametrize(
