@@ -208,13 +208,17 @@ def fetch(root: Path, remote: str | None, say: Callable[[str], object] = _on_std
     """Brings the registry's tags from ``remote``; where it has another tag of the same name, that takes ours' place.
 
     ``say`` is told which versions are another commit by that, but of ``own``, which the caller has only just made.
-    Raises :class:`UserMistake` as :func:`check_remote` does, :class:`flows.git.GitFailed` when it does not answer.
+    Raises :class:`UserMistake` where Git knows no such remote, :class:`flows.git.GitFailed` when it does not answer.
     """
-    check_remote(root, remote)
     if remote is not None:
         spaces = (f"+refs/tags/{ARTIFACT}{mark}*:refs/tags/{ARTIFACT}{mark}*" for mark in "@#")
-        with moves_told(root, remote, say, own):
-            git(root, "fetch", "--quiet", "--no-tags", remote, *spaces)
+        try:
+            with moves_told(root, remote, say, own):
+                git(root, "fetch", "--quiet", "--no-tags", remote, *spaces)
+        except GitFailed:
+            # Git takes a name that it does not know for a folder, and says so.
+            check_remote(root, remote)
+            raise
 
 
 @contextlib.contextmanager
