@@ -28,17 +28,15 @@ def test_regions_of_no_file_are_moved_as_far_as_they_are_whole_huge_pages() -> N
 
 def test_what_is_stored_stays() -> None:
     size = 16 * huge_pages.SIZE
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        values = np.frombuffer(memory, np.uint32)
-        expected = np.arange(len(values), dtype=np.uint32)
-        values[:] = expected
-        moved = huge_pages.collapse()
-        assert np.array_equal(values, expected)
-        # From Linux 6.1 on, if it was built with them.
-        if Path("/sys/kernel/mm/transparent_hugepage").is_dir() and _linux() >= (6, 1):
-            assert moved
-            assert _in_huge_pages() >= size - 2 * huge_pages.SIZE
-        del values
+    values = np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint32)
+    expected = np.arange(len(values), dtype=np.uint32)
+    values[:] = expected
+    moved = huge_pages.collapse()
+    assert np.array_equal(values, expected)
+    # From Linux 6.1 on, if it was built with them.
+    if Path("/sys/kernel/mm/transparent_hugepage").is_dir() and _linux() >= (6, 1):
+        assert moved
+        assert _in_huge_pages() >= size - 2 * huge_pages.SIZE
 
 
 def test_a_system_that_tells_no_regions_is_left_alone(tmp_path: Path) -> None:
