@@ -138,8 +138,9 @@ _RepetitionPenalty = Annotated[
 ]
 _Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")]
+_SPIN = "Threads wait for each other awake: faster alone, slower beside other work."
 _Spin = Annotated[
-    bool, typer.Option("--spin", help="Threads wait for each other awake: faster alone, slower beside other work.")
+    bool | None, typer.Option("--spin/--no-spin", help=_SPIN, show_default="where nothing else computes at the start")
 ]
 _Version = Annotated[
     str | None,
@@ -162,7 +163,7 @@ def generate(
     repetition_penalty: _RepetitionPenalty = 1.0,
     stop: _Stop = None,
     seed: _Seed = 0,
-    spin: _Spin = False,
+    spin: _Spin = None,
     version: _Version = None,
 ) -> None:
     """Continue TEXT with the project's INT8 model.
@@ -190,7 +191,7 @@ def chat(
     repetition_penalty: _RepetitionPenalty = 1.0,
     stop: _Stop = None,
     seed: _Seed = 0,
-    spin: _Spin = False,
+    spin: _Spin = None,
     version: _Version = None,
 ) -> None:
     """Converse with the project's INT8 model, if it has a chat template; a line is a message.
@@ -223,7 +224,7 @@ def serve(
             help="So many texts are written side by side, each cached in memory; 16 requests wait, and more get 429.",
         ),
     ] = PARALLEL,
-    spin: _Spin = False,
+    spin: Annotated[bool, typer.Option("--spin", help=_SPIN)] = False,
     version: _Version = None,
 ) -> None:
     """Serve the project's INT8 model by OpenAI's protocol, completions and chat, until it is stopped.

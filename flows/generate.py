@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from flows import last
 from flows.termination import EXIT_INTERRUPTED
+from lm.cores import Others
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 from tasks import paths
 from tasks.errors import BadInput, UserMistake
@@ -26,13 +27,13 @@ DEFAULT = Sampling()
 class Writing:
     """How a text is written: its tokens at most, how they are drawn, and what ends it.
 
-    ``spin`` is that of :class:`lm.runtime.Generator`, ``version`` as of :func:`place`.
+    ``spin`` is that of :func:`load`, ``version`` as of :func:`place`.
     """
 
     max_new_tokens: int
     sampling: Sampling = DEFAULT
     stop: tuple[str, ...] = ()
-    spin: bool = False
+    spin: bool | None = None
     version: str | None = None
 
     def check(self) -> None:
@@ -97,8 +98,12 @@ def place(root: Path, tell: Callable[[str], object], version: str | None = None)
     return folder
 
 
-def load(folder: Path, spin: bool = False) -> "Generator":
-    """Returns the model in ``folder``. Raises :class:`BadInput` where there is none, or a damaged one."""
+def load(folder: Path, spin: bool | None = None) -> "Generator":
+    """Returns the model in ``folder``. Raises :class:`BadInput` where there is none, or a damaged one.
+
+    ``spin`` is that of :class:`lm.runtime.Generator`; None: where nothing else computes while it is imported.
+    """
+    others = Others()
     for name in (paths.INT8_GRAPH.name, "tokenizer.json", "config.json"):
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: no such file. Run `overnight run` first; it makes the INT8 model.")
@@ -106,7 +111,7 @@ def load(folder: Path, spin: bool = False) -> "Generator":
     from lm.runtime import Generator, OtherInterface, Unloadable
 
     try:
-        return Generator(folder, spin=spin)
+        return Generator(folder, spin=others.rest() if spin is None else spin)
     except (Unloadable, OtherInterface) as error:
         raise BadInput(f"{error}. `overnight run` makes the model anew.") from None
 

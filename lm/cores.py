@@ -1,10 +1,16 @@
-"""How many cores there are for this process."""
+"""How many cores there are for this process, and whether others compute on them."""
 
 import os
+import time
 from pathlib import Path
 
 _OWN_GROUP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
+_TIMES = Path("/proc/stat")
+# Of the cores' time, what others may take where they are said to rest; and of how many seconds at least that is said:
+# time is counted in ticks of 10 ms.
+_AT_REST = 0.1
+_SECONDS = 0.25
 
 
 def available() -> int:
@@ -15,6 +21,40 @@ def available() -> int:
     """
     bound = len(os.sched_getaffinity(0))
     return max(1, min([bound, *map(int, _shares())]))
+
+
+class Others:
+    """What other processes compute on this one's cores from now on."""
+
+    def __init__(self) -> None:
+        self._before, self._since = _ticks(), time.monotonic()
+
+    def rest(self) -> bool:
+        """Returns whether they have taken next to nothing since then; False where the system does not say it.
+
+        Waits until it can be told.
+        """
+        time.sleep(max(0.0, self._since + _SECONDS - time.monotonic()))
+        (passed, busy, own), (passed_before, busy_before, own_before) = _ticks(), self._before
+        ticks = passed - passed_before
+        return ticks > 0 and busy - busy_before - (own - own_before) <= _AT_REST * ticks
+
+
+def _ticks() -> tuple[int, int, float]:
+    """Returns the ticks of this process's cores: all, the busy ones, and those that it took (proc_stat(5))."""
+    cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    passed = busy = 0
+    try:
+        lines = _TIMES.read_text().splitlines()
+    except OSError:
+        return 0, 0, 0.0
+    for name, *fields in map(str.split, lines):
+        if name in cores:
+            # The fourth and fifth: idle, and waiting for a disk. The ninth and tenth, guests, are in the first two.
+            ticks = [int(field) for field in fields[:8]]
+            passed += sum(ticks)
+            busy += sum(ticks) - sum(ticks[3:5])
+    return passed, busy, sum(os.times()[:2]) * os.sysconf("SC_CLK_TCK")
 
 
 def _shares() -> list[float]:

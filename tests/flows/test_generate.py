@@ -67,10 +67,24 @@ def test_the_commands_draw_as_they_are_told(
     assert found.args[place].sampling == Sampling(1.5, 7, 0.5, 1.2, 9)
 
 
-@pytest.mark.parametrize("command", [["generate", "light"], ["chat"], ["serve"]], ids=" ".join)
-@pytest.mark.parametrize("spin", [False, True])
-def test_the_commands_load_a_model_whose_threads_spin_where_that_is_asked_for(
-    root: Path, command: list[str], spin: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("command", "others_rest", "spins"),
+    [
+        ("generate light", True, True),
+        ("generate light", False, False),
+        ("generate light --spin", False, True),
+        ("generate light --no-spin", True, False),
+        ("chat", True, True),
+        ("chat", False, False),
+        ("chat --spin", False, True),
+        ("chat --no-spin", True, False),
+        # What is served is asked for days: that others rest when it starts says nothing of that.
+        ("serve", True, False),
+        ("serve --spin", False, True),
+    ],
+)
+def test_the_commands_load_a_model_whose_threads_spin_where_that_is_asked_for_or_others_rest(
+    root: Path, command: str, others_rest: bool, spins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Loaded(Exception):
         """With how it was asked to."""
@@ -80,9 +94,10 @@ def test_the_commands_load_a_model_whose_threads_spin_where_that_is_asked_for(
 
     monkeypatch.setattr("lm.runtime.Generator", load)
     monkeypatch.setattr("flows.project.find", lambda: root)
-    found = CliRunner().invoke(app, [*command, *(["--spin"] if spin else [])]).exception
+    monkeypatch.setattr("lm.cores.Others.rest", lambda _: others_rest)
+    found = CliRunner().invoke(app, command.split()).exception
     assert isinstance(found, Loaded)
-    assert found.args == (root / "models/int8", spin)
+    assert found.args == (root / "models/int8", spins)
 
 
 @pytest.mark.parametrize("command", [["generate", "light"], ["chat"], ["serve"]], ids=" ".join)

@@ -1,6 +1,7 @@
-"""A container's share of the processor's time counts, not the cores that it sees."""
+"""A container's share of the processor's time counts, not the cores that it sees, and what others do on them."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,54 @@ def test_elsewhere_cores_are_those_that_it_is_bound_to(own: str | None, groups: 
     else:
         (groups.parent / "own").write_text(own)
     assert cores.available() == 64
+
+
+@pytest.mark.parametrize(
+    ("core", "own", "at_rest"),
+    [
+        # In a second: user, nice, system, idle, waiting for a disk, two kinds of interrupts, stolen.
+        ("2 0 1 97 0 0 0 0", 0.0, True),
+        ("90 0 7 3 0 0 0 0", 1.9, True),
+        ("90 0 7 3 0 0 0 0", 0.9, False),
+        ("0 40 0 60 0 0 0 0", 0.0, False),
+        ("0 0 0 80 0 0 0 20", 0.0, False),
+        ("0 0 0 20 80 0 0 0", 0.0, True),
+    ],
+)
+def test_others_rest_where_cores_do_nothing_else(
+    core: str, own: float, at_rest: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, used = tmp_path / "stat", os.times()
+
+    def tell(fields: str) -> None:
+        # Of the others' core a process that is not bound to it takes no notice.
+        busy = "cpu9 500 0 0 0 0 0 0 0" if fields == core else "cpu9 0 0 0 0 0 0 0 0"
+        times.write_text(f"cpu  0 0 0 0\ncpu0 {fields} 0 0\ncpu1 {fields} 0 0\n{busy} 0 0\nintr 1 2 3\n")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(cores, "_TIMES", times)
+    monkeypatch.setattr(os, "times", lambda: (0.0, 0.0, *used[2:]))
+    tell("0 0 0 0 0 0 0 0")
+    others, began = cores.Others(), time.monotonic()
+    monkeypatch.setattr(os, "times", lambda: (own * 0.7, own * 0.3, *used[2:]))
+    tell(core)
+    assert others.rest() is at_rest
+    # In less time, a few ticks decide.
+    assert time.monotonic() >= began + 0.25
+
+
+def test_where_the_system_does_not_say_it_others_do_not_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_TIMES", tmp_path / "none")
+    assert not cores.Others().rest()
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="the system does not say what its cores did")
+def test_what_this_process_computes_itself_is_counted_as_its_own() -> None:
+    passed, busy, own = cores._ticks()
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    passed_after, busy_after, own_after = cores._ticks()
+    assert own_after - own >= 29
+    assert passed_after - passed >= busy_after - busy >= 20
