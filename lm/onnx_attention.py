@@ -41,7 +41,7 @@ class LatentPlaces:
 
     def _expansion_pays(self, graph: PlannedGraph, config: LatentConfig) -> str | None:
         """Whether keys and values are better expanded, [1]: it saves T S pairs' products, and costs S - T tokens'."""
-        saved = products_saved(config)
+        saved = _products_saved(config)
         if saved <= 0:
             return None
         length = graph.op("Shape", self.positions, start=1, end=2)
@@ -51,7 +51,7 @@ class LatentPlaces:
         return graph.op("GreaterOrEqual", pairs, more)
 
 
-def products_saved(config: LatentConfig) -> int:
+def _products_saved(config: LatentConfig) -> int:
     """Returns how many products expanded keys and values save a head, a new token and a token in the cache.
 
     A pair of tokens takes P + R + V of them, P being the width of keys without positions, and absorbed 2 C + R.

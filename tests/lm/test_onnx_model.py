@@ -17,7 +17,7 @@ from odd import make_gated_mixture, make_grouped, make_grouped_mixture, make_mod
 from lm import blockwise, onnx_model, per_token
 from lm.blockwise import Blockwise
 from lm.calibration import calibrate
-from lm.config import GroupedShape
+from lm.config import GroupedShape, LatentConfig
 from lm.feed_forward import gated
 from lm.graph import FLOAT, INT64, Graph
 from lm.model import LanguageModel
@@ -293,6 +293,35 @@ def test_decoding_token_by_token_continues_the_prefill(exported: "Exported", ids
     for name, one in past.items():
         assert one.shape == cache[name].shape
         assert np.median(np.abs(one - cache[name])) < 1e-5
+
+
+def test_latent_attention_takes_the_order_with_fewer_products(tmp_path: Path) -> None:
+    model = make_model(kv_lora_rank=40, first_k_dense_replace=3)
+    onnx_model.export(model, EIGHT, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx")
+    layers = [node for node in graph.graph.node if node.op_type == "If"]
+    assert len(layers) == len(model.model.layers)
+    for layer in layers:
+        branches = {one.name: {node.op_type for node in one.g.node} for one in layer.attribute}
+        assert "Expand" in branches["then_branch"]
+        assert "Expand" not in branches["else_branch"]
+    (condition,) = {layer.input[0] for layer in layers}
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(condition, onnx.TensorProto.BOOL, [1]))
+    onnx.save(graph, tmp_path / "tells.onnx")
+    session, config = opened(tmp_path / "tells.onnx"), model.config
+    assert isinstance(config, LatentConfig)
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    widths = config.qk_nope_head_dim + config.v_head_dim
+    taken = []
+    for length, capacity in ((1, 1), (1, 3), (1, 40), (2, 40), (11, 40), (16, 80), (16, 1000), (33, 1000)):
+        _, found = _run(session, torch.zeros(1, length, dtype=torch.long), capacity=capacity)
+        # Of a head: scores and sums over pairs of tokens, and what is brought into the latents' space or out of it.
+        pairs = length * capacity
+        expanded = pairs * (widths + rope) + capacity * rank * widths
+        absorbed = pairs * (2 * rank + rope) + length * rank * widths
+        taken.append(bool(found[condition].item()))
+        assert taken[-1] == (expanded <= absorbed), (length, capacity)
+    assert set(taken) == {True, False}
 
 
 def test_what_computes_a_cache_writes_it_where_the_caller_wants_it(exported: "Exported") -> None:
