@@ -35,7 +35,7 @@ def decide(
 
 
 def _against_float(loss: Estimate, limit: float) -> Check:
-    told = f"INT8's loss is {_change(loss, limit, of='float')}"
+    told = _change(loss, limit, of="float")
     return _check("int8_against_float", loss, limit, told, _ROUNDING)
 
 
@@ -49,7 +49,7 @@ def _against_champion(champion: ChampionResult | None, limit: float, unmeasured:
         return Check(name="against_champion", passed=False, limit=limit, reason=told)
     if champion is None:
         return Check(name="against_champion", passed=True, limit=limit, reason="no champion yet")
-    told = f"INT8's loss is {_change(champion.relative_loss, limit, of=champion.version)}"
+    told = _change(champion.relative_loss, limit, of=champion.version)
     if not champion.same_split:
         told += f" (text was split otherwise then: {champion.version} may have been trained on this text)"
     return _check("against_champion", champion.relative_loss, limit, told, f"{champion.version} stays the champion")
@@ -91,7 +91,7 @@ def _check(name: CheckName, estimate: Estimate, limit: float, told: str, advice:
 def _change(loss: Estimate, limit: float, of: str) -> str:
     digits = _digits(loss.high, limit, 4) - 2
     high = "" if loss.high is None else f" (at most {loss.high:+.{digits}%})"
-    return f"{loss.value:+.{digits}%}{high} of {of}'s; the limit is {limit:+.{digits}%}"
+    return f"INT8's loss against {of}'s: {loss.value:+.{digits}%}{high}; the limit is {limit:+.{digits}%}"
 
 
 def _digits(high: float | None, limit: float, least: int) -> int:

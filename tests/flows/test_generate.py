@@ -1,6 +1,7 @@
 """Generating: what is written, what is told beside it, and what is refused."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_a_text_of_the_length_that_was_asked_for_says_nothing_more(root: Path) -
     assert out.startswith("light")
     assert len(out) > len("light\n")
     assert err == ""
+
+
+def test_a_piece_is_shown_before_the_next_one_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, shown = io.StringIO(), []
+
+    def pieces(*_: object) -> Iterator[str]:
+        for piece in (" and", " there", " was"):
+            yield piece
+            shown.append(out.getvalue())
+
+    monkeypatch.setattr("flows.generate.continue_text", pieces)
+    write(root, "light", Writing(4), out, io.StringIO())
+    assert shown == ["light and", "light and there", "light and there was"]
 
 
 def test_a_terminal_of_another_encoding_shows_what_it_can(root: Path) -> None:

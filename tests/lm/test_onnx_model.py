@@ -185,7 +185,7 @@ def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
     make: Callable[..., LanguageModel], sizes: dict[str, Any], plan: Plan, tmp_path: Path
 ) -> None:
     model = make(**sizes)
-    # So few values that in most of these texts none lies on a boundary.
+    # So few values that hardly ever one lies on a boundary.
     texts = torch.tensor([[3, 77, 12], [5, 41, 90], [66, 8, 30], [9, 99, 54], [71, 2, 18]])
     plan = calibrate(model, plan, texts)
     session = _session(model, tmp_path, plan)
@@ -195,8 +195,11 @@ def test_where_no_value_tips_the_whole_graph_is_equal_to_five_digits(
     # With spare room latents are read as they are, absorbed; without it the prompt's keys and values are expanded.
     for capacity in (40, texts.shape[1]):
         computed = np.concatenate([_run(session, ids[None], capacity=capacity)[0] for ids in texts])
-        apart = np.abs(computed - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
-        assert np.median(apart) < 1e-5
+        assert _but_for_one_text(computed, expected) < 1e-5
+    stepped = np.concatenate([_run_step_by_step(session, ids[None])[0] for ids in texts])
+    assert _but_for_one_text(stepped, expected) < 1e-5
+    together, _ = _run(session, texts)
+    assert _but_for_one_text(together, expected) < 1e-5
     assert np.abs(floating - expected).max() > 1e-3 * np.abs(expected).max()
 
 
@@ -339,6 +342,12 @@ def test_exporting_twice_gives_the_same_bytes(exported: "Exported", tmp_path: Pa
     onnx_model.export(exported.model, exported.plan, tmp_path / "model.onnx")
     for file in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / file).read_bytes() == (exported.path.parent / file).read_bytes()
+
+
+def _but_for_one_text(computed: np.ndarray, expected: np.ndarray) -> float:
+    """Returns how far [texts, tokens, vocabulary] are apart, relative to each text's largest; the furthest may tip."""
+    apart = np.abs(computed - expected).max(axis=(1, 2)) / np.abs(expected).max(axis=(1, 2))
+    return float(np.sort(apart)[-2])
 
 
 @pytest.mark.parametrize("plan", [EIGHT, PLANS["blockwise-8"]], ids=["per-token-8", "blockwise-8"])

@@ -142,12 +142,12 @@ def test_the_absolute_limit_is_held_against_the_intervals_upper_end(limit: float
 @pytest.mark.parametrize(
     ("high", "limit", "told"),
     [
-        (0.0049, 0.02, "+0.10% (at most +0.49%) of float's; the limit is +2.00%"),
-        (0.019999, 0.02, "+0.1000% (at most +1.9999%) of float's; the limit is +2.0000%"),
-        (0.020001, 0.02, "+0.1000% (at most +2.0001%) of float's; the limit is +2.0000%"),
+        (0.0049, 0.02, "against float's: +0.10% (at most +0.49%); the limit is +2.00%"),
+        (0.019999, 0.02, "against float's: +0.1000% (at most +1.9999%); the limit is +2.0000%"),
+        (0.020001, 0.02, "against float's: +0.1000% (at most +2.0001%); the limit is +2.0000%"),
         # A limit is told as it is set.
-        (0.00123, 0.00125, "+0.100% (at most +0.123%) of float's; the limit is +0.125%"),
-        (0.02, 0.02, "+0.10% (at most +2.00%) of float's; the limit is +2.00%"),
+        (0.00123, 0.00125, "against float's: +0.100% (at most +0.123%); the limit is +0.125%"),
+        (0.02, 0.02, "against float's: +0.10% (at most +2.00%); the limit is +2.00%"),
     ],
 )
 def test_what_is_told_of_a_narrow_verdict_has_the_digits_that_show_it(high: float, limit: float, told: str) -> None:
