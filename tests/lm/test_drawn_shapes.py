@@ -90,12 +90,13 @@ def grouped(draw: random.Random) -> LanguageModel:
     return make_grouped(**{**common(draw), **grouped_heads(draw)}, model_type=family, rope_scaling=scaling)
 
 
-def grouped_mixture(draw: random.Random) -> LanguageModel:
+def grouped_mixture(draw: random.Random, **more: Any) -> LanguageModel:
     shape = {**common(draw), **grouped_heads(draw)}
     del shape["intermediate_size"]
     experts = draw.randrange(2, 12)
     return make_grouped_mixture(
         **shape,
+        **more,
         rope_scaling=draw.choice([None, stretched(draw, "yarn")]),
         moe_intermediate_size=draw.randrange(3, 40),
         num_experts=experts,
@@ -104,8 +105,12 @@ def grouped_mixture(draw: random.Random) -> LanguageModel:
     )
 
 
+def gated_mixture(draw: random.Random) -> LanguageModel:
+    return grouped_mixture(draw, model_type="qwen2_moe", shared_expert_intermediate_size=draw.randrange(3, 60))
+
+
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("make", [latent, grouped, grouped_mixture])
+@pytest.mark.parametrize("make", [latent, grouped, grouped_mixture, gated_mixture])
 def test_a_drawn_shape_computes_learns_and_comes_back_as_in_transformers(
     make: Callable[[random.Random], LanguageModel], number: int, tokenizer_file: Path, tmp_path: Path
 ) -> None:
