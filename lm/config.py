@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,26 @@ QWEN2 = ("qwen2", "qwen2_moe")
 
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _of(*families: str, default: Any, **constraints: Any) -> Any:
+    """A field that some alone of the families know which its class describes; in the others it stays ``default``."""
+    return Field(default=default, json_schema_extra={"kinds": [*families]}, **constraints)
+
+
+class _Family(_Shape):
+    model_type: str
+
+    @model_validator(mode="after")
+    def _its_family_knows_its_keys(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            of: Any = field.json_schema_extra
+            if of is None or self.model_type in of["kinds"] or (value := getattr(self, name)) == field.default:
+                continue
+            told = str(value).lower() if isinstance(value, bool) else value
+            owners = " and ".join(of["kinds"])
+            raise ValueError(f"{name} is {told}; it is a key of {owners}, not of a {self.model_type}; remove it")
+        return self
 
 
 class Llama3Scaling(_Shape):
@@ -113,7 +133,7 @@ class YarnScaling(_Shape):
 RopeScaling = Llama3Scaling | LinearScaling | DynamicScaling | YarnScaling
 
 
-class LatentArchitecture(_Shape):
+class LatentArchitecture(_Family):
     """What a user chooses about a DeepSeek-V3-style decoder (DeepSeek-V3 report, arXiv 2412.19437, section 2.1).
 
     DeepSeek-V2 (arXiv 2405.04434, section 2.2) scores experts by a softmax over all of them instead of sigmoids, a
@@ -144,7 +164,7 @@ class LatentArchitecture(_Shape):
     norm_topk_prob: bool
     routed_scaling_factor: float = Field(gt=0)
     # Depths of multi-token prediction (DeepSeek-V3 report, section 2.2): 1 also learns the token after the next one.
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_nextn_predict_layers: int = _of("deepseek_v3", default=0, ge=0)
     tie_word_embeddings: bool = False
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
@@ -162,10 +182,6 @@ class LatentArchitecture(_Shape):
             )
         if self.norm_topk_prob and not self.has_bias:
             raise ValueError("norm_topk_prob is true; deepseek_v2 does not normalize the experts' weights")
-        if self.num_nextn_predict_layers and not self.has_bias:
-            raise ValueError(
-                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; deepseek_v2 predicts no further tokens"
-            )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
@@ -211,10 +227,9 @@ class LatentArchitecture(_Shape):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-class GroupedShape(_Shape):
+class GroupedShape(_Family):
     """What all decoders with grouped-query attention have."""
 
-    model_type: str
     hidden_size: Size
     num_hidden_layers: Size
     num_attention_heads: Size
@@ -226,15 +241,7 @@ class GroupedShape(_Shape):
     initializer_range: float = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
     # Of queries, keys, values and outputs. Qwen2's always have those of the first three, and no other.
-    attention_bias: bool = False
-
-    @model_validator(mode="after")
-    def _biases_fit(self) -> Self:
-        if self.attention_bias and self.model_type in QWEN2:
-            raise ValueError(
-                f"attention_bias is true; a {self.model_type} has its biases without it, and none on outputs"
-            )
-        return self
+    attention_bias: bool = _of("llama", "qwen3", "qwen3_moe", default=False)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -272,13 +279,7 @@ class GroupedArchitecture(GroupedShape):
     model_type: Literal["llama", "qwen2", "qwen3"]
     intermediate_size: Size
     # Of all three products of a feed-forward.
-    mlp_bias: bool = False
-
-    @model_validator(mode="after")
-    def _the_feed_forward_is_of_its_family(self) -> Self:
-        if self.mlp_bias and self.model_type != "llama":
-            raise ValueError(f"mlp_bias is true; the feed-forward of a {self.model_type} has no biases")
-        return self
+    mlp_bias: bool = _of("llama", default=False)
 
 
 class GroupedMixtureArchitecture(GroupedShape):
@@ -294,17 +295,12 @@ class GroupedMixtureArchitecture(GroupedShape):
     num_experts: Size = Field(ge=2)
     num_experts_per_tok: Size
     norm_topk_prob: bool
-    # Of a qwen2_moe's shared expert.
-    shared_expert_intermediate_size: Size | None = None
+    shared_expert_intermediate_size: Size | None = _of("qwen2_moe", default=None)
 
     @model_validator(mode="after")
-    def _the_shared_expert_is_of_its_family(self) -> Self:
-        size = self.shared_expert_intermediate_size
-        if self.model_type == "qwen2_moe" and size is None:
+    def _the_shared_expert_is_there(self) -> Self:
+        if self.model_type == "qwen2_moe" and self.shared_expert_intermediate_size is None:
             raise ValueError("shared_expert_intermediate_size is missing; add it, a qwen2_moe has a shared expert")
-        if self.model_type != "qwen2_moe" and size is not None:
-            told = f"remove it, a {self.model_type} has no shared expert"
-            raise ValueError(f"shared_expert_intermediate_size is {size}; {told}")
         return self
 
     @model_validator(mode="after")

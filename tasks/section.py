@@ -52,8 +52,11 @@ def operational(**constraints: Any) -> Any:
 
 def is_operational(field: FieldInfo) -> bool:
     """Whether ``field`` was declared with :func:`operational`."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("operational"))
+    return bool(_extra(field).get("operational"))
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def read_section(name: str, section: type[SectionType], path: Path = paths.PARAMS) -> SectionType:
@@ -205,9 +208,18 @@ def _fixed(kind: type[BaseModel]) -> dict[str, tuple[str, ...]]:
 
 
 def _kinds_with(section: type[Section], place: Sequence[int | str]) -> list[str]:
-    """Returns the values by which those kinds of the section at ``place`` are told apart that have its last key."""
+    """Returns the values by which those kinds of the section at ``place`` are told apart that have its last key.
+
+    A field may name those of them, its ``kinds``, that alone know it.
+    """
     kinds = [kind for kind in _sections_at(section, place[:-1], None) if place[-1] in kind.model_fields]
-    return [value for kind in kinds for values in _fixed(kind).values() for value in values]
+    return [
+        value
+        for kind in kinds
+        for values in _fixed(kind).values()
+        for value in values
+        if value in _extra(kind.model_fields[str(place[-1])]).get("kinds", values)
+    ]
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -231,7 +243,7 @@ def _described(fault: Any, meant: str | None, kinds_with: Sequence[str]) -> tupl
             return f"unknown key; did you mean `{meant}`?", ""
         if kinds_with:
             owners = _and(kinds_with)
-            return f"unknown key; it is one of {owners}, remove it", f"are keys of {owners}; remove them"
+            return f"unknown key; it is a key of {owners}, remove it", f"are keys of {owners}; remove them"
         return "unknown key; remove it or mend its spelling", "are unknown keys; remove them or mend their spelling"
     if fault["type"] in ("model_type", "model_attributes_type"):
         return f"keys with values are needed here, found {_short(found)}", ""

@@ -54,13 +54,26 @@ def with_sources(listed: str, twice: bool = False) -> bytes:
         (
             DEFAULT.replace(b"model_type: deepseek_v3", b"model_type: llama"),
             "train.model: .*head_dim.* are missing; add them; .*qk_nope_head_dim, qk_rope_head_dim, v_head_dim.*"
-            " and num_nextn_predict_layers are keys of deepseek_v.*; remove them",
+            " and routed_scaling_factor are keys of deepseek_v3 and deepseek_v2; remove them; .*"
+            "num_nextn_predict_layers: unknown key; it is a key of deepseek_v3, remove it$",
         ),
         (DEFAULT.replace(b"qk_rope_head_dim: 16", b"qk_rope_head_dim: 15"), "yaml: train.model: qk_rope_head_dim is"),
         # Keys of other families.
         (
             DEFAULT.replace(b"    n_routed_experts", b"    num_experts: 8\n    n_routed_experts"),
-            "train.model.num_experts: unknown key; it is one of qwen2_moe and qwen3_moe, remove it$",
+            "train.model.num_experts: unknown key; it is a key of qwen2_moe and qwen3_moe, remove it$",
+        ),
+        # Of a kind that describes several families, those are named that know the key.
+        *(
+            (
+                DEFAULT.replace(b"    n_routed_experts", b"    " + line + b"\n    n_routed_experts"),
+                f"train.model.{line.partition(b':')[0].decode()}: unknown key; it is a key of {families}, remove it$",
+            )
+            for line, families in (
+                (b"shared_expert_intermediate_size: 8", "qwen2_moe"),
+                (b"mlp_bias: true", "llama"),
+                (b"attention_bias: true", "llama, qwen3 and qwen3_moe"),
+            )
         ),
         (
             DEFAULT.replace(b"    kv_lora_rank", b"    head_dim: 16\n    num_key_value_heads: 2\n    kv_lora_rank"),
