@@ -32,6 +32,11 @@ def adaptable(shape: Architecture) -> list[str]:
     return found
 
 
+def is_stack(name: str) -> bool:
+    """Whether a name of :func:`adaptable` is that of a stack of routed experts' weights."""
+    return ".mlp.experts." in name
+
+
 def chosen(names: Sequence[str], targets: Sequence[str]) -> list[str]:
     """Returns those of ``names`` that a pattern of ``targets`` matches, as a whole or in the part after the last dot.
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from lm.config import Architecture, LatentArchitecture, ModelConfig, without_further
 from lm.hugging_face_config import architecture_of
-from lm.layer_names import adaptable, chosen
+from lm.layer_names import adaptable, chosen, is_stack
 from tasks import init, paths
 from tasks.errors import BadParameter
 from tasks.exchange_params import Compression, DilocoParams, ExchangeParams
@@ -135,11 +135,21 @@ class TrainParams(TrainingParams):
                 f"train.bias_update_rate is {self.bias_update_rate:g}, and train.lora leaves all but its factors as "
                 "they are, the routers' biases too. Set bias_update_rate: 0.0."
             )
-        if self.lora is not None:
-            try:
-                chosen(adaptable(there), self.lora.targets)
-            except ValueError as error:
-                return f"train.lora.targets: {error}."
+        return None if self.lora is None else self._misfit_of_factors(self.lora, there)
+
+    def _misfit_of_factors(self, lora: LoraParams, there: Architecture) -> str | None:
+        try:
+            adapted = chosen(adaptable(there), lora.targets)
+        except ValueError as error:
+            return f"train.lora.targets: {error}."
+        mesh = self.layout
+        # Those of experts lie over `expert` already; along their rank, which comes next, torch cuts in equal parts.
+        if mesh.expert > 1 and lora.rank % mesh.shard and (experts := [name for name in adapted if is_stack(name)]):
+            return (
+                f"train.lora.rank {lora.rank} does not divide over mesh.shard {mesh.shard}, as it must with "
+                f"mesh.expert above 1 where experts are adapted ({experts[0]}). Change one of them, or leave experts "
+                "out of targets."
+            )
         return None
 
     def on(self, processes: int) -> "TrainParams":
@@ -205,12 +215,6 @@ class TrainParams(TrainingParams):
             return self
         if self.init == init.SCRATCH:
             raise ValueError("lora adapts a model that is there, and init: scratch has none; name a checkpoint in init")
-        mesh = self.layout
-        if mesh.expert > 1 and self.lora.rank % mesh.shard:
-            raise ValueError(
-                f"lora.rank {self.lora.rank} does not divide over mesh.shard {mesh.shard}, as it must with mesh.expert "
-                "above 1; change one of them"
-            )
         return self
 
     @model_validator(mode="after")

@@ -113,6 +113,7 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "qwen3-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GROUPED_MIXTURE, "num_hidden_layers": 4}),
     "qwen2-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GATED_MIXTURE}),
+    "qwen2-moe-lora": GroupedMixtureConfig.model_validate({**_TOKENS, **_GATED_MIXTURE}),
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-deep-lora": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}
@@ -121,12 +122,14 @@ MODELS: dict[str, ModelConfig] = {
         {**_TOKENS, **_ANY, **_GROUPED, "model_type": "qwen3", "tie_word_embeddings": True}
     ),
 }
-# What of them is adapted: all else is frozen. Of the deep one, that is nothing in the first half.
+# With which rank what of them is adapted: all else is frozen. Of the deep one, that is nothing in the first half.
 ADAPTED = {
-    "latent-lora": ["[qo]_proj", "kv_a*", "*.shared_experts.*", "*.mlp.experts.*"],
-    "latent-deep-lora": ["*.[23].self_attn.*_proj*", "*.[23].mlp.experts.*"],
+    "latent-lora": (4, ["[qo]_proj", "kv_a*", "*.shared_experts.*", "*.mlp.experts.*"]),
+    "latent-deep-lora": (4, ["*.[23].self_attn.*_proj*", "*.[23].mlp.experts.*"]),
     # Its head is its embedding.
-    "qwen3-deep-lora": ["[qv]_proj", "*.1.mlp.*"],
+    "qwen3-deep-lora": (4, ["[qv]_proj", "*.1.mlp.*"]),
+    # Its routers are frozen, and no loss evens them out; its experts have no factors, so that the rank need not divide.
+    "qwen2-moe-lora": (3, ["[qo]_proj", "shared_expert_gate", "*.shared_expert.*"]),
 }
 
 
@@ -246,12 +249,17 @@ def model_of(case: Case) -> LanguageModel:
             if case.model == "latent-uneven":
                 router.e_score_correction_bias[:2] += 10
     if case.model in ADAPTED:
-        low_rank.adapt(model, ADAPTED[case.model], rank=4, alpha=8, seed=9)
+        _adapt(model, case)
         with torch.no_grad():
             for name, value in model.named_parameters():
                 # Factors that are zero would leave the others without a gradient.
                 value += 0.1 * torch.randn(value.shape, generator=generator) if "lora_B" in name else 0.0
     return model
+
+
+def _adapt(model: LanguageModel, case: Case) -> None:
+    rank, targets = ADAPTED[case.model]
+    low_rank.adapt(model, targets, rank, alpha=8, seed=9)
 
 
 def _on_meta(model: LanguageModel, case: Case, result: Result) -> tuple[LanguageModel, Weights]:
@@ -267,7 +275,7 @@ def _on_meta(model: LanguageModel, case: Case, result: Result) -> tuple[Language
 
     bare = on_meta(model.config)
     if case.model in ADAPTED:
-        low_rank.adapt(bare, ADAPTED[case.model], rank=4, alpha=8, seed=9)
+        _adapt(bare, case)
         factors = {name: value for name, value in model.state_dict().items() if "lora_" in name}
         assert not bare.load_state_dict(factors, strict=False).unexpected_keys
     return bare, ((name, counting(reads(value))) for name, value in model.state_dict().items())

@@ -63,7 +63,8 @@ class BalancingLoss:
         self._weight = weight
         self._found: list[torch.Tensor] = []
         for router in model.routers():
-            if router.e_score_correction_bias is None:
+            # One that is frozen routes as it did in the training before.
+            if router.e_score_correction_bias is None and router.get_parameter("weight").requires_grad:
                 router.register_forward_hook(self._routed)
 
     def _routed(self, router: nn.Module, inputs: tuple[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> None:

@@ -117,11 +117,6 @@ def test_a_stage_in_which_all_is_frozen_has_its_place_in_checkpoints(project: Pa
     ("lora", "changes", "said"),
     [
         ({}, {"train__init": "scratch"}, "lora adapts a model that is there, and init: scratch has none"),
-        (
-            {"rank": 3},
-            {"train__mesh": {"shard": 2, "expert": 2}, "train__world_size": 4},
-            "lora.rank 3 does not divide over mesh.shard 2, as it must with mesh.expert above 1; change one of them",
-        ),
         ({"rank": 0}, {}, r"train\.lora\.rank: input should be greater than or equal to 1, found 0"),
         ({"targets": []}, {}, r"train\.lora\.targets: .* at least 1 item"),
         ({"dropout": 0.1}, {}, r"train\.lora\.dropout: unknown key"),
@@ -147,6 +142,18 @@ def test_routers_stay_as_they_are_too(project: Path) -> None:
     with pytest.raises(BadParameter, match=r"the routers' biases too\. Set bias_update_rate: 0\.0"):
         start.check(read_section("train", TrainParams), read_manifest())
     write_params(project, train__bias_update_rate=0.0)
+    assert start.check(read_section("train", TrainParams), read_manifest()) == paths.INIT
+
+
+def test_experts_factors_are_cut_along_their_rank(project: Path) -> None:
+    write_checkpoint(project / "given", make_model)
+    (project / "given/tokenizer.json").write_bytes(paths.TOKENIZER.read_bytes())
+    collect_init("given")
+    mesh = {"train__mesh": {"shard": 2, "expert": 2}, "train__world_size": 4, "train__bias_update_rate": 0.0}
+    write_params(project, {"rank": 3, "targets": ["o_proj", "*.experts.down_proj"]}, **mesh)
+    with pytest.raises(BadParameter, match=r"rank 3 does not divide over mesh\.shard 2, .*layers\.1\.mlp\.experts\."):
+        start.check(read_section("train", TrainParams), read_manifest())
+    write_params(project, {"rank": 3, "targets": ["o_proj", "*.shared_experts.*"]}, **mesh)
     assert start.check(read_section("train", TrainParams), read_manifest()) == paths.INIT
 
 
