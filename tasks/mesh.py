@@ -129,7 +129,9 @@ def _check_experts(mesh: Mesh, model: Architecture) -> None:
     if mesh.expert == 1:
         return
     if isinstance(model, GroupedArchitecture) or (
-        isinstance(model, LatentArchitecture) and model.first_k_dense_replace == model.num_hidden_layers
+        isinstance(model, LatentArchitecture)
+        # The layers of multi-token prediction come after the others.
+        and model.first_k_dense_replace == model.num_hidden_layers + model.num_nextn_predict_layers
     ):
         raise ValueError(
             f"mesh.expert is {mesh.expert}, and this model has no layer with experts; set mesh.expert to 1"

@@ -114,6 +114,10 @@ MODELS: dict[str, ModelConfig] = {
     "qwen3-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GROUPED_MIXTURE, "num_hidden_layers": 4}),
     "qwen2-moe": GroupedMixtureConfig.model_validate({**_TOKENS, **_GATED_MIXTURE}),
     "qwen2-moe-lora": GroupedMixtureConfig.model_validate({**_TOKENS, **_GATED_MIXTURE}),
+    # Its experts are those of multi-token prediction alone.
+    "latent-further-dense": LatentConfig.model_validate(
+        {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_nextn_predict_layers": 1, "first_k_dense_replace": 2}
+    ),
     "latent-lora": LatentConfig.model_validate({**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None}),
     "latent-deep-lora": LatentConfig.model_validate(
         {**_TOKENS, **_ANY, **_LATENT, "q_lora_rank": None, "num_hidden_layers": 4}

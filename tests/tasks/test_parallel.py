@@ -60,6 +60,7 @@ TWO = [
     Case({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep-lora", steps=FEW),
     Case({}, "latent-further", steps=FEW),
     Case({"expert": 2}, "latent-further", steps=FEW),
+    Case({"expert": 2}, "latent-further-dense", steps=FEW),
     Case({"tensor": 2}, "latent-further-even", micro_batch=4, logits_held=64, steps=FEW),
     Case({"shard": 2}, "latent-further", recomputed="full", steps=FEW),
     # Muon computes in bf16: what is another sum in fp32 is soon another model.
@@ -504,6 +505,15 @@ def test_an_impossible_mesh_is_one_line_with_its_reason(
     with pytest.raises(BadParameter) as refused:
         read_section("train", TrainParams, tmp_path / "params.yaml")
     assert reason in str(refused.value)
+
+
+def test_experts_may_be_those_of_multi_token_prediction_alone(tmp_path: Path) -> None:
+    shape = {"train__model__first_k_dense_replace": 2, "train__model__num_nextn_predict_layers": 1}
+    tiny.write_params(tmp_path, train__mesh={"expert": 2}, **shape)
+    assert read_section("train", TrainParams, tmp_path / "params.yaml").layout.expert == 2
+    tiny.write_params(tmp_path, train__mesh={"expert": 2}, **shape, train__mtp_loss_weight=0.0)
+    with pytest.raises(BadParameter, match="this model has no layer with experts; "):
+        read_section("train", TrainParams, tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize(
