@@ -6,6 +6,7 @@ to 5,000 tokens a second on one core.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -27,8 +28,9 @@ _READ_ONCE = ("TORCH_CPP_LOG_LEVEL", "TORCH_DISTRIBUTED_DEBUG")
 def settle() -> None:
     """Starts this program anew with the settings, in its own process, unless somebody has set glibc's.
 
-    To be called before torch is imported.
+    To be called before torch is imported, and where SIGTERM has a handler.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     is_set = "GLIBC_TUNABLES" in os.environ
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -45,6 +47,8 @@ def settle_on(variables: Mapping[str, str]) -> None:
 
 
 def _begin_anew() -> None:
+    # Handlers are lost. What comes meanwhile waits until this program has one again.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

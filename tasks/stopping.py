@@ -2,16 +2,18 @@
 
 The signal only leaves a note. The processes agree at the end of a step that one of them has it, save a checkpoint of
 that same step, and end. Who is stuck in a step, be it in a collective that waits for another process for ever, ends
-without after ``stop_seconds``: the last checkpoint is there.
+without after ``stop_seconds``: the last checkpoint is there. Before there are processes, nothing has to be left.
 """
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
-from tasks.errors import EXIT_STOPPED
+from tasks.errors import EXIT_STOPPED, EXIT_TRY_AGAIN
 
 
 class Stop:
@@ -19,6 +21,13 @@ class Stop:
 
     def __init__(self) -> None:
         self.told = False
+
+
+def end_at_once(*_: object) -> NoReturn:
+    """Ends this process, the launcher of a training that has no other ones yet, in a line: a handler of SIGTERM."""
+    print("error: told to end (SIGTERM) before any process had started. Run again.", file=sys.stderr, flush=True)
+    # Not by an exception, which an import that tries something may take for its own.
+    os._exit(EXIT_TRY_AGAIN)
 
 
 @contextlib.contextmanager

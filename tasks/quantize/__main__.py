@@ -1,9 +1,12 @@
 """``python -m tasks.quantize``: checks everything that can be checked, then starts the fine-tuning processes."""
 
-from tasks import native, stage
+import signal
+
+from tasks import native, stage, stopping
 
 if __name__ == "__main__":
     # Before it takes the time to import torch.
+    signal.signal(signal.SIGTERM, stopping.end_at_once)
     native.settle()
     stage.begin()
 

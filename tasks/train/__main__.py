@@ -1,12 +1,14 @@
 """``python -m tasks.train``: checks everything that can be checked, then starts the training processes."""
 
 import os
+import signal
 import sys
 
-from tasks import native, stage
+from tasks import native, stage, stopping
 
 if __name__ == "__main__":
     # Before it takes the time to import torch.
+    signal.signal(signal.SIGTERM, stopping.end_at_once)
     native.settle()
     stage.begin()
 

@@ -208,3 +208,25 @@ def test_afterwards_the_signal_does_what_it_did() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: stop.told, 10)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        # Of the interpreter, while it begins anew with what is read once.
+        ("sitecustomize", "if 'GLIBC_TUNABLES' in os.environ:\n    open('there', 'w').close()\n    time.sleep(0.5)\n"),
+        ("torch", "open('there', 'w').close()\ntime.sleep(30)\n"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["train", "quantize"])
+def test_a_launcher_told_to_end_before_it_has_torch_says_so(
+    stage: str, module: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    (tmp_path / f"{module}.py").write_text(f"import os, time\n{text}")
+    process = tiny.stage(stage, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{tiny.ROOT}")
+    until((tmp_path / "there").exists)
+    process.terminate()
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 75, output
+    assert tiny.error_line(output) == "told to end (SIGTERM) before any process had started. Run again."
