@@ -219,9 +219,9 @@ def _check_window(content: Mapping[str, Any]) -> None:
         )
     if isinstance(positions, int) and window < positions:
         raise Unusable(
-            f"config.json: use_sliding_window is {content.get('use_sliding_window')!r} and sliding_window {window!r}, "
-            f"less than the {positions!r} of max_position_embeddings; windows that leave tokens out are not built "
-            f"here: set max_position_embeddings to {window!r} to use it for texts as long as that alone"
+            f"config.json: sliding_window is {window!r}, less than the {positions!r} of max_position_embeddings; "
+            f"windows that leave tokens out are not built here: set max_position_embeddings to {window!r} to use it "
+            "for texts as long as that alone"
         )
 
 

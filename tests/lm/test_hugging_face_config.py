@@ -4,7 +4,9 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lm.config import DynamicScaling, GroupedConfig, LinearScaling, Llama3Scaling, YarnScaling
 from lm.hugging_face_config import Unusable, config_from_json, config_to_json
@@ -83,6 +85,16 @@ def test_a_flat_stretching_of_any_age_is_read() -> None:
     deepseek = config_from_json(DEEPSEEK).rope_scaling
     assert isinstance(deepseek, YarnScaling)
     assert (deepseek.mscale, deepseek.beta_fast, deepseek.rotation_scale) == (0.707, 32, 1)
+
+
+def test_a_factor_of_which_transformers_knows_nothing_is_passed_over() -> None:
+    # As DeepSeek-R1-0528-Qwen3-8B has it.
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attn_factor": 0.878}
+    content = {**LLAMA, "model_type": "qwen3", "rope_scaling": scaling}
+    read = config_from_json(content).rope_scaling
+    assert read is not None
+    _, theirs = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**copy.deepcopy(content)), torch.device("cpu"))
+    assert read.rotation_scale == pytest.approx(theirs, rel=1e-12)
 
 
 def test_a_stretching_that_was_added_to_a_newer_file_holds() -> None:
@@ -183,8 +195,8 @@ def test_windows_in_which_each_text_has_room_are_full_attention(changes: dict[st
     ],
 )
 def test_windows_that_leave_tokens_out_are_refused(changes: dict[str, Any]) -> None:
-    told = "sliding_window 64, less than the 128 of max_position_embeddings; .*: set max_position_embeddings to 64 to"
-    with pytest.raises(Unusable, match=f"^config.json: use_sliding_window is True and {told}"):
+    told = "less than the 128 of max_position_embeddings; .*: set max_position_embeddings to 64 to"
+    with pytest.raises(Unusable, match=f"^config.json: sliding_window is 64, {told}"):
         config_from_json(changes)
     assert config_from_json({**changes, "max_position_embeddings": 64}).max_position_embeddings == 64
 
