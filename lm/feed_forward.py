@@ -43,9 +43,9 @@ class _Gate(torch.autograd.Function):
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
     """Returns ``silu(gate) * up`` [..., F] for ``gate_up`` [..., 2F], which holds gate first."""
-    if gate_up.device.type != "cpu":
+    if gate_up.device.type != "cpu" or torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, dim=-1)
-        # Kernels of torch's own, or a compiler's.
+        # Kernels of torch's own, or a compiler's, which cannot look into the other way.
         return F.silu(gate) * up
     result: torch.Tensor = _Gate.apply(gate_up)
     return result

@@ -42,6 +42,16 @@ def test_generated_code_gives_the_same_loss_and_gradients(monkeypatch: pytest.Mo
         torch.testing.assert_close(found[1][1][name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama-biases"])
+def test_a_dense_layer_is_one_graph_there_and_back(family: str) -> None:
+    torch._dynamo.utils.counters.clear()
+    model = meshes.model_of(Case({}, family))
+    compiled.compile_layers(model, torch.device("cpu"), backend="eager")
+    model.loss(torch.from_numpy(meshes.Reader(1, 4).batch(torch.arange(4)))).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_on_a_gpu_experts_and_cross_entropy_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     # What is traced for a GPU, run by torch's own kernels on this CPU.
     monkeypatch.setattr(feed_forward, "GROUPED_ON", {"cpu"})
