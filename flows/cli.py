@@ -1,19 +1,52 @@
 """The command ``overnight``. Each command imports what it needs when it runs, so that ``--help`` is quick."""
 
 import atexit
+import contextlib
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from flows.mistakes import mistakes_are_told
 from flows.serve import PARALLEL
+from tasks.errors import EXIT_USER_MISTAKE
+
+
+@contextlib.contextmanager
+def _slips_are_told() -> Iterator[None]:
+    """Tells what is wrong with a command line as every other mistake is told: Typer draws a box of several lines."""
+    try:
+        yield
+    except TyperException as slip:
+        # None where the help was shown instead.
+        if message := " ".join(slip.format_message().split()):
+            end = "" if message.endswith(("?", ".")) else "."
+            command = getattr(getattr(slip, "ctx", None), "command_path", "overnight")
+            typer.echo(f"error: {message}{end} `{command} --help` says what there is.", err=True)
+        raise typer.Exit(EXIT_USER_MISTAKE) from None
+
+
+class _Overnight(TyperGroup):
+    """The command: a slip in its own options is met when it is read, one in a command's when that is called."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        with _slips_are_told():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _slips_are_told():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="overnight",
+    cls=_Overnight,
     help="Retrain a language model, harden it to INT8, and rebuild any version. Run it in the project's folder.\n\n"
     "Exit code: 0 when all is well, 1 when something failed or is lost, 2 for a mistake, which one line tells, 75 for "
     "what passes by itself: run it again later; 130 when interrupted, 143 when told to end.",

@@ -91,6 +91,36 @@ def test_generating_from_bytes_that_are_no_text(project: "Project") -> None:
     assert line == "error: TEXT is not UTF-8: byte 0xe9 after 3 characters. Write it in UTF-8."
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "--frm", "x"], "No such option: --frm (Possible options: --force, --from). `overnight run --help`"),
+        (["rnu"], "No such command 'rnu'. Did you mean 'run'? `overnight --help`"),
+        (["--bogus"], "No such option: --bogus. `overnight --help`"),
+        (["restore"], "Missing argument 'VERSION'. `overnight restore --help`"),
+        (["promote", "a", "b"], "Got unexpected extra argument(s) (b). `overnight promote --help`"),
+    ],
+)
+def test_a_slip_in_the_command_line_is_one_line(arguments: list[str], told: str) -> None:
+    done = CliRunner().invoke(cli.app, arguments, prog_name="overnight", env={"COLUMNS": "30", "TERMINAL_WIDTH": "30"})
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"error: {told} says what there is.\n"
+
+
+def test_a_number_that_is_out_of_range_is_one_line() -> None:
+    done = CliRunner().invoke(cli.app, ["schedule", "--port", "0"])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Invalid value for '--port': ")
+
+
+def test_without_a_command_there_is_help_and_no_complaint() -> None:
+    done = CliRunner().invoke(cli.app, [], prog_name="overnight")
+    assert done.exit_code == 2
+    assert "Usage: overnight" in done.output
+    assert "error:" not in done.output
+
+
 @pytest.mark.parametrize("arguments", [[], ["run"], ["status"], ["generate"]])
 def test_help_reads_well_and_comes_at_once(arguments: list[str]) -> None:
     code = (
