@@ -20,6 +20,9 @@ from tasks.errors import TryAgain, UserMistake
 
 FOLDER = paths.SCRATCH / "environments"
 _ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
+# A warning of pip's: what it says at its end is that an index without an answer has no such version.
+_CUT_OFF = re.compile(r"after connection broken by '(.+)': \S+$", re.MULTILINE)
+_OBJECT = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>: ")
 _NAME_LENGTH = 16
 
 
@@ -57,11 +60,18 @@ def build(root: Path, commit: str, version: str, kept: int, tell: Callable[[str]
     ):
         code = process.run(command, log, os.environ, lambda event: None, kept=[kept])
         if code != 0:
-            told = _ERROR.findall(log.read_text(errors="replace"))
-            reason = told[0].rstrip(".") if told else f"exit code {code}"
+            reason = _reason(log.read_text(errors="replace")) or f"exit code {code}"
             raise TryAgain(f"the environment of {commit[:12]} cannot be installed: {reason}. The whole log: {log}")
     atomic.write_text(ready, "")
     return python
+
+
+def _reason(log: str) -> str:
+    """Returns why an installation failed, from what pip has said; nothing where it has not said it."""
+    told = [error.rstrip(".") for error in _ERROR.findall(log)[:1]]
+    if broken := _CUT_OFF.findall(log):
+        told.append(f"pip's connection broke: {_OBJECT.sub('', broken[-1])}")
+    return ". ".join(told)
 
 
 def find(version: str) -> Path:

@@ -270,14 +270,18 @@ def test_its_own_environment_is_made_from_its_lock_file(
 ) -> None:
     for version in ("1.0", "2.0"):
         make_wheel(tmp_path / "shelf", version)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
     report = tmp_path / "report"
     monkeypatch.setenv("REPORT", str(report))
     (versioned.root / "requirements.lock").write_text("tiny==3.0\n")
     versioned.commit("lm@v1.1.0")
-    with pytest.raises(TryAgain, match=r"cannot be installed: .*tiny"):
+    # Nobody listens there, as where there is no network.
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    cause = r"pip's connection broke: NewConnectionError\('Failed to .*refused'\)\. The whole log: "
+    with pytest.raises(TryAgain, match=rf"cannot be installed: .*tiny.*\. {cause}"):
         rebuilt(versioned, "v1.1.0", own_environment=True)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
 
     (versioned.root / "requirements.lock").write_text("tiny==1.0\n")
     versioned.commit("lm@v1.2.0")
