@@ -64,8 +64,8 @@ class Started(BaseModel):
 def schedule(request: Request, out: Console) -> int:
     """Serves the project in the current folder until it is stopped: returns 143 after SIGTERM, 130 after Ctrl-C.
 
-    Raises :class:`tasks.errors.UserMistake` before anything starts, :class:`tasks.errors.TryAgain` when another
-    ``overnight schedule`` serves the project, or when the server or the runner cannot be kept alive.
+    Raises :class:`tasks.errors.UserMistake` before anything starts, also when another ``overnight schedule`` serves the
+    project, :class:`tasks.errors.TryAgain` when the server or the runner cannot be kept alive.
     """
     root = project.find()
     project.committed(root)
@@ -107,7 +107,10 @@ def _sole(root: Path) -> Iterator[int]:
     except lock.Held:
         holder = lock.holder(root, LOCK)
         who = f" (process {holder.pid}, since {holder.since:%Y-%m-%d %H:%M})" if holder else ""
-        raise TryAgain(f"{root}: another `overnight schedule`{who} serves this project. Stop that one first.") from None
+        # It serves until somebody stops it, so trying again would not help.
+        raise UserMistake(
+            f"{root}: another `overnight schedule`{who} serves this project. Stop that one first."
+        ) from None
 
 
 def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console) -> NoReturn:

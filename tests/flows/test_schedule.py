@@ -71,6 +71,12 @@ def test_without_its_automations_a_schedule_ends_with_one_line(project: "Project
     assert done.stderr.count("\n") == 1
 
 
+def test_a_schedule_that_serves_already_is_a_mistake_and_nothing_to_wait_for(tmp_path: Path) -> None:
+    told = r"another `overnight schedule` \(process \d+, since .*Stop that one first\.$"
+    with schedule._sole(tmp_path), pytest.raises(UserMistake, match=told), schedule._sole(tmp_path):
+        pytest.fail("two serve one project")
+
+
 def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     with schedule._Kept("the runner", tmp_path / "log", lambda: Child(sleeping, tmp_path / "log", {})) as kept:

@@ -69,7 +69,8 @@ def test_after_a_power_cut_the_dead_night_is_marked_and_told_and_does_not_block_
         assert not any(file.stat().st_mode & 0o077 for file in databases)
 
         # Only one serves a project, and says so in one line.
-        assert "another `overnight schedule` (process" in fresh.overnight("schedule").complaint()
+        second = fresh.overnight("schedule")
+        assert (second.code, "another `overnight schedule` (process" in second.complaint()) == (2, True)
 
         at_work = schedule.trigger()
         schedule.wait_for_state(at_work, "RUNNING")
