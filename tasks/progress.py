@@ -126,7 +126,7 @@ class Lines:
         self._last = now
         left = event.seconds_left()
         eta = "" if left is None or event.done >= event.total else f"  {left:,.0f} s left"
-        done = f"{event.done:,.0f}/{event.total:,.0f}"
+        done = f"{event.done:,.0f}/{event.total:,.0f} {event.unit}"
         self._write(f"{event.stage:<9} {event.step} {done}  {event.describe_numbers()}{eta}")
 
     def close(self) -> None:

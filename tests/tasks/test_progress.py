@@ -24,7 +24,7 @@ def test_large_numbers_are_whole_and_small_ones_are_not() -> None:
     assert event.describe_numbers() == (
         "31,102 bytes/s  rejected 31,102  tokens 31,102  loss 3.214  learning rate 0.0003  skipped 0"
     )
-    assert lines_of(event) == [f"ingest    read 1,234,567/7,654,321  {event.describe_numbers()}  206 s left"]
+    assert lines_of(event) == [f"ingest    read 1,234,567/7,654,321 bytes  {event.describe_numbers()}  206 s left"]
 
 
 def test_a_bar_separates_thousands_too() -> None:
@@ -57,7 +57,7 @@ def test_of_nothing_there_is_no_progress_and_a_rate_is_never_negative() -> None:
     assert said == []
     shown.begin("read", done=50)
     shown.update(40, 40, "bytes")
-    assert said == ["ingest    read 40/40  0.00 bytes/s"]
+    assert said == ["ingest    read 40/40 bytes  0.00 bytes/s"]
 
 
 @pytest.mark.parametrize("width", [None, 40])
