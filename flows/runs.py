@@ -106,10 +106,10 @@ class Run(BaseModel):
 
     @property
     def seconds(self) -> float | None:
-        """Its duration, up to now while it works; None when nobody knows when it died."""
-        if self.ended is not None:
-            return (self.ended - self.started).total_seconds()
-        return (_now() - self.started).total_seconds() if self.alive else None
+        """Its duration, up to now while it works; None when nobody knows when it died, or the clock was put back."""
+        until = self.ended or (_now() if self.alive else None)
+        seconds = (until - self.started).total_seconds() if until is not None else None
+        return seconds if seconds is not None and seconds >= 0 else None
 
     @property
     def last_stage(self) -> StageRecord | None:

@@ -66,6 +66,12 @@ def test_after_the_clock_went_back_the_last_run_is_still_the_last(
     assert choose(known).run == "20260101-010000-morning"
 
 
+def test_of_a_run_that_ends_before_it_began_by_the_clock_nobody_knows_the_duration() -> None:
+    assert history.row(a_run("a", "completed")).duration == "1:00:00"
+    assert history.row(a_run("a", "completed", ended=NOW - timedelta(hours=2))).duration == "?"
+    assert a_run("a", "running", alive=True, started=NOW + timedelta(hours=2), ended=None).seconds is None
+
+
 def test_the_run_at_work_last_is_told_from_older_ones_and_from_nights_that_were_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
