@@ -127,7 +127,7 @@ def rerun(
     """Go on with a run that failed, was stopped or was killed; what it had finished is not repeated.
 
     Training resumes at its checkpoint, and Prefect shows one more attempt at the same run. Exit code: as `overnight
-    run` has it; of a night that fails again 1, for a mistake too.
+    run` has it.
     """
     with mistakes_are_told():
         from flows.rerun import rerun as go_on

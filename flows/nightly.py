@@ -26,7 +26,7 @@ from flows.graph import Graph
 from flows.overnight import Night
 from flows.ownership import others_are_told
 from flows.terminal import Terminal
-from flows.watch import All
+from flows.watch import All, exit_code
 from tasks import atomic
 from tasks.errors import TryAgain, UserMistake
 from tasks.notice_params import Kind
@@ -42,13 +42,17 @@ _LAST_LINES = 15
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a night ended; ``reason`` is one line. ``stage`` is the one that failed, ``log`` what that has said."""
+    """How a night ended; ``reason`` is one line. ``stage`` is the one that failed, ``log`` what that has said.
+
+    ``exit_code``: as :class:`flows.runs.Run` has it.
+    """
 
     kind: Kind
     reason: str
     version: str | None = None
     stage: str | None = None
     log: Path | None = None
+    exit_code: int | None = None
 
     @property
     def state(self) -> State[Any]:
@@ -128,10 +132,11 @@ def _night(flow_run: FlowRun, from_stage: str | None, force: bool) -> State[Any]
             with atomic.disk_full_is_told(root), others_are_told(root):
                 outcome = _in_turn(root, flow_run, begun, record, terminal)
         except (UserMistake, TryAgain) as error:
-            outcome = Outcome("failure", str(error))
+            outcome = Outcome("failure", str(error), exit_code=error.exit_code)
         except Exception as error:
             # A bug of ours, or the world's: it is a night that failed, and that is told.
             outcome = _bug(root, name, error)
+        record.set(exit_code=outcome.exit_code)
         record.end(outcome.recorded, outcome.reason, outcome.version)
         terminal.say(f"{name}: {outcome.state.name}: {outcome.reason}")
         told = notice.tell(_notice(root, record.run, outcome), project.notice(root))
@@ -242,8 +247,8 @@ def _work(night: Night, graph: Graph, record: runs.Record, terminal: Terminal) -
 
 def _failure(night: Night) -> Outcome:
     failed = night.failed[0]
-    log = night.site.root / night.site.log(failed.stage)
-    return Outcome("failure", failed.message, stage=failed.stage, log=log if log.is_file() else None)
+    log, code = night.site.root / night.site.log(failed.stage), exit_code(night.failed)
+    return Outcome("failure", failed.message, None, failed.stage, log if log.is_file() else None, code)
 
 
 def _published(night: Night, published: publish.Published) -> Outcome:

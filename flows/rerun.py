@@ -11,7 +11,8 @@ from flows.execute import LOGS
 from flows.git import commit_of, is_ancestor
 from flows.terminal import print_line, speaker
 from flows.termination import sigterm_raises
-from tasks.errors import UserMistake
+from flows.watch import EXIT_FAILED
+from tasks.errors import EXIT_USER_MISTAKE, UserMistake
 from tasks.stage import importing
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -100,8 +101,9 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
     print_line(err, f"error: {state.message}")
     if stage is not None and (log := root / LOGS / failed.run / f"{failures.file_name(stage.stage)}.log").is_file():
         print_line(err, f"The whole log: {log.relative_to(root)}")
-    print_line(err, f"Go on with: overnight rerun {failed.run}")
-    return run.EXIT_FAILED
+    first = "Change that first, then go" if failed.exit_code == EXIT_USER_MISTAKE else "Go"
+    print_line(err, f"{first} on with: overnight rerun {failed.run}")
+    return failed.exit_code or EXIT_FAILED
 
 
 def _ended(root: Path, chosen: runs.Run, err: Console) -> runs.Run:

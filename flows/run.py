@@ -16,13 +16,12 @@ from flows.execute import Site
 from flows.graph import Graph
 from flows.terminal import Terminal, print_line, speaker
 from flows.termination import sigterm_raises
-from flows.watch import All, StageRun
+from flows.watch import All, StageRun, exit_code
 from tasks import paths
 from tasks.errors import EXIT_USER_MISTAKE
 from tasks.params import Params
 from tasks.stage import importing
 
-EXIT_FAILED = 1
 _LAST_LINES = 15
 # What DVC writes around the output of every stage, and what ours has told already.
 _DVC_SAYS = re.compile(r"\s*$|Running stage '|> |ERROR: failed to reproduce '")
@@ -119,7 +118,7 @@ def _run(checked: _Checked, serving: server.Server, out: Console, err: Console) 
         verdict = "" if gate is None or gate.passed else "; the gate REFUSED this model"
         how = "completed" if fault is None else "failed"
         terminal.say(f"run {site.run} ends: {how} in {seconds:,.0f} s{verdict}")
-    return 0 if fault is None else _exit_code(_failed(terminal.runs))
+    return 0 if fault is None else exit_code(_failed(terminal.runs))
 
 
 def _show_end(
@@ -140,12 +139,6 @@ def _show_end(
 
 def _failed(stages: Sequence[StageRun]) -> list[StageRun]:
     return [one for one in stages if one.outcome == "failed"]
-
-
-def _exit_code(failed: Sequence[StageRun]) -> int:
-    """Returns the code of a run whose stages ``failed``: that of a mistake where each has met one."""
-    mistakes = [one.exit_code == EXIT_USER_MISTAKE for one in failed]
-    return EXIT_USER_MISTAKE if mistakes and all(mistakes) else EXIT_FAILED
 
 
 def _same_place(out: Console, err: Console) -> bool:

@@ -89,6 +89,8 @@ class Run(BaseModel):
     stages: tuple[StageRecord, ...] = ()
     version: str | None = None
     reason: str = ""
+    # Of a night that failed: the code with which a command ends that works on it, None where a bug ended it.
+    exit_code: int | None = None
     # Of a record from before this was written down nobody needs to hear.
     told: bool = True
     # Whether its process lived when the record was read.
@@ -265,8 +267,8 @@ def begin(root: Path, name: str, **known: object) -> Record:
     if before.state in _ENDED or (asked.from_stage, asked.force) != (before.from_stage, before.force):
         finished = begun = set()
     fresh: dict[str, object] = {
-        "pid": os.getpid(), "since": now, "ended": None, "state": "running", "reason": "", "stages": (), "told": False,
-        "finished": tuple(sorted(finished)), "begun": tuple(sorted(begun)),
+        "pid": os.getpid(), "since": now, "ended": None, "state": "running", "reason": "", "exit_code": None,
+        "stages": (), "told": False, "finished": tuple(sorted(finished)), "begun": tuple(sorted(begun)),
         "attempt": 1 + max((run.attempt for run in known_runs), default=0),
     }  # fmt: skip
     return Record(root, asked.model_copy(update=fresh), Resumed(frozenset(finished), frozenset(begun)))

@@ -1,10 +1,13 @@
 """Who follows a run as it goes, and what there is to follow. Needs no Prefect."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from tasks.errors import EXIT_USER_MISTAKE
 from tasks.progress import Event
 
+EXIT_FAILED = 1
 Outcome = Literal["ran", "cached", "skipped", "failed"]
 
 
@@ -27,6 +30,12 @@ class StageRun:
     def stops_downstream(self) -> bool:
         """Whether the stages that read its outputs must not start."""
         return self.outcome == "failed" or self.cut_off
+
+
+def exit_code(failed: Sequence[StageRun]) -> int:
+    """Returns the code of a run whose stages ``failed``: that of a mistake where each has met one."""
+    mistakes = [one.exit_code == EXIT_USER_MISTAKE for one in failed]
+    return EXIT_USER_MISTAKE if mistakes and all(mistakes) else EXIT_FAILED
 
 
 class Watch(Protocol):

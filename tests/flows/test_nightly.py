@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 from uuid import UUID
 
 import pytest
@@ -29,7 +30,7 @@ from flows.graph import Graph
 from flows.nightly import Outcome
 from flows.overnight import Night
 from flows.rerun import rerun
-from flows.watch import All
+from flows.watch import All, StageRun
 from tasks.errors import UserMistake
 from tasks.notice_params import NoticeParams
 from tasks.params import Params
@@ -111,8 +112,30 @@ def test_parameters_that_were_committed_with_a_mistake_fail_the_night_and_are_to
         "params.yaml: publish.brunch: unknown key; did you mean `branch`?",
     )
     (run,) = runs.read(root)
-    assert (run.state, run.reason) == ("failed", state.message)
+    assert (run.state, run.reason, run.exit_code) == ("failed", state.message, 2)
     assert [(one["kind"], one["message"]) for one in notices(receiver)] == [("failure", state.message)]
+
+
+@pytest.mark.parametrize("codes", [(2, 2), (75, 1), (None, 1)], ids=str)
+def test_a_rerun_of_a_night_ends_with_the_code_of_what_the_night_has_met(
+    root: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int | None, int]
+) -> None:
+    night = Night(Site(root, "night", 0), project.committed(root), watch=All(), resumed=runs.Resumed())
+    night.runs["publish"] = StageRun("publish", "failed", 1.0, "DVC's remote refuses", codes[0])
+    play(monkeypatch, lambda params: nightly._failure(night))
+
+    def again(*_: object, **__: object) -> Any:
+        return play(monkeypatch, lambda params: nightly._failure(night))
+
+    monkeypatch.setattr("flows.server.serve", lambda *_: MagicMock())
+    monkeypatch.setattr("flows.flow_runs.is_known", lambda flow_run: True)
+    monkeypatch.setattr("flows.flow_runs.start", again)
+    monkeypatch.setattr("flows.run.flush", lambda: None)
+
+    err = Console(file=io.StringIO(), width=200)
+    assert rerun(None, None, False, False, err, err) == codes[1]
+    said = err.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert said.startswith("Change that first, then go on with: " if codes[1] == 2 else "Go on with: ")
 
 
 def test_an_exception_nobody_thought_of_is_a_failure_that_is_told_with_its_last_lines(

@@ -15,9 +15,9 @@ import pytest
 from processes import alive, left_within
 from waiting import until
 
-from flows import computed, environment, run, status
+from flows import computed, environment, status
 from flows.project import parameters
-from flows.watch import StageRun
+from flows.watch import StageRun, exit_code
 
 if TYPE_CHECKING:
     from conftest import Project
@@ -123,7 +123,7 @@ def test_a_run_does_what_is_needed_and_nothing_else(project: "Project", database
     ("codes", "expected"), [([2], 2), ([2, 2], 2), ([2, 75], 1), ([75], 1), ([None], 1), ([], 1)], ids=str
 )
 def test_a_run_that_met_mistakes_alone_ends_with_their_code(codes: list[int | None], expected: int) -> None:
-    assert run._exit_code([StageRun("second", "failed", 1.0, "why", code) for code in codes]) == expected
+    assert exit_code([StageRun("second", "failed", 1.0, "why", code) for code in codes]) == expected
 
 
 def test_a_source_of_which_nothing_was_collected_is_named(nightly: "Project") -> None:
