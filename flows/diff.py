@@ -57,6 +57,7 @@ class Difference:
     """All that differs between two commits; ``code`` are lines of Git.
 
     ``data`` is None where a listing is lost, ``environment`` where one of the two records none that can be read.
+    ``lost``: why what cannot be read is neither in DVC's cache nor at its remote, a line each.
     """
 
     parameters: tuple[Change, ...]
@@ -64,6 +65,7 @@ class Difference:
     code: tuple[str, ...]
     environment: tuple[Change, ...] | None
     metrics: tuple[Change, ...]
+    lost: tuple[str, ...] = ()
 
 
 def diff(first: str, second: str, out: Console, err: Console) -> int:
@@ -72,7 +74,10 @@ def diff(first: str, second: str, out: Console, err: Console) -> int:
     where = project.parameters(root).publish
     registry.fetch_if_it_answers(root, where.git_remote, functools.partial(print_line, err))
     before, after = resolve(root, first), resolve(root, second)
-    show_difference(out, compare(root, before, after, where.data_remote))
+    found = compare(root, before, after, where.data_remote)
+    show_difference(out, found)
+    if found.lost:
+        print_line(err, found.lost[0])
     return 0
 
 
@@ -89,12 +94,13 @@ def resolve(root: Path, text: str) -> str:
 
 def compare(root: Path, before: str, after: str, remote: str | None = None) -> Difference:
     """Returns what differs between two commits. What DVC's cache has lost comes from its remote."""
+    lost: list[str] = []
     with dvc.store(root, remote) as store:
         outputs = [{one.path: one for one in _recorded(root, commit)} for commit in (before, after)]
-        listings = [_files(store, found.get(paths.RAW)) for found in outputs]
+        listings = [_files(store, found.get(paths.RAW), lost) for found in outputs]
         # Equal bytes need not be read.
         changed = [{path: one for path, one in found.items() if not _same(outputs, path)} for found in outputs]
-        metrics = [dict(_metrics(root, store, *pair)) for pair in zip((before, after), changed, strict=True)]
+        metrics = [dict(_metrics(root, store, *pair, lost)) for pair in zip((before, after), changed, strict=True)]
     theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
     facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else None
     return Difference(
@@ -103,6 +109,7 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
         code=_code(root, before, after),
         environment=None if facts is None else tuple(Change(one.fact, one.recorded, one.here) for one in facts),
         metrics=differing(*_known(*metrics)),
+        lost=tuple(lost),
     )
 
 
@@ -179,16 +186,19 @@ def _yaml(root: Path, commit: str, path: Path) -> Any:
         raise UserMistake(f"{commit[:12]}: {path} is not YAML, so it cannot be compared.") from None
 
 
-def _files(store: dvc.Store, output: Output | None) -> dict[PurePosixPath, str] | None:
+def _files(store: dvc.Store, output: Output | None, lost: list[str]) -> dict[PurePosixPath, str] | None:
     if output is None:
         return {}
     try:
         return contents.parse_listing(objects.read(store, output))
-    except (objects.Unlisted, TryAgain):
+    except (objects.Unlisted, TryAgain) as error:
+        lost.append(str(error))
         return None
 
 
-def _metrics(root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, Output]) -> Iterator[tuple[str, object]]:
+def _metrics(
+    root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, Output], lost: list[str]
+) -> Iterator[tuple[str, object]]:
     for stage in (_yaml(root, commit, Path("dvc.yaml")).get("stages") or {}).values():
         for entry in stage.get("metrics") or []:
             path = Path(next(iter(entry)) if isinstance(entry, Mapping) else entry)
@@ -196,7 +206,10 @@ def _metrics(root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, O
                 continue
             try:
                 content = json.loads(objects.read(store, outputs[path]))
-            except (objects.Unlisted, TryAgain, ValueError):
+            except (objects.Unlisted, TryAgain) as error:
+                lost.append(str(error))
+                content = NOT_KNOWN
+            except ValueError:
                 content = NOT_KNOWN
             yield from leaves(content, _ITEM, path.stem)
 

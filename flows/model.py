@@ -28,8 +28,7 @@ def model_of(root: Path, name: str, say: Callable[[str], object]) -> Path:
     restore.claim(target, version.commit, "--version")
     with dvc.store(root, restore.remote(root)) as store:
         fetched = restore.place(store, outputs, target, root, lambda done, total: None)
-    if lost := [str(one) for one in fetched if one.source is restore.Source.NOWHERE]:
-        raise UserMistake(
-            f"{version.name}: {lost[0]}. `{restore.VERIFY} {version.name}` on a machine that has it brings it there."
-        )
+        if lost := [one for one in fetched if one.source is restore.Source.NOWHERE]:
+            cure = f" {restore.cure(store, version.name, fetched)}" if lost[0].where else ""
+            raise UserMistake(f"{version.name}: {lost[0]}.{cure}")
     return target / paths.INT8

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flows import contents, dvc
 from flows.contents import Output
+from flows.store import EMPTY
 from tasks.errors import UserMistake
 
 
@@ -56,8 +57,12 @@ def read(store: dvc.Store, output: Output) -> bytes:
                 break
             if place.is_file() and contents.md5_of(place) == digest:
                 return place.read_bytes()
-    where = f"nor at the remote '{store.remote}'" if store.remote else "and there is no remote"
-    raise Unlisted(f"{output.path} ({output.md5}) is not in DVC's cache, {where}. `dvc fetch --all-tags` may find it.")
+    where, cure = "and there is no remote", " `dvc fetch --all-tags` may find it."
+    if store.remote:
+        where = f"nor at the remote '{store.remote}'"
+        if store.is_empty():
+            where, cure = f"{where}, which {EMPTY}", ""
+    raise Unlisted(f"{output.path} ({output.md5}) is not in DVC's cache, {where}.{cure}")
 
 
 def sizes(store: dvc.Store, md5s: Iterable[str]) -> Mapping[Path, int]:

@@ -106,7 +106,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
             inputs = [output for output in outputs if output.stage is None]
             with restore.progress("restore", err) as report:
                 fetched = restore.place(store, inputs, place, root, report)
-            if restore.tell(fetched, err):
+            if restore.tell(store, version.name, fetched, err):
                 return EXIT_FAILED
             done = _compute(site, journal, err)
             if done is None:

@@ -25,6 +25,7 @@ from rich.markup import escape
 from flows import contents, dvc, project, registry
 from flows.contents import Output
 from flows.git import archive
+from flows.store import EMPTY
 from flows.terminal import print_line
 from tasks import atomic, paths
 from tasks.errors import UserMistake
@@ -80,17 +81,10 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     target = (to or root / FOLDER / version.name).absolute()
     claim(target, version.commit)
     unpacked = _unpack(archive(root, version.commit), target)
-    with progress("restore", err) as report, dvc.store(root, remote(root)) as store:
-        fetched = place(store, outputs, target, root, report)
-        missed = any(one.where for one in fetched) and all(one.source is not Source.REMOTE for one in fetched)
-        elsewhere = missed and store.is_empty()
-    lost = tell(fetched, err)
-    if elsewhere:
-        print_line(
-            err, f"DVC's remote '{store.remote}' has nothing at all: look whether it is mounted, and the right one."
-        )
-    elif any(one.where for one in fetched):
-        print_line(err, f"`{VERIFY} {version.name}` on a machine that has them brings them to the remote.")
+    with dvc.store(root, remote(root)) as store:
+        with progress("restore", err) as report:
+            fetched = place(store, outputs, target, root, report)
+        lost = tell(store, version.name, fetched, err)
     if strays := _strays(target, {*unpacked, *(one.path for one in fetched)}):
         more = f" and {len(strays) - _MOST_NAMED} more" if len(strays) > _MOST_NAMED else ""
         named = ", ".join(map(str, strays[:_MOST_NAMED]))
@@ -103,14 +97,26 @@ def restore(name: str, to: Path | None, out: Console, err: Console) -> int:
     return EXIT_LOST if lost else 0
 
 
-def tell(fetched: Sequence[Fetched], err: Console) -> int:
-    """Says a line for each file that was damaged or is lost; returns how many are lost."""
+def tell(store: dvc.Store, name: str, fetched: Sequence[Fetched], err: Console) -> int:
+    """Says a line for each file of the version ``name`` that was damaged or is lost, and where lost ones may be.
+
+    Returns how many are lost. Raises as :meth:`flows.store.Store.download` does.
+    """
     for one in fetched:
         if one.source is Source.NOWHERE:
             err.print(f"[bold red]error:[/] {escape(str(one))}", soft_wrap=True, highlight=False)
         elif one.damaged:
             print_line(err, str(one))
+    if any(one.where for one in fetched):
+        print_line(err, cure(store, name, fetched))
     return sum(one.source is Source.NOWHERE for one in fetched)
+
+
+def cure(store: dvc.Store, name: str, fetched: Sequence[Fetched]) -> str:
+    """Returns what brings back what neither the cache nor the remote has of the version ``name``."""
+    if all(one.source is not Source.REMOTE for one in fetched) and store.is_empty():
+        return f"DVC's remote '{store.remote}' {EMPTY}."
+    return f"`{VERIFY} {name}` on a machine that has them brings them to the remote."
 
 
 def remote(root: Path) -> str | None:

@@ -21,6 +21,8 @@ REFUSED = (
     "this there: by credentials that have not expired (environment, `dvc remote modify --local`), or by a folder's "
     "permissions. S3 refuses a machine whose clock is wrong as well."
 )
+# Of a bucket that is misspelt, and of a folder in which nothing is mounted.
+EMPTY = "has nothing at all: look whether it is mounted, and the right one"
 # What S3 says again until somebody mends it; an answer to HEAD has a status alone, 400 of expired credentials too.
 S3_REFUSES = re.compile(
     r"\((?:ExpiredToken|InvalidToken|TokenRefreshRequired|InvalidAccessKeyId|SignatureDoesNotMatch|RequestTimeTooSkewed"

@@ -40,8 +40,8 @@ class Row:
     bits_per_byte: float | None = None
     passed: bool | None = None
     size: int | None = None
-    # Its measurements are neither in the cache nor can be had from the remote.
-    unread: bool = False
+    # Why its measurements cannot be had, where neither the cache nor the remote gives them.
+    unread: str = ""
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -76,9 +76,8 @@ def versions(last: int | None, out: Console, err: Console) -> int:
     shown = known[-last:] if last is not None else known
     rows = read(root, shown[::-1], params.publish.data_remote)
     show(out, rows)
-    if lacking := [row.name for row in rows if row.unread]:
-        told = f"the measurements of {len(lacking)} of them are neither in DVC's cache nor can be had from its remote."
-        print_line(err, told)
+    if lacking := [row.unread for row in rows if row.unread]:
+        print_line(err, f"the measurements of {len(lacking)} of them cannot be had: {lacking[0]}")
     if len(shown) < len(known):
         err.print(f"and {len(known) - len(shown)} older ones (`overnight versions --all`).", soft_wrap=True)
     return 0
@@ -126,12 +125,12 @@ def _row(root: Path, store: dvc.Store, version: Version) -> Row:
         # Somebody tagged a commit that holds no pipeline.
         return row
     evaluation = Evaluation()
-    unread = False
+    unread = ""
     try:
         with contextlib.suppress(KeyError, ValidationError):
             evaluation = Evaluation.model_validate_json(objects.read(store, outputs[paths.EVALUATION]))
-    except (UserMistake, TryAgain):
-        unread = True
+    except (UserMistake, TryAgain) as error:
+        unread = str(error)
     int8 = evaluation.models.int8
     return dataclasses.replace(
         row,

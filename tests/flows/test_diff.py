@@ -112,6 +112,10 @@ def test_a_list_of_files_that_is_lost_everywhere(published: Clone) -> None:
     sections = shown("v1.0.0", "v1.1.0")
     assert sections["data"] == ["data/raw: 1 added", "+ b.txt"]
     shutil.rmtree(published.shelf)
+    err = Console(file=io.StringIO(), width=400)
+    diff.diff("v1.0.0", "v1.1.0", Console(file=io.StringIO()), err)
+    why = "is not in DVC's cache, nor at the remote 'shelf', which has nothing at all: look whether it is mounted"
+    assert why in err.file.getvalue()  # type: ignore[attr-defined]
     sections = shown("v1.0.0", "v1.1.0")
     assert sections["data"][0].startswith("not known: a list of files is neither in DVC's cache nor at its remote")
     assert sections["parameters"] == ["train.learning_rate: 0.25 -> 0.75"]

@@ -104,6 +104,13 @@ def test_where_bytes_of_one_are_lost_the_others_are_brought(late: Clone) -> None
     assert late.tags() == ["lm@v1.1.0"]
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_remote_that_has_nothing_at_all_may_be_the_wrong_one(late: Clone, verify: bool) -> None:
+    shutil.rmtree(late.root / ".dvc/cache")
+    told = "nor at the remote 'shelf', which has nothing at all: look whether it is mounted, and the right one. "
+    assert told in said("v1.0.0", verify=verify)[2]
+
+
 def test_without_any_remote_there_is_nowhere_to_push_to(late: Clone) -> None:
     git_remote = project.parameters(late.root).publish.git_remote
     late.set("publish", "git_remote", None)

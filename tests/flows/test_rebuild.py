@@ -241,6 +241,18 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
     assert not left_within(versioned.root)
 
 
+def test_text_that_is_lost_is_named_with_where_it_may_be(versioned: "Versioned", tmp_path: Path) -> None:
+    versioned.cached(versioned.output("data/raw").md5).unlink()
+    versioned.dvc("remote", "add", "-q", "-d", "shelf", str(tmp_path / "shelf"))
+    said = rebuilt(versioned)
+    assert (said.code, "data/raw/(the list of its files): missing in DVC's cache" in said.err) == (1, True)
+    assert "DVC's remote 'shelf' has nothing at all: look whether it is mounted, and the right one." in said.err
+    shelf = tmp_path / "shelf/files/md5/00" / ("0" * 30)
+    shelf.parent.mkdir(parents=True)
+    shelf.touch()
+    assert "`overnight push --verify v1.0.0` on a machine that has them" in rebuilt(versioned).err
+
+
 def test_a_failing_stage_says_why(versioned: "Versioned") -> None:
     code = (versioned.root / "stage.py").read_text()
     (versioned.root / "stage.py").write_text(code.replace("if stage ==", "sys.exit('error: no luck')\nif stage =="))

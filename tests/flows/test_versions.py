@@ -61,7 +61,10 @@ def test_what_the_cache_has_lost_comes_from_the_remote(published: Clone) -> None
     lines, err = listed()
     # The verdict stands in the tag.
     assert [line.split()[5:7] for line in lines[1:]] == [["-", "refused"], ["-", "passed"]]
-    assert err == "the measurements of 2 of them are neither in DVC's cache nor can be had from its remote.\n"
+    assert err.startswith("the measurements of 2 of them cannot be had: models/evaluation.json (")
+    assert err.endswith(
+        "nor at the remote 'shelf', which has nothing at all: look whether it is mounted, and the right one.\n"
+    )
 
 
 def test_another_machine_s_versions_are_seen_and_without_it_those_that_are_known(published: Clone) -> None:
