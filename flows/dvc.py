@@ -173,11 +173,19 @@ _RUNNING = re.compile(r"^Running stage '", re.MULTILINE)
 _EXITED = re.compile(r"failed to run: .*exited with (-?\d+)", re.DOTALL)
 _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
-_REFUSED = re.compile(r"Access ?Denied|Forbidden|Permission denied|bucket does not exist|credentials", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"Access ?Denied|Forbidden|Permission denied|bucket does not exist|credentials|Unauthorized|Authentication Required"
+    r"|\bSSO\b|config profile",
+    re.IGNORECASE,
+)
 # The address that it names may hold such a word, and who hands out credentials may be away.
 _SILENT = re.compile(r"time(d )?out|could not connect|connection (refused|reset|aborted)|max retries", re.IGNORECASE)
 _MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the cloud")
 _ONE = re.compile(r"failed to transfer '[^']*' - (.+)")
+# s3fs says what S3 has answered, and DVC the cause of that, which is botocore's: the same words and the request.
+_TWICE = re.compile(
+    r"(?:\[Errno \d+\] )?(?P<words>[^:]+): (?P<whole>An error occurred \(.*?\) when calling .*?: (?P=words))"
+)
 _STAGE_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 _DVC_ERROR = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
 _BUSY = "another DVC command is at work in this project; ask again when it has ended."
@@ -200,6 +208,7 @@ def classify(code: int, output: str) -> Result:
     if many and (reasons := list(filter(None, map(_ONE.match, complaints)))):
         # The last complaint counts them alone.
         message = f"{message.rstrip('.')}: {reasons[0][1]}"
+    message = _TWICE.sub(r"\g<whole>", message)
     full = bool(FULL.search(message))
     if full:
         # What is pushed is written elsewhere.

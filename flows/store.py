@@ -30,8 +30,11 @@ S3_REFUSES = re.compile(
 )
 # The system's words, HTTP's, and the codes of Ceph and MinIO.
 FULL = re.compile(r"No space left on device|Disk quota exceeded|Insufficient Storage|(?:Quota ?Exceeded|StorageFull)\)")
-# botocore's NoCredentialsError, google.auth's DefaultCredentialsError, azure's ClientAuthenticationError and so on.
-_NO_CREDENTIALS = re.compile("Credential|Authentication")
+# botocore's NoCredentialsError, UnauthorizedSSOTokenError, TokenRetrievalError and ProfileNotFound, google.auth's
+# DefaultCredentialsError, azure's ClientAuthenticationError and so on.
+_NO_CREDENTIALS = re.compile("Credential|Authentication|SSO|Token|ProfileNotFound")
+# aiohttp's ClientResponseError says them as its status; 407 is a proxy's.
+_HTTP_REFUSES = (401, 403, 407)
 # S3 and its like list as many in one answer; each asked for alone is an answer, and is paid for.
 _LISTED = 1000
 _READ = 1 << 20
@@ -196,8 +199,9 @@ class Store:
             # Of S3 a bucket that does not exist is a FileNotFoundError too. One with a number is the system's: a folder
             # that is not mounted, or what another machine has just removed.
             is_nowhere = isinstance(error, FileNotFoundError) and error.errno is None
+            http_refuses = getattr(error, "status", None) in _HTTP_REFUSES
             refuses = isinstance(error, PermissionError) or S3_REFUSES.search(f"{error.__cause__}")
-            if is_nowhere or refuses or _NO_CREDENTIALS.search(type(error).__name__):
+            if is_nowhere or http_refuses or refuses or _NO_CREDENTIALS.search(type(error).__name__):
                 raise UserMistake(f"DVC's remote '{self.remote}' refuses: {told}. {REFUSED}") from None
             raise TryAgain(f"DVC's remote '{self.remote}' does not answer: {told}. Run this again later.") from None
 

@@ -70,6 +70,15 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
     head = "[Errno 22] Bad Request: An error occurred (400) when calling the HeadObject operation: Bad Request"
     assert dvc.classify(255, f"ERROR: unexpected error - {head}\n").refused
     assert dvc.classify(255, f"ERROR: {expired.replace('operation:', 'operation (reached max retries: 4):')}\n").refused
+    # Of a server of HTTP, a proxy, and a login at AWS that has run out.
+    for refusal in (
+        "401, message='Unauthorized', url=URL('http://shelf.example/a0')",
+        "407, message='Proxy Authentication Required', url=URL('http://shelf.example/a0')",
+        "Error when retrieving token from sso: Token has expired and refresh failed",
+        "The SSO session associated with this profile has expired or is otherwise invalid.",
+        "The config profile (nightly) could not be found",
+    ):
+        assert dvc.classify(255, f"ERROR: failed to transfer 'a0' - {refusal}\n{last}").refused
     busy = "[Errno 16] Service Unavailable: An error occurred (503) when calling the HeadObject operation"
     assert not dvc.classify(255, f"ERROR: unexpected error - {busy}\n").refused
     for silent in (
@@ -78,6 +87,28 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
         "Max retries exceeded while fetching credentials",
     ):
         assert not dvc.classify(255, f"ERROR: failed to transfer 'a0' - {silent}\n{last}").refused
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "unexpected error - Forbidden: An error occurred (403) when calling the HeadObject operation: Forbidden",
+            "unexpected error - An error occurred (403) when calling the HeadObject operation: Forbidden",
+        ),
+        (
+            "[Errno 5] Slow: An error occurred (SlowDown) when calling the PutObject operation (max retries: 4): Slow",
+            "An error occurred (SlowDown) when calling the PutObject operation (max retries: 4): Slow",
+        ),
+        (
+            "unexpected error - Forbidden: An error occurred (403) when calling the HeadObject operation: No",
+            "unexpected error - Forbidden: An error occurred (403) when calling the HeadObject operation: No",
+        ),
+    ],
+)
+def test_what_s3_has_answered_is_told_once(said: str, told: str) -> None:
+    # As DVC 3.67 writes it, with dvc-s3 3.3.
+    assert dvc.classify(255, f"ERROR: {said}\n").message == told
 
 
 @pytest.mark.parametrize(

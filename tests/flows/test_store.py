@@ -2,12 +2,15 @@
 
 import errno
 import hashlib
+import http.server
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from dvc_data.hashfile.db import HashFileDB
 from dvc_data.hashfile.db.local import LocalHashFileDB
+from dvc_http import HTTPFileSystem
 from dvc_objects.fs.local import LocalFileSystem
 from dvc_objects.fs.memory import MemoryFileSystem
 
@@ -68,14 +71,46 @@ class NoCredentialsError(Exception):
     """As botocore calls it."""
 
 
+class UnauthorizedSSOTokenError(Exception):
+    """As botocore calls it."""
+
+
 @pytest.mark.parametrize(
     "error",
-    [PermissionError("Forbidden"), NoCredentialsError("Unable to locate credentials."), FileNotFoundError("no")],
+    [
+        PermissionError("Forbidden"),
+        NoCredentialsError("Unable to locate credentials."),
+        UnauthorizedSSOTokenError("The SSO session associated with this profile has expired."),
+        FileNotFoundError("no"),
+    ],
 )
 def test_a_remote_that_refuses_would_refuse_again(store: Store, error: Exception) -> None:
     told = f"^DVC's remote 'shelf' refuses: {str(error).rstrip('.')}\\. Look whether it is the right place "
     with patch.object(store._remote, "add", side_effect=error), pytest.raises(UserMistake, match=told):
         store.upload([CUT])
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Answers each question with the number that its path begins with."""
+
+    def do_GET(self) -> None:
+        self.send_error(int(self.path.split("/")[1]))
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_of_http_that_lets_nobody_in_is_told_from_one_that_is_out_of_order(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for status, told in ((401, "refuses"), (403, "refuses"), (407, "refuses"), (400, "does not answer")):
+            address = f"http://127.0.0.1:{server.server_port}/{status}"
+            cache = LocalHashFileDB(LocalFileSystem(), str(tmp_path))
+            shelf = Store(cache, HashFileDB(HTTPFileSystem(url=address), address), "shelf")
+            kind = UserMistake if told == "refuses" else TryAgain
+            with pytest.raises(kind, match=rf"^DVC's remote 'shelf' {told}: {status}, message="):
+                shelf.download(ABSENT, tmp_path / "fetched")
+        server.shutdown()
 
 
 def _from_s3(number: int, code: str, message: str) -> OSError:
