@@ -115,6 +115,7 @@ class Lines:
         self._write = write
         self._every = every
         self._last = 0.0
+        self._begun: tuple[str, str] | None = None
 
     def show(self, event: Event) -> None:
         if event.notice:
@@ -124,7 +125,9 @@ class Lines:
         if now - self._last < self._every and event.done < event.total:
             return
         self._last = now
-        left = event.seconds_left()
+        # A step's first report is no pace yet: what it took to connect, or to compile, is in it.
+        left = event.seconds_left() if self._begun == (event.stage, event.step) else None
+        self._begun = (event.stage, event.step)
         eta = "" if left is None or event.done >= event.total else f"  {left:,.0f} s left"
         done = f"{event.done:,.0f}/{event.total:,.0f} {event.unit}"
         self._write(f"{event.stage:<9} {event.step} {done}  {event.describe_numbers()}{eta}")

@@ -1,5 +1,6 @@
 """What progress says: to people in lines and bars, to an orchestrator in events."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -24,7 +25,17 @@ def test_large_numbers_are_whole_and_small_ones_are_not() -> None:
     assert event.describe_numbers() == (
         "31,102 bytes/s  rejected 31,102  tokens 31,102  loss 3.214  learning rate 0.0003  skipped 0"
     )
-    assert lines_of(event) == [f"ingest    read 1,234,567/7,654,321 bytes  {event.describe_numbers()}  206 s left"]
+    first, second = lines_of(event, event)
+    assert first == f"ingest    read 1,234,567/7,654,321 bytes  {event.describe_numbers()}"
+    assert second == f"{first}  206 s left"
+
+
+def test_how_long_a_step_takes_is_not_told_from_its_first_report() -> None:
+    reading = Event("push", "reading", 1, 10, "objects", 0.5)
+    # As where the first object takes seconds, in which a connection is made.
+    later = [dataclasses.replace(reading, done=2, rate=4.0), dataclasses.replace(reading, step="more", rate=4.0)]
+    ends = [line.rpartition("  ")[2] for line in lines_of(reading, *later)]
+    assert ends == ["0.50 objects/s", "2 s left", "4.00 objects/s"]
 
 
 def test_a_bar_separates_thousands_too() -> None:
