@@ -194,7 +194,8 @@ def _leftovers(root: Path) -> Iterator[Leftover]:
     stale = dvc.changes(root).stages
     for stage in sorted((root / paths.CHECKPOINTS).glob("*")):
         keys = sorted((key for key in stage.iterdir() if key.is_dir()), key=lambda key: (key.stat().st_mtime, key.name))
-        # A stage that has to run goes on from its newest; one that is up to date needs none.
+        # A stage that has to run goes on from its newest; one that is up to date needs none. Their names are digests of
+        # what the stage reads, which have no order: the newest is the last that was written to, by the clock of then.
         for key in keys[:-1] if stage.name in stale else keys:
             yield Leftover(key, "checkpoints of a run that is over", _size(key))
     for place in (*(root / folder for folder in ("data", "models")), root / paths.CHECKPOINTS):
