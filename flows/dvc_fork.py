@@ -56,7 +56,9 @@ class DvcChild(Child):
         global _commands
         assert tuple(command[: len(PREFIX)]) in (PREFIX, REMOTELY)
         assert not passed
-        request = {"command": command, "folder": str(Path.cwd()), "environment": dict(environment)}
+        request = {
+            "command": command, "folder": str(Path.cwd()), "environment": dict(environment), "seconds": self._seconds,
+        }  # fmt: skip
         for _ in range(2):
             try:
                 _commands = _commands or _start_process(environment)
@@ -184,7 +186,7 @@ def _supervise(request: Mapping[str, Any], alive: int, tell: int, output: int, *
     def start() -> int:
         return os.fork() or _become(request["command"], tell, *kept)
 
-    code = supervise.supervise(kept, start)
+    code = supervise.supervise(kept, request["seconds"], start)
     os.write(tell, str(code).encode())
     os._exit(0)
 

@@ -18,7 +18,8 @@ from tasks.errors import TryAgain
 
 LOCK = paths.SCRATCH / "run.lock"
 # The supervisors of a run that was killed end its processes within this time, and hold the lock meanwhile.
-_SECONDS_TO_DIE = supervise.GRACE_SECONDS + 7.0
+_SECONDS_TO_DIE = supervise.STAGE_GRACE_SECONDS + 7.0
+_SECONDS_UNTOLD = 3.0
 _SECONDS_BETWEEN_TRIES = 0.1
 
 
@@ -60,7 +61,7 @@ def hold(
 
     A process that inherits the descriptor holds the lock too. Raises :class:`Held`, with ``advice``, when another run
     is at work, or with ``wait`` tells so and waits. A run that was killed is waited for in any case: its processes are
-    gone in seconds.
+    gone in seconds, or when its training has written a checkpoint, which is told.
     """
     path = root / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +106,9 @@ def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object], advice:
             raise Held(f"{_describe(held_by)} {advice}")
         if wait and not told:
             tell(f"{_describe(held_by)} Waiting for it to end.")
+            told = True
+        elif dying and not told and time.monotonic() - started > _SECONDS_UNTOLD:
+            tell("the last run has ended, and its training writes a checkpoint before it does; waiting for that.")
             told = True
         time.sleep(_SECONDS_BETWEEN_TRIES)
 

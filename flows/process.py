@@ -8,12 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self
 
+import psutil
+
 from flows import supervise
 from flows.stall import Watchdog
 from tasks.progress import EVENTS_VARIABLE, Event
 
-# The supervisor's own grace, and what the kernel needs to tear down large processes.
-_SECONDS_TO_STOP = supervise.GRACE_SECONDS + 5.0
+# What the kernel needs to tear down large processes.
+_SECONDS_TO_TEAR_DOWN = 5.0
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -39,11 +41,14 @@ class Child:
         environment: Mapping[str, str],
         kept: Iterable[int] = (),
         passed: Iterable[int] = (),
+        seconds: float = supervise.GRACE_SECONDS,
     ) -> None:
         """Starts ``command``, its output appended to ``log``.
 
         ``passed`` are descriptors that the command inherits; ``kept`` are those that only its supervisor keeps open.
+        What has not ended ``seconds`` after it was told to is killed.
         """
+        self._seconds = seconds
         kept, passed = tuple(kept), tuple(passed)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -60,7 +65,7 @@ class Child:
         return subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", str(Path(supervise.__file__).absolute())),
-                ",".join(map(str, kept)) or "-",
+                *(",".join(map(str, kept)) or "-", str(self._seconds)),
                 *command,
             ],
             stdin=subprocess.PIPE,
@@ -84,6 +89,14 @@ class Child:
         """The process that all the others descend from."""
         return self._supervisor.pid
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended with all that descends from it; may be asked while another thread waits for that."""
+        try:
+            return str(psutil.Process(self.pid).status()) == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
     def let_go(self) -> None:
         """Tells the process and its descendants to end."""
         assert self._supervisor.stdin is not None
@@ -93,7 +106,7 @@ class Child:
     def stop(self) -> None:
         """Ends the process and its descendants; returns when they are gone."""
         self.let_go()
-        if self.wait(_SECONDS_TO_STOP) is None:
+        if self.wait(self._seconds + _SECONDS_TO_TEAR_DOWN) is None:
             self._supervisor.kill()
             self._supervisor.wait()
 
@@ -124,7 +137,11 @@ def run(
     events.write_text("")
     told = {**environment, EVENTS_VARIABLE: str(events.absolute())}
     try:
-        with events.open(encoding="utf-8") as tail, kind(command, log, told, kept=kept) as child:
+        with (
+            events.open(encoding="utf-8") as tail,
+            kind(command, log, told, kept=kept, seconds=supervise.STAGE_GRACE_SECONDS) as child,
+            _at_work(child),
+        ):
             watchdog = Watchdog(child.pid, seconds_to_move) if seconds_to_move is not None else None
             while True:
                 code = child.wait(_SECONDS_BETWEEN_LOOKS)
@@ -136,6 +153,30 @@ def run(
                     watchdog.check()
     finally:
         events.unlink(missing_ok=True)
+
+
+_children: set[Child] = set()
+
+
+@contextlib.contextmanager
+def _at_work(child: Child) -> Iterator[None]:
+    _children.add(child)
+    try:
+        yield
+    finally:
+        child.stop()
+        _children.remove(child)
+
+
+def let_go() -> None:
+    """Tells what :func:`run` has started, in whichever thread, to end."""
+    for child in tuple(_children):
+        child.let_go()
+
+
+def is_at_work() -> bool:
+    """Whether some of it has not ended yet."""
+    return not all(child.is_gone for child in tuple(_children))
 
 
 def _new_events(tail: IO[str]) -> Iterator[Event]:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import NoReturn, Self
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from flows import lock, project, runs, server, timetable
+from flows import lock, project, runs, server, supervise, timetable
 from flows.listening import listen
 from flows.process import Child
 from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
@@ -130,7 +130,7 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
         (root / STARTED).unlink(missing_ok=True)
         command = [sys.executable, "-m", "flows.runner", name, times.cron, times.timezone]
         environment = _environment(shared)
-        runner = _Kept("the runner", root / LOG, lambda: Child(command, root / LOG, environment, kept=[descriptor]))
+        runner = _Kept("the runner", root / LOG, lambda: _run(command, root / LOG, environment, descriptor))
         kept.append(stack.enter_context(runner))
         told = False
         while True:
@@ -140,6 +140,11 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
                 _tell(out, root, Started.model_validate_json((root / STARTED).read_bytes()), times, address)
                 told = True
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _run(command: list[str], log: Path, environment: Mapping[str, str], descriptor: int) -> Child:
+    # A night at work has as long to end as a run by hand.
+    return Child(command, log, environment, kept=[descriptor], seconds=supervise.STAGE_GRACE_SECONDS)
 
 
 def _environment(shared: bool) -> dict[str, str]:

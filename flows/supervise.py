@@ -1,9 +1,9 @@
-"""A program that runs a command and leaves nothing behind: ``python -I -S supervise.py FDS COMMAND...``.
+"""A program that runs a command and leaves nothing behind: ``python -I -S supervise.py FDS SECONDS COMMAND...``.
 
 Started by :mod:`flows.process` between a flow and its child. Its stdin is a pipe that the flow holds open and never
 writes to. When the flow ends, for whatever reason and by SIGKILL too, the pipe reaches its end; then, on SIGTERM, and
 after the command itself has ended, every process that descends from here is told to end (SIGTERM) and, after
-``GRACE_SECONDS``, killed. A process group would not do: torchrun starts its workers in sessions of their own.
+``SECONDS``, killed. A process group would not do: torchrun starts its workers in sessions of their own.
 
 ``FDS`` lists file descriptors (``3,4``, or ``-`` for none) that this program keeps open while anything lives but that
 the command must not get: the lock of a run stays held until its last process is gone.
@@ -21,12 +21,15 @@ import time
 from collections.abc import Callable, Iterable
 
 GRACE_SECONDS = 3.0
+# Of a stage: a training that is told to end takes its step to the end and writes a checkpoint of it, in `stop_seconds`
+# (20 by default), and its launcher waits 10 s more. All else ends at once.
+STAGE_GRACE_SECONDS = 35.0
 STOPPED = 128 + signal.SIGTERM
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def main(kept: str, command: list[str]) -> int:
+def main(kept: str, seconds: float, command: list[str]) -> int:
     """Runs ``command`` to its end, or until the flow is gone; returns the exit code described above."""
 
     def start() -> int:
@@ -39,13 +42,13 @@ def main(kept: str, command: list[str]) -> int:
         )
 
     try:
-        return supervise(map(int, kept.split(",") if kept != "-" else []), start)
+        return supervise(map(int, kept.split(",") if kept != "-" else []), seconds, start)
     except OSError as error:
         print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
 
 
-def supervise(kept: Iterable[int], start: Callable[[], int]) -> int:
+def supervise(kept: Iterable[int], seconds: float, start: Callable[[], int]) -> int:
     """Does what the module promises for the child whose process id ``start`` returns."""
     for descriptor in kept:
         os.set_inheritable(descriptor, False)
@@ -58,7 +61,7 @@ def supervise(kept: Iterable[int], start: Callable[[], int]) -> int:
     for number in (*_STOP_SIGNALS, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
     code = _wait(start(), awake)
-    _end_descendants()
+    _end_descendants(seconds)
     return code
 
 
@@ -94,8 +97,8 @@ def _reap() -> dict[int, int]:
     return ended
 
 
-def _end_descendants() -> None:
-    deadline = time.monotonic() + GRACE_SECONDS
+def _end_descendants(seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     told: set[int] = set()
     while True:
         _reap()
@@ -134,4 +137,4 @@ def _descendants(root: int) -> set[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1], float(sys.argv[2]), sys.argv[3:]))

@@ -13,10 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from flows import supervise
+
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
-# The supervisors of what still lives take up to three more; ten is what a service manager's patience may be.
+# From when no stage is at work any more. The supervisors of what still lives take up to three more; ten is what a
+# service manager's patience may be.
 _SECONDS_TO_END = 6.5
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Terminated(BaseException):
@@ -27,6 +31,16 @@ def _tell() -> None:
     print("terminated; `overnight rerun` goes on where this run stopped.", file=sys.stderr, flush=True)
 
 
+def _wait(is_at_work: Callable[[], bool]) -> None:
+    """Returns some seconds after the stages have ended; none of them takes for ever."""
+    ended = time.monotonic()
+    latest = ended + supervise.STAGE_GRACE_SECONDS + _SECONDS_TO_END
+    while time.monotonic() < min(latest, ended + _SECONDS_TO_END):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if is_at_work():
+            ended = time.monotonic()
+
+
 @contextlib.contextmanager
 def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
     """Makes SIGTERM raise :class:`Terminated` in the block; the block then ends the process, with exit code 143.
@@ -34,6 +48,9 @@ def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
     ``tell`` prints the last line; nothing else is printed after the signal. Prefect has a handler of its own while a
     flow runs, and calls the one that is set here only when it has finished: so a thread watches too.
     """
+    # Most commands ask this module for an exit code alone.
+    from flows import process
+
     stderr = sys.stderr
     arrived = threading.Event()
     said = threading.Lock()
@@ -51,7 +68,9 @@ def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
                 arrived.set()
                 logging.disable(logging.CRITICAL)
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-                time.sleep(_SECONDS_TO_END)
+                # At once, and not when Prefect comes to it: a training has a checkpoint to write.
+                process.let_go()
+                _wait(process.is_at_work)
                 say()
                 # What still lives is tied to this process by a pipe and ends with it.
                 os._exit(EXIT_TERMINATED)

@@ -1,5 +1,6 @@
 """Nothing survives: neither the command, nor what it started, nor what that moved into a session of its own."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def start(folder: Path, end: str) -> "subprocess.Popen[bytes]":
     """Starts a flow that supervises the family; four processes: flow's child, supervisor not counted, worker, inner."""
     (folder / "family.py").write_text(FAMILY.replace("{end}", end))
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", supervise.__file__, "-", sys.executable, "family.py"],
+        [sys.executable, "-I", "-S", supervise.__file__, "-", "3", sys.executable, "family.py"],
         cwd=folder,
         stdin=subprocess.PIPE,
         start_new_session=True,
@@ -100,6 +101,28 @@ def test_a_command_that_does_not_exist_is_told_in_one_line(tmp_path: Path) -> No
     with Child(["/nowhere/command"], tmp_path / "log", os.environ) as child:
         assert child.wait(20) == 127
     assert (tmp_path / "log").read_text() == "error: /nowhere/command: No such file or directory\n"
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(0.5, []), (20.0, ["left"])])
+def test_what_is_told_to_end_is_killed_after_its_seconds_and_not_before(
+    folder: Path, seconds: float, left: list[str]
+) -> None:
+    code = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(2)
+    pathlib.Path("left").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("up").touch()
+time.sleep(600)
+"""
+    started = time.monotonic()
+    with contextlib.chdir(folder), Child([sys.executable, "-c", code], folder / "log", os.environ, seconds=seconds):
+        while not (folder / "up").exists():
+            time.sleep(0.02)
+    assert time.monotonic() - started < 15
+    assert [file.name for file in folder.glob("left")] == left
 
 
 def test_an_exception_in_the_flow_ends_the_child(folder: Path) -> None:

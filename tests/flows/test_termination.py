@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,28 @@ STUBBORN = """
     signal.signal(signal.SIGTERM, handle)
     work()
 """
+# As a training that writes a checkpoint of its step, under a Prefect whose server is gone.
+AT_WORK = """
+    from pathlib import Path
+    from flows import process
+    def handle(*_):
+        time.sleep(60)
+    signal.signal(signal.SIGTERM, handle)
+    code = (
+        "import signal, sys, time\\n"
+        "def end(*_):\\n    time.sleep(4); print('a checkpoint', flush=True); sys.exit()\\n"
+        "signal.signal(signal.SIGTERM, end); print('up', flush=True); time.sleep(60)"
+    )
+    import threading
+    log = Path({log!r})
+    run = threading.Thread(
+        target=process.run, args=([sys.executable, "-c", code], log, os.environ, print), daemon=True
+    )
+    run.start()
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+    work()
+"""
 TURNED = """
     try:
         work()
@@ -44,24 +67,42 @@ TURNED = """
 """
 
 
-@pytest.mark.parametrize(
-    ("block", "out"),
-    [(ORDERLY, "left in order\n"), (STUBBORN, ""), (TURNED, "")],
-    ids=["orderly", "stubborn", "turned"],
-)
-def test_the_end_takes_seconds_and_one_line(block: str, out: str) -> None:
+def at_work(block: str) -> "subprocess.Popen[str]":
+    """Returns the process of :data:`FRAME` with ``block``, at work."""
     process = subprocess.Popen(
         [sys.executable, "-c", FRAME.format(block=textwrap.dedent(block).replace("\n", "\n    "))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("block", "out"),
+    [(ORDERLY, "left in order\n"), (STUBBORN, ""), (TURNED, "")],
+    ids=["orderly", "stubborn", "turned"],
+)
+def test_the_end_takes_seconds_and_one_line(block: str, out: str) -> None:
+    process = at_work(block)
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     rest, err = process.communicate(timeout=20)
     assert time.monotonic() - started < 10
     assert process.returncode == 143
     assert (rest, err) == (out, "terminated; `overnight rerun` goes on where this run stopped.\n")
+
+
+def test_a_stage_at_work_is_told_at_once_and_has_time_for_a_checkpoint(tmp_path: Path) -> None:
+    block = AT_WORK.format(log=str(tmp_path / "log"))
+    process = at_work(block)
+    process.send_signal(signal.SIGTERM)
+    since = time.monotonic()
+    _, err = process.communicate(timeout=40)
+    # Longer than others have, and no longer than it takes.
+    assert 4 < time.monotonic() - since < 20
+    assert (process.returncode, err) == (143, "terminated; `overnight rerun` goes on where this run stopped.\n")
+    assert (tmp_path / "log").read_text() == "up\na checkpoint\n"
 
 
 def test_without_the_signal_nothing_changes() -> None:
