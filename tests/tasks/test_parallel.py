@@ -25,7 +25,8 @@ from tasks.train.params import TrainParams
 ROOT = Path(__file__).parents[2]
 Trained = Callable[[Case], Result]
 
-# Each axis and most of their combinations take all steps; what a model has besides shows in a few.
+# Each axis takes all steps on two processes; how axes combine, and what a model has besides, shows in a few, which
+# begin the data a second time.
 FEW = 4
 TWO = [
     Case({}),
@@ -75,13 +76,13 @@ TWO = [
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
     Case({}),
-    Case({"shard": 4}, micro_batch=1),
+    Case({"shard": 4}, micro_batch=1, steps=FEW),
     Case({"shard": 2}, steps=FEW),
     Case({"expert": 4}, steps=FEW),
-    Case({"shard": 2, "expert": 2}, micro_batch=1),
+    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=FEW),
     Case({"tensor": 2}, steps=FEW),
-    Case({"expert": 2, "tensor": 2}, micro_batch=4),
-    Case({"shard": 2, "tensor": 2}, "qwen3-even"),
+    Case({"expert": 2, "tensor": 2}, micro_batch=4, steps=FEW),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=FEW),
     Case({"shard": 2, "tensor": 2}, "latent-further-even", steps=FEW),
     Case({"shard": 2, "expert": 2}, "latent-lora", micro_batch=1, steps=FEW),
     Case({"shard": 2, "expert": 2}, "qwen2-moe-lora", micro_batch=1, steps=FEW),
@@ -90,8 +91,8 @@ FOUR = [
     Case({"pipeline": 2}, steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even", steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "llama-biases", steps=FEW),
-    Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep"),
-    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
+    Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep", steps=FEW),
+    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=FEW),
     Case(
         {"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved-1f1b"},
         "latent-deep",
@@ -106,7 +107,7 @@ FOUR = [
     Case({"pipeline": 2, "tensor": 2}, "latent-deep-lora", steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "latent-further-even", answers=True, steps=FEW),
 ]
-# Each takes over what the case of that number left after five steps.
+# Each takes over what the case of that number left after five steps; in the seventh the data begin once more.
 # Both copies of tied weights lie in one process.
 TIED: dict[str, object] = {"pipeline": 2, "pipeline_schedule": "zero-bubble"}
 HALVES = [
@@ -119,19 +120,19 @@ HALVES = [
     Case({}, "latent-further", steps=5, kept=True),
 ]
 RESUMED = [
-    Case({}, resume=0),
-    Case({"tensor": 2}, micro_batch=4, resume=1),
-    Case({"expert": 2}, resume=2),
-    Case({"shard": 2}, resume=3),
-    Case({"pipeline": 2}, resume=0),
-    Case({"expert": 2}, resume=4),
+    Case({}, steps=7, resume=0),
+    Case({"tensor": 2}, micro_batch=4, steps=7, resume=1),
+    Case({"expert": 2}, steps=7, resume=2),
+    Case({"shard": 2}, steps=7, resume=3),
+    Case({"pipeline": 2}, steps=7, resume=0),
+    Case({"expert": 2}, steps=7, resume=4),
     Case({"pipeline": 2}, resume=4),
     Case(TIED, "qwen3-deep", resume=5),
     Case({}, steps=3, resume=6, optimizer="muon"),
     Case({"expert": 2}, steps=3, resume=6, optimizer="muon"),
     Case({"pipeline": 2}, steps=3, resume=6, optimizer="muon"),
-    Case({"tensor": 2}, "latent-lora", micro_batch=4, resume=7),
-    Case({"pipeline": 2}, "latent-lora", resume=7),
+    Case({"tensor": 2}, "latent-lora", micro_batch=4, steps=7, resume=7),
+    Case({"pipeline": 2}, "latent-lora", steps=7, resume=7),
     Case({"pipeline": 2}, "latent-further-deep", steps=7, resume=8),
     Case({"pipeline": 2}, "latent-further", steps=7, resume=9),
 ]
@@ -158,52 +159,52 @@ SLOW = [
     Case({"shard": 2}, "qwen3", micro_batch=4, steps=6, slow="optimizer", optimizer="muon"),
 ]
 SPOILT = [Case({"pipeline": 2}, steps=4, spoilt=3)]
-# As one of FOUR, or of RIGHT, but for the mistake and the steps.
+# As one of FOUR, or of RIGHT, but for the mistake and the steps. One step shows most of them.
 WRONG = [
-    Case({}, steps=2, mistake="the gradients are each process's own"),
-    Case({"shard": 2}, steps=2, mistake="the replicas' gradients are not summed"),
-    Case({"shard": 4}, micro_batch=1, steps=2, mistake="the gradients are summed, not averaged"),
-    Case({"shard": 4}, micro_batch=1, steps=2, mistake="each process clips by the norm of its part"),
-    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=2, mistake="parts of an output are not summed over tensor"),
-    Case({"tensor": 2}, steps=2, mistake="gradients of shares of the tokens are not summed over tensor"),
+    Case({}, steps=1, mistake="the gradients are each process's own"),
+    Case({"shard": 2}, steps=1, mistake="the replicas' gradients are not summed"),
+    Case({"shard": 4}, micro_batch=1, steps=1, mistake="the gradients are summed, not averaged"),
+    Case({"shard": 4}, micro_batch=1, steps=1, mistake="each process clips by the norm of its part"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=1, mistake="parts of an output are not summed over tensor"),
+    Case({"tensor": 2}, steps=1, mistake="gradients of shares of the tokens are not summed over tensor"),
     Case(
         {"shard": 2, "tensor": 2},
         "qwen3-even",
-        steps=2,
+        steps=1,
         mistake="parts of the logits' gradient are not summed over tensor",
     ),
-    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=2, mistake="the experts' gradients are divided again"),
+    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=1, mistake="the experts' gradients are divided again"),
     Case({"expert": 4}, steps=2, mistake="each process counts its own tokens alone"),
-    Case({"shard": 2, "tensor": 2}, "qwen3-moe", steps=2, mistake="a sequence's tokens are not summed over tensor"),
-    Case({"pipeline": 2}, steps=2, mistake="the gradient of one micro-batch is missing"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-moe", steps=1, mistake="a sequence's tokens are not summed over tensor"),
+    Case({"pipeline": 2}, steps=1, mistake="the gradient of one micro-batch is missing"),
     Case(
         {"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"},
         "latent-deep",
-        steps=2,
+        steps=1,
         mistake="the gradient of one micro-batch is missing",
     ),
     Case(
         {"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"},
         "qwen3-deep",
-        steps=2,
+        steps=1,
         mistake="the gradient of one micro-batch is missing",
     ),
     Case(
         {"pipeline": 2, "tensor": 2},
         "qwen3-even",
         answers=True,
-        steps=2,
+        steps=1,
         mistake="the pipeline's answers are not counted over the batch",
     ),
     Case(
         {"pipeline": 2, "shard": 2},
         "latent-further-tied",
-        steps=2,
+        steps=1,
         mistake="the copies of tied weights have gradients of their own",
     ),
-    Case({"pipeline": 4}, "qwen3-deep", steps=2, mistake="the copies of tied weights have gradients of their own"),
+    Case({"pipeline": 4}, "qwen3-deep", steps=1, mistake="the copies of tied weights have gradients of their own"),
     Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=2, mistake="each part is orthogonalized", optimizer="muon"),
-    Case({"tensor": 2}, "latent-lora", steps=2, mistake="the other factors' gradients are not summed over tensor"),
+    Case({"tensor": 2}, "latent-lora", steps=1, mistake="the other factors' gradients are not summed over tensor"),
 ]
 # Those of them without their mistakes that are none of FOUR.
 RIGHT = [
