@@ -1,5 +1,6 @@
 """A small project that makes versions: a model of a few bytes, a gate, and two folders as DVC's and Git's remotes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,9 @@ from ruamel.yaml import YAML
 from flows import champion, contents, dvc, objects, registry, worktree
 from flows.git import commit_of, git
 from tasks import paths
+from tasks.collect.collect import collect
+from tasks.section import read_section
+from tasks.sources import CollectParams
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -64,8 +68,13 @@ class Clone:
         (self.root / "data/raw").mkdir(parents=True, exist_ok=True)
         (self.root / "data/raw" / name).write_text(text)
 
+    def collect(self) -> None:
+        """Copies what is new at the sources, where there are any."""
+        with contextlib.chdir(self.root):
+            collect(read_section("collect", CollectParams))
+
     def run(self) -> None:
-        """Does what a run does: the data, the champion, the stages."""
+        """Does what a run does after that: the data, the champion, the stages."""
         from dvc.repo import Repo
 
         os.chdir(self.root)
@@ -157,6 +166,23 @@ def make(place: Path) -> Clone:
     project.write("a.txt", "In the beginning.\n")
     project.run()
     return project
+
+
+def collecting(place: Path) -> Clone:
+    """Makes the project, which collects the folder ``texts``; nothing but the project itself is committed or pushed."""
+    with contextlib.chdir(Path.cwd()):
+        clone = make(place)
+    yaml = YAML()
+    content = yaml.load(clone.root / "params.yaml")
+    content["collect"]["sources"] = [{"name": "small", "uri": "texts", "format": "txt", "licence": "none"}]
+    yaml.dump(content, clone.root / "params.yaml")
+    (clone.root / "texts").mkdir()
+    # What it was made with is no version of what it collects.
+    shutil.rmtree(clone.root / "data/raw")
+    (clone.root / "data/raw.dvc").unlink()
+    git(clone.root, "commit", "-q", "-m", "Sources", "--", "params.yaml", environment=registry.author(clone.root))
+    git(clone.root, "push", "-q", "origin", "main")
+    return clone
 
 
 def nightly(publisher: Clone, name: str, text: str) -> Clone:
