@@ -31,7 +31,7 @@ from lm.weights import Whole, reads
 from tasks.launch import worker_environment
 from tasks.mesh import MeshParams
 from tasks.parallel.parallelize import parallelize
-from tasks.parallel.whole import model_state
+from tasks.parallel.whole import whole as whole_of
 from tasks.world import World, device_mesh
 
 _ANY = {
@@ -162,7 +162,7 @@ def run_side(side: str, mesh: MeshParams) -> None:
     started, mib = time.perf_counter(), watch.most()
     whole: Whole = parallel.whole
     if side == "whole":
-        state = model_state(parallel.model, keep=True)
+        state = {name: whole_of(value) for name, value in parallel.model.state_dict().items()}
         whole = state.__getitem__
     if side == "parts" or world.is_first:
         hugging_face.save_weights(model.config, whole, Path(side) if world.is_first else None)

@@ -1,9 +1,10 @@
 """A checkpoint of a whole model beside torch.distributed.checkpoint, with one process: time and memory, there and back.
 
 The state is what training keeps of the parameters in fp32: them and AdamW's two moments. Ours copies it, so that
-training can go on, writes it with its digest, and checks that before it loads. torch's is copied and written as it is
-(``save`` of what its stager has copied), and read into tensors that are there. Both are synced to the disk. Memory is
-what the process has for itself (RssAnon) beside the state, at most; of reading, all that it has.
+training can go on, writes it with torch.distributed.checkpoint and its digest, and checks that before it reads and
+behind that. torch's is copied and written as it is (``save`` of what its stager has copied), and read unchecked. Both
+are read into tensors that are there, and synced to the disk. Memory is what the process has for itself (RssAnon) beside
+the state, at most; of reading, all that it has.
 Run: .venv/bin/python benchmarks/save_load.py
 """
 
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tasks.checkpoints import Checkpoints
+from tasks.checkpoints import Checkpoints, Snapshot
 from tasks.parallel import parts
 
 OURS, TORCH = "overnight", "torch.distributed.checkpoint"
@@ -71,7 +72,7 @@ def write(side: str, million: int, folder: Path) -> None:
     watch, began = Watch(), time.perf_counter()
     if side == OURS:
         checkpoints = Checkpoints("train", "inputs", kept=2, root=folder)
-        checkpoints.save(1, {"step": 1, "state": state})
+        checkpoints.save(1, Snapshot({"step": 1}, tensors=state))
         checkpoints.finish()
     else:
         warnings.simplefilter("ignore")
@@ -84,16 +85,15 @@ def write(side: str, million: int, folder: Path) -> None:
 def read(side: str, million: int, folder: Path) -> None:
     """Reads what :func:`write` has written."""
     watch, began = Watch(), time.perf_counter()
+    state = {f"{key}.{number}": torch.empty(2**10, 2**10) for key in KEYS for number in range(million)}
     if side == OURS:
         checkpoints = Checkpoints("train", "inputs", kept=2, root=folder)
         loaded = checkpoints.load_latest()
         assert loaded is not None
-        # As a training takes it over: the file is mapped.
-        state = {name: value.clone() for name, value in loaded["state"].items()}
-        checkpoints.confirm()
+        with checkpoints.confirmed(loaded):
+            parts.read(state, loaded["parts"].folder)
     else:
         warnings.simplefilter("ignore")
-        state = {f"{key}.{number}": torch.empty(2**10, 2**10) for key in KEYS for number in range(million)}
         load(state, storage_reader=FileSystemReader(folder / "torch"))
     seconds = time.perf_counter() - began
     watch.end()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,11 +72,8 @@ def _open_to_others(entry: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def file(path: Path, named: Callable[[], str] | None = None) -> Iterator[BinaryIO]:
-    """Yields a file to write; at the end it is synced and takes the place of ``path`` in one rename.
-
-    ``named`` returns its last name where that is known only when all is written.
-    """
+def file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write; at the end it is synced and takes the place of ``path`` in one rename."""
     partial = _partial(path, "new")
     with disk_full_is_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +85,7 @@ def file(path: Path, named: Callable[[], str] | None = None) -> Iterator[BinaryI
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        os.replace(partial, path if named is None else path.with_name(named()))
+        os.replace(partial, path)
         sync(path.parent)
 
 

@@ -1,17 +1,21 @@
 """Checkpoints of a long stage: kept outside the DVC outputs, keyed by the stage's inputs, verified when loaded.
 
-What all processes share is one file, which one of them writes. The weights of a model that is cut over them lie beside
-it, in a folder to which each adds a file; the first file, written last, holds the digests of those.
+What grows with the model lies in a folder to which each process adds a file. What all of them share is one file beside
+it, which the first one writes last: it holds the digests of those.
 """
 
+import contextlib
+import dataclasses
+import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +25,24 @@ from tasks import atomic, paths
 from tasks.errors import DiskFull, TryAgain
 from tasks.heartbeat import ranks
 from tasks.parallel import parts
+from tasks.parallel.parts import Parts
 from tasks.world import World
 
 KEPT_RUNS = 3
 _SECONDS_TO_TELL = 1.0
-_BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one process brings to a checkpoint: of the ``shared``, which all have alike, that of the first one counts.
+
+    ``own`` is small and stays each process's own. ``tensors`` may be parts of larger ones; what several bring under one
+    name is the same.
+    """
+
+    shared: dict[str, Any]
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -42,46 +59,37 @@ class Checkpoints:
         self.folder = self._stage / key
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        # Of those that write parts of one checkpoint.
+        # Of those that write a checkpoint together.
         self._is_first = True
-        # Files that are read from as what was loaded of them is copied, and which files these are on the disk.
-        self._mapped: dict[Path, tuple[int, int]] = {}
         self.digest = ""
-        """Of the file that was loaded last, of what all processes share."""
+        """Of the file that was loaded last."""
         self.none_intact = False
         """Whether the last look for one found some, and none that can be used."""
         self.moved: Callable[[], None] = lambda: None
         """Is called again and again while checkpoints are read."""
 
-    def save(self, step: int, state: dict[str, Any], part: int = 0) -> None:
-        """Copies ``state`` as the checkpoint after ``step`` steps; it is written while training goes on.
+    def save(self, step: int, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+        """Copies ``snapshot`` as the checkpoint after ``step`` steps; it is written while training goes on.
 
-        Waits only while the one before is being written, and raises what that one raised. All but the last ``kept`` of
-        this run are removed. ``part`` 0 holds what all processes share; another, what some process has of its own.
+        Collective over ``group``; None is this process alone. Waits only while the one before is being written, and
+        raises what that one raised. All but the last ``kept`` of this run are removed.
         """
         self.finish()
-        self._writing = self._writer.submit(self._write, step, _copy({**state, "key": self.folder.name}), part)
+        self._is_first = group is None or dist.get_rank(group) == 0
+        shared, own = _copy(snapshot.shared), _copy(snapshot.own)
+        copied = Snapshot(shared, own, parts.staged(snapshot.tensors))
+        self._writing = self._writer.submit(self._write, step, copied, group)
 
-    def save_parts(
-        self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
-    ) -> None:
-        """Does what :meth:`save` does, of a state of which each process of ``group`` has ``tensors``. Collective."""
-        self.finish()
-        self._is_first = dist.get_rank(group) == 0
-        copied = _copy({**state, "key": self.folder.name}), parts.staged(tensors)
-        self._writing = self._writer.submit(self._write_parts, step, *copied, group)
-
-    def _write_parts(
-        self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
-    ) -> None:
+    def _write(self, step: int, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
+        folder = _parts(self.folder, step)
         try:
-            digests = parts.write(tensors, _parts(self.folder, step), group)
+            written, own = parts.write(snapshot.tensors, folder, group, snapshot.own)
+            if self._is_first:
+                self._write_shared(step, {**snapshot.shared, "own": own, "parts": dict(written.digests)})
         except DiskFull:
             if self._is_first:
-                shutil.rmtree(_parts(self.folder, step), ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        if self._is_first:
-            self._write(step, {**state, "parts": digests}, 0)
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on the disk. Raises :class:`tasks.errors.DiskFull` when it is full."""
@@ -96,19 +104,12 @@ class Checkpoints:
             time.sleep(_SECONDS_TO_TELL)
             sys.exit(error.exit_code)
 
-    def _write(self, step: int, state: dict[str, Any], part: int) -> None:
-        stem, digest = f"{_prefix(part)}{step:09d}", xxhash.xxh3_128()
-
-        def named() -> str:
-            return f"{stem}-{digest.hexdigest()}.pt"
-
-        with atomic.file(self.folder / stem, named) as opened:
-            try:
-                torch.save(state, cast(BinaryIO, _Digested(opened, digest)))
-            except RuntimeError as error:
-                raise atomic.said_by_the_disk(error) from None
-        name = named()
-        every = sorted(self.folder.glob(f"{_prefix(part)}*.pt"))
+    def _write_shared(self, step: int, state: dict[str, Any]) -> None:
+        content = io.BytesIO()
+        torch.save({**state, "key": self.folder.name}, content)
+        name = f"step-{step:09d}-{xxhash.xxh3_128_hexdigest(content.getbuffer())}.pt"
+        atomic.write_bytes(self.folder / name, content.getvalue())
+        every = sorted(self.folder.glob("step-*.pt"))
         # Those of this step and later ones are damaged, for training has passed them over.
         passed_over = {file for file in every if _step(file) >= step and file.name != name}
         older = [file for file in every if file not in passed_over]
@@ -118,26 +119,22 @@ class Checkpoints:
 
     def _forget_parts(self, until: int) -> None:
         """Removes the parts, ``until`` a step, of checkpoints that are gone, or never came to be."""
-        kept = {_parts(self.folder, _step(file)) for file in self.folder.glob(f"{_prefix(0)}*.pt")}
+        kept = {_parts(self.folder, _step(file)) for file in self.folder.glob("step-*.pt")}
         for folder in set(self.folder.glob("parts-*")) - kept:
             # Others may have begun with the next step's.
             if _step(folder) <= until:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def keep_one_before(self) -> None:
-        """Keeps two checkpoints at least: one of which every process has its part, while the next is written."""
-        self._kept = max(2, self._kept)
+    def load_latest(self, at_most: int | None = None) -> dict[str, Any] | None:
+        """Returns the newest intact state, after ``at_most`` steps if that is given, or None.
 
-    def load_latest(self, at_most: int | None = None, part: int = 0) -> dict[str, Any] | None:
-        """Returns the newest intact ``part`` of a state, after ``at_most`` steps if that is given, or None.
-
-        A file that is damaged or foreign, or cannot be read, is passed over, which one process of each machine reports.
-        In a state whose tensors lie in parts, ``parts`` is their folder.
+        What is damaged or foreign, or cannot be read, is passed over, which one process of each machine reports. The
+        tensors are not read: ``parts`` of the state says where they lie.
         """
         own, passed_over = self.folder.name, False
         self.none_intact = False
         found = sorted(
-            self._stage.glob(f"{self._pattern()}/{_prefix(part)}*.pt"),
+            self._stage.glob(f"{self._pattern()}/step-*.pt"),
             key=lambda file: (_step(file), file.parent.name == own),
         )
         for file in reversed(found):
@@ -146,8 +143,7 @@ class Checkpoints:
             state, bad, fault = self._read(file)
             if state is not None:
                 self.none_intact = False
-                if not part:
-                    self.digest = _named_digest(file)
+                self.digest = _named_digest(file)
                 return state
             self.none_intact = True
             # Of parts, each process has looked at others.
@@ -166,48 +162,42 @@ class Checkpoints:
     def _read(self, file: Path) -> tuple[dict[str, Any] | None, Path, str]:
         """Returns the state in ``file``; None where it cannot be used, and which file is at fault, and why."""
         try:
-            with file.open("rb") as opened:
-                if self._digest(opened) != _named_digest(file):
-                    return None, file, parts.DAMAGED
-                # Mapped, so that the processes of a machine share its pages; by the descriptor, so that it is the very
-                # file that was checked. Its bytes are read when they are copied: see `confirm`.
-                state: dict[str, Any] = torch.load(f"/proc/self/fd/{opened.fileno()}", mmap=True, weights_only=True)
-                self._mapped[file] = _place(opened)
+            content = file.read_bytes()
         except OSError as error:
             return None, file, f"cannot be read ({error.strerror})"
         self.moved()
+        if xxhash.xxh3_128_hexdigest(content) != _named_digest(file):
+            return None, file, parts.DAMAGED
+        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
         if state.pop("key") != file.parent.name:
             return None, file, "checkpoint of other inputs"
-        if "parts" in state:
-            folder = _parts(file.parent, _step(file))
-            if found := parts.damaged(folder, state["parts"], self.moved):
-                return None, *found
-            state["parts"] = folder
+        state["parts"] = Parts(_parts(file.parent, _step(file)), state["parts"])
+        if found := parts.damaged(parts.of_this_process(state["parts"]), self.moved):
+            return None, *found
         return state, file, ""
 
-    def confirm(self) -> None:
-        """Raises :class:`TryAgain` where a file that was loaded is no longer what was checked.
+    @contextlib.contextmanager
+    def confirmed(self, state: dict[str, Any] | None) -> Iterator[None]:
+        """Raises :class:`TryAgain` at its end where the tensors of ``state`` are no longer what was checked.
 
-        To be called when what is needed of the states that were loaded has been copied.
+        They are to be read within, by all processes before one of them leaves it.
         """
-        for file, place in self._mapped.items():
-            try:
-                with file.open("rb") as opened:
-                    intact = _place(opened) == place and self._digest(opened) == _named_digest(file)
-            except OSError:
-                intact = False
-            if not intact:
-                raise TryAgain(
-                    f"{file}: the checkpoint changed while it was read. Run again to go on from what is intact."
-                )
-        self._mapped.clear()
+        if state is None:
+            yield
+            return
+        try:
+            yield
+        except Exception:
+            # What another process would look at may be what this one could not read.
+            self._confirm(state["parts"])
+            raise
+        self._confirm(parts.of_this_process(state["parts"]))
 
-    def _digest(self, opened: BinaryIO) -> str:
-        digest = xxhash.xxh3_128()
-        while block := opened.read(_BLOCK):
-            digest.update(block)
-            self.moved()
-        return digest.hexdigest()
+    def _confirm(self, checked: Parts) -> None:
+        if found := parts.damaged(checked, self.moved):
+            raise TryAgain(
+                f"{found[0]}: the checkpoint changed while it was read. Run again to go on from what is intact."
+            ) from None
 
     def forget_others(self) -> None:
         """Removes the checkpoints of this stage's older runs, but for the latest few: someone may go back to them.
@@ -218,7 +208,7 @@ class Checkpoints:
             return
         # What a killed process has begun to write, perhaps of a step that no other ends at.
         atomic.clear(self.folder)
-        if listed := [_step(file) for file in self.folder.glob(f"{_prefix(0)}*.pt")]:
+        if listed := [_step(file) for file in self.folder.glob("step-*.pt")]:
             # Not newer ones: another machine may have written a checkpoint that is not listed here yet.
             self._forget_parts(max(listed))
         others = sorted(
@@ -229,29 +219,15 @@ class Checkpoints:
             shutil.rmtree(run, ignore_errors=True)
 
 
-class _Digested:
-    """A file that is written from its beginning to its end, and the digest of it: the state is in memory once."""
-
-    def __init__(self, file: BinaryIO, digest: xxhash.xxh3_128) -> None:
-        self._file, self._digest = file, digest
-
-    def write(self, block: bytes) -> int:
-        self._digest.update(block)
-        return self._file.write(block)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def agreed(checkpoints: Checkpoints, world: World, part: int) -> dict[str, Any] | None:
-    """Returns the newest state that every process has, each with its ``part``. Collective.
+def agreed(checkpoints: Checkpoints, world: World) -> dict[str, Any] | None:
+    """Returns the newest state that every process has. Collective.
 
     A machine's disk may lack one that another has, or damage it. Raises :class:`tasks.errors.TryAgain` where one has
     none at all: all would begin anew, and write over those of the others.
     """
     limit, latest = None, 0
     while True:
-        state = newest(checkpoints, limit, part)
+        state = checkpoints.load_latest(limit)
         step = state["step"] if state is not None else 0
         if limit is None:
             of_all = world.of_all(-1 if checkpoints.none_intact else step)
@@ -279,26 +255,6 @@ def _missing(checkpoints: Checkpoints, step: int, without: list[int]) -> TryAgai
     )
 
 
-def newest(checkpoints: Checkpoints, limit: int | None, part: int) -> dict[str, Any] | None:
-    """Returns the newest state of which ``part`` is there too, what that holds in the place of the first part's own."""
-    while True:
-        state = checkpoints.load_latest(limit)
-        if state is None or not part:
-            return state
-        own = checkpoints.load_latest(state["step"], part)
-        if own is None:
-            # Whoever wrote the first part was the only one to come so far.
-            checkpoints.none_intact = True
-            return None
-        if own["step"] == state["step"]:
-            return {**state, **own}
-        limit = own["step"]
-
-
-def _prefix(part: int) -> str:
-    return f"part{part}-" if part else "step-"
-
-
 def _parts(folder: Path, step: int) -> Path:
     return folder / f"parts-{step:09d}"
 
@@ -309,11 +265,6 @@ def _step(file: Path) -> int:
 
 def _named_digest(file: Path) -> str:
     return file.stem.rpartition("-")[2]
-
-
-def _place(opened: BinaryIO) -> tuple[int, int]:
-    found = os.fstat(opened.fileno())
-    return found.st_dev, found.st_ino
 
 
 def _copy(value: Any) -> Any:

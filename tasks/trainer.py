@@ -17,6 +17,7 @@ from lm.model import LanguageModel
 from lm.weights import Weights
 from tasks import divergence
 from tasks.balance import Balance
+from tasks.checkpoints import Snapshot
 from tasks.compiled import compile_layers
 from tasks.curve import Curve
 from tasks.errors import BadParameter
@@ -24,6 +25,7 @@ from tasks.loss_scale import LossScale
 from tasks.optimizers import make_optimizer
 from tasks.order import batch_of_rank
 from tasks.parallel.parallelize import lay_out
+from tasks.parallel.parts import Saved
 from tasks.parallel.traffic import Traffic
 from tasks.process import Process
 from tasks.recomputation import recompute
@@ -52,7 +54,8 @@ class Trainer:
         self.world, self.beat = world, beat = process.world, process.beat
         self.curve = Curve()
         self.tokens_per_step = params.global_batch * windows.train.length
-        self.traffic = Traffic(world.device, world.mesh is not None and world.mesh.layout.pipeline > 1)
+        messages = world.mesh is not None and world.mesh.layout.pipeline > 1
+        self.traffic = Traffic(world.device, messages, world.writers)
         # Counts the parameters of the whole model.
         self.meter = StepMeter(model, self.tokens_per_step, world, params.compiles)
         self.parallel, self.exchange = lay_out(model, world, params, weights and beat.along(weights))
@@ -266,52 +269,52 @@ class Trainer:
     def latest(self) -> dict[str, float]:
         return {"valid_loss": self.curve.last("valid_loss")} if self.curve.rows else {}
 
-    def state(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
-        """Returns what one process writes after ``step`` steps, and what this one does where each writes a part."""
+    def state(self, step: int) -> Snapshot:
+        """Returns what this process brings to the checkpoint after ``step`` steps. Collective."""
         kept = self.parallel.state(self.optimizer)
-        between = self.exchange.apart and self.met < step
-        own = self.exchange.own_state(kept.optimizer, between)
-        state = {"step": step, "own": own, "scale": self.scale.state()}
-        # What replicas that train apart have in common when they have met.
-        common = {
-            "precision": self.world.precision,
+        tensors = {f"{self.exchange.prefix}{name}": value for name, value in kept.tensors.items()}
+        known = {
             "model": kept.model,
+            "scale": self.scale.state(),
             "skipped": self.curve.skipped,
             "losses": self.losses,
             "load": self.balance.load,
             "steps_since_row": self.steps_since_row,
-            "met": self.met,
         }
-        if self.exchange.writes:
-            return (state | common if between else state), None
-        of_all = {
+        shared = {
+            "step": step,
+            "precision": self.world.precision,
             "optimizer": kept.optimizer,
+            "met": self.met,
             "curve": self.curve.rows,
             "processes": self.curve.processes,
             "before": self.curve.before,
             "sent": self.traffic.so_far() if self.world.is_first else None,
         }
-        return state | common | of_all, kept.tensors
+        # Replicas that train apart know it each for itself.
+        shared, own = (shared, known) if self.exchange.apart else (shared | known, {})
+        return Snapshot(shared, own, tensors | self.exchange.state())
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Takes over ``state``; returns how many steps are done."""
         if state is None:
             return 0
-        own = state["own"]
-        if "parts" in state:
-            self.parallel.load_parts(self.optimizer, state["parts"], (state["model"], state["optimizer"]))
-        else:
-            self.parallel.load_state(self.optimizer, state["model"], own.get("optimizer", state["optimizer"]))
+        if self.exchange.apart:
+            state = state | state["own"][self.world.rank]
+        folder = state["parts"].folder
+        self.parallel.load_state(
+            self.optimizer, Saved(folder, state["model"], state["optimizer"], self.exchange.prefix)
+        )
+        self.exchange.load_state(folder)
         if (was := state["precision"]) != self.world.precision:
             self.progress.notice(f"precision auto is {self.world.precision} here, and was {was}: a rebuild will differ")
-        self.exchange.load_state(own)
         self.scale.load_state(state["scale"])
         self.curve.overflows = self.scale.overflows
-        self.met = state.get("met", state["step"])
+        self.met = state["met"]
         self.curve.rows = [tuple(row) for row in state["curve"]]
         self.curve.skipped, self.curve.processes = list(state["skipped"]), list(state["processes"])
-        self.curve.before = state.get("before")
-        self.traffic.go_on(state.get("sent"))
+        self.curve.before = state["before"]
+        self.traffic.go_on(state["sent"])
         self.losses.copy_(state["losses"])
         self.balance.load.copy_(state["load"])
         self.steps_since_row = state["steps_since_row"]

@@ -67,10 +67,11 @@ def train(
 def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> None:
     """Takes the steps of ``trainer`` that no checkpoint has."""
     stage, params, world, progress = trainer.stage, trainer.params, trainer.world, trainer.progress
-    if trainer.exchange.in_parts:
-        checkpoints.keep_one_before()
-    done = trainer.restore(agreed(checkpoints, world, trainer.exchange.reads))
-    checkpoints.confirm()
+    state = agreed(checkpoints, world)
+    with checkpoints.confirmed(state):
+        done = trainer.restore(state)
+        # Nobody looks again at what another still reads.
+        world.lowest(0)
     if done < params.steps and trainer.curve.processes[-1:] != [world.size]:
         trainer.curve.processes.append(world.size)
     progress.begin("training", done)
@@ -120,19 +121,7 @@ def _go_on(trainer: Trainer, checkpoints: Checkpoints, measure_first: bool) -> N
 def _save(trainer: Trainer, checkpoints: Checkpoints, done: int) -> None:
     """Begins the checkpoint after ``done`` steps, which is written while training goes on. Collective."""
     trainer.beat.at(done, "the checkpoint")
-    # Each process has a part in the state, even if one alone writes it.
-    state, tensors = trainer.state(done)
-    if trainer.exchange.in_parts:
-        # Nobody writes the next one before all have this one's predecessor.
-        checkpoints.finish()
-        trainer.world.lowest(0)
-    if tensors is not None:
-        mesh = trainer.world.mesh
-        assert mesh is not None
-        assert mesh.writers is not None
-        checkpoints.save_parts(done, state, tensors, mesh.writers)
-    elif (part := trainer.exchange.writes) is not None:
-        checkpoints.save(done, state, part)
+    checkpoints.save(done, trainer.state(done), trainer.world.writers)
 
 
 def _stop(checkpoints: Checkpoints, world: World, progress: Progress, done: int) -> NoReturn:

@@ -42,15 +42,13 @@ class Meshes:
     own). dense: ``replicate`` x ``dense`` (over which the weights outside the experts are cut: ``shard`` x ``expert``).
     experts: ``replicate`` x ``shard`` x ``expert``.
 
-    ``writers`` are all of them once more, for what they say to each other about a checkpoint while training goes on,
-    and send the first one at its end. ``patience`` is the timeout of all groups, None torch's own.
+    ``patience`` is the timeout of all groups, None torch's own.
     """
 
     layout: Mesh
     data: DeviceMesh
     dense: DeviceMesh
     experts: DeviceMesh
-    writers: dist.ProcessGroup | None = None
     patience: timedelta | None = None
 
 
@@ -58,7 +56,9 @@ class Meshes:
 class World:
     """One process's place among ``size`` processes.
 
-    ``mesh`` is None where every process holds the whole model.
+    ``mesh`` is None where every process holds the whole model. ``writers`` are all processes once more, for what they
+    say to each other about a checkpoint while training goes on, and send the first one at its end; None where there is
+    one.
     """
 
     rank: int
@@ -66,6 +66,7 @@ class World:
     device: torch.device
     precision: str
     mesh: Meshes | None = None
+    writers: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -123,9 +124,8 @@ class World:
         return values
 
     def from_first(self, value: torch.Tensor) -> torch.Tensor:
-        """Overwrites ``value``, which lies on the CPU, with what the first process has; of a mesh."""
-        assert self.mesh is not None
-        dist.broadcast(value, group=self.mesh.writers, group_src=0)
+        """Overwrites ``value``, which lies on the CPU, with what the first process has."""
+        dist.broadcast(value, group=self.writers, group_src=0)
         return value
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,8 @@ def joined(
             dist.init_process_group("nccl" if params.device == "cuda" else "gloo", timeout=patience)
             here = World(rank, size, device, resolve_precision(params))
             _check_alike(here, mesh)
-            here = dataclasses.replace(here, mesh=device_mesh(mesh.over(size), device, patience))
+            meshes = device_mesh(mesh.over(size), device, patience)
+            here = dataclasses.replace(here, mesh=meshes, writers=all_again(size, patience))
         yield here
     except RuntimeError as error:
         if not _is_lost_peer(error):
@@ -193,9 +194,12 @@ def device_mesh(mesh: Mesh, device: torch.device, patience: timedelta | None = N
     # It warns of each tensor that two axes cut and that takes two gathers: in checkpoints, where speed is no matter.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     processes = init_device_mesh(device.type, (math.prod(mesh.sizes),), mesh_dim_names=("world",))
-    return dataclasses.replace(
-        seen(processes, mesh, patience), writers=dist.new_group(backend="gloo", timeout=patience)
-    )
+    return seen(processes, mesh, patience)
+
+
+def all_again(size: int, patience: timedelta | None) -> dist.ProcessGroup | None:
+    """Returns a group of gloo's of all ``size`` processes, or None where there is one."""
+    return dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
 
 
 def seen(processes: DeviceMesh, mesh: Mesh, patience: timedelta | None) -> Meshes:

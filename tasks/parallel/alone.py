@@ -1,6 +1,6 @@
 """A model whose gradients nothing sums while they are computed."""
 
-from pathlib import Path
+import dataclasses
 
 import torch
 from torch import nn
@@ -8,9 +8,8 @@ from torch import nn
 from lm.model import LanguageModel
 from lm.weights import tensor_of
 from tasks.order import Indices
-from tasks.parallel import parts, whole
-from tasks.parallel.parts import Kept
-from tasks.parallel.whole import State
+from tasks.parallel import parts
+from tasks.parallel.parts import Kept, Saved
 from tasks.world import World
 
 
@@ -20,6 +19,7 @@ class Alone:
     def __init__(self, model: LanguageModel, world: World, is_first: bool | None = None) -> None:
         """``is_first``: whether this is the first process of all, where ``world`` has only some of them."""
         self.model: LanguageModel = model.to(world.device)
+        self._rank, self._size = world.rank, world.size
         self._is_first = world.is_first if is_first is None else is_first
         self.scale = self.weight = 1.0
 
@@ -42,16 +42,11 @@ class Alone:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def state(self, optimizer: torch.optim.Optimizer) -> Kept:
-        frozen = whole.frozen(self.model)
-        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
-        return Kept(state, optimizer.state_dict())
+        kept = parts.kept(self.model, optimizer)
+        return dataclasses.replace(kept, tensors=parts.share(kept.tensors, self._rank, self._size))
 
-    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        self.model.load_state_dict(model_state, strict=not whole.frozen(self.model))
-        whole.take_optimizer_state(optimizer, optimizer_state)
-
-    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
-        parts.load(self.model, optimizer, folder, rest)
+    def load_state(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+        parts.load(self.model, optimizer, saved)
 
     def whole(self, name: str) -> torch.Tensor:
         value = tensor_of(self.model, name).detach()

@@ -4,6 +4,7 @@ Shape suffixes: E matrices of a stack, A and B their sides, R the rank, N proces
 """
 
 from abc import abstractmethod
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,8 @@ import torch.distributed as dist
 from lm.model import LanguageModel
 from tasks.errors import BadInput
 from tasks.exchange_params import Compression
+from tasks.parallel import parts
 from tasks.parallel.exchange import Exchange, averaged, equal_weights
-from tasks.parallel.whole import State
 from tasks.world import World
 
 _BLOCK = 256
@@ -31,8 +32,6 @@ class Compressed(Exchange):
     def __init__(self, model: LanguageModel, world: World) -> None:
         super().__init__(world)
         self.world = world
-        self.in_parts = True
-        self.reads = self.writes = world.rank
         self._model = model
         # What is frozen has no gradient to exchange.
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -53,12 +52,16 @@ class Compressed(Exchange):
     def _reduce(self, gradients: list[torch.Tensor], loss: torch.Tensor) -> bool:
         """Averages ``gradients`` in place and keeps the error, or returns False where one is not finite."""
 
-    def own_state(self, optimizer_state: State, between: bool = False) -> State:
+    def state(self) -> dict[str, torch.Tensor]:
         self._check_equal("kinds of processors that round differently cannot train together with train.compression.")
-        return self._own_state()
+        return self._tensors()
+
+    def load_state(self, folder: Path) -> None:
+        parts.read(self._tensors(), folder)
 
     @abstractmethod
-    def _own_state(self) -> State: ...
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Returns what goes from step to step; what each process has for itself has its rank in the name."""
 
     def _check_equal(self, reason: str) -> None:
         if not equal_weights(self._model, self.world):
@@ -111,13 +114,9 @@ class PowerSGD(Compressed):
         flat, means = averaged(tensors, self.world.size)
         return means if flat.isfinite().all() else None
 
-    def _own_state(self) -> State:
-        return {"errors": list(self._errors.values()), "directions": list(self._directions.values())}
-
-    def load_state(self, state: State) -> None:
-        for kept, found in ((self._errors, state["errors"]), (self._directions, state["directions"])):
-            for number, value in zip(list(kept), found, strict=True):
-                kept[number].copy_(value)
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        errors = {f"error-{self.world.rank}.{number}": value for number, value in self._errors.items()}
+        return errors | {f"directions.{number}": value for number, value in self._directions.items()}
 
 
 def pays(shape: torch.Size, rank: int) -> bool:
@@ -158,12 +157,9 @@ class Int8(Compressed):
             gradient.copy_(mean.view(gradient.shape))
         return True
 
-    def _own_state(self) -> State:
-        return {"sent": self._error_NK, "mean": self._error_K}
-
-    def load_state(self, state: State) -> None:
-        self._error_NK.copy_(state["sent"])
-        self._error_K.copy_(state["mean"])
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        rank = self.world.rank
+        return {f"error-{rank}.sent": self._error_NK, f"error-{rank}.mean": self._error_K}
 
 
 def mean_of_bytes(

@@ -3,14 +3,13 @@
 The mean of the differences is the gradient of an outer optimizer, SGD with Nesterov's momentum, which moves the weights
 that all had when they last met. A replica may be cut over several processes (FSDP2), of which each exchanges its part
 with those in its place in the other replicas. Replicas meet every ``inner_steps`` and after the last step; only then is
-anything validated or kept, so what they last met with is the weights in the checkpoint. Where one is told to end, all
-stop between two meetings, if the slowest takes its steps in time, and each keeps its own weights beside those. The
-differences may be sent as bytes (``train.compression: int8``).
+anything validated. Where one is told to end, all stop between two meetings, if the slowest takes its steps in time. A
+checkpoint holds each replica's weights and moments, and what they last met with. The differences may be sent as bytes
+(``train.compression: int8``).
 """
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,11 +20,14 @@ from torch.distributed.tensor import DTensor
 from lm.model import LanguageModel
 from tasks.exchange_params import DilocoParams
 from tasks.mesh import MeshParams
-from tasks.parallel import whole
+from tasks.parallel import parts, whole
 from tasks.parallel.compressed import averaged_in_bytes
 from tasks.parallel.exchange import Exchange, averaged
-from tasks.parallel.whole import State
+from tasks.parallel.parts import Saved
 from tasks.world import World, be_patient, seen
+
+# With what the names of what all replicas have in common begin.
+_OUTER = "outer."
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def replica_of(world: World) -> Replica:
     number, rank = divmod(world.rank, cut)
     return Replica(
         rank=rank, size=cut, device=world.device, precision=world.precision,
-        mesh=dataclasses.replace(seen(inside, MeshParams(shard=cut).over(cut), patience), writers=world.mesh.writers),
+        mesh=seen(inside, MeshParams(shard=cut).over(cut), patience), writers=world.writers,
         number=number, replicas=replicas, group=inside.get_group(), twins=processes["replicas"].get_group(),
     )  # fmt: skip
 
@@ -83,15 +85,14 @@ class Diloco(Exchange):
         """``in_bytes``: what is exchanged is rounded to bytes."""
         super().__init__(near)
         self._replica, self._every, self._in_bytes = near, params.inner_steps, in_bytes
-        self.in_parts = self.apart = True
-        self.reads = near.number
-        self.writes = near.number if near.is_first else None
+        self.apart = True
+        self.prefix = f"replica-{near.number}."
         # What is frozen differs nowhere.
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._biases = [
             router.e_score_correction_bias for router in model.routers() if router.e_score_correction_bias is not None
         ]
-        self._anchors = [nn.Parameter(parameter.detach().clone()) for parameter in self._parameters]
+        self._anchors = nn.ParameterList(nn.Parameter(parameter.detach().clone()) for parameter in self._parameters)
         momentum = params.outer_momentum
         self._outer = torch.optim.SGD(
             self._anchors, lr=params.outer_learning_rate, momentum=momentum, nesterov=momentum > 0, foreach=False
@@ -128,21 +129,13 @@ class Diloco(Exchange):
     def _means(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return averaged(tensors, self._replica.replicas, self._replica.twins)[1]
 
-    def own_state(self, optimizer_state: State, between: bool = False) -> State:
-        # Each replica has moments of its own. Its first process keeps them.
-        state: dict[str, Any] = {"outer": whole.optimizer_state(self._outer, self.writes is not None)}
-        if between:
-            # What they last met with is not the weights any more.
-            anchors = [whole.whole(anchor) for anchor in self._anchors]
-            state |= {"anchors": anchors} if self.writes is not None else {}
-        return state if self._replica.number == 0 else {**state, "optimizer": optimizer_state}
+    def state(self) -> dict[str, torch.Tensor]:
+        kept = parts.kept(self._anchors, self._outer).tensors
+        named = {f"{_OUTER}{name}": value for name, value in kept.items()}
+        return parts.share(named, self._replica.number, self._replica.replicas)
 
-    @torch.no_grad()
-    def load_state(self, state: State) -> None:
-        met_with = state.get("anchors") or self._parameters
-        for anchor, own in zip(self._anchors, met_with, strict=True):
-            whole.local(anchor).copy_(whole.local(own if isinstance(own, DTensor) else whole.part(own, anchor)))
-        whole.load_optimizer_state(self._outer, state["outer"])
+    def load_state(self, folder: Path) -> None:
+        parts.load(self._anchors, self._outer, Saved(folder, {}, self._outer.state_dict(), _OUTER))
 
 
 def _like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,13 @@ Most trainings have nothing here. :class:`tasks.parallel.compressed.Compressed` 
 :class:`tasks.parallel.diloco.Diloco` exchanges the differences that many steps have made.
 """
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from tasks.parallel.whole import State
 from tasks.world import World
 
 
@@ -19,12 +20,8 @@ class Exchange:
     def __init__(self, world: World) -> None:
         self.near = world
         """Those that take each step together: all processes, or the replica of this one."""
-        self.reads = 0
-        """The number of the part of a checkpoint that this process goes on from."""
-        self.writes: int | None = 0 if world.is_first else None
-        """The number of the part of a checkpoint that this process writes."""
-        self.in_parts = False
-        """Whether processes have states of their own, so that a checkpoint has more than one part."""
+        self.prefix = ""
+        """With what the names begin, in a checkpoint, of the tensors that only this replica has."""
         self.apart = False
         """Whether replicas know nothing of each other between steps for which they are :meth:`due`."""
 
@@ -42,15 +39,12 @@ class Exchange:
         """Makes the weights of all replicas equal; returns the mean of their ``statistics`` [n], float64."""
         return statistics
 
-    def own_state(self, optimizer_state: State, between: bool = False) -> State:
-        """Returns what this process's part of a checkpoint holds of the exchange. Collective.
-
-        ``between``: steps have been taken since the replicas met.
-        """
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what this process writes of the exchange into a checkpoint. Collective."""
         return {}
 
-    def load_state(self, state: State) -> None:
-        """Takes over what :meth:`own_state` returned; the model has its weights already."""
+    def load_state(self, folder: Path) -> None:
+        """Takes over what lies in ``folder`` of what all processes' :meth:`state` has been."""
 
 
 def averaged(

@@ -6,7 +6,6 @@ Any other mesh goes through FSDP2: one all-gather a block before it computes, on
 Of a pipeline each stage does so by itself.
 """
 
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,10 +19,9 @@ from tasks.parallel.alone import Alone
 from tasks.parallel.compressed import compressed
 from tasks.parallel.diloco import Diloco, replica_of
 from tasks.parallel.exchange import Exchange
-from tasks.parallel.parts import Kept
+from tasks.parallel.parts import Kept, Saved
 from tasks.parallel.pipeline import Pipelined
 from tasks.parallel.sharded import Sharded
-from tasks.parallel.whole import State
 from tasks.training_params import TrainingParams
 from tasks.world import World
 
@@ -60,16 +58,13 @@ class Parallel(Protocol):
         """Scales the gradients down to ``max_norm`` over all parameters; returns the norm that they had."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> Kept:
-        """Returns the state of model and optimizer, whole in the first process, or of each process its part.
+        """Returns this process's part of the state of model and optimizer; see :mod:`tasks.parallel.parts`.
 
         Every mesh can take it over. Without the weights that are frozen: they are what training began with.
         """
 
-    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        """Takes over a whole state, of this mesh or another."""
-
-    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
-        """Takes over the parts of a state that lie in ``folder``, and the ``rest``; see :mod:`tasks.parallel.parts`."""
+    def load_state(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+        """Takes over what the processes, of this mesh or another, have ``saved``."""
 
     def whole(self, name: str) -> torch.Tensor:
         """Returns the weight or buffer of that name, on the CPU of the first process; on ``meta`` in the others."""
@@ -82,13 +77,12 @@ def lay_out(
     exchange = params.exchange
     if exchange.diloco.inner_steps:
         near = replica_of(world)
-        # Each replica's state is whole in its first process.
         parallel: Parallel
         if near.mesh is None:
             parallel = Alone(model, near, world.is_first)
         else:
             assert weights is not None
-            parallel = Sharded(model, near, weights, gathers=True)
+            parallel = Sharded(model, near, weights)
         return parallel, Diloco(parallel.model, near, world, exchange.diloco, exchange.compression == "int8")
     if exchange.compression != "none":
         parallel = Alone(model, world)

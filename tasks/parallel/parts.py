@@ -1,11 +1,13 @@
-"""The state of a model that is cut, in parts: each process writes what lies in it, and reads what it needs of all.
+"""The tensors of a checkpoint, in parts: each process writes what falls to it, and reads what it needs of all.
 
 torch.distributed.checkpoint knows of each tensor which elements a process has, so that a state is read on another mesh
-than it was written on, and no process ever holds the whole. Names are those of the whole model: ``model.NAME`` for
-weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weights are left out. torch's account of the
-parts is a pickle: it is read where its digest is that of a checkpoint which this training has written.
+than it was written on, and no process ever holds the whole of a model that is cut. Names are those of the whole model:
+``model.NAME`` for weights, ``optimizer.NAME.KEY`` for what an optimizer keeps of them. Frozen weights are left out.
+torch's account of the parts is a pickle: it is read where its digest is that of a checkpoint which this training has
+written.
 """
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -32,6 +34,7 @@ from tasks.parallel import whole
 from tasks.parallel.whole import State
 
 NONE: Mapping[str, str] = {}
+NOTHING: State = {}
 DAMAGED = "damaged checkpoint"
 _METADATA = ".metadata"
 # Each process reads by itself, and what a killed attempt has begun is begun anew.
@@ -41,14 +44,35 @@ warnings.filterwarnings("ignore", "Detected an existing checkpoint")
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint holds of model and optimizer: all of both, or what is left of both beside ``tensors``.
+    """What a checkpoint holds of model and optimizer: this process's part of their ``tensors``, perhaps nothing.
 
-    Those are this process's part, perhaps nothing; None where there are no parts.
+    ``model`` and ``optimizer`` are what is left of both beside those, which every process has whole.
     """
 
     model: State
     optimizer: State
-    tensors: dict[str, torch.Tensor] | None = None
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where the tensors of model and optimizer lie, and what is left of both: see :class:`Kept`.
+
+    Their names begin with ``prefix``.
+    """
+
+    folder: Path
+    model: State
+    optimizer: State
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What processes have written together: the digest of each file in ``folder``."""
+
+    folder: Path
+    digests: Mapping[str, str]
 
 
 def kept(model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE) -> Kept:
@@ -84,31 +108,50 @@ def _groups(optimizer: torch.optim.Optimizer) -> State:
     }
 
 
+def share(found: dict[str, torch.Tensor], number: int, replicas: int) -> dict[str, torch.Tensor]:
+    """Returns what of ``found``, which each of so many ``replicas`` has, the one of that ``number`` writes for all."""
+    # By size, so that all copy and write about as much.
+    names = sorted(found, key=lambda name: found[name].numel())
+    return {name: found[name] for name in names[number::replicas]}
+
+
 def staged(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a copy of ``found`` on the CPU."""
     copied: dict[str, torch.Tensor] = BlockingAsyncStager(cache_staged_state_dict=False).stage(found)
     return copied
 
 
-def write(found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
-    """Writes ``found`` of each process of ``group`` into ``folder``; returns the digest of each file. Collective.
+def write(
+    found: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None, own: State = NOTHING
+) -> tuple[Parts, list[State]]:
+    """Writes ``found`` of each process of ``group`` into ``folder``; returns the parts, and the ``own`` of each.
 
-    Raises :class:`tasks.errors.DiskFull` on all of them when one has no room left.
+    Collective; None is this process alone. Raises :class:`tasks.errors.DiskFull` on all of them when one has no room
+    left.
     """
-    with atomic.disk_full_is_told(folder):
-        try:
-            save_parts(found, storage_writer=_Writer(folder), process_group=group)
-        except CheckpointException as error:
-            fault: BaseException = next(iter(error.failures.values()))[0]
-            raise fault from None
-    is_first = dist.get_rank(group) == 0
-    own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / _METADATA] if is_first else [])]
-    told: list[dict[str, str]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(told, {file.name: digest_of(file) for file in own}, group=group)
-    if is_first:
+    with atomic.disk_full_is_told(folder), _fault_told():
+        save_parts(found, storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
+    rank = 0 if group is None else dist.get_rank(group)
+    files = [*folder.glob(f"__{rank}_*"), *([] if rank else [folder / _METADATA])]
+    told = [({file.name: digest_of(file) for file in files}, own)]
+    if group is not None:
+        told *= group.size()
+        dist.all_gather_object(told, told[0], group=group)
+    if not rank:
         # torch has synced the files, not that they are there.
         atomic.sync(folder)
-    return dict(sorted(itertools.chain(*(files.items() for files in told))))
+    digests = dict(sorted(itertools.chain(*(digests.items() for digests, _ in told))))
+    return Parts(folder, digests), [own for _, own in told]
+
+
+@contextlib.contextmanager
+def _fault_told() -> Iterator[None]:
+    """Raises what went wrong in one of the processes: torch puts it into an exception that is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        fault: BaseException = next(iter(error.failures.values()))[0]
+        raise fault from None
 
 
 class _Writer(FileSystemWriter):
@@ -125,39 +168,42 @@ class _Writer(FileSystemWriter):
             raise atomic.said_by_the_disk(error) from None
 
 
-def damaged(folder: Path, digests: Mapping[str, str], moved: Callable[[], None]) -> tuple[Path, str] | None:
-    """Returns a file of ``folder``, of those that fall to this process, that is not what was written, and its fault.
+def of_this_process(parts: Parts) -> Parts:
+    """Returns those of ``parts`` that this process looks at: what each reads first, and some of the others.
 
-    None: all are. ``moved`` is called after each.
+    Of the rest it learns when all agree on a checkpoint.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    for number, (name, digest) in enumerate(digests.items()):
-        # What each process reads first; of the others it learns when all agree on a checkpoint.
-        if name == _METADATA or number % size == rank:
-            file = folder / name
-            try:
-                if not file.is_file() or digest_of(file) != digest:
-                    return file, DAMAGED
-            except OSError as error:
-                return file, f"cannot be read ({error.strerror})"
-            moved()
+    names = {_METADATA, *list(parts.digests)[rank::size]}
+    return Parts(parts.folder, {name: digest for name, digest in parts.digests.items() if name in names})
+
+
+def damaged(parts: Parts, moved: Callable[[], None]) -> tuple[Path, str] | None:
+    """Returns a file of ``parts`` that is not what was written, and its fault; None: all are.
+
+    ``moved`` is called again and again meanwhile.
+    """
+    for name, digest in parts.digests.items():
+        file = parts.folder / name
+        try:
+            if not file.is_file() or digest_of(file, moved) != digest:
+                return file, DAMAGED
+        except OSError as error:
+            return file, f"cannot be read ({error.strerror})"
     return None
 
 
-@torch.no_grad()
-def load(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    rest: tuple[State, State],
-    copies: Mapping[str, str] = NONE,
-) -> None:
-    """Takes over what :func:`write` left in ``folder``, and its ``rest``, what :class:`Kept` holds beside it.
+def read(wanted: dict[str, torch.Tensor], folder: Path) -> None:
+    """Overwrites ``wanted`` with what lies in ``folder`` under their names. Each process reads by itself."""
+    if wanted:
+        with _fault_told():
+            load_parts(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
 
-    Each process reads by itself, and only what it needs.
-    """
-    own_buffers, own_groups = rest
-    kinds = FileSystemReader(folder).read_metadata().state_dict_metadata
+
+@torch.no_grad()
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved, copies: Mapping[str, str] = NONE) -> None:
+    """Takes over what of ``saved`` this process needs, and reads no more."""
+    kinds = FileSystemReader(saved.folder).read_metadata().state_dict_metadata
     names, every = _names(model), [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # A copy is read by itself: its original may lie here too, and another copy.
     wanted: dict[str, dict[str, torch.Tensor]] = {}
@@ -166,19 +212,18 @@ def load(
         place = wanted.setdefault(name if name in copies else "", {})
         name = copies.get(name, name)
         if parameter.requires_grad:
-            place[f"model.{name}"] = parameter.detach()
-        start = f"optimizer.{name}."
+            place[f"{saved.prefix}model.{name}"] = parameter.detach()
+        start = f"{saved.prefix}optimizer.{name}."
         entry = {key.removeprefix(start): _room(kinds[key], parameter) for key in kinds if key.startswith(start)}
         if entry:
             state[next(number for number, one in enumerate(every) if one is parameter)] = entry
             place |= {start + key: value for key, value in entry.items()}
     for place in wanted.values():
-        if place:
-            load_parts(place, storage_reader=FileSystemReader(folder), no_dist=True)
-    settings = zip(own_groups["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+        read(place, saved.folder)
+    settings = zip(saved.optimizer["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
     optimizer.load_state_dict({"state": state, "param_groups": [_settings(group, own) for group, own in settings]})
     own = model.state_dict()
-    for name, value in own_buffers.items():
+    for name, value in saved.model.items():
         own[name].copy_(value)
 
 

@@ -12,10 +12,7 @@ module of its own for that (``embed_again``): the copies' gradients are summed, 
 import contextlib
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,12 +30,11 @@ from lm.weights import Weights, fill
 from tasks.order import Indices
 from tasks.parallel import parts, whole
 from tasks.parallel.gathered import Gathered
-from tasks.parallel.parts import Kept
+from tasks.parallel.parts import Kept, Saved
 from tasks.parallel.sharded import release, shard_layer, sharded_modules, sum_gradients
 from tasks.parallel.stages import EMBED_AGAIN, Stage, stages_of
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
-from tasks.parallel.whole import State
 from tasks.world import World
 
 Running = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
@@ -68,7 +64,6 @@ class Pipelined:
         is_tied = model.lm_head.weight is model.model.embed_tokens.weight
         # What the last stage has of the embedding: copies of its weights, by their names there.
         self._copies = dict.fromkeys([_HEAD] * is_tied + [_AGAIN] * bool(len(model.mtp)), _EMBEDDING)
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         layers = stages_of(model, self._layout.stages)
         self._stage_of_layer = {layer: stage for stage, some in enumerate(layers) for layer in some}
         self.model = self._part(model)
@@ -83,7 +78,7 @@ class Pipelined:
         self.scale = self._over = 1.0
         self.weight = 1 / self._layout.data
         self._passes = 0
-        self._gathered = Gathered(self.model, world.mesh.writers)
+        self._gathered = Gathered(self.model, world.writers)
         self._running: dict[tuple[int, ...], Running] = {}
 
     def grouped(self, samples: Indices) -> Indices:
@@ -139,27 +134,9 @@ class Pipelined:
         self._cut()
         return parts.kept(self.model, optimizer, self._copies)
 
-    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
+    def load_state(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         self._cut()
-        parts.load(self.model, optimizer, folder, rest, self._copies)
-
-    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
-        self._cut()
-        copies = {copy: model_state[own] for copy, own in self._copies.items() if own in model_state}
-        whole.load_model_state(self.model, model_state | copies)
-        numbers = _numbered(self._names_by_group(optimizer))
-        mine = [name for group in self._own_names_by_group(optimizer) for name in group]
-        # Copies: those of tied weights must not share their moments.
-        entries = {
-            own: {key: value.clone() for key, value in optimizer_state["state"][numbers[name]].items()}
-            for own, name in enumerate(mine)
-            if numbers[name] in optimizer_state["state"]
-        }
-        groups = [
-            {**group, "params": own["params"]}
-            for group, own in zip(optimizer_state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
-        ]
-        whole.load_optimizer_state(optimizer, {"state": entries, "param_groups": groups})
+        parts.load(self.model, optimizer, saved, self._copies)
 
     def whole(self, name: str) -> torch.Tensor:
         self._cut()
@@ -286,23 +263,6 @@ class Pipelined:
         for other in others:
             other.copy_(total)
 
-    def _own_names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-        """Returns the names of the parameters in each group; a copy of tied weights has the name of the embedding."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters(remove_duplicate=False)}
-        found = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        return [[self._copies.get(name, name) for name in group] for group in found]
-
-    def _names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-        """Returns the names of an optimizer's parameters as it would have them for the whole model."""
-        every = self._told_by_all(self._own_names_by_group(optimizer))
-        together = [set().union(*groups) for groups in zip(*every, strict=True)]
-        return [[name for name in self._shapes if name in group] for group in together]
-
-    def _told_by_all(self, own: Any) -> list[Any]:
-        told: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(told, own, group=self._group)
-        return told
-
 
 def _ids(windows: torch.Tensor) -> torch.Tensor:
     """Returns what the first stage reads [B, T] of ``windows`` [B, T + 1] or, where not all counts, [B, 2, T + 1]."""
@@ -316,7 +276,3 @@ def _in_one_pass() -> Callable[[], None]:
     reads beside the stage's input is needed by several of them.
     """
     return lambda: None
-
-
-def _numbered(groups: list[list[str]]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(itertools.chain(*groups))}

@@ -6,7 +6,6 @@ lies in one place of ``expert``, cut over ``shard``.
 
 import copy
 import functools
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,27 +19,23 @@ from tasks.order import Indices
 from tasks.parallel import parts, whole
 from tasks.parallel.expert import deal_out
 from tasks.parallel.gathered import Gathered
-from tasks.parallel.parts import Kept
+from tasks.parallel.parts import Kept, Saved
 from tasks.parallel.tensor import InParts, cut_regions
 from tasks.parallel.vocabulary import cut_vocabulary
-from tasks.parallel.whole import State
 from tasks.world import Meshes, World
 
 
 class Sharded:
     """A part of the model in each process, and whole blocks only while they compute."""
 
-    def __init__(self, model: LanguageModel, world: World, weights: Weights, gathers: bool = False) -> None:
-        """``model`` is on ``meta``, with ``weights`` to read. ``gathers``: the first process has the whole state for a
-        checkpoint, instead of each a part.
-        """
+    def __init__(self, model: LanguageModel, world: World, weights: Weights) -> None:
+        """``model`` is on ``meta``, with ``weights`` to read."""
         assert world.mesh is not None
-        self._gathers, self._is_first = gathers, world.is_first
         # The modules twice: laying out replaces the parameters of the copy, and the shapes of the others are read by.
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         self._in_parts = _shard(self.model, model, world.mesh)
         fill(self.model, weights, functools.partial(whole.filled, device=world.device))
-        self._gathered = Gathered(self.model, world.mesh.writers)
+        self._gathered = Gathered(self.model, world.writers)
         self._reduces = True
         self.scale, self.weight = 1.0, 1 / world.data_size
 
@@ -72,19 +67,11 @@ class Sharded:
 
     def state(self, optimizer: torch.optim.Optimizer) -> Kept:
         self._cut()
-        if self._gathers:
-            weights = whole.model_state(self.model, self._is_first, whole.frozen(self.model))
-            return Kept(weights, whole.optimizer_state(optimizer, self._is_first))
         return parts.kept(self.model, optimizer)
 
-    def load_state(self, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State) -> None:
+    def load_state(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         self._cut()
-        whole.load_model_state(self.model, model_state)
-        whole.load_optimizer_state(optimizer, optimizer_state)
-
-    def load_parts(self, optimizer: torch.optim.Optimizer, folder: Path, rest: tuple[State, State]) -> None:
-        self._cut()
-        parts.load(self.model, optimizer, folder, rest)
+        parts.load(self.model, optimizer, saved)
 
     def whole(self, name: str) -> torch.Tensor:
         self._cut()

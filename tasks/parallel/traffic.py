@@ -2,7 +2,8 @@
 
 The flight recorder of torch.distributed notes the tensors that each collective was given, whoever called it: this code,
 DistributedDataParallel, FSDP2, or a sum of validation losses. It keeps the last ``ENTRIES``; reading it costs about
-50 µs an entry on a CPU, so it is read when it may be half full.
+50 µs an entry on a CPU, so it is read when it may be half full. What processes say about a checkpoint while it is
+written beside the training, some hundred bytes a tensor, is left out: it is on the record at no certain step.
 """
 
 import math
@@ -11,6 +12,7 @@ import pickle
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 ENTRIES = 2000
@@ -28,9 +30,12 @@ def record() -> None:
 class Traffic:
     """Counts what this process sends from now on, and what was sent before a resume."""
 
-    def __init__(self, device: torch.device, messages: bool = False) -> None:
-        """``messages``: processes send some to others, as a pipeline does; gloo records none of them."""
-        self._device = device
+    def __init__(self, device: torch.device, messages: bool = False, left_out: dist.ProcessGroup | None = None) -> None:
+        """``messages``: processes send some to others, as a pipeline does; gloo records none of them.
+
+        What is sent in the group ``left_out`` does not count.
+        """
+        self._device, self._left_out = device, left_out
         earlier = _entries(device)
         self._seen = earlier[-1]["record_id"] if earlier else -1
         self._steps, self._between = 0, 1
@@ -70,6 +75,9 @@ class Traffic:
         self._seen = entries[-1]["record_id"]
         if self._sent is not None:
             sizes = {group.group_name: group.size() for group in distributed_c10d._world.pg_map}
+            if self._left_out is not None:
+                # As in a group of one, where nothing is sent.
+                sizes[self._left_out.group_name] = 1
             # With TORCH_DISTRIBUTED_DEBUG=DETAIL gloo's groups are wrapped, and have no name by themselves.
             known = all(entry["process_group"][0] in sizes for entry in entries)
             sent = (sent_by(entry, sizes[entry["process_group"][0]]) for entry in entries)

@@ -1,4 +1,4 @@
-"""Tensors that lie in parts over the processes, and the whole of them: at the start, for checkpoints, and norms.
+"""Tensors that lie in parts over the processes, and the whole of them: at the start, and norms.
 
 What puts parts together is collective: each process calls it, for the same tensors in the same order.
 """
@@ -9,18 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lm.weights import Read, Region, whole_region
 
 State = dict[str, Any]
 """What of a model, or of an optimizer, goes into a checkpoint."""
-
-
-def gathered(value: torch.Tensor) -> torch.Tensor:
-    """Returns ``value``, put together from its parts if it has any."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
 
 
 def local(value: torch.Tensor) -> torch.Tensor:
@@ -50,71 +45,6 @@ def filled(parameter: nn.Parameter, read: Read, device: torch.device) -> torch.T
         return own
     mesh, stride = parameter.device_mesh, parameter.stride()
     return DTensor.from_local(own, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=stride)
-
-
-def part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns what this process keeps of the whole ``value``, in the layout of ``like``."""
-    if isinstance(like, DTensor):
-        # Every process has read the whole, so that nothing has to be sent.
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value.to(like.device)
-
-
-def frozen(model: nn.Module) -> set[str]:
-    """Returns the names of the parameters of ``model`` that no gradient moves."""
-    return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
-
-
-def model_state(model: nn.Module, keep: bool, left_out: Collection[str] = ()) -> State:
-    """Returns the whole state of ``model`` where it is to be kept, without the names ``left_out``.
-
-    Tensors that are tied in it are one.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {parameter for name, parameter in parameters.items() if name not in left_out}
-    found = {parameter: _kept(parameter, keep) for parameter in model.parameters() if parameter in wanted}
-    return {
-        name: found[parameters[name]] if name in parameters else _kept(value, keep)
-        for name, value in model.state_dict().items()
-        if name not in left_out
-    }
-
-
-@torch.no_grad()
-def load_model_state(model: nn.Module, state: State) -> None:
-    """Takes over the whole ``state``, in which what is :func:`frozen` may be missing."""
-    kept = frozen(model) - state.keys()
-    for name, own in model.state_dict().items():
-        if name not in kept:
-            own.copy_(part(state[name], own))
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> State:
-    """Returns ``optimizer.state_dict()`` with whole tensors where they are to be kept."""
-    state = optimizer.state_dict()
-    entries = {
-        number: {key: _kept(value, keep) for key, value in own.items()} for number, own in state["state"].items()
-    }
-    return {**state, "state": entries}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Takes over what :func:`optimizer_state` returned, or the state of an optimizer over whole tensors."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = {
-        # Scalars, such as the count of steps, belong to a parameter and not to its elements.
-        number: {key: part(value, parameters[number]) if value.dim() else value for key, value in own.items()}
-        for number, own in state["state"].items()
-    }
-    take_optimizer_state(optimizer, {**state, "state": entries})
-
-
-def take_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Has ``optimizer`` load ``state`` and keep nothing of it, as it does of what lies on its parameters' device."""
-    optimizer.load_state_dict(state)
-    for own in optimizer.state.values():
-        here = {key: value for key, value in own.items() if isinstance(value, torch.Tensor) and value.is_cpu}
-        own.update({key: value.clone() for key, value in here.items()})
 
 
 @torch.no_grad()
@@ -161,9 +91,3 @@ def clip_grad_norm(
     for gradient in gradients:
         local(gradient).mul_(scale)
     return norm
-
-
-def _kept(value: Any, keep: bool) -> Any:
-    # One tensor after the other: a process that keeps none has room for one.
-    found = whole(value)
-    return found if keep else None

@@ -146,7 +146,7 @@ class _Schemes:
                 self._checkpoints.moved = beat.move
                 process = Process("quantize", here, self._shown, beat)
                 curve = fine_tuned(model, params, self._windows, process, self._checkpoints)
-                # Who has no checkpoint to write says as long as the first does that it lives.
+                # The first writes the end of a checkpoint alone; as long as it does, the others say that they live.
                 here.lowest(0)
             model.taught = None
             trials.append(self.measure.trial(name, "fine-tuning", model))

@@ -142,8 +142,10 @@ def _check_groups(meshes: "Meshes", *more: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from tasks.world import all_again
+
     groups = [group for one in (meshes.data, meshes.dense, meshes.experts) for group in one.get_all_groups()]
-    for group in (*groups, meshes.writers, *more):
+    for group in (*groups, all_again(2, PATIENCE), *more):
         assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
     dist.barrier()
     dist.destroy_process_group()
@@ -208,16 +210,19 @@ def stand_still() -> None:
 
 
 def damage_what_is_loaded() -> None:
-    """Changes the checkpoints when all have found theirs intact, and take them over."""
+    """Does to the parts of checkpoints what the variable ``DAMAGE`` says, when all are found intact and are read."""
     from tasks.trainer import Trainer
 
     restore = Trainer.restore
 
     def damaging(self: Trainer, state: Any) -> int:
-        for file in Path.cwd().glob(".overnight/checkpoints/train/*/*.pt"):
+        for file in Path.cwd().glob(".overnight/checkpoints/train/*/parts-*/*.distcp"):
             with file.open("r+b") as opened:
-                opened.seek(-1, os.SEEK_END)
-                opened.write(b"\xff")
+                if os.environ["DAMAGE"] == "cut":
+                    opened.truncate(file.stat().st_size // 2)
+                else:
+                    opened.seek(file.stat().st_size // 2)
+                    opened.write(b"\xff")
         return restore(self, state)
 
     Trainer.restore = damaging  # type: ignore[method-assign]

@@ -4,7 +4,6 @@
 starts this compares it with :mod:`one_process`, which shares no parallel code.
 """
 
-import copy
 import functools
 import itertools
 import json
@@ -297,7 +296,8 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     Leaves the state of the training behind ``states`` if it is kept, parts of it in ``folder``.
     """
     result = Result()
-    world = World(rank, size, torch.device("cpu"), "fp32", _mesh(MeshParams(**case.mesh).over(size)))
+    mesh = _mesh(MeshParams(**case.mesh).over(size))
+    world = World(rank, size, torch.device("cpu"), "fp32", mesh, dist.group.WORLD)
     counters.clear()
     trainer.compile_layers = functools.partial(compile_layers, backend=case.compiled)
     model, reader = model_of(case), Reader(1, WINDOWS, case.answers)
@@ -312,8 +312,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
         Windows(reader, Reader(2, 7, case.answers)),  # type: ignore[arg-type]
         weights,
     )
-    # An optimizer goes on in the very tensors that it is given.
-    done = run.restore(None if case.resume is None else copy.deepcopy(states[case.resume]))
+    done = run.restore(None if case.resume is None else states[case.resume])
     clip = run.parallel.clip
 
     def watched(max_norm: float) -> torch.Tensor:
@@ -367,13 +366,9 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     result.valid_loss = run.validate(Stop())
     result.graphs = counters["stats"]["unique_graphs"]
     if case.kept:
-        state, tensors = run.state(done)
-        if tensors is not None:
-            assert world.mesh is not None
-            assert world.mesh.writers is not None
-            state["parts"] = folder / str(len(states))
-            parts.write(parts.staged(tensors), state["parts"], world.mesh.writers)
-        told = [state]
+        snapshot = run.state(done)
+        written, _ = parts.write(parts.staged(snapshot.tensors), folder / str(len(states)), world.writers)
+        told = [{**snapshot.shared, "parts": written}]
         dist.broadcast_object_list(told, src=0)
         states += told
     result.weights = {name: run.parallel.whole(name).clone() for name in shapes}

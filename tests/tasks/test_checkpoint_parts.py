@@ -74,10 +74,10 @@ def test_a_part_that_cannot_be_read_is_told_and_the_checkpoint_before_is_used(
     folder = newest_first(project)[0].parent
     bad = folder / "parts-000000012/__1_0.distcp"
 
-    def digest(file: Path) -> str:
+    def digest(file: Path, moved: Callable[[], None]) -> str:
         if file == bad:
             raise OSError(errno.EIO, "Input/output error")
-        return digest_of(file)
+        return digest_of(file, moved)
 
     monkeypatch.setattr("tasks.parallel.parts.digest_of", digest)
     state = Checkpoints("train", folder.name, kept=2, root=folder.parent.parent).load_latest()
@@ -118,10 +118,11 @@ def test_what_another_mesh_has_written_is_taken_over(project: Path) -> None:
             file.unlink()
 
 
-def test_a_training_takes_no_step_from_what_changed_while_it_was_read(project: Path) -> None:
+@pytest.mark.parametrize("damage", ["changed", "cut"])
+def test_a_training_takes_no_step_from_what_changed_while_it_was_read(project: Path, damage: str) -> None:
     newest_first(project)[0].unlink()
     shutil.rmtree(project / "models")
-    code, output = tiny.run("train", project, disturb.damage_what_is_loaded)
+    code, output = tiny.run("train", project, disturb.damage_what_is_loaded, DAMAGE=damage)
     assert code == EXIT_TRY_AGAIN, output
     assert "the checkpoint changed while it was read. Run again to go on from what is intact." in output
     assert not (project / "models").exists()

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from checkpoint_files import flip_a_bit, newest_first, steps
 
-from tasks.checkpoints import Checkpoints, agreed
+from tasks.checkpoints import Checkpoints, Snapshot, agreed
 from tasks.errors import TryAgain
 
 
@@ -54,15 +54,16 @@ class Half:
         raise error
 
 
-def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None], part: int = 0) -> list[object]:
-    """Returns what two machines agree on that have disks of their own, in which ``leave`` leaves checkpoints."""
+def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None]) -> list[object]:
+    """Returns the steps that two machines go on from, on whose own disks ``leave`` leaves checkpoints."""
     told, barrier = [0, 0], threading.Barrier(2)
 
     def agree(number: int) -> object:
         own = Checkpoints("train", "inputs", kept=3, root=folder / str(number))
         leave(number, own)
         own.finish()
-        return agreed(own, Half(number, told, barrier), part)  # type: ignore[arg-type]
+        state = agreed(own, Half(number, told, barrier))  # type: ignore[arg-type]
+        return None if state is None else state["step"]
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(agree, range(2)))
@@ -71,11 +72,15 @@ def each_agrees(folder: Path, leave: Callable[[int, Checkpoints], None], part: i
 def test_processes_that_find_other_states_of_one_step_go_on_from_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def leave(number: int, own: Checkpoints) -> None:
-        own.save(4, {"step": 4})
-        own.save(5, {"step": 5, "weight": number})
+    both = Checkpoints("train", "inputs", kept=3, root=tmp_path / "both")
+    both.save(4, Snapshot({"step": 4}))
+    both.finish()
 
-    assert each_agrees(tmp_path, leave) == [{"step": 4}, {"step": 4}]
+    def leave(number: int, own: Checkpoints) -> None:
+        shutil.copytree(both.folder, own.folder)
+        own.save(5, Snapshot({"step": 5, "weight": number}))
+
+    assert each_agrees(tmp_path, leave) == [4, 4]
     told = f"warning: {tmp_path}/0/train/inputs: not all processes have the checkpoint of step 5; all go on from step 4"
     assert capsys.readouterr().err.splitlines() == [told]
 
@@ -83,31 +88,22 @@ def test_processes_that_find_other_states_of_one_step_go_on_from_one_before(
 def test_a_machine_without_any_checkpoint_does_not_have_the_others_begin_anew(tmp_path: Path) -> None:
     def leave(number: int, own: Checkpoints) -> None:
         if not number:
-            own.save(40, {"step": 40})
-            own.save(80, {"step": 80})
+            own.save(40, Snapshot({"step": 40}))
+            own.save(80, Snapshot({"step": 80}))
 
     with pytest.raises(TryAgain, match="inputs: rank 1 found no checkpoint there, and another process that of step 80"):
         each_agrees(tmp_path, leave)
     assert steps(Checkpoints("train", "inputs", kept=3, root=tmp_path / "0")) == [40, 80]
 
 
-def test_where_the_first_checkpoint_was_cut_off_between_its_parts_all_begin_anew(tmp_path: Path) -> None:
-    def leave(number: int, own: Checkpoints) -> None:
-        own.save(40, {"step": 40})
-        if not number:
-            own.save(40, {"step": 40}, part=1)
-
-    assert each_agrees(tmp_path, leave, part=1) == [None, None]
-
-
 def test_where_a_machine_has_damaged_all_of_its_own_all_begin_anew_and_say_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def leave(number: int, own: Checkpoints) -> None:
-        own.save(40, {"step": 40})
+        own.save(40, Snapshot({"step": 40}))
         own.finish()
         if number:
-            flip_a_bit(*own.folder.iterdir())
+            flip_a_bit(*own.folder.glob("step-*.pt"))
 
     assert each_agrees(tmp_path, leave) == [None, None]
     told = capsys.readouterr().err

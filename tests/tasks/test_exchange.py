@@ -12,7 +12,6 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from tasks.checkpoints import Checkpoints, newest
 from tasks.errors import BadParameter
 from tasks.parallel.compressed import compressed, packed_int8, pays, unpacked_int8
 from tasks.parallel.traffic import Traffic, sent_by
@@ -137,18 +136,6 @@ def test_what_is_smaller_than_its_factors_is_sent_whole() -> None:
 def test_bytes_of_a_collective(operation: str, processes: int, sent: int) -> None:
     entry = {"profiling_name": operation, "input_sizes": [[10, 90], [100]], "input_dtypes": ["Float", "Float"]}
     assert sent_by(entry, processes) == sent
-
-
-def test_a_checkpoint_counts_only_with_this_process_s_part(tmp_path: Path) -> None:
-    checkpoints = Checkpoints("train", "key-2-1", 1, root=tmp_path)
-    checkpoints.keep_one_before()
-    for step, parts in ((1, (0, 1)), (2, (0, 1)), (3, (0,))):
-        for part in parts:
-            checkpoints.save(step, {"step": step, "own": part}, part)
-    checkpoints.finish()
-    assert newest(checkpoints, None, 0) == {"step": 3, "own": 0}
-    assert newest(checkpoints, None, 1) == {"step": 2, "own": 1}
-    assert newest(checkpoints, 1, 1) is None, "the first was to go when the third came"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import forked
 import pytest
 import tiny
 import torch
+from checkpoint_files import tensors_of
 from odd import make_grouped, make_model, write_checkpoint
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lm import hugging_face, low_rank
 from tasks import init, paths
@@ -82,22 +82,13 @@ def test_a_checkpoint_is_adapted_and_a_killed_run_ends_in_the_same_bytes(how: di
         assert torch.equal(trained[name], tensor + added), name
 
     saved = sorted(project.glob(".overnight/checkpoints/train/*/step-*.pt"))
-    # Of several parts the first has the model.
-    state = next(state for one in saved[::-1] if "model" in (state := torch.load(one, weights_only=True)))
-    kept, moments = list(state["model"]), len(state["optimizer"].get("state", []))
-    if "mesh" in how:
-        assert not kept
-        parts = FileSystemReader(saved[-1].parent / f"parts-{saved[-1].name.split('-')[1]}")
-        names = list(parts.read_metadata().state_dict_metadata)
-        kept = [name for name in names if name.startswith("model.")]
-        ends = (".exp_avg", ".momentum_buffer")
-        moments = len([name for name in names if name.startswith("optimizer.") and name.endswith(ends)])
+    # Of replicas that train apart, those of the first.
+    prefix = "replica-0." if "diloco" in how else ""
+    kept, ends = list(tensors_of(saved[-1], f"{prefix}model.")), (".exp_avg", ".momentum_buffer")
+    moments = len([name for name in tensors_of(saved[-1], f"{prefix}optimizer.") if name.endswith(ends)])
     assert {name.rpartition(".")[2] for name in kept} == {"lora_A", "lora_B"}
     assert moments == len(kept) == 12
-    newest = max(one.name.split("-")[1] for one in saved)
-    for one in saved:
-        if one.name.split("-")[1] == newest:
-            one.unlink()
+    saved[-1].unlink()
     (project / "log").unlink()
     assert train(project) == expected
     assert "goes on after step" in (project / "log").read_text()

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from checkpoint_files import tensors_of
 from ports import free_port
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -92,7 +93,7 @@ def wait(project: Path, log: Path, what: Callable[[list[Any]], bool]) -> list[li
 
 def checkpoint(project: Path, size: int, step: int) -> dict[str, torch.Tensor]:
     (file,) = project.glob(f".overnight/checkpoints/train/*-{size}-1-*/step-{step:09d}-*.pt")
-    return torch.load(file, weights_only=True)["model"]
+    return tensors_of(file, "model.")
 
 
 def test_a_machine_is_lost_and_no_window_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import forked
 import pytest
 import tiny
 import torch
+from checkpoint_files import tensors_of
 
 from lm import hugging_face
 from tasks.order import batch_of_rank
@@ -58,10 +59,10 @@ def test_a_step_that_one_process_finds_not_finite_is_left_out_by_both(project: P
     assert len(notices) == 2
     expected = tiny.files_of(project / "models")
     files = {int(path.name[5:14]): path for path in project.glob(".overnight/checkpoints/train/*/*.pt")}
-    before, after = (torch.load(files[step], weights_only=True) for step in (11, 12))
-    assert all(torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
-    for index, moments in before["optimizer"]["state"].items():
-        assert all(torch.equal(after["optimizer"]["state"][index][name], moments[name]) for name in moments)
+    before, after = (tensors_of(files[step]) for step in (11, 12))
+    assert before.keys() == after.keys()
+    assert any(name.startswith("optimizer.") for name in before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
     for step in range(7, 13):
         files[step].unlink()
     assert train(project, spoilt)[0] == [0, 0]

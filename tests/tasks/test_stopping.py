@@ -133,8 +133,7 @@ def test_replicas_that_train_apart_stop_between_two_meetings(mesh: dict[str, int
     ranks[-1].terminate()
     assert forked.end(ranks, 30) == [EXIT_STOPPED] * count, log.read_text()
     steps = saved(tmp_path)
-    assert len({*steps}) == 1
-    assert len(steps) == 2
+    assert len(steps) == 1
     assert 5 <= steps[0] < 40
     log.unlink()
     assert forked.end(forked.start(folders, log)) == [0] * count, log.read_text()
