@@ -6,11 +6,15 @@ import os
 import runpy
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import pytest
 from ports import free_port
 
+_SUPPORT = Path(__file__).parent
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -34,17 +38,12 @@ def start(
     """
     port = free_port()
     arguments = [(folder, rank, len(folders), port, log, prepare, environment) for rank, folder in enumerate(folders)]
-    ranks = [_CONTEXT.Process(target=_work, args=one) for one in arguments]
-    for rank in ranks:
-        rank.start()
-    return ranks
+    return [_started(_work, *one) for one in arguments]
 
 
 def call(function: Callable[[], None], folder: Path, log: Path, environment: Mapping[str, str]) -> BaseProcess:
     """Starts a process that calls ``function``, of a module in ``tests/support``, in ``folder``."""
-    process = _CONTEXT.Process(target=_call, args=(function, folder, log, environment))
-    process.start()
-    return process
+    return _started(_call, function, folder, log, environment)
 
 
 def together(function: Callable[[], None], processes: int, folder: Path) -> None:
@@ -62,9 +61,7 @@ def stage(
 
     It calls ``prepare``, a function of a module in ``tests/support``, first; what that changes holds for its ranks too.
     """
-    process = _CONTEXT.Process(target=_stage, args=(name, folder, log, environment, prepare))
-    process.start()
-    return process
+    return _started(_stage, name, folder, log, environment, prepare)
 
 
 def end(ranks: Sequence[BaseProcess], seconds: float = 240.0) -> list[int | None]:
@@ -75,6 +72,17 @@ def end(ranks: Sequence[BaseProcess], seconds: float = 240.0) -> list[int | None
             os.kill(rank.pid, signal.SIGABRT)
             rank.join()
     return [rank.exitcode for rank in ranks]
+
+
+def _started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    with pytest.MonkeyPatch.context() as patch:
+        # The server imports what it preloads with its own sys.path, which is not this process's before Python 3.13: in
+        # another folder it would find what is installed.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(_SUPPORT.parents[1]), str(_SUPPORT)]), prepend=os.pathsep)
+        forkserver.ensure_running()
+    process = _CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def _work(
