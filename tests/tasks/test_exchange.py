@@ -107,6 +107,28 @@ def test_what_a_step_could_not_say_is_said_later(compression: Literal["powersgd"
         dist.destroy_process_group()
 
 
+def test_each_expert_of_a_stack_has_directions_of_its_own() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = exchanges.model_of()
+        exchange = compressed(model, World(0, 1, torch.device("cpu"), "fp32"), "powersgd", rank=1, seed=1)
+        generator = torch.Generator().manual_seed(1)
+        stacks_EAB = [value for value in model.parameters() if value.dim() == 3]
+        meant = []
+        for stack_EAB in stacks_EAB:
+            experts, rows, columns = stack_EAB.shape
+            column_EA1 = torch.randn(experts, rows, 1, generator=generator)
+            meant.append(column_EA1 @ torch.randn(experts, 1, columns, generator=generator))
+            stack_EAB.grad = meant[-1].clone()
+        assert meant
+        exchange.reduce(torch.tensor(1.0))
+        # One direction says all of an expert's gradient, and of all the experts' as one matrix it does not.
+        for stack_EAB, meant_EAB in zip(stacks_EAB, meant, strict=True):
+            torch.testing.assert_close(stack_EAB.grad, meant_EAB, atol=1e-4, rtol=1e-4)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_bytes_are_rounded_to_half_a_step_of_their_block() -> None:
     values = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 512)
     values[1, :256] = 0
