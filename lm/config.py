@@ -245,8 +245,8 @@ class GroupedShape(_Family):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.head_dim % 16:
-            raise ValueError(f"head_dim is {self.head_dim}; the exported graph's attention takes multiples of 16")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so make it even")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide into num_key_value_heads "
@@ -267,6 +267,11 @@ class GroupedShape(_Family):
     def rotary_dim(self) -> int:
         """How many numbers of a head turn with the position."""
         return self.head_dim
+
+    @property
+    def cache_head_dim(self) -> int:
+        """How wide a head is in the exported graph, whose attention takes multiples of 16 (OpenLLaMA has 100)."""
+        return -(-self.head_dim // 16) * 16
 
 
 class GroupedArchitecture(GroupedShape):

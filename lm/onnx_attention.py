@@ -6,8 +6,9 @@ stands at its own position and before. Shape suffixes as in those modules, and S
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from lm.config import LatentConfig
+from lm.config import GroupedShape, LatentConfig
 from lm.graph import INT32
 from lm.grouped import GroupedAttention
 from lm.latent import LatentAttention
@@ -142,8 +143,8 @@ def latent(
 class GroupedPlaces:
     """What all layers with grouped-query attention read of the tokens' positions [B, T]."""
 
-    def __init__(self, graph: PlannedGraph, positions: str, rotations: torch.Tensor) -> None:
-        cos, sin = rotations
+    def __init__(self, graph: PlannedGraph, positions: str, rotations: torch.Tensor, config: GroupedShape) -> None:
+        cos, sin = pad(rotations, (0, (config.cache_head_dim - config.head_dim) // 2))
         self.positions = positions
         self.cos, self.sin = graph.weight("rotations.cos", array(cos)), graph.weight("rotations.sin", array(sin))
         # [B]: the last position of each row, which the operator calls the length of its keys less one.
@@ -156,13 +157,16 @@ class GroupedPlaces:
 def grouped(
     graph: PlannedGraph, name: str, attention: GroupedAttention, x: str, pasts: list[str], places: GroupedPlaces
 ) -> tuple[str, list[str]]:
-    """Returns the output [N, D] and the caches of rotated keys and of values [B, G, S, W] with the new tokens.
+    """Returns the output [N, D] and the caches of rotated keys and of values [B, G, S, W'] with the new tokens.
 
     By onnxruntime's ``GroupQueryAttention``, which rotates, masks and writes in place. It takes several tokens after a
-    past for a single row only.
+    past for a single row only, and no heads of any width: both halves of W are filled up with zeros, which add nothing
+    to a product, and make W'.
     """
     config = attention.config
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, groups, width, wide = (
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.cache_head_dim
+    )  # fmt: skip
     rows = Rows(graph, x)
     packed = graph.packed(name, siblings(attention), rows)
     if config.norms_heads:
@@ -171,16 +175,29 @@ def grouped(
         q = graph.norm(f"{name}.q_norm", attention.q_norm, graph.unflat(q, places.positions, heads, width))
         k = graph.norm(f"{name}.k_norm", attention.k_norm, graph.unflat(k, places.positions, groups, width))
         parts = ((q, heads), (k, groups), (v, groups))
-        operands = [graph.unflat(part, places.positions, count * width) for part, count in parts]
+        operands = [_filled_up(graph, part, places, count, config) for part, count in parts]
     else:
         # The operator takes the three side by side as well.
-        operands = [graph.unflat(packed, places.positions, (heads + 2 * groups) * width), "", ""]
+        operands = [_filled_up(graph, packed, places, heads + 2 * groups, config), "", ""]
     out, *presents = graph.ops(
         "GroupQueryAttention", *operands, *pasts, places.last, places.total, places.cos, places.sin, outputs=3,
         domain="com.microsoft", num_heads=heads, kv_num_heads=groups, do_rotary=1,
+        **({"scale": width**-0.5} if wide > width else {}),
     )  # fmt: skip
+    if wide > width:
+        out = graph.op("Reshape", out, graph.ints(-1, 2 * heads, wide // 2))
+        out = graph.op("Slice", out, graph.ints(0), graph.ints(width // 2), graph.ints(-1))
     out = graph.op("Reshape", out, graph.ints(-1, heads * width))
     return graph.linear(f"{name}.o_proj", attention.o_proj, Rows(graph, out)), presents
+
+
+def _filled_up(graph: PlannedGraph, x: str, places: GroupedPlaces, heads: int, config: GroupedShape) -> str:
+    # [N, H W] or [B, T, H, W] to [B, T, H W'].
+    if missing := config.cache_head_dim - config.head_dim:
+        # By halves, since what turns together are the two numbers at one place of each.
+        x = graph.unflat(x, places.positions, 2 * heads, config.head_dim // 2)
+        x = graph.op("Pad", x, graph.ints(0, missing // 2), "", graph.ints(-1))
+    return graph.unflat(x, places.positions, heads * config.cache_head_dim)
 
 
 def _rotate(graph: PlannedGraph, x: str, places: LatentPlaces, **heads: int) -> str:

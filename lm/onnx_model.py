@@ -41,7 +41,7 @@ def export(model: LanguageModel, plan: Plan, path: Path) -> None:
     if isinstance(config, LatentConfig):
         shapes: dict[str, list[int | str]] = {"": ["batch", "capacity", config.cache_width]}
     else:
-        heads: list[int | str] = ["batch", config.num_key_value_heads, "capacity", config.head_dim]
+        heads: list[int | str] = ["batch", config.num_key_value_heads, "capacity", config.cache_head_dim]
         shapes = {".key": heads, ".value": heads}
     pasts = [
         [graph.input(f"past_{index}{part}", FLOAT, shape) for part, shape in shapes.items()]
@@ -52,7 +52,7 @@ def export(model: LanguageModel, plan: Plan, path: Path) -> None:
         if isinstance(config, LatentConfig):
             places = LatentPlaces(graph, positions, rotations, config)
         else:
-            places = GroupedPlaces(graph, positions, rotations)
+            places = GroupedPlaces(graph, positions, rotations, config)
     x = _embed(graph, model, ids)
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, Block)

@@ -142,6 +142,7 @@ def _attention(graph: _Rewritten, inputs: list[str], attributes: dict[str, Any])
     q, k, v, past_keys, past_values, _, _, cos, sin = inputs
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     width = 2 * graph.array(cos).shape[1]
+    scale = attributes.get("scale", width**-0.5)
     if not k:
         q, k, v = graph.ops("Split", q, graph.ints(heads * width, groups * width, groups * width), outputs=3, axis=-1)
     q, k, v = (
@@ -156,7 +157,7 @@ def _attention(graph: _Rewritten, inputs: list[str], attributes: dict[str, Any])
     by_group = graph.op("Reshape", q, graph.ints(0, groups, -1, width))
     scores = graph.op("MatMul", by_group, graph.op("Transpose", keys, perm=[0, 1, 3, 2]))
     by_head = graph.op("Concat", graph.ints(0, heads, -1), graph.op("Shape", keys, start=2, end=3), axis=0)
-    scores = graph.op("Mul", graph.op("Reshape", scores, by_head), graph.number(width**-0.5))
+    scores = graph.op("Mul", graph.op("Reshape", scores, by_head), graph.number(scale))
     found = graph.op("Softmax", graph.op("Add", scores, graph.mask(past_keys)), axis=-1)
     side_by_side = graph.op("Concat", graph.ints(0, groups, -1), graph.op("Shape", keys, start=2, end=3), axis=0)
     read = graph.op("MatMul", graph.op("Reshape", found, side_by_side), values)

@@ -50,14 +50,16 @@ GROUPED_VARIANTS = {
     "llama, stretched for longer texts alone": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
     "llama, stretched and tied": {"rope_scaling": LLAMA_3, "tie_word_embeddings": True},
     # As Granite's code models.
-    "llama, biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama, biases, narrow heads": {
+        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 10,
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2, stretched": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 4.0}},
     "qwen3, one head of keys": {"model_type": "qwen3", "num_key_value_heads": 1},
-    "qwen3, biases": {"model_type": "qwen3", "attention_bias": True},
+    "qwen3, biases, wide heads": {"model_type": "qwen3", "attention_bias": True, "head_dim": 36},
     "qwen3, stretched": {"model_type": "qwen3", "rope_scaling": YARN},
-}
+}  # fmt: skip
 GROUPED_MIXTURES = {
     "qwen3_moe": {},
     # Whose experts are one node in a graph.

@@ -80,7 +80,7 @@ def grouped_heads(draw: random.Random) -> dict[str, Any]:
     return {
         # transformers' Llama wants a multiple of the heads, though nothing depends on that.
         "hidden_size": count * draw.randrange(2, 9), "num_attention_heads": count, "num_key_value_heads": groups,
-        "head_dim": 16 * draw.randrange(1, 4),
+        "head_dim": 2 * draw.randrange(1, 24),
     }  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def test_greedy_experts_have_no_groups() -> None:
         ({"layer_types": [5, None]}, "layer_types has 5, None"),
         ({"bos_token_id": None, "eos_token_id": None}, "neither bos_token_id nor eos_token_id"),
         ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer, found 'many'"),
-        ({"head_dim": 24}, "head_dim is 24"),
+        ({"head_dim": 25}, "head_dim is 25; RoPE turns pairs"),
         ({"hidden_size": 2**62}, "hidden_size: Input should be less than or equal to 262144, found 46116860184"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings: Input should be less than or equal to 1677721"),
         ({"max_position_embeddings": 2**24, "head_dim": 256}, "max_position_embeddings 16,777,216 is too many for"),
