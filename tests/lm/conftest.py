@@ -58,7 +58,7 @@ GROUPED_VARIANTS = {
     "qwen2, stretched": {"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": 4.0}},
     "qwen3, one head of keys": {"model_type": "qwen3", "num_key_value_heads": 1},
     "qwen3, biases, wide heads": {"model_type": "qwen3", "attention_bias": True, "head_dim": 36},
-    "qwen3, stretched": {"model_type": "qwen3", "rope_scaling": YARN},
+    "qwen3, stretched and tied": {"model_type": "qwen3", "rope_scaling": YARN, "tie_word_embeddings": True},
 }  # fmt: skip
 GROUPED_MIXTURES = {
     "qwen3_moe": {},
