@@ -31,7 +31,12 @@ _COMPANIONS = (
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
 # Where those of a model with several chat templates lie that have a name.
 _MORE_TEMPLATES = "additional_chat_templates"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether ``path`` is, by its name, one of the files in which torch keeps weights as pickles."""
+    return path.suffix in _PICKLES
 
 
 def companions(folder: Path) -> list[Path]:
@@ -91,8 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise Unusable(f"{INDEX}: it names no file")
         return [folder / name for name in names]
     if not (folder / WEIGHTS).is_file():
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
+        if pickles := sorted(path.name for path in folder.iterdir() if is_pickle(path)):
             raise Unusable(f"{pickles[0]}: a pickle, which can run code when it is read; convert it to {WEIGHTS}")
         raise Unusable(f"{WEIGHTS}: no such file, nor {INDEX}")
     return [folder / WEIGHTS]

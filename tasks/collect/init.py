@@ -30,7 +30,7 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
     if init.kind(wanted) != "checkpoint":
         return None
     # Each night collects, and few of them a checkpoint.
-    from lm.hugging_face_files import checkpoint_files
+    from lm.hugging_face_files import checkpoint_files, is_pickle
 
     held = _held(wanted)
     source = _place(wanted, Path() if relative_to is None else relative_to)
@@ -43,6 +43,11 @@ def collect_init(wanted: str, relative_to: Path | None = None) -> InitReport | N
         return InitReport(state="gone", notice=f"train.init: {wanted} has gone; its copy in {paths.INIT} is still used")
     known = paths.INIT_RECORD.is_file()
     if not source.is_dir():
+        if is_pickle(source):
+            raise BadInput(
+                f"{source}: a pickle, which can run code when it is read. Convert it to safetensors, and name its "
+                "folder in Hugging Face layout in train.init, or name a GGUF file."
+            )
         unpacked = _digest_of_gguf(source)
         if held is not None and held.unpacked == unpacked:
             return InitReport(state="unchanged")

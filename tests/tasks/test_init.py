@@ -270,6 +270,13 @@ def test_a_file_is_no_folder(corpus: Path) -> None:
         collect_init("given")
 
 
+def test_a_pickle_is_refused_by_its_name(corpus: Path) -> None:
+    (corpus / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    told = r"pytorch_model\.bin: a pickle, which can run code when it is read\. Convert it to safetensors, and name"
+    with pytest.raises(BadInput, match=told):
+        collect_init("pytorch_model.bin")
+
+
 def test_a_gguf_file_is_unpacked_into_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
     size = 330
     model = make_grouped(vocab_size=size, bos_token_id=size - 1, eos_token_id=size - 1)
