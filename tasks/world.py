@@ -223,7 +223,8 @@ def be_patient(mesh: DeviceMesh, patience: timedelta | None) -> None:
     """Gives the groups of all axes the timeout ``patience``: they are made with torch's, NCCL's ten minutes."""
     if patience is not None:
         for group in mesh.get_all_groups():
-            dist.distributed_c10d._set_pg_timeout(patience, group)
+            # Not torch's _set_pg_timeout, which does nothing and warns where debug detail wraps gloo's groups.
+            group.set_timeout(patience)
 
 
 def resolve_precision(params: TrainingParams) -> str:

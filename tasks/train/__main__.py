@@ -42,7 +42,7 @@ def main() -> None:
                 f"and {needed} are needed. Collect more text, or lower train.seq_len or train.global_batch in "
                 f"{paths.PARAMS}."
             )
-    if told := communication.in_force(os.environ):
+    if told := communication.in_force(params.communication, os.environ):
         print(f"train     communication: {told}", file=sys.stderr, flush=True)
     if machines:
         nodes.launch_on(machines, WORKER, params.threads_per_process)

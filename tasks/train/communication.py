@@ -89,9 +89,12 @@ def address_here(params: CommunicationParams) -> str | None:
     return None
 
 
-def in_force(variables: Mapping[str, str]) -> str:
-    """Returns the settings of NCCL and gloo among ``variables`` as one line, empty where there are none."""
-    return " ".join(f"{name}={variables[name]}" for name in sorted(variables) if name.startswith(_TOLD))
+def in_force(params: CommunicationParams, variables: Mapping[str, str]) -> str:
+    """Returns the timeout, and the settings of NCCL and gloo among ``variables``, as one line; empty without any."""
+    set_to = [f"{name}={variables[name]}" for name in sorted(variables) if name.startswith(_TOLD)]
+    if params.timeout_seconds is not None:
+        set_to.insert(0, f"timeout_seconds={params.timeout_seconds:g}")
+    return " ".join(set_to)
 
 
 def _those_here(key: str, asked: str, there: Collection[str], kind: str) -> list[str]:

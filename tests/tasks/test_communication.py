@@ -74,10 +74,10 @@ def test_this_machine_has_the_interfaces_that_it_has() -> None:
 
 
 def test_the_log_names_what_is_in_force() -> None:
-    assert in_force({"NCCL_ALGO": "tree", "HOME": "/", "GLOO_SOCKET_IFNAME": "lo"}) == (
-        "GLOO_SOCKET_IFNAME=lo NCCL_ALGO=tree"
-    )
-    assert in_force({"HOME": "/"}) == ""
+    variables = {"NCCL_ALGO": "tree", "HOME": "/", "GLOO_SOCKET_IFNAME": "lo"}
+    assert in_force(CommunicationParams(), variables) == "GLOO_SOCKET_IFNAME=lo NCCL_ALGO=tree"
+    assert in_force(CommunicationParams(timeout_seconds=900.0), {"HOME": "/"}) == "timeout_seconds=900"
+    assert in_force(CommunicationParams(), {"HOME": "/"}) == ""
 
 
 def test_a_group_that_loses_patience_before_the_heartbeat_is_refused(tmp_path: Path) -> None:
@@ -104,6 +104,7 @@ def test_torch_s_own_log_is_printed_where_it_is_asked_for(debug: str, mesh: dict
     assert all((f"[rank{rank}]:[I" in output) is (debug != "off") for rank in (0, 1)), output
     assert ("[I" in output) is (debug != "off")
     assert ("Running collective" in output) is (debug == "detail")
+    assert "UserWarning" not in output, output
 
 
 def test_only_the_algorithm_is_part_of_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
