@@ -36,6 +36,7 @@ from tasks.process import Process
 from tasks.progress import Lines, Progress
 from tasks.shards import Windows
 from tasks.stopping import Stop
+from tasks.train import probe
 from tasks.trainer import Trainer
 from tasks.training_params import TrainingParams
 from tasks.world import Meshes, World, device_mesh
@@ -184,6 +185,8 @@ class Result:
     # How often the last process slept, and how long the first one waited in each step, in seconds.
     slept: int = 0
     waited: list[float | None] = field(default_factory=list)
+    # The axes along which the first one measures how fast it reaches others, and how many there are.
+    links: list[tuple[str, int]] = field(default_factory=list)
 
 
 class Reader:
@@ -290,6 +293,11 @@ def _mesh(layout: Mesh) -> Meshes | None:
     return device_mesh(layout, torch.device("cpu"))
 
 
+@functools.lru_cache
+def _links(world: World) -> list[tuple[str, int]]:
+    return [(link.axis, link.processes) for link in probe.measure(world)]
+
+
 def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) -> Result:
     """Trains with all processes that run this.
 
@@ -298,6 +306,7 @@ def together(case: Case, rank: int, size: int, states: list[Any], folder: Path) 
     result = Result()
     mesh = _mesh(MeshParams(**case.mesh).over(size))
     world = World(rank, size, torch.device("cpu"), "fp32", mesh, dist.group.WORLD)
+    result.links = _links(world)
     counters.clear()
     trainer.compile_layers = functools.partial(compile_layers, backend=case.compiled)
     model, reader = model_of(case), Reader(1, WINDOWS, case.answers)

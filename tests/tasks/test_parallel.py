@@ -386,6 +386,12 @@ def test_each_process_keeps_its_share_of_the_weights(four: list[Result]) -> None
     assert share["qwen3-deep-pipeline2-shard2-zero-bubble-2"] < 0.3
 
 
+def test_how_fast_others_are_reached_is_measured_along_each_axis(four: list[Result]) -> None:
+    links = {name_of(case): result.links for case, result in zip(ON_FOUR, four, strict=True)}
+    assert links["latent-shard2-expert2-1"] == [("shard", 2), ("expert", 2)]
+    assert links["qwen3-deep-pipeline2-shard2-zero-bubble-2"] == [("pipeline", 2), ("shard", 2)]
+
+
 def test_each_process_reads_no_more_than_its_share(two: list[Result], four: list[Result]) -> None:
     pairs = [*zip(ON_TWO, two, strict=True), *zip(ON_FOUR, four, strict=True)]
     for case, result in pairs:
