@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-_BLOCK = 2**24
+_BLOCK = 2**20
 
 
 def digest_of(path: Path, moved: Callable[[], None] = lambda: None) -> str:
