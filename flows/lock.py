@@ -108,7 +108,7 @@ def _acquire(descriptor: int, wait: bool, tell: Callable[[str], object], advice:
             tell(f"{_describe(held_by)} Waiting for it to end.")
             told = True
         elif dying and not told and time.monotonic() - started > _SECONDS_UNTOLD:
-            tell("the last run has ended, and its training writes a checkpoint before it does; waiting for that.")
+            tell("what was at work here has ended, and its training still writes a checkpoint; waiting for that.")
             told = True
         time.sleep(_SECONDS_BETWEEN_TRIES)
 

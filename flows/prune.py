@@ -6,6 +6,7 @@ can go on would go on with. Nothing goes unless ``--yes`` is given, and nothing 
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -78,15 +79,15 @@ def prune(delete: bool, remote: bool, out: Console, err: Console) -> int:
     root = worktree.main(project.find())
     params = project.parameters(root)
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}-prune"
-    advice = "`overnight prune` when it has ended."
-    with lock.hold(root, name, advice=advice), contextlib.chdir(root):
+    advice, tell = "`overnight prune` when it has ended.", functools.partial(print_line, err)
+    with lock.hold(root, name, tell=tell, advice=advice), contextlib.chdir(root):
         dvc_lock.check_others(root, advice)
         if remote:
             _fetch(root, project.git_remote(root, params))
         with dvc.store(root, params.publish.data_remote) as store:
             if remote and store.remote is None:
                 raise UserMistake("--remote: no DVC remote is configured (`dvc remote list`). Leave the option out.")
-            found = plan(root, store, remote, tell=lambda line: err.print(line, markup=False, soft_wrap=True))
+            found = plan(root, store, remote, tell)
             _show(out, root, found, store.remote, delete)
             if delete:
                 if found.remote:

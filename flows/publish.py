@@ -97,8 +97,8 @@ def publish_by_hand(out: Console, err: Console) -> int:
     Raises as :func:`publish` does, and :class:`flows.lock.Held` when a run is at work.
     """
     root = project.find()
-    with lock.hold(root, _name(), advice="`overnight publish` when it has ended."):
-        tell = functools.partial(print_line, err)
+    tell = functools.partial(print_line, err)
+    with lock.hold(root, _name(), tell=tell, advice="`overnight publish` when it has ended."):
         done = publish(root, tell, by_hand=True)
     if done.new:
         out.print(f"{done.version.name} is published (commit {done.commit[:12]}).", highlight=False)

@@ -88,7 +88,7 @@ def rebuild(name: str, own_environment: bool, out: Console, err: Console) -> int
     tag_object = git(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{version.tag}", check=False)
     outputs = contents.recorded(root, version.commit)
     recorded = environment.recorded(root, version.commit)
-    with alone(root, version.name) as descriptor:
+    with alone(root, version.name, speaker(err)) as descriptor:
         python = None
         if own_environment:
             wanted = recorded.python if recorded else _this_python()
@@ -133,11 +133,11 @@ def at_work(root: Path, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def alone(root: Path, name: str) -> Iterator[int]:
+def alone(root: Path, name: str, tell: Callable[[str], object] = lambda line: None) -> Iterator[int]:
     """Keeps others from rebuilding the version ``name``; yields the lock's descriptor. Raises :class:`TryAgain`."""
     with contextlib.ExitStack() as stack:
         try:
-            held = stack.enter_context(lock.hold(root / FOLDER / name, f"{WORKTREE}{name}"))
+            held = stack.enter_context(lock.hold(root / FOLDER / name, f"{WORKTREE}{name}", tell=tell))
         except lock.Held:
             raise TryAgain(f"{name} is being rebuilt by another process. Wait until that has ended.") from None
         yield held

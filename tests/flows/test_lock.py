@@ -10,8 +10,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from processes import leave_lock
 
-from flows import lock
+from flows import lock, supervise
 from tasks.errors import EXIT_TRY_AGAIN
 
 
@@ -54,18 +55,22 @@ def test_waiting_gets_the_lock_when_the_other_run_has_ended(tmp_path: Path) -> N
     thread.join()
 
 
-def test_a_lock_that_a_dead_run_has_left_to_its_last_child_is_waited_for(tmp_path: Path) -> None:
-    code = f"""
-import pathlib, subprocess, sys
-from flows import lock
-with lock.hold(pathlib.Path({str(tmp_path)!r}), "dead") as descriptor:
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"], pass_fds=[descriptor])
-    import os; os._exit(0)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+@pytest.mark.parametrize("untold", [0.5, 30.0])
+def test_a_lock_that_a_dead_run_has_left_to_its_last_child_is_waited_for(
+    tmp_path: Path, untold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_SECONDS_UNTOLD", untold)
+    leave_lock(tmp_path, seconds=1.5)
+    told: list[str] = []
     started = time.monotonic()
-    with lock.hold(tmp_path, "next"):
+    with lock.hold(tmp_path, "next", tell=told.append):
         assert 0.2 < time.monotonic() - started < 10
+    # Once, and nothing of what is over in a moment.
+    assert [line.partition(",")[0] for line in told] == ["what was at work here has ended"] * (untold < 1)
+
+
+def test_a_dead_run_is_waited_for_as_long_as_its_training_may_take() -> None:
+    assert lock._SECONDS_TO_DIE > supervise.STAGE_GRACE_SECONDS
 
 
 def test_a_killed_process_that_nobody_has_asked_for_is_dead() -> None:

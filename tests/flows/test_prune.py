@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import leave_lock
 from publishing import Clone
 from rich.console import Console
 
@@ -229,6 +230,14 @@ def test_nothing_goes_while_a_run_is_at_work(published: Clone) -> None:
     told = r"run a-run .*\. `overnight prune` when it has ended\.$"
     with lock.hold(published.root, "a-run"), pytest.raises(Held, match=told):
         pruned()
+
+
+def test_what_a_killed_run_has_left_at_work_is_waited_for_and_told(
+    published: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_SECONDS_UNTOLD", 0.0)
+    leave_lock(published.root, seconds=1.0)
+    assert "what was at work here has ended, " in pruned(yes=False)
 
 
 def test_a_version_whose_list_of_files_is_lost_stops_it(published: Clone) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import leave_lock
 from publishing import Clone, nightly
 from rich.console import Console
 
@@ -304,6 +305,16 @@ def test_by_hand_it_is_for_when_a_run_at_work_has_ended(publisher: Clone) -> Non
     told = r"run a-run .*\. `overnight publish` when it has ended\.$"
     with lock.hold(publisher.root, "a-run"), pytest.raises(lock.Held, match=told):
         publish.publish_by_hand(nobody, nobody)
+
+
+def test_by_hand_what_a_killed_run_has_left_at_work_is_waited_for_and_told(
+    publisher: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_SECONDS_UNTOLD", 0.0)
+    leave_lock(publisher.root, seconds=1.0)
+    err = io.StringIO()
+    assert publish.publish_by_hand(Console(file=io.StringIO()), Console(file=err, width=200)) == 0
+    assert err.getvalue().startswith("what was at work here has ended, ")
 
 
 def test_by_hand_a_version_is_made_on_a_branch(publisher: Clone) -> None:

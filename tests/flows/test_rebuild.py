@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import page
 import pytest
 import tiny
-from processes import left_within
+from processes import leave_lock, left_within
 from ruamel.yaml import YAML
 from waiting import until
 
-from flows import environment, virtual_environment
+from flows import environment, lock, virtual_environment
 from flows.certificate import Certificate, Verdict
-from flows.rebuild import rebuild
+from flows.rebuild import FOLDER, rebuild
 from tasks.errors import TryAgain, UserMistake
 
 if TYPE_CHECKING:
@@ -239,6 +239,15 @@ def test_a_killed_rebuild_leaves_no_process_and_goes_on(
     assert report.read_text().split()[::2] == ["measure"]
     assert certificate(versioned).attempts == 2
     assert not left_within(versioned.root)
+
+
+def test_what_a_killed_rebuild_has_left_at_work_is_waited_for_and_told(
+    versioned: "Versioned", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_SECONDS_UNTOLD", 0.0)
+    leave_lock(versioned.root / FOLDER / "v1.0.0", seconds=1.0)
+    said = rebuilt(versioned)
+    assert (said.code, "what was at work here has ended, " in said.err) == (0, True)
 
 
 def test_text_that_is_lost_is_named_with_where_it_may_be(versioned: "Versioned", tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Which processes are left."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -29,3 +31,15 @@ def _is_within(process: psutil.Process, folder: Path) -> bool:
         return alive(process) and Path(process.cwd()).is_relative_to(folder)
     except psutil.Error:
         return False
+
+
+def leave_lock(folder: Path, seconds: float) -> None:
+    """Has a process take the lock of the project in ``folder`` and die; a child of it lives on for ``seconds``."""
+    code = f"""
+import os, pathlib, subprocess, sys
+from flows import lock
+with lock.hold(pathlib.Path({str(folder)!r}), "dead") as descriptor:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep({seconds})"], pass_fds=[descriptor])
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
