@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 from ruamel.yaml import YAML
 
-from flows import automations
+from flows import automations, supervise
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "deployments"
@@ -153,6 +153,19 @@ def test_compose_starts_each_service_after_the_one_it_needs_is_well(compose: Com
         assert named <= set(compose.volumes)
     assert list(compose.services["worker"].depends_on) == ["server"]
     assert list(compose.services["server"].depends_on) == ["database"]
+
+
+def test_a_run_that_is_told_to_end_is_not_killed_before_its_training_is(compose: Compose) -> None:
+    job = json.loads((FOLDER / "pools/kubernetes.json").read_text())["job_configuration"]["job_manifest"]
+    unit = re.search(r"^TimeoutStopSec=(\d+)$", (ROOT / "docs/schedule.md").read_text(), re.MULTILINE)
+    assert unit is not None
+    given = [
+        float(str(compose.services["worker"].stop_grace_period).removesuffix("s")),
+        job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"],
+        float(unit[1]),
+    ]
+    # With what the kernel, the server and the last line take.
+    assert min(given) >= supervise.STAGE_GRACE_SECONDS + 15
 
 
 def test_a_container_has_the_clone_at_its_own_path(compose: Compose) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import alive
+from processes import ENDS_SLOWLY, alive
 from waiting import until
 
 from flows import dvc_fork, dvc_lock, supervise
@@ -112,6 +112,15 @@ def test_a_stage_ends_with_the_block_and_a_killed_command_says_so(project: Path)
         supervisor.children()[0].kill()
         assert child.wait(10) == 128 + 9
     assert psutil.wait_procs(forker().children(), 5)[1] == []
+
+
+def test_a_stage_has_its_seconds_to_end(project: Path) -> None:
+    (project / "slow.py").write_text(ENDS_SLOWLY)
+    (project / "dvc.yaml").write_text(f"stages:\n  one:\n    cmd: {sys.executable} slow.py\n")
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "SHELL": "/bin/sh"}
+    with DvcChild([*PREFIX, "repro"], project / "log", environment, seconds=30.0):
+        until((project / "up").exists)
+    assert (project / "left").exists()
 
 
 def test_its_notes_are_those_of_a_living_command_to_whoever_mends_them(project: Path) -> None:

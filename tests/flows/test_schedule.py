@@ -1,6 +1,7 @@
 """What `overnight schedule` does before anything starts, and with a child that ends by itself."""
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prefect_server import PrefectServer
+from processes import ENDS_SLOWLY
 from rich.console import Console
+from waiting import until
 
-from flows import runs, schedule
+from flows import lock, runs, schedule
 from flows.git import author, git
 from flows.process import Child
 from flows.timetable import Timetable
@@ -85,6 +88,14 @@ def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
         assert kept._child is first
         started = time.monotonic()
     assert time.monotonic() - started < 3
+
+
+def test_a_night_at_work_has_time_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", ENDS_SLOWLY]
+    with lock.hold(tmp_path, "any") as held, schedule._run(command, tmp_path / "log", os.environ, held):
+        until((tmp_path / "up").exists)
+    assert (tmp_path / "left").exists()
 
 
 @pytest.mark.parametrize(("second", "is_late"), [(40, False), (50, True)])

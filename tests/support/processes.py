@@ -7,6 +7,18 @@ from pathlib import Path
 
 import psutil
 
+# A program that leaves a file "up", and four seconds after it is told to end (SIGTERM) a file "left".
+ENDS_SLOWLY = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(4)
+    pathlib.Path("left").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("up").touch()
+time.sleep(600)
+"""
+
 
 def alive(process: psutil.Process) -> bool:
     """Whether ``process`` still works: it has neither gone, which it may do at any moment, nor is it a zombie."""
