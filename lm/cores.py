@@ -7,8 +7,8 @@ from pathlib import Path
 _OWN_GROUP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 _TIMES = Path("/proc/stat")
-# Of the cores' time, what others may take where they are said to rest; and of how many seconds at least that is said:
-# time is counted in ticks of 10 ms.
+# Of the time that this process may have, what others may take where they are said to rest; and of how many seconds at
+# least that is said: time is counted in ticks of 10 ms.
 _AT_REST = 0.1
 _SECONDS = 0.25
 
@@ -36,7 +36,8 @@ class Others:
         """
         time.sleep(max(0.0, self._since + _SECONDS - time.monotonic()))
         (passed, busy, own), (passed_before, busy_before, own_before) = _ticks(), self._before
-        ticks = passed - passed_before
+        # A container's neighbours within take of the same share, of however many cores that is.
+        ticks = (passed - passed_before) * available() / len(os.sched_getaffinity(0))
         return ticks > 0 and busy - busy_before - (own - own_before) <= _AT_REST * ticks
 
 

@@ -56,19 +56,22 @@ def test_elsewhere_cores_are_those_that_it_is_bound_to(own: str | None, groups: 
 
 
 @pytest.mark.parametrize(
-    ("core", "own", "at_rest"),
+    ("core", "own", "at_rest", "share"),
     [
         # In a second: user, nice, system, idle, waiting for a disk, two kinds of interrupts, stolen.
-        ("2 0 1 97 0 0 0 0", 0.0, True),
-        ("90 0 7 3 0 0 0 0", 1.9, True),
-        ("90 0 7 3 0 0 0 0", 0.9, False),
-        ("0 40 0 60 0 0 0 0", 0.0, False),
-        ("0 0 0 80 0 0 0 20", 0.0, False),
-        ("0 0 0 20 80 0 0 0", 0.0, True),
+        ("2 0 1 97 0 0 0 0", 0.0, True, 2.0),
+        ("90 0 7 3 0 0 0 0", 1.9, True, 2.0),
+        ("90 0 7 3 0 0 0 0", 0.9, False, 2.0),
+        ("0 40 0 60 0 0 0 0", 0.0, False, 2.0),
+        ("0 0 0 80 0 0 0 20", 0.0, False, 2.0),
+        ("0 0 0 20 80 0 0 0", 0.0, True, 2.0),
+        ("8 0 0 92 0 0 0 0", 0.0, True, 2.0),
+        # In a container that has the time of one of the two.
+        ("8 0 0 92 0 0 0 0", 0.0, False, 1.0),
     ],
 )
 def test_others_rest_where_cores_do_nothing_else(
-    core: str, own: float, at_rest: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    core: str, own: float, at_rest: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times, used = tmp_path / "stat", os.times()
 
@@ -79,6 +82,7 @@ def test_others_rest_where_cores_do_nothing_else(
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(cores, "_shares", lambda: [share])
     monkeypatch.setattr(cores, "_TIMES", times)
     monkeypatch.setattr(os, "times", lambda: (0.0, 0.0, *used[2:]))
     tell("0 0 0 0 0 0 0 0")
