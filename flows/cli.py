@@ -19,15 +19,20 @@ from tasks.errors import EXIT_USER_MISTAKE
 
 
 @contextlib.contextmanager
-def _slips_are_told() -> Iterator[None]:
-    """Tells what is wrong with a command line as every other mistake is told: Typer draws a box of several lines."""
+def _slips_are_told(of: Any = None) -> Iterator[None]:
+    """Tells what is wrong with a command line as every other mistake is told: Typer draws a box of several lines.
+
+    ``of`` is the context of the whole command, where the slip may be one of a command of it.
+    """
     try:
         yield
     except TyperException as slip:
         # None where the help was shown instead.
         if message := " ".join(slip.format_message().split()):
             end = "" if message.endswith(("?", ".")) else "."
-            command = getattr(getattr(slip, "ctx", None), "command_path", "overnight")
+            # Of an option without its value it says no context.
+            own = f"overnight {of.invoked_subcommand}" if of is not None else "overnight"
+            command = getattr(getattr(slip, "ctx", None), "command_path", own)
             typer.echo(f"error: {message}{end} `{command} --help` says what there is.", err=True)
         raise typer.Exit(EXIT_USER_MISTAKE) from None
 
@@ -40,7 +45,7 @@ class _Overnight(TyperGroup):
             return super().make_context(*arguments, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        with _slips_are_told():
+        with _slips_are_told(ctx):
             return super().invoke(ctx)
 
 

@@ -97,6 +97,7 @@ def test_generating_from_bytes_that_are_no_text(project: "Project") -> None:
         (["run", "--frm", "x"], "No such option: --frm (Possible options: --force, --from). `overnight run --help`"),
         (["rnu"], "No such command 'rnu'. Did you mean 'run'? `overnight --help`"),
         (["--bogus"], "No such option: --bogus. `overnight --help`"),
+        (["run", "--from"], "Option '--from' requires an argument. `overnight run --help`"),
         (["restore"], "Missing argument 'VERSION'. `overnight restore --help`"),
         (["promote", "a", "b"], "Got unexpected extra argument(s) (b). `overnight promote --help`"),
     ],
