@@ -8,7 +8,6 @@ without after ``stop_seconds``: the last checkpoint is there. Before there are p
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -25,7 +24,8 @@ class Stop:
 
 def end_at_once(*_: object) -> NoReturn:
     """Ends this process, the launcher of a training that has no other ones yet, in a line: a handler of SIGTERM."""
-    print("error: told to end (SIGTERM) before any process had started. Run again.", file=sys.stderr, flush=True)
+    # Past Python's own buffer, in the middle of which the signal may have come.
+    os.write(2, b"error: told to end (SIGTERM) while no process was at work. Run again.\n")
     # Not by an exception, which an import that tries something may take for its own.
     os._exit(EXIT_TRY_AGAIN)
 

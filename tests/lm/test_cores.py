@@ -106,5 +106,7 @@ def test_what_this_process_computes_itself_is_counted_as_its_own() -> None:
     while time.process_time() < until:
         pass
     passed_after, busy_after, own_after = cores._ticks()
-    assert own_after - own >= 29
-    assert passed_after - passed >= busy_after - busy >= 20
+    # Both are counted in ticks of 10 ms, by clocks of their own.
+    assert own_after - own >= 25
+    assert passed_after - passed >= 20
+    assert busy_after - busy >= 20

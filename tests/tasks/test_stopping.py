@@ -228,4 +228,4 @@ def test_a_launcher_told_to_end_before_it_has_torch_says_so(
     process.terminate()
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 75, output
-    assert tiny.error_line(output) == "told to end (SIGTERM) before any process had started. Run again."
+    assert tiny.error_line(output) == "told to end (SIGTERM) while no process was at work. Run again."
