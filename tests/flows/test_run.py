@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # A stage that stays, with a worker in a session of its own.
 STAY = """
-    worker = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
+    worker = [sys.executable, "-c", "import time; time.sleep(600)"]
     subprocess.Popen(worker, start_new_session=True)
     pathlib.Path("staying").write_text("")
     time.sleep(600)
