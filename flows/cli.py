@@ -236,7 +236,7 @@ def chat(
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation. From a pipe, each line is answered in turn.
     """
-    with mistakes_are_told("overnight chat"):
+    with mistakes_are_told():
         from flows import chat as conversing
         from flows import project
         from lm.sampling import Sampling
@@ -269,7 +269,7 @@ def serve(
 
     Metrics are at /metrics. If OVERNIGHT_API_KEY is set, requests must send it as 'Authorization: Bearer ...'.
     """
-    with mistakes_are_told("overnight serve"):
+    with mistakes_are_told():
         from flows import project
         from flows.serve.command import serve as serve_model
 
@@ -297,7 +297,7 @@ def export(
 
     The folders of hf and onnx carry the model's card.
     """
-    with mistakes_are_told(f"overnight export --to {to}"):
+    with mistakes_are_told():
         from flows import export as exporting
         from flows import project
 
@@ -311,7 +311,7 @@ def publish() -> None:
     Where it is pushed, and whether it is promoted, stands in params.yaml under publish. A publication that was stopped
     is finished by the next one. Exit code: 75 when a remote does not answer or another version was promoted meanwhile.
     """
-    with mistakes_are_told():
+    with mistakes_are_told(goes_on=True):
         from flows.publish import publish_by_hand
 
         code = publish_by_hand(Console(), Console(stderr=True))
@@ -332,7 +332,7 @@ def push(
     Exit code: 1 when bytes of one are neither there nor here, or damaged at both (it is named), 75 when a remote does
     not answer.
     """
-    with mistakes_are_told("overnight push"):
+    with mistakes_are_told(goes_on=True):
         from flows.push import push as push_versions
 
         code = push_versions(version or [], Console(), Console(stderr=True), verify)
@@ -415,7 +415,7 @@ def restore(
     What is missing or damaged in the cache is fetched from the remote. Your checkout is left alone.
     Exit code: 0 when every file is there, 1 when one is lost (it is named), 2 for a mistake to mend.
     """
-    with mistakes_are_told(f"overnight restore {version}"):
+    with mistakes_are_told(goes_on=True):
         from flows.restore import restore as restore_version
 
         code = restore_version(version, to, Console(), Console(stderr=True))
@@ -434,7 +434,7 @@ def rebuild(
     It works in a worktree of its own, without any cache; your checkout is left alone. Stopped, it goes on next time.
     Exit code: 0 when all is identical, 3 when only the metrics agree (another machine), 1 when not, 2 for a mistake.
     """
-    with mistakes_are_told(f"overnight rebuild {version}"):
+    with mistakes_are_told(goes_on=True):
         from flows.rebuild import rebuild as rebuild_version
 
         code = rebuild_version(version, environment, Console(), Console(stderr=True))

@@ -17,10 +17,11 @@ _LEAST_FREE = 32 * 2**20
 
 
 @contextmanager
-def mistakes_are_told(again: str = "overnight run") -> Iterator[None]:
+def mistakes_are_told(goes_on: bool = False) -> Iterator[None]:
     """Turns what a user can mend into one line and an exit code: 2 for a mistake or a full disk, 75 when waiting helps.
 
-    ``again`` is the command that goes on after an interruption, whose code is 130. Raises :class:`typer.Exit`.
+    An interruption has code 130, and says so where the command, given again, ``goes_on`` from there. Raises
+    :class:`typer.Exit`.
     """
     try:
         with disk_full_is_told(Path.cwd()), others_are_told(Path.cwd()):
@@ -48,7 +49,7 @@ def mistakes_are_told(again: str = "overnight run") -> Iterator[None]:
         typer.echo(f"error: {told.strip().rstrip('.')}. {full}", err=True)
         raise typer.Exit(UserMistake.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; `{again}` goes on where this one stopped.", err=True)
+        typer.echo(f"interrupted{'; the same command goes on where this one stopped' if goes_on else ''}.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

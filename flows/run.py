@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from flows import dvc, dvc_lock, lock, project, running, runs, server, summary
 from flows.execute import Site
 from flows.graph import Graph
 from flows.terminal import Terminal, print_line, speaker
-from flows.termination import sigterm_raises
+from flows.termination import EXIT_INTERRUPTED, sigterm_raises
 from flows.watch import All, StageRun, exit_code
 from tasks import paths
 from tasks.errors import EXIT_USER_MISTAKE
@@ -49,18 +50,31 @@ class _Checked:
 
 
 def run(request: Request, out: Console, err: Console) -> int:
-    """Runs the project in the current folder and returns the exit code: 0, 1 when a stage failed.
+    """Runs the project in the current folder and returns the exit code: 0, 1 when a stage failed, 130 when interrupted.
 
     Raises :class:`tasks.errors.UserMistake` before anything runs, :class:`flows.lock.Held` when another run is at work.
     """
-    with sigterm_raises(lambda: speaker(err)("terminated; `overnight rerun` goes on where this run stopped.")):
-        return _check_and_run(request, out, err)
-
-
-def _check_and_run(request: Request, out: Console, err: Console) -> int:
     root = project.find()
-    params = project.parameters(root)
     name = request.again.run if request.again else f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+
+    def tell(how: str) -> None:
+        known = runs.recall(root, name)
+        if known is not None and known.pid == os.getpid():
+            speaker(err)(f"{how}; `overnight rerun` goes on where this run stopped.")
+        else:
+            # `overnight rerun` knows nothing of it, and would take the run before.
+            speaker(err)(f"{how} before the run had begun. Run the same command again.")
+
+    with sigterm_raises(lambda: tell("terminated")):
+        try:
+            return _check_and_run(request, root, name, out, err)
+        except KeyboardInterrupt:
+            tell("interrupted")
+            return EXIT_INTERRUPTED
+
+
+def _check_and_run(request: Request, root: Path, name: str, out: Console, err: Console) -> int:
+    params = project.parameters(root)
     advice = f"Wait until it has ended, or run `overnight {'rerun' if request.again else 'run'} --wait`."
     held = lock.hold(root, name, request.wait, tell=speaker(err), advice=advice)
     with held as descriptor, running.record(root, name) as record:

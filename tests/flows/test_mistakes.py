@@ -94,3 +94,16 @@ def test_a_compiled_file_that_is_cut_off_is_one_line(capsys: pytest.CaptureFixtu
         marshal.loads(marshal.dumps("cut off")[:-1])
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err.startswith("error: a file that Python has compiled is cut off")
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "line"),
+    [(True, "interrupted; the same command goes on where this one stopped.\n"), (False, "interrupted.\n")],
+    ids=["goes on", "does not"],
+)
+def test_an_interruption_names_a_way_on_only_where_there_is_one(
+    goes_on: bool, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told(goes_on):
+        raise KeyboardInterrupt
+    assert (ended.value.exit_code, capsys.readouterr().err) == (130, line)

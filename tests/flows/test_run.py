@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import pytest
 from processes import alive, left_within
 from waiting import until
 
-from flows import computed, environment, status
+from flows import computed, environment, lock, status
 from flows.project import parameters
 from flows.watch import StageRun, exit_code
 
@@ -51,6 +52,14 @@ def nightly(project: "Project", database: Path) -> "Project":
     """The small project, with a Prefect database where an earlier test has made one."""
     shutil.copytree(database, project.root / ".overnight/prefect", dirs_exist_ok=True)
     return project
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Lets Ctrl-C reach what a test starts, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def task_states(root: Path) -> dict[str, str]:
@@ -207,6 +216,36 @@ def test_sigterm_leaves_no_process_and_meanwhile_no_other_run_starts(nightly: "P
     assert flow_states(nightly.root)[-1] == "Crashed"
     stopped = nightly.overnight("status").stdout.splitlines()[2]
     assert stopped == f"second: stopped: before its end (run {run_of(nightly.root)})"
+
+
+def test_ctrl_c_says_that_rerun_goes_on(nightly: "Project", ctrl_c: None, server: str) -> None:
+    nightly.do("second", STAY)
+    flow = nightly.start("run", "--force", PREFECT_API_URL=server)
+    until((nightly.root / "staying").exists)
+    flow.send_signal(signal.SIGINT)
+    out, err = flow.communicate(timeout=30)
+    assert flow.returncode == 130, err
+    assert err.splitlines()[-1].endswith(" interrupted; `overnight rerun` goes on where this run stopped.")
+    assert not [word for word in NOISE if word in (out + err).lower()], err
+    stopped = nightly.overnight("runs").stdout
+    assert "interrupted (Ctrl-C) at second" in stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_who_ends_a_run_that_waits_is_not_sent_to_another_one(
+    number: signal.Signals, project: "Project", ctrl_c: None
+) -> None:
+    with lock.hold(project.root, "20260101-000000"):
+        waiting = project.start("run", "--wait")
+        assert waiting.stderr is not None
+        assert "Waiting for it to end." in waiting.stderr.readline()
+        waiting.send_signal(number)
+        _, err = waiting.communicate(timeout=30)
+    assert waiting.returncode == 128 + number
+    (line,) = err.splitlines()
+    how = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+    assert line.endswith(f" {how} before the run had begun. Run the same command again.")
+    assert "no run yet" in project.overnight("runs").stderr
 
 
 def test_sigkill_leaves_no_process_and_the_next_run_goes_on_at_once(nightly: "Project") -> None:
