@@ -216,11 +216,12 @@ def _check_rate(source: Source, tally: SourceTally, params: IngestParams) -> Non
         return
     told = _tell_reasons(source, tally)
     longer = " (or ingest.max_line_bytes, for the lines that are too long)" if "line too long" in tally.reasons else ""
+    fields = ", or the names of its fields" if "missing field" in tally.reasons else ""
     raise BadInput(
         f"source '{source.name}': {tally.rejections:,} of {tally.records:,} records are rejected "
         f"({tally.reject_rate:.2%}; ingest.max_reject_rate allows {params.max_reject_rate:.2%}): {told}. "
-        f"{REFUSED} lists them; mend the source (what is gone from it stays in data/raw until you delete it there), or "
-        f"raise the rate{longer} in params.yaml."
+        f"{REFUSED} lists them; mend the source (what is gone from it stays in data/raw until you delete it there)"
+        f"{fields}, or raise the rate{longer} in params.yaml."
     )
 
 
@@ -270,6 +271,12 @@ def _check_splits(corpus: _Corpus) -> None:
         if not tally.documents:
             groups = sum(len(other.groups) + other.ungrouped for other in corpus.tallies.values())
             count = "1 group" if groups == 1 else f"{groups:,} groups"
+            if groups < len(corpus.tallies):
+                raise BadInput(
+                    f"{paths.RAW}: the {name} split is empty: {count}, and {', '.join(corpus.tallies)} need one each "
+                    "at least. Collect more text (of txt and md each file is a group), or choose a group_field with "
+                    "more values."
+                )
             share = "lower ingest.split.valid and test" if name == "train" else f"raise ingest.split.{name}"
             raise BadInput(
                 f"{paths.RAW}: the {name} split is empty: {count}, dealt out by ingest.split.seed {split.seed} "

@@ -228,6 +228,7 @@ class TestRefusals:
         message = self.refuse(run_stage, the_error)
         assert "missing field (120, first in data/raw/bible/verses.jsonl line 1: no 'words'; it has 'text', " in message
         assert "'book', 'chapter')." in message
+        assert "until you delete it there), or the names of its fields, or raise the rate in params.yaml." in message
 
     def test_a_text_is_named_without_a_line(self, project: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
         folder = project / "data/raw/notes"
@@ -265,6 +266,17 @@ class TestRefusals:
         message = self.refuse(run_stage, the_error)
         assert "the test split is empty: 30 groups, dealt out by ingest.split.seed 1" in message
         assert "Change the seed, raise ingest.split.test" in message
+
+    def test_fewer_texts_than_splits(self, project: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
+        folder = project / "data/raw/notes"
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("In the beginning.\n")
+        (folder / "b.txt").write_text("The end.\n")
+        write_params(collect={"sources": [notes()]})
+        message = self.refuse(run_stage, the_error)
+        assert "split is empty: 2 groups, and train, valid, test need one each at least. Collect more text" in message
+        # No seed deals out two to three.
+        assert "seed" not in message
 
     def test_a_damaged_file(self, bible: Path, write_params, run_stage, the_error) -> None:  # type: ignore[no-untyped-def]
         (bible.parent / "z.jsonl.gz").write_bytes(b"\x1f\x8b\x08 and no more")
