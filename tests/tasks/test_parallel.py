@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 Trained = Callable[[Case], Result]
 
 # Each axis takes all steps on two processes, and four of their combinations on four; how others combine, and what a
-# model has besides, shows in a few, which begin the data a second time.
-FEW = 4
+# model has besides, shows in a few.
+FEW = 3
 TWO = [
     Case({}),
     Case({}, micro_batch=4),
