@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import within
+from processes import ENDS_SLOWLY, within
 
 from flows import process, supervise
 from flows.process import Child
@@ -107,18 +107,9 @@ def test_a_command_that_does_not_exist_is_told_in_one_line(tmp_path: Path) -> No
 def test_what_is_told_to_end_is_killed_after_its_seconds_and_not_before(
     folder: Path, seconds: float, left: list[str]
 ) -> None:
-    code = """
-import pathlib, signal, sys, time
-def end(*_):
-    time.sleep(2)
-    pathlib.Path("left").touch()
-    sys.exit()
-signal.signal(signal.SIGTERM, end)
-pathlib.Path("up").touch()
-time.sleep(600)
-"""
     started = time.monotonic()
-    with contextlib.chdir(folder), Child([sys.executable, "-c", code], folder / "log", os.environ, seconds=seconds):
+    command = [sys.executable, "-c", ENDS_SLOWLY]
+    with contextlib.chdir(folder), Child(command, folder / "log", os.environ, seconds=seconds):
         while not (folder / "up").exists():
             time.sleep(0.02)
     assert time.monotonic() - started < 15
