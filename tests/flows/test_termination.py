@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import ENDS_SLOWLY
 
 FRAME = """
 import os, signal, sys, time
@@ -39,23 +40,17 @@ STUBBORN = """
 """
 # As a training that writes a checkpoint of its step, under a Prefect whose server is gone.
 AT_WORK = """
+    import threading
     from pathlib import Path
     from flows import process
     def handle(*_):
         time.sleep(60)
     signal.signal(signal.SIGTERM, handle)
-    code = (
-        "import signal, sys, time\\n"
-        "def end(*_):\\n    time.sleep(4); print('a checkpoint', flush=True); sys.exit()\\n"
-        "signal.signal(signal.SIGTERM, end); print('up', flush=True); time.sleep(60)"
-    )
-    import threading
-    log = Path({log!r})
-    run = threading.Thread(
-        target=process.run, args=([sys.executable, "-c", code], log, os.environ, print), daemon=True
-    )
+    os.chdir({folder!r})
+    command = [sys.executable, "-c", {code!r}]
+    run = threading.Thread(target=process.run, args=(command, Path("log"), os.environ, print), daemon=True)
     run.start()
-    while not (log.exists() and log.read_text()):
+    while not Path("up").exists():
         time.sleep(0.02)
     work()
 """
@@ -94,15 +89,14 @@ def test_the_end_takes_seconds_and_one_line(block: str, out: str) -> None:
 
 
 def test_a_stage_at_work_is_told_at_once_and_has_time_for_a_checkpoint(tmp_path: Path) -> None:
-    block = AT_WORK.format(log=str(tmp_path / "log"))
-    process = at_work(block)
+    process = at_work(AT_WORK.format(folder=str(tmp_path), code=ENDS_SLOWLY))
     process.send_signal(signal.SIGTERM)
     since = time.monotonic()
     _, err = process.communicate(timeout=40)
     # Longer than others have, and no longer than it takes.
     assert 4 < time.monotonic() - since < 20
     assert (process.returncode, err) == (143, "terminated; `overnight rerun` goes on where this run stopped.\n")
-    assert (tmp_path / "log").read_text() == "up\na checkpoint\n"
+    assert (tmp_path / "left").exists()
 
 
 def test_without_the_signal_nothing_changes() -> None:
