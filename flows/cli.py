@@ -288,8 +288,9 @@ def export(
         str | None,
         typer.Option(
             "--type",
-            help="Of a GGUF's matrices: f16 (if not said), f32, bf16 or q8_0. Of a graph: onnxruntime (if not said), "
-            "or standard, in ONNX's own operators alone: for other runtimes, and slower in that one.",
+            help="Of a GGUF's matrices: f16 (if not said), f32, bf16 or q8_0. Of hf's weights: f32 (if not said), bf16 "
+            "or f16. Of a graph: onnxruntime (if not said), or standard, in ONNX's own operators alone: for other "
+            "runtimes, and slower in that one.",
         ),
     ] = None,
 ) -> None:

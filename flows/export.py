@@ -2,8 +2,9 @@
 
 ``gguf`` is one file for llama.cpp and what is built on it (Ollama, LM Studio), made from the float model. By default
 its matrices are f16: what the card measured of the float model then holds for it, which nothing has measured for q8_0,
-and llama.cpp makes smaller ones of it. ``hf`` is the float model as transformers loads it, ``onnx`` the INT8 model with
-what it needs: the graph that ships, or with the type ``standard`` one in ONNX's own operators alone.
+and llama.cpp makes smaller ones of it. ``hf`` is the float model as transformers loads it, in fp32 as it was measured
+or in 16 bits as most are published; ``onnx`` the INT8 model with what it needs: the graph that ships, or with the type
+``standard`` one in ONNX's own operators alone.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from tasks.errors import BadInput, UserMistake
 FOLDER = paths.SCRATCH / "export"
 FORMATS = ("gguf", "hf", "onnx")
 DEFAULT_TYPE = "f16"
-GRAPHS = ("onnxruntime", "standard")
+TYPES = {"hf": ("f32", "bf16", "f16"), "onnx": ("onnxruntime", "standard")}
 FLOAT_FILES = ("config.json", "tokenizer.json")
 # What lies there is DVC's: a file more, and a stage's output is another one.
 _OF_RUNS = (Path("data"), Path("models"))
@@ -32,7 +33,7 @@ _OF_RUNS = (Path("data"), Path("models"))
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to write, and where; ``type`` is that of a GGUF file's matrices, or of a graph. None: the default."""
+    """What to write, and where; ``type`` is that of weights, or of a graph. None: the format's default."""
 
     to: str
     output: Path | None = None
@@ -50,10 +51,8 @@ def export(root: Path, request: Request, out: Console, err: Console) -> Path:
     """
     if request.to not in FORMATS:
         raise UserMistake(f"--to: there is no format '{request.to}'; choose one of {', '.join(FORMATS)}.")
-    if request.type is not None and request.to == "hf":
-        raise UserMistake("--type: hf has no choice of types; gguf and onnx have.")
-    if request.type is not None and request.to == "onnx" and request.type not in GRAPHS:
-        raise UserMistake(f"--type: there is no type '{request.type}'; choose one of {', '.join(GRAPHS)}.")
+    if request.type is not None and request.to in TYPES and request.type not in TYPES[request.to]:
+        raise UserMistake(f"--type: there is no type '{request.type}'; choose one of {', '.join(TYPES[request.to])}.")
     for place in _OF_RUNS:
         if request.output is not None and request.output.resolve().is_relative_to((root / place).resolve()):
             raise UserMistake(f"{request.output}: in {place}/, where runs write; name another place with --output.")
@@ -95,8 +94,9 @@ def _to_gguf(root: Path, request: Request, err: Console) -> Path:
 
 
 def _to_folder(root: Path, request: Request) -> Path:
-    standard = request.to == "onnx" and request.type == "standard"
-    target = request.output or root / FOLDER / (f"{request.to}-standard" if standard else request.to)
+    # None where the model is taken as it lies there.
+    other = None if request.type in (None, TYPES[request.to][0]) else request.type
+    target = request.output or root / FOLDER / "-".join(filter(None, (request.to, other)))
     # What an earlier export left in the place that is taken without --output is replaced.
     if request.output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserMistake(f"{target}: not an empty folder. Name one that is empty, or not there yet, with --output.")
@@ -107,10 +107,12 @@ def _to_folder(root: Path, request: Request) -> Path:
         # What does not load here loads nowhere.
         generate.load(source)
     with atomic.folder(target) as folder:
-        if standard:
+        if other is None:
+            _copy(source, folder)
+        elif other == "standard":
             _write_standard(source, folder)
         else:
-            _copy(source, folder)
+            _write_in_16_bits(source, folder, other)
         if (card := root / paths.CARD).is_dir():
             _copy(card, folder)
         if request.to == "hf":
@@ -125,6 +127,19 @@ def _write_standard(source: Path, folder: Path) -> None:
     # The audit is of the operators that ship.
     _copy(source, folder, without=(graph, f"{graph}.data", paths.AUDIT.name))
     onnx_standard.write(source / graph, folder / graph)
+
+
+def _write_in_16_bits(source: Path, folder: Path, type_: str) -> None:
+    from lm import half_precision
+    from lm.gguf_tensors import Unfit
+    from lm.hugging_face_files import CONFIG, INDEX, weight_files
+
+    _check(source, source)
+    _copy(source, folder, without=(CONFIG, INDEX, *(path.name for path in weight_files(source))))
+    try:
+        half_precision.write(source, folder, "bf16" if type_ == "bf16" else "f16")
+    except Unfit as error:
+        raise BadInput(f"{source}: {error}.") from None
 
 
 def _source(root: Path, place: Path, names: Sequence[str]) -> Path:

@@ -11,7 +11,9 @@ import odd
 import onnx
 import pytest
 import tiny
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from texts import write_trained_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,6 +98,52 @@ def test_hf_is_a_folder_that_transformers_loads_with_its_card(root: Path) -> Non
     assert (folder / "README.md").read_text() == "# tiny-lm\n"
 
 
+def test_a_checkpoint_in_16_bits_comes_out_as_it_went_in(root: Path) -> None:
+    theirs, ours = root / "theirs", root / "models/float"
+    model = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.bfloat16)
+    model.save_pretrained(theirs, max_shard_size="30KB")
+    # Cut as a large model's is.
+    (ours / "model.safetensors").unlink()
+    loaded = hugging_face.load(theirs)
+    hugging_face.save_weights(loaded.config, hugging_face.held_by(loaded), ours, bytes_a_file=60_000)
+    folder = exported(root, "hf", type_="bf16")
+    assert folder == root / ".overnight/export/hf-bf16"
+    before, after = weights_of(theirs), weights_of(folder)
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
+    # Without being told which.
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert again.dtype == torch.bfloat16
+    ids = torch.arange(6)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert {path.name for path in folder.iterdir()} >= {path.name for path in ours.iterdir()}
+
+
+def test_routers_corrections_keep_their_32_bits(root: Path) -> None:
+    ours = root / "models/float"
+    hugging_face.save(odd.make_model(**IDS), root / "tokenizer.json", ours)
+    before, after = weights_of(ours), weights_of(exported(root, "hf", type_="f16"))
+    kept = {name for name in before if after[name].dtype == torch.float32}
+    assert kept == {name for name in before if name.endswith("e_score_correction_bias")} != set()
+    assert all(torch.equal(after[name], before[name].to(after[name].dtype)) for name in before)
+
+
+def test_what_f16_cannot_hold_is_named(root: Path) -> None:
+    model = hugging_face.load(root / "models/float")
+    with torch.no_grad():
+        model.lm_head.weight[3] = 70_000.0
+    hugging_face.save(model, root / "tokenizer.json", root / "models/float")
+    with pytest.raises(BadInput, match=r"models/float: lm_head\.weight has numbers beyond 65,504, .*bf16 holds"):
+        exported(root, "hf", type_="f16")
+    assert not any(path.is_file() for path in (root / ".overnight").rglob("*"))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def test_onnx_is_a_folder_that_the_runtime_loads_and_a_card_is_no_must(root: Path) -> None:
     shutil.rmtree(root / "models/card")
     folder = exported(root, "onnx")
@@ -123,7 +171,7 @@ def test_a_standard_graph_is_one_that_the_runtime_loads_too_with_what_it_needs(r
     [
         (Request("gguff"), "--to: there is no format 'gguff'; choose one of gguf, hf, onnx."),
         (Request("gguf", type="q4"), "--type: there is no type 'q4'; choose one of f32, f16, bf16, q8_0."),
-        (Request("hf", type="f16"), "--type: hf has no choice of types; gguf and onnx have."),
+        (Request("hf", type="q8_0"), "--type: there is no type 'q8_0'; choose one of f32, bf16, f16."),
         (Request("onnx", type="f16"), "--type: there is no type 'f16'; choose one of onnxruntime, standard."),
         (Request("gguf", Path("full")), "full: a folder; name a file in it with --output."),
         (
