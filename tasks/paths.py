@@ -24,6 +24,8 @@ INT8 = Path("models/int8")
 INT8_GRAPH = INT8 / "model.onnx"
 AUDIT = INT8 / "audit.json"
 QUANTIZATION = INT8 / "quantization.json"
+# What fine-tuning began with, for evaluate; nobody who writes with the model needs it.
+POST_TRAINING = INT8 / "post_training"
 
 INIT = Path("models/init")
 INIT_RECORD = INIT / "init.json"

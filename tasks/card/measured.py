@@ -3,6 +3,11 @@
 from tasks.card.evidence import Evidence, Report
 from tasks.markdown import table
 
+_STEPS = {
+    "rounded": " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned.",
+    "post_training": " *Post-training* is what the fine-tuning began with: INT8 against it is what that is worth.",
+}
+
 
 def section(evidence: Evidence) -> str:
     """Returns each measure with its interval, side by side, and the bits per byte of others."""
@@ -19,9 +24,10 @@ def section(evidence: Evidence) -> str:
             for index, found in enumerate(report.get("models.int8.same_experts") or [])
         ),
     ]
-    sides = {"float": "float", "post_training": "rounded alone", "int8": "INT8"}
-    if report.get("models.post_training") is None:
-        del sides["post_training"]
+    sides = {"float": "float", "rounded": "rounded alone", "post_training": "post-training", "int8": "INT8"}
+    for step in _STEPS:
+        if report.get(f"models.{step}") is None:
+            del sides[step]
     rows = [
         [name, *(report.interval(f"models.{side}.{key}", style) for side in sides)] for name, key, style in measures
     ]
@@ -43,11 +49,7 @@ def section(evidence: Evidence) -> str:
             f"Each token is predicted from at most {report.show('context', '{:,}')} before it. "
             "In brackets: 95% intervals from a bootstrap over documents; those of one group are alike, so that they "
             "say less about text of other groups."
-            + (
-                " *Rounded alone* is float under INT8's roundings, neither corrected nor fine-tuned."
-                if "post_training" in sides
-                else ""
-            )
+            + "".join(told for step, told in _STEPS.items() if step in sides)
             + (
                 " Of conversations only the assistant's answers count, read after what came before them."
                 if evidence.manifest.get("has_conversations")

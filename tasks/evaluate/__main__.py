@@ -13,8 +13,8 @@ from tasks import atomic, native, paths
 from tasks.bootstrap import Bootstrap
 from tasks.errors import BadInput
 from tasks.evaluate import baselines, champion, gate, report, texts
+from tasks.evaluate.graphs import graphs
 from tasks.evaluate.params import EvaluateParams
-from tasks.evaluate.post_training import post_training
 from tasks.evaluate.routing import Int8Routing
 from tasks.evaluate.score import score
 from tasks.progress import progress
@@ -41,10 +41,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(paths.TOKENIZER))
     known = texts.last(texts.documents(Shards(paths.SHARDS, manifest, "train"), manifest), baselines.MOST_BYTES)
     test = measured.texts(tokenizer)
-    with progress("evaluate") as shown, post_training(model) as rounded:
-        quantized = {report.INT8: Int8Routing(paths.INT8, model)}
-        if rounded is not None:
-            quantized[report.POST_TRAINING] = Int8Routing(rounded, model)
+    with progress("evaluate") as shown, graphs(model) as folders:
+        quantized = {name: Int8Routing(folder, model) for name, folder in folders.items()}
         scores = score(model, quantized, documents, params.threads, shown, learned)
         nats = None if opponent is None else opponent.nats(test, documents, learned, params.threads, shown)
         bootstrap = Bootstrap(len(documents), params.bootstrap_samples, params.seed)

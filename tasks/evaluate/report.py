@@ -11,7 +11,7 @@ from tasks.bootstrap import SHARE, Bootstrap, Estimate
 from tasks.evaluate.score import Marks, Quantized, Scores
 
 # The quantized models that are scored.
-INT8, POST_TRAINING = "int8", "post_training"
+INT8, POST_TRAINING, ROUNDED = "int8", "post_training", "rounded"
 
 
 class _Report(BaseModel):
@@ -47,9 +47,14 @@ class Int8Result(FloatResult):
 
 
 class Models(_Report):
-    """``post_training``: float rounded as INT8 is, neither corrected nor fine-tuned; None where INT8 is just that."""
+    """The float model and what is made of it, step by step; a step is None where INT8 is just that.
+
+    ``rounded``: float under INT8's roundings, and nothing else. ``post_training``: rotated and compensated before them
+    as ``quantize`` was asked to, which is what fine-tuning began with.
+    """
 
     float: FloatResult
+    rounded: Int8Result | None
     post_training: Int8Result | None
     int8: Int8Result
 
@@ -135,11 +140,14 @@ class Evaluation(_Report):
 
 def models(scores: Scores, bootstrap: Bootstrap, layers: tuple[int, ...]) -> Models:
     """Returns the results of all models; bits per byte are nats / (ln 2 x bytes). ``layers`` have routed experts."""
-    post_training = scores.quantized.get(POST_TRAINING)
+    found = {name: _quantized(scores, marks, bootstrap, layers) for name, marks in scores.quantized.items()}
+    post_training = found.get(POST_TRAINING)
     return Models(
         float=FloatResult(**_common(scores, scores.float, bootstrap)),
-        post_training=None if post_training is None else _quantized(scores, post_training, bootstrap, layers),
-        int8=_quantized(scores, scores.quantized[INT8], bootstrap, layers),
+        # Where nothing is rotated or compensated, fine-tuning begins with what is only rounded.
+        rounded=found.get(ROUNDED, post_training),
+        post_training=post_training,
+        int8=found[INT8],
     )
 
 

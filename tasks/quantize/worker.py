@@ -1,8 +1,11 @@
 """One quantizing process, as :mod:`tasks.launch` starts it. The first one exports the graph and audits it."""
 
+import contextlib
 import functools
 import gc
 import itertools
+import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +42,19 @@ COPIED = ("config.json", "tokenizer.json")
 
 def main() -> None:
     params = read_section("quantize", QuantizeParams)
-    with world.joined(params, params.mesh) as here, progress("quantize", here.is_first) as shown:
-        model, plan, found, curve = quantize(params, here, shown)
-        if here.is_first:
-            write(model.cpu(), plan, found, curve)
+    with (
+        world.joined(params, params.mesh) as here,
+        progress("quantize", here.is_first) as shown,
+        output(here) as folder,
+    ):
+        model, plan, found, curve = quantize(params, here, shown, folder)
+        if folder is not None:
+            write(folder, model.cpu(), plan, found, curve)
+
+
+def output(here: World) -> AbstractContextManager[Path | None]:
+    """Returns what yields the folder that becomes ``models/int8``, in the first process, which alone writes to it."""
+    return atomic.folder(paths.INT8) if here.is_first else contextlib.nullcontext()
 
 
 class Attempt(NamedTuple):
@@ -55,13 +67,15 @@ class Attempt(NamedTuple):
     trials: tuple[Trial, ...]
 
 
-def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[LanguageModel, Plan, Quantization, Curve]:
+def quantize(
+    params: QuantizeParams, here: World, shown: Progress, folder: Path | None
+) -> tuple[LanguageModel, Plan, Quantization, Curve]:
     """Returns the model and the plan of the first candidate that loses little enough, else of that which loses least.
 
-    A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth. A fine-tuning
-    that diverges ends the stage.
+    A scheme that fine-tunes is measured before that too: the difference is what the fine-tuning is worth. What it was
+    then is left in ``folder``, None but in the first process. A fine-tuning that diverges ends the stage.
     """
-    schemes = _Schemes(params, here, shown)
+    schemes = _Schemes(params, here, shown, folder)
     tried: dict[SchemeName, tuple[Trial, ...]] = {}
     for name in params.candidates:
         attempt = schemes.attempt(name)
@@ -101,9 +115,9 @@ def quantize(params: QuantizeParams, here: World, shown: Progress) -> tuple[Lang
 class _Schemes:
     """Tries schemes on the float model in ``models/float``."""
 
-    def __init__(self, params: QuantizeParams, here: World, shown: Progress) -> None:
+    def __init__(self, params: QuantizeParams, here: World, shown: Progress, folder: Path | None) -> None:
         manifest = read_manifest()
-        self._params, self._here, self._shown = params, here, shown
+        self._params, self._here, self._shown, self._folder = params, here, shown, folder
         self._checkpoints = Checkpoints(
             "quantize",
             inputs.key("quantize", params, checkpoint_inputs()),
@@ -132,11 +146,15 @@ class _Schemes:
 
     def _attempt(self, name: SchemeName) -> Attempt:
         params, here, seen = self._params, self._here, self._seen
+        if self._folder is not None:
+            # Of the scheme that was tried before.
+            shutil.rmtree(self._folder / paths.POST_TRAINING.name, ignore_errors=True)
         plain = calibrate(self._original.to(here.device), plan_of(name, params, self._original.config), seen)
         model, plan = rounded(hugging_face.load(paths.FLOAT), plain, params, seen, self._shown)
         trials = [self.measure.trial(name, "post-training", model)]
         curve = Curve()
         if SCHEMES[name].fine_tuned:
+            self._keep(model, plan)
             if params.objective == "float":
                 teach(model, self._original)
             else:
@@ -151,6 +169,14 @@ class _Schemes:
             model.taught = None
             trials.append(self.measure.trial(name, "fine-tuning", model))
         return Attempt(model, plan, plain, curve, tuple(trials))
+
+    def _keep(self, model: LanguageModel, plan: Plan) -> None:
+        """Writes the graph of ``model`` as fine-tuning begins with it, of which that leaves nothing."""
+        if self._folder is not None:
+            export(model.cpu(), plan, self._folder / paths.POST_TRAINING.name)
+            model.to(self._here.device)
+        # Once training has begun, whoever keeps the others waiting for long is taken for gone.
+        self._here.lowest(0)
 
 
 def fine_tuned(
@@ -207,20 +233,26 @@ def rounded(
     return compensate(model, plan, seen, lambda done, blocks: shown.update(done, blocks, "blocks")), plan
 
 
-def write(model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -> None:
+def write(folder: Path, model: LanguageModel, plan: Plan, found: Quantization, curve: Curve) -> None:
     """Writes the graph with what a program needs beside it, its audit, what was tried, and the fine-tuning's curve."""
-    with atomic.folder(paths.INT8) as folder:
-        graph = folder / paths.INT8_GRAPH.name
-        onnx_model.export(model, plan, graph)
-        report = audit(graph, model, plan)
-        for name in (*map(Path, COPIED), *companions(paths.FLOAT)):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes((paths.FLOAT / name).read_bytes())
-        (folder / "curve.csv").write_text(curve.to_csv())
-        atomic.write_json(folder / paths.AUDIT.name, report.model_dump())
-        atomic.write_json(folder / paths.QUANTIZATION.name, found.model_dump())
+    export(model, plan, folder)
+    report = audit(folder / paths.INT8_GRAPH.name, model, plan)
+    for name in companions(paths.FLOAT):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((paths.FLOAT / name).read_bytes())
+    (folder / "curve.csv").write_text(curve.to_csv())
+    atomic.write_json(folder / paths.AUDIT.name, report.model_dump())
+    atomic.write_json(folder / paths.QUANTIZATION.name, found.model_dump())
     if not curve.rows:
         sum_up("quantize", [], 1)
+
+
+def export(model: LanguageModel, plan: Plan, folder: Path) -> None:
+    """Writes the graph of ``model``, which lies on the CPU, with what scoring needs beside it."""
+    folder.mkdir(exist_ok=True)
+    onnx_model.export(model, plan, folder / paths.INT8_GRAPH.name)
+    for name in COPIED:
+        shutil.copyfile(paths.FLOAT / name, folder / name)
 
 
 if __name__ == "__main__":

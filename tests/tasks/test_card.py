@@ -87,6 +87,31 @@ def test_numbers_come_from_the_reports(project: Path) -> None:
     assert f"{relative['value']:+.4f} [{relative['low']:+.4f}, {relative['high']:+.4f}]" in card
 
 
+@pytest.mark.parametrize(
+    ("there", "titles", "bits"),
+    [
+        (["rounded", "post_training"], "rounded alone | post-training | INT8", "1.200 | 1.300 | 1.400"),
+        # INT8 itself is what the others would be.
+        (["rounded"], "rounded alone | INT8", "1.200 | 1.400"),
+        ([], "INT8", "1.400"),
+    ],
+)
+def test_each_step_from_float_to_int8_has_its_column(there: list[str], titles: str, bits: str) -> None:
+    measured = {"float": 1.1, "rounded": 1.2, "post_training": 1.3, "int8": 1.4}
+    models = {
+        step: {"bits_per_byte": {"value": value, "low": None, "high": None}}
+        if step in [*there, "float", "int8"]
+        else None
+        for step, value in measured.items()
+    }
+    card = text.body(evidence_of(evaluation={"models": models}), PARAMS)
+    assert f"|  | float | {titles} |\n" in card
+    assert f"| bits per byte | 1.100 | {bits} |\n" in card
+    # And what it is stands above.
+    assert ("*Rounded alone* is" in card) == ("rounded" in there)
+    assert ("*Post-training* is" in card) == ("post_training" in there)
+
+
 def test_a_passed_gate_stands_in_the_card_with_its_reasons_and_no_warning(project: Path) -> None:
     card = _card(project)
     gate = json.loads((project / "models/evaluation.json").read_text())["gate"]

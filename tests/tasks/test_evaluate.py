@@ -124,6 +124,23 @@ def test_bits_per_byte_leave_special_tokens_out() -> None:
     assert models.float.nats_per_token.value == pytest.approx(4 * math.log(2), abs=1e-6)
 
 
+def test_a_step_that_changed_nothing_shows_what_the_one_before_does() -> None:
+    zero, one, two = np.zeros(2), np.ones(2), np.full(2, 2.0)
+    quantized = {
+        name: Quantized(nats, zero, [np.zeros(1), np.zeros(1)], zero, np.zeros((2, 0)))
+        for name, nats in (("int8", one), ("post_training", two))
+    }
+    scores = Scores(one, one, Marks(one, zero), quantized)
+    bootstrap = Bootstrap(2, 100, 0)
+    models = report.models(scores, bootstrap, ())
+    # Neither rotated nor compensated, and fine-tuned.
+    assert models.rounded is not None
+    assert models.rounded == models.post_training != models.int8
+    del quantized["post_training"]
+    models = report.models(scores, bootstrap, ())
+    assert models.rounded is models.post_training is None
+
+
 def test_a_quantiles_interval_is_that_of_theory() -> None:
     # Documents of ten values each: the quantile of 4,000 independent values, and its interval by their ranks.
     values = np.random.default_rng(3).uniform(0, 1, (400, 10))
@@ -246,25 +263,45 @@ def test_int8_is_close_to_float_but_not_the_same_numbers(project: Path) -> None:
     assert int8["bits_per_byte"] != measured["models"]["float"]["bits_per_byte"]
 
 
-def test_a_fine_tuned_model_stands_beside_the_float_one_that_was_only_rounded(project: Path) -> None:
+def test_each_step_from_float_to_int8_is_measured_on_its_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from lm import hugging_face
     from lm.quantization import PLANS, prepare
-    from tasks.shards import Shards, read_manifest
+    from tasks.progress import Lines, Progress
+    from tasks.quantize import worker
+    from tasks.quantize.params import QuantizeParams
+    from tasks.section import read_section
+    from tasks.shards import Shards, read_manifest, read_windows
+    from tasks.world import World
 
+    monkeypatch.chdir(project)
+    manifest, params, plan = read_manifest(), read_section("quantize", QuantizeParams), PLANS["per-token-8"]
+    model = hugging_face.load(project / "models/float")
+    train = read_windows(manifest, model.config.window).train
+    seen = worker.calibration_windows(train, params, World(0, 1, torch.device("cpu"), "fp32"))
+    shown = Progress("quantize", Lines(lambda _: None))
+    made = {
+        "rounded": prepare(hugging_face.load(project / "models/float"), plan),
+        "post_training": worker.rounded(model, plan, params, seen, shown)[0],
+    }
     measured = json.loads((project / "models/evaluation.json").read_text())["models"]
-    assert measured["post_training"]["kl_divergence"]["value"] < 0.5 * measured["int8"]["kl_divergence"]["value"]
-    model = prepare(hugging_face.load(project / "models/float"), PLANS["per-token-8"]).eval()
-    nats = tokens = 0.0
-    with torch.no_grad():
-        for document, _ in Shards(project / "data/shards", read_manifest(project / "data/shards"), "test").documents():
-            ids = torch.from_numpy(document.astype(np.int64))
-            for window in windows_of(0, document.astype(np.int64), 16):
-                losses = -model(torch.from_numpy(window.inputs)[None])[0].log_softmax(-1)
-                nats += float(losses[range(len(window.targets)), window.targets][window.scored].sum())
-            tokens += len(ids) - 1
-    assert measured["post_training"]["nats_per_token"]["value"] == pytest.approx(nats / tokens, abs=3e-4)
+    assert measured.keys() == {"float", *made, "int8"}
+    documents = [document for document, _ in Shards(project / "data/shards", manifest, "test").documents()]
+    for step, model in made.items():
+        nats = 0.0
+        with torch.no_grad():
+            for document in documents:
+                for window in windows_of(0, document.astype(np.int64), 16):
+                    losses = -model.eval()(torch.from_numpy(window.inputs)[None])[0].log_softmax(-1)
+                    nats += float(losses[range(len(window.targets)), window.targets][window.scored].sum())
+        tokens = sum(len(document) - 1 for document in documents)
+        assert measured[step]["nats_per_token"]["value"] == pytest.approx(nats / tokens, abs=3e-4), step
+        # Both have stayed with the float model, which a fine-tuning on text leaves.
+        assert measured[step]["kl_divergence"]["value"] < 0.5 * measured["int8"]["kl_divergence"]["value"]
+        assert measured[step]["nats_per_token"]["value"] > measured["int8"]["nats_per_token"]["high"]
+        assert measured[step].keys() == measured["int8"].keys()
+    assert measured["rounded"] != measured["post_training"]
 
 
 def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp_path: Path) -> None:
@@ -277,7 +314,8 @@ def test_a_model_that_is_only_rounded_has_no_such_neighbour(candidate: Path, tmp
     for stage in ("quantize", "evaluate"):
         code, output = tiny.run(stage, folder)
         assert code == 0, output
-    assert json.loads((folder / "models/evaluation.json").read_text())["models"]["post_training"] is None
+    measured = json.loads((folder / "models/evaluation.json").read_text())["models"]
+    assert measured["rounded"] is measured["post_training"] is None
 
 
 def test_fixed_ranges_are_those_of_the_float_model_where_it_is_only_rounded(candidate: Path, tmp_path: Path) -> None:
@@ -296,7 +334,9 @@ def test_fixed_ranges_are_those_of_the_float_model_where_it_is_only_rounded(cand
         code, output = tiny.run(stage, folder)
         assert code == 0, output
     measured = json.loads((folder / "models/evaluation.json").read_text())["models"]
-    assert 0 < measured["post_training"]["kl_divergence"]["value"] < 0.1
+    assert 0 < measured["rounded"]["kl_divergence"]["value"] < 0.1
+    # Rotated and compensated is what INT8 itself is.
+    assert measured["post_training"] is None
     shards = Shards(folder / "data/shards", read_manifest(folder / "data/shards"), "train").reader(16)
     seen = torch.from_numpy(shards.batch(np.arange(16) * len(shards) // 16)).long()[:, :-1]
     expected = calibrate(hugging_face.load(folder / "models/float"), PLANS["static-8"], seen).ranges
@@ -304,14 +344,23 @@ def test_fixed_ranges_are_those_of_the_float_model_where_it_is_only_rounded(cand
     assert found == {name: dataclasses.asdict(within) for name, within in expected.items()}
 
 
-def test_a_folder_that_does_not_say_how_it_was_made_names_the_stage_to_run(candidate: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("quantization.json", "missing, or of another version"),
+        ("post_training/model.onnx", "no such file"),
+    ],
+)
+def test_what_quantize_has_not_left_names_the_stage_to_run(
+    lost: str, told: str, candidate: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "project"
     shutil.copytree(candidate, folder)
     tiny.write_champion(folder)
-    (folder / "models/int8/quantization.json").unlink()
+    (folder / "models/int8" / lost).unlink()
     code, output = tiny.run("evaluate", folder)
     assert code == 2
-    assert "quantization.json: missing, or of another version. Rerun the stage 'quantize'." in tiny.error_line(output)
+    assert f"models/int8/{lost}: {told}. Rerun the stage 'quantize'." in tiny.error_line(output)
 
 
 def test_a_missing_model_names_the_stage_to_run(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from waiting import until
 from lm import blockwise, hugging_face
 from lm.quantization import PLANS, prepare
 from tasks.bootstrap import Estimate
+from tasks.champion import MODEL_FILES
 from tasks.curve import Curve
 from tasks.errors import EXIT_TRY_AGAIN
-from tasks.evaluate.post_training import post_training
+from tasks.evaluate.graphs import graphs
 from tasks.quantize import worker
 from tasks.quantize.params import QuantizeParams, SchemeName
 from tasks.quantize.schemes import Measure, Trial, plan_name, plan_of
@@ -79,7 +80,7 @@ def test_auto_keeps_the_first_whose_loss_is_surely_below_the_limit_or_the_least(
     monkeypatch.setattr(worker, "_Schemes", MadeUp)
     tiny.write_params(trained, quantize__scheme="auto", quantize__max_relative_loss=0.002)
     params = read_section("quantize", QuantizeParams)
-    _, _, found, _ = worker.quantize(params, None, None)  # type: ignore[arg-type]
+    _, _, found, _ = worker.quantize(params, None, None, None)  # type: ignore[arg-type]
     assert found.scheme == kept
     assert found.fine_tuned == (kept == "qat")
     # The one that is kept after others were tried is made once more.
@@ -176,6 +177,8 @@ def test_where_none_loses_little_enough_auto_keeps_what_loses_least(
     first, _, last = (trial["relative_loss"]["value"] for trial in found["trials"])
     assert (found["scheme"], found["fine_tuned"]) == (kept, kept == "qat")
     assert (last < first) == (kept == "qat")
+    # Of a scheme that was tried and not kept nothing is left.
+    assert (trained / "models/int8/post_training").exists() == (kept == "qat")
     graph = (trained / "models/int8/model.onnx.data").read_bytes()
     tiny.write_params(trained, quantize__scheme=kept, quantize__max_relative_loss=-1.0, **settings)
     assert tiny.run("quantize", trained)[0] == 0
@@ -283,6 +286,29 @@ def test_what_is_done_before_the_rounding_is_asked_for_told_and_always_the_same(
         assert same == (not rotated and not compensated)
 
 
+@pytest.mark.parametrize("corrected", [True, False])
+def test_what_fine_tuning_begins_with_is_what_the_same_roundings_make_without_it(
+    trained: Path, corrected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {f"quantize__{name}": corrected for name in ("rotate", "compensate")}
+    made = {}
+    for scheme in ("dynamic", "qat"):
+        tiny.write_params(trained, **tiny.ALONE, **settings, quantize__scheme=scheme)
+        code, output = tiny.run("quantize", trained)
+        assert code == 0, output
+        made[scheme] = tiny.files_of(trained / "models/int8")
+    before = {name: made["qat"].pop(f"post_training/{name}") for name in MODEL_FILES}
+    assert before == {name: made["dynamic"][name] for name in MODEL_FILES}
+    assert before["model.onnx.data"] != made["qat"]["model.onnx.data"]
+    # And nothing else is left beside the model.
+    assert made["qat"].keys() == made["dynamic"].keys()
+    monkeypatch.chdir(trained)
+    with graphs(hugging_face.load(Path("models/float"))) as folders:
+        assert folders.keys() == {"int8", "post_training"} | ({"rounded"} if corrected else set())
+        if corrected:
+            assert tiny.files_of(folders["rounded"])["model.onnx.data"] != before["model.onnx.data"]
+
+
 @pytest.mark.parametrize("scheme", ["static", "qat"])
 def test_routers_and_norms_are_rounded_if_they_are_to_be(
     trained: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
@@ -297,9 +323,8 @@ def test_routers_and_norms_are_rounded_if_they_are_to_be(
     assert not any("gate.weight" in name for name in found["float_products"])
     # The float model that is evaluated beside it is rounded in the same places.
     monkeypatch.chdir(trained)
-    with post_training(hugging_face.load(Path("models/float"))) as folder:
-        assert folder is not None
-        beside = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+    with graphs(hugging_face.load(Path("models/float"))) as folders:
+        beside = onnx.load(folders["rounded"] / "model.onnx", load_external_data=False).graph.initializer
     assert {"model.layers.1.mlp.gate.int8", "model.norm.int8"} <= {tensor.name for tensor in beside}
 
 
@@ -383,6 +408,7 @@ def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: i
     expected = tiny.files_of(trained / "models/int8")
     assert expected["chat_template.jinja"] == tiny.CHATML.encode()
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json", "audit.json"} <= expected.keys()
+    assert expected["post_training/model.onnx.data"] != expected["model.onnx.data"]
     report = json.loads(expected["audit.json"])
     assert report["quantized_share_of_bytes"] > 0.5
 
@@ -392,7 +418,10 @@ def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: i
     assert process.poll() is None, process.communicate()[0]
     process.kill()
     process.communicate()
+    # It had been at that for as long as it had fine-tuned.
+    assert [*(trained / "models").glob(".partial-*")]
     code, output = tiny.run("quantize", trained)
     assert code == 0, output
     assert "goes on after step" in output
     assert tiny.files_of(trained / "models/int8") == expected
+    assert not [*(trained / "models").glob(".partial-*")]

@@ -1,4 +1,4 @@
-"""The float model rounded as the INT8 model is, but neither corrected nor fine-tuned: what those two are worth."""
+"""The quantized graphs that are scored: INT8, and what it would be without the steps that led to it."""
 
 import contextlib
 import shutil
@@ -15,6 +15,7 @@ from lm.quantization import PLANS, Plan
 from lm.static import Range
 from tasks import paths
 from tasks.errors import BadInput
+from tasks.evaluate.report import INT8, POST_TRAINING, ROUNDED
 
 
 class Made(BaseModel):
@@ -33,18 +34,25 @@ class Made(BaseModel):
 
 
 @contextlib.contextmanager
-def post_training(model: LanguageModel) -> Iterator[Path | None]:
-    """Yields a folder with the graph of the float ``model`` under the plan of the INT8 model, while the context lasts.
+def graphs(model: LanguageModel) -> Iterator[dict[str, Path]]:
+    """Yields the folder of each graph by its name in the report, while the context lasts. ``model`` is the float one.
 
-    None where the INT8 model itself is nothing else. Raises :class:`BadInput` where ``quantize`` has not said.
+    ``rounded`` is made here, and is there where the INT8 model was rotated or compensated; ``post_training``, which
+    ``quantize`` has left, where it was fine-tuned. Raises :class:`BadInput` where ``quantize`` has not said, or left.
     """
     try:
         made = Made.model_validate_json(paths.QUANTIZATION.read_bytes())
         plan = PLANS[made.plan]
     except (FileNotFoundError, ValidationError, KeyError):
         raise BadInput(f"{paths.QUANTIZATION}: missing, or of another version. Rerun the stage 'quantize'.") from None
-    if not (made.rotated or made.compensated or made.fine_tuned):
-        yield None
+    folders = {INT8: paths.INT8}
+    if made.fine_tuned:
+        folders[POST_TRAINING] = paths.POST_TRAINING
+        graph = paths.POST_TRAINING / paths.INT8_GRAPH.name
+        if not graph.is_file():
+            raise BadInput(f"{graph}: no such file. Rerun the stage 'quantize'.")
+    if not (made.rotated or made.compensated):
+        yield folders
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -52,4 +60,4 @@ def post_training(model: LanguageModel) -> Iterator[Path | None]:
         onnx_model.export(model, plan, folder / paths.INT8_GRAPH.name)
         for beside in ("config.json", "tokenizer.json"):
             shutil.copy(paths.INT8 / beside, folder / beside)
-        yield folder
+        yield {**folders, ROUNDED: folder}
