@@ -99,7 +99,7 @@ def fetch(root: Path, commit: str, output: Path, folder: Path, names: Collection
     # An attempt that was interrupted may have been at another version.
     shutil.rmtree(scratch, ignore_errors=True)
     with dvc.store(root, restore.remote(root)) as store:
-        fetched = restore.place(store, outputs, scratch, root, lambda done, total: None)
+        fetched = restore.place(store, outputs, scratch, root, lambda done, total: None, paths.POST_TRAINING)
     for one in fetched:
         if one.source is restore.Source.NOWHERE:
             raise UserMistake(str(one))

@@ -27,6 +27,8 @@ FORMATS = ("gguf", "hf", "onnx")
 DEFAULT_TYPE = "f16"
 TYPES = {"hf": ("f32", "bf16", "f16"), "onnx": ("onnxruntime", "standard")}
 FLOAT_FILES = ("config.json", "tokenizer.json")
+# It was measured, and nobody writes with it.
+_UNUSED = (paths.POST_TRAINING.name,)
 # What lies there is DVC's: a file more, and a stage's output is another one.
 _OF_RUNS = (Path("data"), Path("models"))
 
@@ -108,7 +110,7 @@ def _to_folder(root: Path, request: Request) -> Path:
         generate.load(source)
     with atomic.folder(target) as folder:
         if other is None:
-            _copy(source, folder)
+            _copy(source, folder, without=_UNUSED)
         elif other == "standard":
             _write_standard(source, folder)
         else:
@@ -125,7 +127,7 @@ def _write_standard(source: Path, folder: Path) -> None:
 
     graph = paths.INT8_GRAPH.name
     # The audit is of the operators that ship.
-    _copy(source, folder, without=(graph, f"{graph}.data", paths.AUDIT.name))
+    _copy(source, folder, without=(graph, f"{graph}.data", paths.AUDIT.name, *_UNUSED))
     onnx_standard.write(source / graph, folder / graph)
 
 
@@ -153,8 +155,10 @@ def _source(root: Path, place: Path, names: Sequence[str]) -> Path:
 
 
 def _copy(source: Path, folder: Path, without: Sequence[str] = ()) -> None:
-    for file in sorted(path for path in source.rglob("*") if path.is_file() and path.name not in without):
-        copy = folder / file.relative_to(source)
+    for name in sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file()):
+        if {*name.parts} & {*without}:
+            continue
+        file, copy = source / name, folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
         if not filecmp.cmp(file, copy, shallow=False):

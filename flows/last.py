@@ -51,6 +51,8 @@ def _gather(root: Path, output: Output, folder: Path) -> None:
         listing = contents.parse_listing(objects.read(store, output))
         with atomic.folder(folder) as made:
             for name, md5 in listing.items():
+                if (output.path / name).is_relative_to(paths.POST_TRAINING):
+                    continue
                 (made / name).parent.mkdir(parents=True, exist_ok=True)
                 if not store.path(md5).is_file():
                     if not store.download(md5, made / name):

@@ -27,7 +27,7 @@ def model_of(root: Path, name: str, say: Callable[[str], object]) -> Path:
         target = target.with_name(f"{version.name}-{version.commit[:12]}")
     restore.claim(target, version.commit, "--version")
     with dvc.store(root, restore.remote(root)) as store:
-        fetched = restore.place(store, outputs, target, root, lambda done, total: None)
+        fetched = restore.place(store, outputs, target, root, lambda done, total: None, paths.POST_TRAINING)
         if lost := [one for one in fetched if one.source is restore.Source.NOWHERE]:
             cure = f" {restore.cure(store, version.name, fetched)}" if lost[0].where else ""
             raise UserMistake(f"{version.name}: {lost[0]}.{cure}")

@@ -124,11 +124,14 @@ def remote(root: Path) -> str | None:
     return project.parameters(root).publish.data_remote
 
 
-def place(store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path, report: Report) -> tuple[Fetched, ...]:
+def place(
+    store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path, report: Report, without: Path | None = None
+) -> tuple[Fetched, ...]:
     """Writes each file of ``outputs`` below ``target`` and returns how each was had; ``report`` gets bytes and total.
 
     A file is looked for in ``target``, the cache, the project at ``root``, and the remote; only bytes of the recorded
-    MD5 are taken. A damaged object of the cache is replaced by a good one, or removed where there is none.
+    MD5 are taken. A damaged object of the cache is replaced by a good one, or removed where there is none. What lies in
+    the folder ``without``, a path in the project, is not looked for.
     """
     wanted: list[tuple[Path, str]] = []
     found: list[Fetched] = []
@@ -142,7 +145,8 @@ def place(store: dvc.Store, outputs: Sequence[Output], target: Path, root: Path,
         if listing is not None:
             with _in_the_way_is_told():
                 (target / output.path).mkdir(parents=True, exist_ok=True)
-            wanted.extend((output.path / path, md5) for path, md5 in contents.parse_listing(listing).items())
+            files = [(output.path / path, md5) for path, md5 in contents.parse_listing(listing).items()]
+            wanted.extend(file for file in files if without is None or not file[0].is_relative_to(without))
     done = 0
     with concurrent.futures.ThreadPoolExecutor(_COPIES_AT_A_TIME) as pool:
         copies = [pool.submit(_fetch, store, path, md5, target / path, root) for path, md5 in wanted]

@@ -94,6 +94,10 @@ def objects_of(clone: Clone, version: str) -> list[Path]:
 def test_the_champion_is_the_model_in_production_and_says_which(published: Clone) -> None:
     version = registry.resolve(published.root, "v1.0.0")
     shutil.rmtree(paths.CHAMPION)
+    # What its fine-tuning began with is not needed.
+    (unused,) = (file for file in objects_of(published, "v1.0.0") if file.read_text().startswith("post_training/"))
+    unused.unlink()
+    shutil.rmtree(published.shelf)
     brought = champion.bring(published.root)
     assert brought == read_champion() == champion.current(published.root)
     assert (brought.version, brought.commit) == (version.tag, version.commit)

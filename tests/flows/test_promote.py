@@ -11,6 +11,7 @@ from rich.console import Console
 from flows import contents, dvc, generate, objects, promote, pushed, registry, remotely
 from flows.git import git
 from flows.registry import NoSuchVersion
+from tasks.champion import MODEL_FILES
 from tasks.errors import TryAgain, UserMistake
 
 
@@ -100,6 +101,8 @@ def test_the_model_in_production_is_had_on_another_machine(published: Clone, mon
     folder = generate.place(other.root, told.append, "prod")
     assert folder == other.root / ".overnight/versions/v1.0.0/models/int8"
     assert "0.75" not in (folder / "config.json").read_text()
+    # What its fine-tuning began with is not brought along.
+    assert {path.name for path in folder.iterdir()} == {*MODEL_FILES}
     monkeypatch.chdir(published.root)
     said("promote", "v1.1.0")
     monkeypatch.chdir(other.root)

@@ -28,8 +28,8 @@ rate = ruamel.yaml.YAML(typ="safe").load(pathlib.Path("params.yaml"))["train"]["
 if sys.argv[1] == "model":
     text = "".join(file.read_text() for file in sorted(pathlib.Path("data/raw").rglob("*.txt")))
     folder = pathlib.Path("models/int8")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json"):
+    (folder / "post_training").mkdir(parents=True, exist_ok=True)
+    for name in ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "post_training/model.onnx"):
         (folder / name).write_text(f"{name} {rate}: {text}")
 else:
     measured = json.loads(pathlib.Path("models/champion/champion.json").read_text())
