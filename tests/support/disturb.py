@@ -244,6 +244,20 @@ def stall_a_checkpoint() -> None:
     Checkpoints._write = stalling  # type: ignore[method-assign]
 
 
+def slow_the_first_graph() -> None:
+    """Has the first process take the seconds that the variable ``SLOW`` says to write what fine-tuning begins with."""
+    from tasks.quantize import worker
+
+    export = worker.export
+
+    def slow(model: Any, plan: Any, folder: Path) -> None:
+        export(model, plan, folder)
+        if folder.name == "post_training":
+            time.sleep(float(os.environ["SLOW"]))
+
+    worker.export = slow
+
+
 def run_out_of_memory() -> None:
     """Makes the function that the variable ``WHERE`` names fail as torch does where there is no memory left.
 

@@ -398,6 +398,13 @@ def test_while_the_last_checkpoint_is_written_nobody_is_taken_for_gone(tmp_path:
     )
 
 
+def test_whoever_writes_what_fine_tuning_begins_with_is_waited_for(trained: Path) -> None:
+    tiny.write_params(trained, quantize__hang_timeout_seconds=3.0)
+    # Longer than a process may keep the others waiting once training has begun.
+    code, output = tiny.run("quantize", trained, disturb.slow_the_first_graph, SLOW="9")
+    assert code == 0, output
+
+
 @pytest.mark.parametrize("shard", [1, 2])
 def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: int) -> None:
     tiny.write_params(trained, quantize__mesh={"shard": shard})
