@@ -16,6 +16,11 @@ from tasks.progress import EVENTS_VARIABLE, Event
 
 # What the kernel needs to tear down large processes.
 _SECONDS_TO_TEAR_DOWN = 5.0
+# What takes longer to end, and may, is told of.
+SECONDS_UNTOLD = 3.0
+TOLD_TO_END = (
+    f"told to end; it may take up to {supervise.STAGE_GRACE_SECONDS:.0f} s: a training writes a checkpoint first."
+)
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -103,10 +108,15 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self._supervisor.stdin.close()
 
-    def stop(self) -> None:
-        """Ends the process and its descendants; returns when they are gone."""
+    def stop(self, tell: Callable[[], object] = lambda: None) -> None:
+        """Ends the process and its descendants; returns when they are gone. ``tell`` is called if that takes long.
+
+        Interrupted, it leaves them to their supervisor, which gives them the same time.
+        """
         self.let_go()
-        if self.wait(self._seconds + _SECONDS_TO_TEAR_DOWN) is None:
+        if self.wait(SECONDS_UNTOLD) is None and self._seconds > SECONDS_UNTOLD:
+            tell()
+        if self.wait(self._seconds + _SECONDS_TO_TEAR_DOWN - SECONDS_UNTOLD) is None:
             self._supervisor.kill()
             self._supervisor.wait()
 
@@ -136,12 +146,16 @@ def run(
     events.parent.mkdir(parents=True, exist_ok=True)
     events.write_text("")
     told = {**environment, EVENTS_VARIABLE: str(events.absolute())}
+
+    def tell() -> None:
+        line = f"{TOLD_TO_END} Ctrl-C does not wait for that, and loses nothing."
+        on_event(Event(log.stem, "", 0, 0, "", 0, notice=line))
+
+    def start() -> Child:
+        return kind(command, log, told, kept=kept, seconds=supervise.STAGE_GRACE_SECONDS)
+
     try:
-        with (
-            events.open(encoding="utf-8") as tail,
-            kind(command, log, told, kept=kept, seconds=supervise.STAGE_GRACE_SECONDS) as child,
-            _at_work(child),
-        ):
+        with events.open(encoding="utf-8") as tail, _at_work(start(), log.stem, tell) as child:
             watchdog = Watchdog(child.pid, seconds_to_move) if seconds_to_move is not None else None
             while True:
                 code = child.wait(_SECONDS_BETWEEN_LOOKS)
@@ -155,17 +169,19 @@ def run(
         events.unlink(missing_ok=True)
 
 
-_children: set[Child] = set()
+# The name of each is that of its log: its stage.
+_children: dict[Child, str] = {}
 
 
 @contextlib.contextmanager
-def _at_work(child: Child) -> Iterator[None]:
-    _children.add(child)
+def _at_work(child: Child, name: str, tell: Callable[[], object]) -> Iterator[Child]:
+    _children[child] = name
     try:
-        yield
+        yield child
     finally:
-        child.stop()
-        _children.remove(child)
+        # No `with child`: that would wait once more for what a second Ctrl-C no longer waits for.
+        child.stop(tell)
+        del _children[child]
 
 
 def let_go() -> None:
@@ -174,9 +190,9 @@ def let_go() -> None:
         child.let_go()
 
 
-def is_at_work() -> bool:
-    """Whether some of it has not ended yet."""
-    return not all(child.is_gone for child in tuple(_children))
+def at_work() -> list[str]:
+    """Returns the stages of what has not ended yet."""
+    return [name for child, name in tuple(_children.items()) if not child.is_gone]
 
 
 def _new_events(tail: IO[str]) -> Iterator[Event]:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from flows import lock, project, runs, server, supervise, timetable
 from flows.listening import listen
-from flows.process import Child
+from flows.process import TOLD_TO_END, Child
 from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import paths
@@ -124,18 +124,18 @@ def _keep(root: Path, times: Timetable, port: int, descriptor: int, out: Console
         else:
             # Held open here over the server's restarts: who asks meanwhile waits and is not refused.
             listening = stack.enter_context(_listen(port))
-            stood = _Kept("Prefect's server", root / server.LOG, lambda: _stand(root, listening, descriptor))
+            stood = _Kept("Prefect's server", root / server.LOG, lambda: _stand(root, listening, descriptor), out)
             kept.append(stack.enter_context(stood))
             address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         (root / STARTED).unlink(missing_ok=True)
         command = [sys.executable, "-m", "flows.runner", name, times.cron, times.timezone]
         environment = _environment(shared)
-        runner = _Kept("the runner", root / LOG, lambda: _run(command, root / LOG, environment, descriptor))
+        runner = _Kept("the runner", root / LOG, lambda: _run(command, root / LOG, environment, descriptor), out)
         kept.append(stack.enter_context(runner))
         told = False
         while True:
             for one in kept:
-                one.look(out)
+                one.look()
             if not told and (root / STARTED).exists():
                 _tell(out, root, Started.model_validate_json((root / STARTED).read_bytes()), times, address)
                 told = True
@@ -164,17 +164,17 @@ _LOGGED = {
 
 
 class _Kept:
-    """A child that is started again when it ends by itself. Leaving the ``with`` block ends it."""
+    """A child that is started again when it ends by itself, which ``out`` is told. Leaving the block ends it."""
 
-    def __init__(self, name: str, log: Path, start: Callable[[], Child]) -> None:
-        self._name, self._log, self._start = name, log, start
+    def __init__(self, name: str, log: Path, start: Callable[[], Child], out: Console) -> None:
+        self._name, self._log, self._start, self._out = name, log, start, out
 
     def __enter__(self) -> Self:
         self._since = time.monotonic()
         self._child = self._start()
         return self
 
-    def look(self, out: Console) -> None:
+    def look(self) -> None:
         """Starts the child again when it has ended.
 
         Raises :class:`TryAgain` when it ended right after its start, :class:`UserMistake` when it named one as it did.
@@ -187,7 +187,8 @@ class _Kept:
             if code == EXIT_USER_MISTAKE and (told := self._last_line()).startswith("error: "):
                 raise UserMistake(told.removeprefix("error: "))
             raise TryAgain(f"{self._name} ended soon after its start (exit code {code}); its log is {self._log}.")
-        out.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._name} ended (exit code {code}); it is started again.")
+        told = f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._name} ended (exit code {code}); it is started again."
+        self._out.print(told)
         self.__enter__()
 
     def _last_line(self) -> str:
@@ -196,7 +197,8 @@ class _Kept:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._child.stop()
+        # Only the runner has time for it.
+        self._child.stop(lambda: self._out.print(f"The night at work was {TOLD_TO_END}", soft_wrap=True))
 
 
 def _listen(port: int) -> socket.socket:

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
+
 from flows import supervise
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -31,25 +33,32 @@ def _tell() -> None:
     print("terminated; `overnight rerun` goes on where this run stopped.", file=sys.stderr, flush=True)
 
 
-def _wait(is_at_work: Callable[[], bool]) -> None:
-    """Returns some seconds after the stages have ended; none of them takes for ever."""
-    ended = time.monotonic()
-    latest = ended + supervise.STAGE_GRACE_SECONDS + _SECONDS_TO_END
+def _wait(tell: Callable[[str], object]) -> None:
+    """Returns some seconds after the stages have ended; none of them takes for ever. ``tell`` hears what is awaited."""
+    from flows import process
+
+    ended = started = time.monotonic()
+    latest, told = started + supervise.STAGE_GRACE_SECONDS + _SECONDS_TO_END, False
     while time.monotonic() < min(latest, ended + _SECONDS_TO_END):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        if is_at_work():
+        if stages := process.at_work():
             ended = time.monotonic()
+            if not told and ended - started > process.SECONDS_UNTOLD:
+                tell(f"{', '.join(stages)}: {process.TOLD_TO_END}")
+                told = True
 
 
 @contextlib.contextmanager
 def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
     """Makes SIGTERM raise :class:`Terminated` in the block; the block then ends the process, with exit code 143.
 
-    ``tell`` prints the last line; nothing else is printed after the signal. Prefect has a handler of its own while a
-    flow runs, and calls the one that is set here only when it has finished: so a thread watches too.
+    ``tell`` prints the last line; after the signal nothing else is printed but what takes its time to end. Prefect has
+    a handler of its own while a flow runs, and calls the one that is set here only when it has finished: so a thread
+    watches too.
     """
     # Most commands ask this module for an exit code alone.
     from flows import process
+    from flows.terminal import speaker
 
     stderr = sys.stderr
     arrived = threading.Event()
@@ -70,7 +79,7 @@ def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
                 # At once, and not when Prefect comes to it: a training has a checkpoint to write.
                 process.let_go()
-                _wait(process.is_at_work)
+                _wait(speaker(Console(file=stderr)))
                 say()
                 # What still lives is tied to this process by a pipe and ends with it.
                 os._exit(EXIT_TERMINATED)

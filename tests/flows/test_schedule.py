@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from conftest import Project
 
 
-def _kept(log: Path) -> schedule._Kept:
-    return schedule._Kept("the runner", log, lambda: Child([sys.executable, "-c", "raise SystemExit(3)"], log, {}))
+def _kept(log: Path, code: str = "raise SystemExit(3)", out: Console | None = None) -> schedule._Kept:
+    command = [sys.executable, "-c", code]
+    return schedule._Kept("the runner", log, lambda: Child(command, log, {}), out or Console(file=io.StringIO()))
 
 
 def _until_ended(kept: schedule._Kept) -> None:
@@ -38,10 +39,10 @@ def _until_ended(kept: schedule._Kept) -> None:
 def test_a_child_that_ends_after_a_while_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "_SECONDS_TO_PROVE", 0.0)
     out = io.StringIO()
-    with _kept(tmp_path / "log") as kept:
+    with _kept(tmp_path / "log", out=Console(file=out, width=200)) as kept:
         first = kept._child
         _until_ended(kept)
-        kept.look(Console(file=out, width=200))
+        kept.look()
         assert kept._child is not first
     assert "the runner ended (exit code 3); it is started again" in out.getvalue()
 
@@ -50,16 +51,15 @@ def test_a_child_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
     with _kept(tmp_path / "log") as kept:
         _until_ended(kept)
         with pytest.raises(TryAgain, match=r"ended soon .* \(exit code 3\); its log is .*/log"):
-            kept.look(Console(file=io.StringIO()))
+            kept.look()
 
 
 def test_a_mistake_that_a_child_ends_with_is_told_as_one(tmp_path: Path) -> None:
-    says = [sys.executable, "-c", "import sys; print('warning'); print('error: no such file.'); sys.exit(2)"]
-    log = tmp_path / "log"
-    with schedule._Kept("the runner", log, lambda: Child(says, log, {})) as kept:
+    says = "import sys; print('warning'); print('error: no such file.'); sys.exit(2)"
+    with _kept(tmp_path / "log", says) as kept:
         _until_ended(kept)
         with pytest.raises(UserMistake, match=r"^no such file\.$"):
-            kept.look(Console(file=io.StringIO()))
+            kept.look()
 
 
 def test_without_its_automations_a_schedule_ends_with_one_line(project: "Project", prefect_database: Path) -> None:
@@ -81,10 +81,9 @@ def test_a_schedule_that_serves_already_is_a_mistake_and_nothing_to_wait_for(tmp
 
 
 def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
-    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with schedule._Kept("the runner", tmp_path / "log", lambda: Child(sleeping, tmp_path / "log", {})) as kept:
+    with _kept(tmp_path / "log", "import time; time.sleep(60)") as kept:
         first = kept._child
-        kept.look(Console(file=io.StringIO()))
+        kept.look()
         assert kept._child is first
         started = time.monotonic()
     assert time.monotonic() - started < 3
@@ -92,10 +91,14 @@ def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_night_at_work_has_time_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-c", ENDS_SLOWLY]
-    with lock.hold(tmp_path, "any") as held, schedule._run(command, tmp_path / "log", os.environ, held):
-        until((tmp_path / "up").exists)
+    command, out = [sys.executable, "-c", ENDS_SLOWLY], io.StringIO()
+    with lock.hold(tmp_path, "any") as held:
+        log, start = tmp_path / "log", lambda: schedule._run(command, tmp_path / "log", os.environ, held)
+        with schedule._Kept("the runner", log, start, Console(file=out, width=20)):
+            until((tmp_path / "up").exists)
     assert (tmp_path / "left").exists()
+    told = "The night at work was told to end; it may take up to 35 s: a training writes a checkpoint first.\n"
+    assert out.getvalue() == told
 
 
 @pytest.mark.parametrize(("second", "is_late"), [(40, False), (50, True)])

@@ -159,3 +159,37 @@ def test_events_reach_the_flow_whole_and_in_order_and_noise_among_them_is_droppe
     assert process.run([sys.executable, "-c", code], tmp_path / "a.log", environment, events.append) == 0
     assert [(event.done, event.numbers["loss"]) for event in events] == [(1, 0.0), (2, 0.5), (3, 1.0)]
     assert [file.name for file in tmp_path.iterdir()] == ["a.log"]
+
+
+# Says that it is at work, and writes its checkpoint a second after it is told to end.
+WRITES = """
+import os, pathlib, signal, sys, time
+def end(*_):
+    time.sleep(1)
+    pathlib.Path("left").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+with open(os.environ["OVERNIGHT_EVENTS"], "a") as events:
+    events.write({event!r})
+time.sleep(600)
+"""
+
+
+def test_a_second_interruption_does_not_wait_for_a_checkpoint_which_is_written_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SECONDS_UNTOLD", 0.1)
+    at_work = Event("train", "training", 1, 2, "steps", 1)
+    told = []
+
+    def interrupt(event: Event) -> None:
+        told.append(event.notice)
+        raise KeyboardInterrupt
+
+    command = [sys.executable, "-c", WRITES.format(event=f"{at_work.to_json()}\n")]
+    with contextlib.chdir(folder), pytest.raises(KeyboardInterrupt):
+        process.run(command, folder / "train.log", os.environ, interrupt)
+    assert not (folder / "left").exists()
+    assert told == ["", f"{process.TOLD_TO_END} Ctrl-C does not wait for that, and loses nothing."]
+    until_gone(folder)
+    assert (folder / "left").exists()

@@ -48,7 +48,7 @@ AT_WORK = """
     signal.signal(signal.SIGTERM, handle)
     os.chdir({folder!r})
     command = [sys.executable, "-c", {code!r}]
-    run = threading.Thread(target=process.run, args=(command, Path("log"), os.environ, print), daemon=True)
+    run = threading.Thread(target=process.run, args=(command, Path("train.log"), os.environ, print), daemon=True)
     run.start()
     while not Path("up").exists():
         time.sleep(0.02)
@@ -95,7 +95,9 @@ def test_a_stage_at_work_is_told_at_once_and_has_time_for_a_checkpoint(tmp_path:
     _, err = process.communicate(timeout=40)
     # Longer than others have, and no longer than it takes.
     assert 4 < time.monotonic() - since < 20
-    assert (process.returncode, err) == (143, "terminated; `overnight rerun` goes on where this run stopped.\n")
+    told, last = err.splitlines()
+    assert told.endswith(" train: told to end; it may take up to 35 s: a training writes a checkpoint first.")
+    assert (process.returncode, last) == (143, "terminated; `overnight rerun` goes on where this run stopped.")
     assert (tmp_path / "left").exists()
 
 
