@@ -7,6 +7,7 @@ DVC names stages relative to the current directory, which therefore has to be th
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import re
@@ -175,9 +176,13 @@ _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _CORRUPTED = re.compile(r"object \w+\.dir is corrupted")
 _REFUSED = re.compile(
     r"Access ?Denied|Forbidden|Permission denied|bucket does not exist|credentials|Unauthorized|Authentication Required"
-    r"|\bSSO\b|config profile",
+    r"|SSO session|SSO Token|from sso:|config profile"
+    # Of a folder: a file is in its way, or it is mounted for reading alone.
+    rf"|\[Errno (?:{errno.ENOTDIR}|{errno.EROFS})\]",
     re.IGNORECASE,
 )
+# A place that the system names may hold such a word.
+_PLACE = re.compile(r"(?<=: )'/[^']*'")
 # The address that it names may hold such a word, and who hands out credentials may be away.
 _SILENT = re.compile(r"time(d )?out|could not connect|connection (refused|reset|aborted)|max retries", re.IGNORECASE)
 _MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the cloud")
@@ -220,7 +225,8 @@ def classify(code: int, output: str) -> Result:
             "where a good copy is left, mends it in both."
         )
     locked = bool(_LOCKED.search(output))
-    refused = bool(_REFUSED.search(message)) and not _SILENT.search(message)
+    words = _PLACE.sub("", message)
+    refused = bool(_REFUSED.search(words)) and not _SILENT.search(words)
     # These are S3's own answers, however often botocore has asked ("reached max retries").
     refused = refused or bool(S3_REFUSES.search(message))
     return Result("failed", None, message, mendable=locked, locked=locked, refused=refused, full=full)

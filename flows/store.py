@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import re
@@ -19,7 +20,7 @@ _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 REFUSED = (
     "Look whether it is the right place (`dvc remote list`; of S3 its region and endpoint too), and whether you may do "
     "this there: by credentials that have not expired (environment, `dvc remote modify --local`), or by a folder's "
-    "permissions. S3 refuses a machine whose clock is wrong as well."
+    "permissions, with no file in its way. S3 refuses a machine whose clock is wrong as well."
 )
 # Of a bucket that is misspelt, and of a folder in which nothing is mounted.
 EMPTY = "has nothing at all: look whether it is mounted, and the right one"
@@ -200,7 +201,8 @@ class Store:
             # that is not mounted, or what another machine has just removed.
             is_nowhere = isinstance(error, FileNotFoundError) and error.errno is None
             http_refuses = getattr(error, "status", None) in _HTTP_REFUSES
-            refuses = isinstance(error, PermissionError) or S3_REFUSES.search(f"{error.__cause__}")
+            folder_refuses = isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EROFS)
+            refuses = folder_refuses or isinstance(error, PermissionError) or S3_REFUSES.search(f"{error.__cause__}")
             if is_nowhere or http_refuses or refuses or _NO_CREDENTIALS.search(type(error).__name__):
                 raise UserMistake(f"DVC's remote '{self.remote}' refuses: {told}. {REFUSED}") from None
             raise TryAgain(f"DVC's remote '{self.remote}' does not answer: {told}. Run this again later.") from None

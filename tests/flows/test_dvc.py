@@ -77,6 +77,9 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
         "Error when retrieving token from sso: Token has expired and refresh failed",
         "The SSO session associated with this profile has expired or is otherwise invalid.",
         "The config profile (nightly) could not be found",
+        "[Errno 13] Permission denied: '/mnt/timeout/store'",
+        "[Errno 20] Not a directory: '/mnt/file/store/files/md5/24/86809b117070d678317e367178b744'",
+        "[Errno 30] Read-only file system: '/mnt/store'",
     ):
         assert dvc.classify(255, f"ERROR: failed to transfer 'a0' - {refusal}\n{last}").refused
     busy = "[Errno 16] Service Unavailable: An error occurred (503) when calling the HeadObject operation"
@@ -85,6 +88,9 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
         "Connection refused",
         'Connect timeout on endpoint URL: "https://credentials.example/a0"',
         "Max retries exceeded while fetching credentials",
+        # A folder by such a name, on a share that is not mounted.
+        "[Errno 2] No such file or directory: '/mnt/forbidden/sso token'",
+        "[Errno 5] Input/output error: '/mnt/credentials/store'",
     ):
         assert not dvc.classify(255, f"ERROR: failed to transfer 'a0' - {silent}\n{last}").refused
 

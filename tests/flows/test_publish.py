@@ -283,10 +283,15 @@ def test_a_data_remote_that_dvc_does_not_know_is_named_with_those_that_it_does(p
 
 
 def test_a_data_remote_that_is_gone_keeps_everything_before(publisher: Clone) -> None:
-    # A file where the folder should be.
     shutil.rmtree(publisher.shelf, ignore_errors=True)
+    # A file where the folder should be, which is there the next time too.
     publisher.shelf.write_text("")
     told: list[str] = []
+    with pytest.raises(UserMistake, match=r"^DVC: .*Not a directory: .*no file in its way"):
+        publish.publish(publisher.root, told.append)
+    assert told == []
+    publisher.shelf.unlink()
+    publisher.shelf.symlink_to("not mounted")
     log = publisher.root / ".overnight/logs/a-run/publish.log"
     with pytest.raises(TryAgain, match="What was done until here is kept; `overnight publish` goes on") as caught:
         publish.publish(publisher.root, told.append, log)
@@ -364,8 +369,7 @@ def test_an_unknown_remote_is_named(publisher: Clone) -> None:
 
 
 def test_a_remote_that_comes_back_gets_the_version(publisher: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A file where the folder should be.
-    publisher.shelf.write_text("")
+    publisher.shelf.symlink_to("not mounted")
     publisher.set("publish", "retries", 2)
     publisher.set("flow", "retry_delay_seconds", 8.0)
     publisher.commit()

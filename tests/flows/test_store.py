@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import http.server
+import re
 import threading
 from pathlib import Path
 from unittest.mock import patch
@@ -79,13 +80,15 @@ class UnauthorizedSSOTokenError(Exception):
     "error",
     [
         PermissionError("Forbidden"),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+        OSError(errno.EROFS, "Read-only file system"),
         NoCredentialsError("Unable to locate credentials."),
         UnauthorizedSSOTokenError("The SSO session associated with this profile has expired."),
         FileNotFoundError("no"),
     ],
 )
 def test_a_remote_that_refuses_would_refuse_again(store: Store, error: Exception) -> None:
-    told = f"^DVC's remote 'shelf' refuses: {str(error).rstrip('.')}\\. Look whether it is the right place "
+    told = f"^DVC's remote 'shelf' refuses: {re.escape(str(error).rstrip('.'))}\\. Look whether it is the right place "
     with patch.object(store._remote, "add", side_effect=error), pytest.raises(UserMistake, match=told):
         store.upload([CUT])
 
