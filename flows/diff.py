@@ -56,7 +56,8 @@ class Files:
 class Difference:
     """All that differs between two commits; ``code`` are lines of Git.
 
-    ``data`` is None where a listing is lost, ``environment`` where one of the two records none that can be read.
+    ``data`` is None where a listing is lost, ``environment`` where one of the two records none that can be read,
+    ``metrics`` where one of them, the commit ``unmeasured``, has none at all.
     ``lost``: why what cannot be read is neither in DVC's cache nor at its remote, a line each.
     """
 
@@ -64,7 +65,8 @@ class Difference:
     data: Files | None
     code: tuple[str, ...]
     environment: tuple[Change, ...] | None
-    metrics: tuple[Change, ...]
+    metrics: tuple[Change, ...] | None
+    unmeasured: str | None = None
     lost: tuple[str, ...] = ()
 
 
@@ -100,7 +102,9 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
         listings = [_files(store, found.get(paths.RAW), lost) for found in outputs]
         # Equal bytes need not be read.
         changed = [{path: one for path, one in found.items() if not _same(outputs, path)} for found in outputs]
-        metrics = [dict(_metrics(root, store, *pair, lost)) for pair in zip((before, after), changed, strict=True)]
+        files = [_metrics_files(root, *pair) for pair in zip((before, after), outputs, strict=True)]
+        metrics = [dict(_metrics(store, *pair, lost)) for pair in zip(files, changed, strict=True)]
+    unmeasured = next((one for one, held in zip((before, after), files, strict=True) if not held and any(files)), None)
     theirs, ours = (environment.recorded(root, commit) for commit in (before, after))
     facts = environment.compare(theirs, ours) if theirs is not None and ours is not None else None
     return Difference(
@@ -108,7 +112,8 @@ def compare(root: Path, before: str, after: str, remote: str | None = None) -> D
         data=None if None in listings else differing_files(*(listing or {} for listing in listings)),
         code=_code(root, before, after),
         environment=None if facts is None else tuple(Change(one.fact, one.recorded, one.here) for one in facts),
-        metrics=differing(*_known(*metrics)),
+        metrics=None if unmeasured else differing(*_known(*metrics)),
+        unmeasured=unmeasured,
         lost=tuple(lost),
     )
 
@@ -167,7 +172,12 @@ def show_difference(console: Console, found: Difference) -> None:
         _line(console, f"not known: {environment.FILE} is not there, or cannot be read, on one side or both")
     else:
         _changes(console, "environment", found.environment)
-    _changes(console, "metrics", found.metrics)
+    if found.metrics is None:
+        _heading(console, "metrics")
+        told = f"{found.unmeasured}: no results of a run are committed there; `overnight versions` lists what has some"
+        _line(console, told)
+    else:
+        _changes(console, "metrics", found.metrics)
 
 
 def _recorded(root: Path, commit: str) -> Sequence[Output]:
@@ -196,22 +206,26 @@ def _files(store: dvc.Store, output: Output | None, lost: list[str]) -> dict[Pur
         return None
 
 
+def _metrics_files(root: Path, commit: str, outputs: Mapping[Path, Output]) -> list[Path]:
+    """Returns the metrics files that ``commit`` has."""
+    stages = (_yaml(root, commit, Path("dvc.yaml")).get("stages") or {}).values()
+    entries = [entry for stage in stages for entry in stage.get("metrics") or []]
+    files = [Path(next(iter(entry)) if isinstance(entry, Mapping) else entry) for entry in entries]
+    return [path for path in files if path.suffix == ".json" and path in outputs]
+
+
 def _metrics(
-    root: Path, store: dvc.Store, commit: str, outputs: Mapping[Path, Output], lost: list[str]
+    store: dvc.Store, files: Sequence[Path], outputs: Mapping[Path, Output], lost: list[str]
 ) -> Iterator[tuple[str, object]]:
-    for stage in (_yaml(root, commit, Path("dvc.yaml")).get("stages") or {}).values():
-        for entry in stage.get("metrics") or []:
-            path = Path(next(iter(entry)) if isinstance(entry, Mapping) else entry)
-            if path.suffix != ".json" or path not in outputs:
-                continue
-            try:
-                content = json.loads(objects.read(store, outputs[path]))
-            except (objects.Unlisted, TryAgain) as error:
-                lost.append(str(error))
-                content = NOT_KNOWN
-            except ValueError:
-                content = NOT_KNOWN
-            yield from leaves(content, _ITEM, path.stem)
+    for path in filter(outputs.__contains__, files):
+        try:
+            content = json.loads(objects.read(store, outputs[path]))
+        except (objects.Unlisted, TryAgain) as error:
+            lost.append(str(error))
+            content = NOT_KNOWN
+        except ValueError:
+            content = NOT_KNOWN
+        yield from leaves(content, _ITEM, path.stem)
 
 
 def _code(root: Path, before: str, after: str) -> tuple[str, ...]:

@@ -75,7 +75,9 @@ def test_any_revision_will_do(published: Clone) -> None:
     first = git(published.root, "rev-list", "--max-parents=0", "HEAD")
     sections = shown(first, "prod")
     assert sections["data"] == ["data/raw: 1 added", "+ a.txt"]
-    assert "evaluation.gate.passed: - -> True" in sections["metrics"]
+    told = f"{first}: no results of a run are committed there; `overnight versions` lists what has some"
+    assert sections["metrics"] == [told]
+    assert shown(first, first)["metrics"] == ["none"]
 
 
 def test_an_unknown_name_is_told(published: Clone) -> None:
