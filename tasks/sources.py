@@ -10,6 +10,7 @@ from tasks.section import Section
 
 # The codec, as pyarrow names it, that a file's last ending stands for.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+Format = Literal["txt", "md", "jsonl", "csv", "parquet"]
 # Of these each file is one text.
 FILE_FORMATS = ("txt", "md")
 # Control characters, line separators, and the bytes of a name that is not UTF-8.
@@ -28,7 +29,7 @@ class Source(Section):
     # A file, a folder, a glob, or package://PACKAGE/PATH for a file inside an installed package.
     uri: str = Field(min_length=1)
     # Compressed files are recognized by a further .gz or .zst in their names.
-    format: Literal["txt", "md", "jsonl", "csv", "parquet"]
+    format: Format
     licence: str = Field(min_length=1)
     # For jsonl, csv and parquet: the field that holds the text.
     text_field: str | None = None
@@ -103,6 +104,13 @@ class CollectParams(Section):
         if twice:
             raise ValueError(f"two sources share the name {', '.join(twice)}; give each its own")
         return self
+
+
+def has_ending(name: str, format_: str) -> bool:
+    """Whether a file of this ``name`` is one of the format, compressed or not."""
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return name.endswith(f".{format_}")
 
 
 def printable(name: PurePath | str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from tasks import paths
 from tasks.collect.faults import unreadable
 from tasks.errors import BadInput
-from tasks.sources import COMPRESSIONS, UNPRINTABLE, Source, printable
+from tasks.sources import COMPRESSIONS, UNPRINTABLE, Source, has_ending, printable
 
 PACKAGE_SCHEME = "package://"
 _MAGIC = re.compile(r"[*?\[]")
@@ -121,7 +121,7 @@ def _glob(source: Source, pattern: Path, base: Path) -> list[FoundFile]:
             f"source '{source.name}': {source.uri}: only folders match, such as {printable(min(matches))}. "
             f"Write {source.uri.rstrip('/')}/** for the files in and below them."
         )
-    return [FoundFile(path, _relative(path, base)) for path in files if _has_ending(path.name, source.format)]
+    return [FoundFile(path, _relative(path, base)) for path in files if has_ending(path.name, source.format)]
 
 
 def _walk(folder: Path, format_: str, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
@@ -136,7 +136,7 @@ def _walk(folder: Path, format_: str, above: tuple[tuple[int, int], ...]) -> Ite
         path = Path(entry.path)
         if _is_folder(entry):
             yield from _walk(path, format_, (*above, here))
-        elif _has_ending(entry.name, format_):
+        elif has_ending(entry.name, format_):
             yield path
 
 
@@ -148,12 +148,6 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         if error.errno == errno.ELOOP:
             return False
         raise
-
-
-def _has_ending(name: str, format_: str) -> bool:
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return name.endswith(f".{format_}")
 
 
 def _relative(path: Path, base: Path) -> PurePosixPath:

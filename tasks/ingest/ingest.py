@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 
@@ -22,7 +23,7 @@ from tasks.ingest.split import SPLITS, SplitName, Texts, split_of
 from tasks.ingest.tables import CHAT_SCHEMA, CORPUS_SCHEMA, QUARANTINE_SCHEMA, Row, TableWriter, read_rows
 from tasks.ingest.tally import SourceTally, SplitTally
 from tasks.progress import Progress, progress
-from tasks.sources import CollectParams, Source, printable
+from tasks.sources import CollectParams, Format, Source, has_ending, printable
 
 # Where the quarantine of a failed attempt can be read: the corpus it belongs to does not come to be.
 REFUSED = paths.SCRATCH / paths.QUARANTINE.name
@@ -182,6 +183,7 @@ def _files_of(source: Source) -> list[Path]:
         # What a killed attempt of collecting left behind does not count.
         if path.is_file() and not path.name.startswith(atomic.PARTIAL):
             _check_name(path)
+            _check_format(path, source)
             found.append(path)
     if not found:
         raise BadInput(f"{folder}: no file of source '{source.name}'. Collect first: python -m tasks.collect")
@@ -193,6 +195,19 @@ def _check_name(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise BadInput(f"{printable(path)}: its name is not UTF-8. Rename the file.") from None
+
+
+def _check_format(path: Path, source: Source) -> None:
+    """Raises :class:`BadInput` for a file of another format, as the source has left it that had this name before."""
+    # One that the source names by itself is taken whatever its ending.
+    if path.name == Path(source.uri).name or has_ending(path.name, source.format):
+        return
+    if other := next((format_ for format_ in get_args(Format) if has_ending(path.name, format_)), None):
+        raise BadInput(
+            f"{printable(path)}: a file of {other}, and source '{source.name}' has the format {source.format} in "
+            f"params.yaml. If the format was changed, remove what was collected before from {paths.RAW / source.name}, "
+            "or give the source another name."
+        )
 
 
 def _sha256(file: Path) -> str:

@@ -8,6 +8,7 @@ import pytest
 from corpora import collect_params, ingest_params, rows, source
 
 from tasks import paths
+from tasks.errors import BadInput
 from tasks.ingest.ingest import ingest
 from tasks.ingest.split import SPLITS, SplitName, split_of
 
@@ -85,6 +86,19 @@ def test_a_renamed_file_is_another_group(raw: Path) -> None:
     ingest(collect_params(files()), ingest_params())
     assert splits()[trained] == {"train"}
     assert held_out not in splits()
+
+
+def test_what_a_source_of_another_format_has_left_is_named_and_not_read(raw: Path) -> None:
+    write(raw / "talks.jsonl.gz", "")
+    told = r"^data/raw/notes/talks\.jsonl\.gz: a file of jsonl, and source 'notes' has the format txt .*remove what was"
+    with pytest.raises(BadInput, match=told):
+        ingest(collect_params(files()), ingest_params())
+    # One that the source names is read whatever its ending, as one that ends in no format is.
+    (raw / "talks.jsonl.gz").rename(raw / "talks.jsonl")
+    write(raw / "talks.jsonl", "spoken\n")
+    write(raw / "README", "written\n")
+    ingest(collect_params(files() | {"uri": "texts/talks.jsonl"}), ingest_params())
+    assert {"talks.jsonl", "README"} < splits().keys()
 
 
 def test_equal_texts_under_two_names_are_one_text_in_train(raw: Path) -> None:
