@@ -25,6 +25,7 @@ from rich.console import Console
 from flows import lock, project, runs, server, supervise, timetable
 from flows.listening import listen
 from flows.process import TOLD_TO_END, Child
+from flows.terminal import speaker
 from flows.termination import EXIT_INTERRUPTED, EXIT_TERMINATED
 from flows.timetable import Timetable
 from tasks import paths
@@ -72,7 +73,7 @@ def schedule(request: Request, out: Console) -> int:
     times = timetable.parse(request.at, request.timezone, request.cron)
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        with _sole(root) as descriptor:
+        with _sole(root, out) as descriptor:
             _keep(root, times, request.port, descriptor, out)
     except (SystemExit, KeyboardInterrupt) as error:
         out.print("Stopped. Nothing starts until the next `overnight schedule`.")
@@ -99,10 +100,10 @@ def _leave(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def _sole(root: Path) -> Iterator[int]:
+def _sole(root: Path, out: Console) -> Iterator[int]:
     """Holds the schedule's lock and yields its descriptor; waits for the processes of one that was killed."""
     try:
-        with lock.hold(root, "schedule", file=LOCK) as descriptor:
+        with lock.hold(root, "schedule", tell=speaker(out), file=LOCK) as descriptor:
             yield descriptor
     except lock.Held:
         holder = lock.holder(root, LOCK)

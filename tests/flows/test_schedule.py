@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prefect_server import PrefectServer
-from processes import ENDS_SLOWLY
+from processes import ENDS_SLOWLY, leave_lock
 from rich.console import Console
 from waiting import until
 
@@ -76,8 +76,19 @@ def test_without_its_automations_a_schedule_ends_with_one_line(project: "Project
 
 def test_a_schedule_that_serves_already_is_a_mistake_and_nothing_to_wait_for(tmp_path: Path) -> None:
     told = r"another `overnight schedule` \(process \d+, since .*Stop that one first\.$"
-    with schedule._sole(tmp_path), pytest.raises(UserMistake, match=told), schedule._sole(tmp_path):
+    out = Console(file=io.StringIO())
+    with schedule._sole(tmp_path, out), pytest.raises(UserMistake, match=told), schedule._sole(tmp_path, out):
         pytest.fail("two serve one project")
+
+
+def test_what_an_ended_schedule_has_left_at_work_is_waited_for_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_SECONDS_UNTOLD", 0.0)
+    leave_lock(tmp_path, 1.0, schedule.LOCK)
+    out = io.StringIO()
+    with schedule._sole(tmp_path, Console(file=out)):
+        assert "its training still writes a checkpoint; waiting for that" in out.getvalue()
 
 
 def test_a_child_at_work_is_left_alone(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from flows import lock
+
 # A program that leaves a file "up", and four seconds after it is told to end (SIGTERM) a file "left".
 ENDS_SLOWLY = """
 import pathlib, signal, sys, time
@@ -45,12 +47,12 @@ def _is_within(process: psutil.Process, folder: Path) -> bool:
         return False
 
 
-def leave_lock(folder: Path, seconds: float) -> None:
-    """Has a process take the lock of the project in ``folder`` and die; a child of it lives on for ``seconds``."""
+def leave_lock(folder: Path, seconds: float, file: Path = lock.LOCK) -> None:
+    """Has a process take a lock of the project in ``folder`` and die; a child of it lives on for ``seconds``."""
     code = f"""
 import os, pathlib, subprocess, sys
 from flows import lock
-with lock.hold(pathlib.Path({str(folder)!r}), "dead") as descriptor:
+with lock.hold(pathlib.Path({str(folder)!r}), "dead", file=pathlib.Path({str(file)!r})) as descriptor:
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep({seconds})"], pass_fds=[descriptor])
     os._exit(0)
 """
