@@ -94,11 +94,17 @@ def _night(root: Path, chosen: runs.Run, from_stage: str | None, force: bool, wa
                 )
         finally:
             run.flush()
-    if state.is_completed():
-        return 0
-    failed = runs.find(root, chosen.run)
+    return 0 if state.is_completed() else _tell_failure(root, chosen, state.message, err)
+
+
+def _tell_failure(root: Path, before: runs.Run, message: str | None, err: Console) -> int:
+    """Says why an attempt at a night failed, and returns its exit code. ``before``: the night as it was before it."""
+    print_line(err, f"error: {message}")
+    failed = runs.find(root, before.run)
+    if failed.attempt == before.attempt:
+        # It failed before it had a record: what that says is of the attempt before.
+        return EXIT_FAILED
     stage = failed.last_stage
-    print_line(err, f"error: {state.message}")
     if stage is not None and (log := root / LOGS / failed.run / f"{failures.file_name(stage.stage)}.log").is_file():
         print_line(err, f"The whole log: {log.relative_to(root)}")
     first = "Change that first, then go" if failed.exit_code == EXIT_USER_MISTAKE else "Go"
