@@ -1,6 +1,8 @@
 """What a user can mend, told in one line and by an exit code, whichever command has met it."""
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +11,8 @@ import typer
 
 from flows.ownership import others_are_told
 from flows.termination import EXIT_INTERRUPTED
-from tasks.atomic import disk_full_is_told
-from tasks.errors import TryAgain, UserMistake
+from tasks.atomic import FULL, disk_full_is_told
+from tasks.errors import DiskFull, TryAgain, UserMistake
 
 # Prefect's database and DVC's locks need some room at any moment.
 _LEAST_FREE = 32 * 2**20
@@ -24,7 +26,7 @@ def mistakes_are_told(goes_on: bool = False) -> Iterator[None]:
     :class:`typer.Exit`.
     """
     try:
-        with disk_full_is_told(Path.cwd()), others_are_told(Path.cwd()):
+        with disk_full_is_told(Path.cwd()), others_are_told(Path.cwd()), _full_stdout_is_told():
             yield
     except typer.Exit:
         raise
@@ -51,6 +53,26 @@ def mistakes_are_told(goes_on: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"interrupted{'; the same command goes on where this one stopped' if goes_on else ''}.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@contextmanager
+def _full_stdout_is_told() -> Iterator[None]:
+    """Turns "no space left" into :class:`DiskFull` that names stdout, where that is what has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or not _stdout_is_full():
+            raise
+        raise DiskFull(f"stdout: there is no room where it goes ({error.strerror}). Send it elsewhere.") from error
+
+
+def _stdout_is_full() -> bool:
+    # The error itself names no file.
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as error:
+        return error.errno in FULL
+    return False
 
 
 def _nearly_full() -> str | None:

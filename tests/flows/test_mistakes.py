@@ -1,9 +1,11 @@
 """What a user can mend is one line and an exit code, in whatever words it came."""
 
 import errno
+import io
 import marshal
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,23 @@ def test_what_fails_on_a_disk_that_is_nearly_full_says_so(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(("error: Server error '500'. The disk is nearly full (", "error: no answer. The disk is "))
     assert line.endswith(" MiB free). Free some space and run again.")
+
+
+def test_what_cannot_be_printed_for_want_of_room_is_no_full_disk_of_the_project(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told():
+            print("a text")
+    assert ended.value.exit_code == 2
+    told = "error: stdout: there is no room where it goes (No space left on device). Send it elsewhere.\n"
+    assert capsys.readouterr().err == told
+    # Where stdout has room it is the project's disk that has none.
+    monkeypatch.setattr(sys, "stdout", sys.stderr)
+    with pytest.raises(typer.Exit), mistakes.mistakes_are_told():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert f"error: {Path.cwd()}: the disk is full (" in capsys.readouterr().err
 
 
 def test_what_somebody_else_owns_in_the_project_is_named_with_its_owner(
