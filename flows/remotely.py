@@ -160,7 +160,9 @@ def _read_back(root: Path, commit: str, remote: str, seen: str) -> int:
     if lost:
         named = ", ".join(map(str, sorted(places[md5] for md5 in lost)[:_MOST_NAMED]))
         more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-        raise Lost(f"damaged at DVC's remote '{remote}', with no good copy in the cache: {named}{more}")
+        raise Lost(
+            f"damaged at DVC's remote '{remote}', with no good copy in DVC's cache nor in the project: {named}{more}"
+        )
     return 0
 
 
@@ -191,19 +193,20 @@ def _check(root: Path, remote: str) -> int:
 
 
 def _mend(root: Path, store: dvc.Store, outputs: Sequence[Output], md5s: Iterable[str]) -> dict[str, Path]:
-    """Replaces those objects of the cache that are damaged, as a power failure leaves them.
+    """Replaces those objects of the cache that are damaged, as a power failure leaves them, or gone.
 
-    A good copy is the project's file, or the remote's. Removes those of which there is none; returns what
+    A good copy is the project's file, or the remote's. Removes the damaged ones of which there is none; returns what
     they were, by their MD5.
     """
     places = _places(store, outputs)
     lost = {}
     for md5 in sorted(md5s):
         cached, digest = store.path(md5), md5.removesuffix(contents.FOLDER_SUFFIX)
-        if not cached.is_file() or contents.md5_of(cached) == digest:
+        is_there = cached.is_file()
+        if is_there and contents.md5_of(cached) == digest:
             continue
         copies = (functools.partial(restore.copy_if_there, root / places[md5]), functools.partial(store.download, md5))
-        if not any(restore.heal(cached, digest, copy) for copy in copies):
+        if not any(restore.heal(cached, digest, copy) for copy in copies) and is_there:
             cached.unlink()
             lost[md5] = places[md5]
     return lost

@@ -71,17 +71,24 @@ def test_what_is_damaged_everywhere_is_not_pushed(publisher: Clone) -> None:
 def test_what_did_not_reach_the_data_remote_is_brought_there_or_gets_no_tag(
     publisher: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = contents.md5_of(publisher.root / "models/int8/model.onnx")
+    file = publisher.root / "models/int8/model.onnx"
+    model = contents.md5_of(file)
     with dvc.store(publisher.root) as store:
-        cached = store.path(model)
+        copies = (store.path(model), file)
+
+    def lose(*_: object) -> None:
+        for copy in copies:
+            copy.rename(copy.with_name("away"))
+
     with monkeypatch.context() as patch:
         # DVC's push passes over what its cache has lost meanwhile, and ends well.
-        patch.setattr(publish, "_dvc", lambda to, command: cached.rename(cached.with_name("away")))
+        patch.setattr(publish, "_dvc", lose)
         with pytest.raises(UserMistake, match=rf"DVC's remote 'shelf' lacks 1 of the version's objects \({model}\)"):
             publish.publish(publisher.root)
     assert publisher.tags() == []
     assert registry.versions(publisher.root) == ()
-    cached.with_name("away").rename(cached)
+    for copy in copies:
+        copy.with_name("away").rename(copy)
     # It passes over what it believes to be there, too.
     monkeypatch.setattr(publish, "_dvc", lambda to, command: None)
     assert publish.publish(publisher.root).promoted
