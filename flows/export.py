@@ -106,6 +106,7 @@ def _to_folder(root: Path, request: Request) -> Path:
         source = _source(root, paths.FLOAT, FLOAT_FILES)
     else:
         source = root / paths.INT8
+        generate.check_made(root, paths.INT8)
         # What does not load here loads nowhere.
         generate.load(source)
     with atomic.folder(target) as folder:
@@ -145,6 +146,7 @@ def _write_in_16_bits(source: Path, folder: Path, type_: str) -> None:
 
 
 def _source(root: Path, place: Path, names: Sequence[str]) -> Path:
+    generate.check_made(root, place)
     for name in names:
         if not (root / place / name).is_file():
             raise BadInput(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from flows import last
+from flows import last, runs
 from flows.termination import EXIT_INTERRUPTED
 from lm.cores import Others
 from lm.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
@@ -84,7 +84,8 @@ def write(root: Path, prompt: str, how: Writing, out: TextIO, err: TextIO) -> No
 def place(root: Path, tell: Callable[[str], object], version: str | None = None) -> Path:
     """Returns the folder of the project's INT8 model: while it is being made, that of the last one; then tells so.
 
-    With a ``version`` that of the version. Raises :class:`UserMistake` where there is none, or its model is lost.
+    With a ``version`` that of the version. Raises :class:`UserMistake` where there is none, or its model is lost, and
+    as :func:`check_made` does.
     """
     if version is not None:
         # DVC takes its time to import.
@@ -95,7 +96,17 @@ def place(root: Path, tell: Callable[[str], object], version: str | None = None)
     if not folder.is_dir() and (finished := last.int8(root)) is not None:
         tell(f"{paths.INT8} is not there: a run makes it, or was stopped. The last finished one writes this.")
         return finished
+    check_made(root, paths.INT8)
     return folder
+
+
+def check_made(root: Path, folder: Path) -> None:
+    """Raises :class:`BadInput` where the run at work has yet to make the ``folder`` of a model."""
+    if not (root / folder).is_dir() and (run := runs.in_place(root)) is not None:
+        raise BadInput(
+            f"{folder}: not there yet: run {run.run} (process {run.pid}) is at work and makes it. `overnight status` "
+            "says how far it is."
+        )
 
 
 def load(folder: Path, spin: bool | None = None) -> "Generator":

@@ -149,6 +149,11 @@ def last_at_work(root: Path) -> Run | None:
     return max(worked, key=lambda run: (run.attempt, run.since), default=None)
 
 
+def in_place(root: Path) -> Run | None:
+    """Returns the run that is at work in the project's own folder, as no night is; None where there is none."""
+    return next((run for run in read(root) if run.alive and not run.night), None)
+
+
 def find(root: Path, name: str) -> Run:
     """Returns the run ``name``, of which the beginning is enough when only one begins so. Raises :class:`NoSuchRun`."""
     known = read(root)

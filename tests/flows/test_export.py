@@ -18,6 +18,7 @@ from texts import write_trained_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows import runs
 from flows.export import Request, export
 from lm import gguf_file, hugging_face, text
 from lm.gguf_tokenizer import PIECES
@@ -222,6 +223,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 def test_before_there_is_a_model(root: Path, to: str) -> None:
     shutil.rmtree(root / "models")
     with pytest.raises(BadInput, match=r"no such file\. Run `overnight run` first; it makes the "):
+        exported(root, to)
+    told = (
+        rf"^models/{'int8' if to == 'onnx' else 'float'}: not there yet: run a-run \(process \d+\) is at work and makes"
+    )
+    with runs.attempt(root, "a-run"), pytest.raises(BadInput, match=told):
         exported(root, to)
 
 

@@ -8,6 +8,7 @@ import pytest
 from odd import export_over_bytes
 from typer.testing import CliRunner
 
+from flows import runs
 from flows.cli import app
 from flows.generate import Writing, write
 from lm.sampling import Sampling
@@ -186,3 +187,11 @@ def test_a_damaged_model_is_named_with_its_cure(root: Path, tmp_path: Path) -> N
         (tmp_path / "models/int8" / file.name).write_bytes(b"damaged")
     with pytest.raises(BadInput, match=r"model\.onnx: damaged, .*\. `overnight run` makes the model anew\.$"):
         said(tmp_path, "a")
+
+
+def test_a_model_that_the_run_at_work_makes_is_waited_for_and_one_that_a_night_makes_lies_elsewhere(
+    tmp_path: Path,
+) -> None:
+    for night, told in ((False, r"^models/int8: not there yet: run a-run \(pro"), (True, "Run `overnight run` first")):
+        with runs.attempt(tmp_path, "a-run", night=night), pytest.raises(BadInput, match=told):
+            said(tmp_path, "a")
