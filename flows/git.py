@@ -53,6 +53,8 @@ def commit_of(root: Path, revision: str) -> str:
     """Returns the full hash of the commit that ``revision`` names. Raises :class:`GitFailed` when there is none."""
     found = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}", check=False)
     if not found:
+        if revision == "HEAD":
+            raise GitFailed(f"{root}: there is no commit yet. `git add --all` and `git commit` make the first.")
         raise GitFailed(f"{root}: Git knows no commit '{revision}'. `git log --oneline` and `git tag` list them.")
     return found
 

@@ -36,6 +36,12 @@ def find() -> Path:
         raise NotAProject(f"{root}: not in a Git repository. Run `git init`, or clone the project with Git.")
     if not (root / ".dvc").is_dir():
         raise NotAProject(f"{root}: no DVC repository here. Run `dvc init` (with --subdir below the Git root).")
+    scratch = root / paths.SCRATCH
+    if not scratch.is_dir() and (scratch.exists() or scratch.is_symlink()):
+        what = (
+            f"a link to {scratch.readlink()}, which is not there. Mount" if scratch.is_symlink() else "a file. Remove"
+        )
+        raise NotAProject(f"{scratch}: {what} it: runs keep their records and logs in a folder of this name.")
     return root
 
 

@@ -42,6 +42,8 @@ def push(names: Sequence[str], out: Console, err: Console, verify: bool = False)
         )
     if verify and store is None:
         raise UserMistake("--verify: no DVC remote is configured (`dvc remote list`). Leave the option out.")
+    if not versions:
+        print_line(err, "no version yet; `overnight publish` makes the first of what the last run made.")
     brought: list[Version] = []
     with tempfile.TemporaryDirectory() as scratch:
         for version in versions:

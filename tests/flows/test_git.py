@@ -36,6 +36,11 @@ def test_a_remote_that_never_answers_is_given_up(repository: Path, monkeypatch: 
     assert not psutil.wait_procs(left, timeout=10)[1]
 
 
+def test_before_the_first_commit_that_is_told(repository: Path) -> None:
+    with pytest.raises(GitFailed, match=rf"^{repository}: there is no commit yet\. `git add --all` and `git commit`"):
+        commit_of(repository, "HEAD")
+
+
 def test_settings_that_the_environment_brings_hold_beside_our_own(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

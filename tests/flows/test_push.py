@@ -53,6 +53,11 @@ def test_all_that_a_remote_lacks_is_brought_there(late: Clone) -> None:
     assert {file: file.stat().st_mtime_ns for file in late.shelf.rglob("*")} == before
 
 
+def test_where_there_is_no_version_nothing_is_brought_and_that_is_told(publisher: Clone) -> None:
+    told = "no version yet; `overnight publish` makes the first of what the last run made.\n"
+    assert said() == (0, "", told)
+
+
 def test_one_is_brought_alone_and_one_that_is_unknown_is_named(late: Clone) -> None:
     assert said("v1.0.0")[1] == "v1.0.0 is at shelf and origin.\n"
     assert late.tags() == ["lm#prod#1", "lm@v1.0.0"]
