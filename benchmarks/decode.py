@@ -195,17 +195,8 @@ def active_bytes(shape: str, side: str) -> float:
     # A block has a scale of 4 bytes. The head of 4 bits has 8, in wide blocks.
     bits, of_head = {"per-token-8": (8, 8), "blockwise-8-wide": (8.5, 8.5), "blockwise-4": (5, 8.5)}[OURS[side]]
     head = config.vocab_size * config.hidden_size
-    cached = 4 * width(config) * config.num_hidden_layers * (PREFILL + DECODE / 2)
+    cached = 4 * config.cache_width * config.num_hidden_layers * (PREFILL + DECODE / 2)
     return ((active - head) * bits + head * of_head) / 8 + cached
-
-
-def width(config: "ModelConfig") -> int:
-    """Returns what a token leaves in the cache of a layer, in numbers."""
-    from lm.config import GroupedShape
-
-    if isinstance(config, GroupedShape):
-        return 2 * config.num_key_value_heads * config.head_dim
-    return config.cache_width
 
 
 def config_of(shape: str) -> "ModelConfig":

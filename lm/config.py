@@ -273,6 +273,11 @@ class GroupedShape(_Family):
         """How wide a head is in the exported graph, whose attention takes multiples of 16 (OpenLLaMA has 100)."""
         return -(-self.head_dim // 16) * 16
 
+    @property
+    def cache_width(self) -> int:
+        """How many numbers a layer of the exported graph keeps for each token: its keys and values, filled up."""
+        return 2 * self.num_key_value_heads * self.cache_head_dim
+
 
 class GroupedArchitecture(GroupedShape):
     """What a user chooses about a Llama-, Qwen2- or Qwen3-style decoder: grouped-query attention, dense SwiGLU.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lm.hugging_face_config import config_from_json
 from tasks.card import measured, quantized, verdict
 from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
 from tasks.card.params import CardParams
@@ -102,9 +103,13 @@ def _parameters(evidence: Evidence) -> str:
         ["layers", config.show("num_hidden_layers")],
         ["context (tokens)", config.show("max_position_embeddings", "{:,}")],
         ["vocabulary", config.show("vocab_size", "{:,}")],
-        ["cache a token and layer (numbers)", _cache_width(evidence)],
+        ["cache a token and layer (numbers)", _cache_width(config)],
     ]
     return table(["", ""], rows)
+
+
+def _cache_width(config: Report) -> str:
+    return str(config_from_json(config.content).cache_width) if config.content else NOT_ASSESSED
 
 
 _FAMILIES = {
@@ -120,15 +125,6 @@ _FAMILIES = {
 
 def _family(evidence: Evidence) -> str:
     return evidence.config.tell("model_type", lambda name: f"{_FAMILIES.get(name, name)}-style")
-
-
-def _cache_width(evidence: Evidence) -> str:
-    config = evidence.config
-    if not config.content:
-        return NOT_ASSESSED
-    if "kv_lora_rank" in config.content:
-        return str(config.get("kv_lora_rank") + config.get("qk_rope_head_dim"))
-    return str(2 * config.get("num_key_value_heads") * config.get("head_dim"))
 
 
 def _sources(evidence: Evidence) -> str:

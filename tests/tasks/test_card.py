@@ -1,20 +1,26 @@
 """The card: every number from a report, and an example that runs as written."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import odd
+import onnx
 import pytest
 import tiny
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 
+from lm import onnx_model
 from lm.hugging_face_config import config_to_json
+from lm.model import LanguageModel
+from lm.quantization import PLANS
 from tasks.card import figures, text
 from tasks.card.evidence import Evidence, Report
 from tasks.card.params import CardParams
@@ -158,7 +164,7 @@ def test_of_a_large_test_split_the_card_says_how_many_documents_were_measured() 
 
 def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_fine_tuning_or_what_was_read() -> None:
     evidence = evidence_of(
-        config={"model_type": "llama", "num_key_value_heads": 3, "head_dim": 64},
+        config=config_to_json(odd.make_grouped().config),
         train={"started_from": "v1.3.0", "expert_imbalance": 1.0, "valid_loss_before": 3.25},
         quantization={"scheme": "weight-only-8", "plan": "blockwise-8-wide", "asked": "auto", "fine_tuned": False},
         audit={"float_products": []},
@@ -176,7 +182,7 @@ def test_a_dense_model_that_went_on_from_a_checkpoint_claims_nothing_of_experts_
 
 def test_a_mixture_from_scratch_that_was_fine_tuned_says_so() -> None:
     evidence = evidence_of(
-        config={"model_type": "deepseek_v3", "kv_lora_rank": 48, "qk_rope_head_dim": 16, "num_experts_per_tok": 2},
+        config=config_to_json(odd.make_model().config),
         train={"expert_imbalance": 1.25},
         quantization={"scheme": "qat", "plan": "per-token-8", "objective": "text", "fine_tuned": True},
         audit={"float_products": ["lm_head"]},
@@ -189,6 +195,27 @@ def test_a_mixture_from_scratch_that_was_fine_tuned_says_so() -> None:
     assert "- quantization-aware-training" in text.front_matter(evidence, PARAMS)
 
 
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(odd.make_model, {}), (odd.make_grouped, {}), (odd.make_grouped, {"head_dim": 20})],
+    ids=["latents", "heads", "heads filled up"],
+)
+def test_the_card_says_how_wide_the_graphs_cache_is(
+    make: Callable[..., LanguageModel], changes: dict[str, int], tmp_path: Path
+) -> None:
+    model = make(**changes)
+    onnx_model.export(model, PLANS["per-token-8"], tmp_path / "model.onnx")
+    inputs = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.input
+    of_layer = [value for value in inputs if re.fullmatch(r"past_0(\..*)?", value.name)]
+    # All axes but the batch's and that of the tokens.
+    numbers = sum(
+        math.prod(axis.dim_value for axis in value.type.tensor_type.shape.dim if not axis.dim_param)
+        for value in of_layer
+    )
+    card = text.body(evidence_of(config=config_to_json(model.config)), PARAMS)
+    assert f"| cache a token and layer (numbers) | {numbers} |" in card
+
+
 def test_steps_that_were_left_out_stand_in_the_card() -> None:
     steps = {"steps": 12, "skipped_steps": 4, "overflowed_steps": 2}
     card = text.body(evidence_of(train=steps), PARAMS)
@@ -199,7 +226,7 @@ def test_steps_that_were_left_out_stand_in_the_card() -> None:
 
 def test_the_card_says_from_how_much_text_tokens_were_predicted() -> None:
     # A checkpoint that has more positions than it was trained further on.
-    config = {"num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192}
+    config = config_to_json(odd.make_grouped(max_position_embeddings=8192).config)
     card = text.body(evidence_of(config=config, evaluation={"context": 256}), PARAMS)
     assert "Each token is predicted from at most 256 before it." in card
     assert "It attends to at most 8,192 tokens" in card
