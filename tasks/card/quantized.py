@@ -1,6 +1,8 @@
 """How the model was made INT8, what that cost, and what was tried."""
 
-from tasks.card.evidence import Evidence
+from collections import Counter
+
+from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
 from tasks.markdown import table
 
 _ACTIVATIONS = "Activations: unsigned 8 bits, one scale and zero point a token."
@@ -30,10 +32,27 @@ _FINE_TUNED = {
     "float": "The model was fine-tuned with exactly these roundings before the export, towards the float model's own "
     "predictions (LLM-QAT, arXiv 2305.17888).",
 }
+# What a graph stores, by the ending of a tensor's name, and why it is not an integer of 8 or 4 bits.
+_INTEGERS = "rounded weights", ""
+_SCALES = "scales", "each times an integer is a weight"
+_SUMS = "sums of rounded weights", "what a token's zero point is taken out by"
+_ENDINGS = {
+    "int8": _INTEGERS,
+    "int4": _INTEGERS,
+    "scales": _SCALES,
+    "sums": _SUMS,
+    "bias": ("biases", "added behind the products"),
+}
+_TURNS = "turns of what `down_proj` reads", "multiplied while the model runs, before the rounding"
+_ROTATIONS = "rotations by position", "applied to queries and keys in float"
+_PRODUCTS = "products left in float", "`quantize.routers`, `quantize.in_float`"
+_NORMS = "weights of norms", "`quantize.norms`"
+_EMBEDDING = "embedding left in float", "`quantize.in_float`"
+_CONSTANTS = "constants", "sizes, places and bounds"
 
 
 def section(evidence: Evidence) -> str:
-    """Returns the plan of the roundings, what they cost, and the trials."""
+    """Returns the plan of the roundings, what they cost, what the graph holds, and the trials."""
     report, audit, found = evidence.evaluation, evidence.audit, evidence.quantization
     products = audit.tell("float_products", lambda names: ", ".join(f"`{name}`" for name in names) or "none")
     trained = found.tell(
@@ -64,7 +83,46 @@ def section(evidence: Evidence) -> str:
                     ["left in float on purpose", products],
                 ],
             ),
+            "The exported file itself, as the audit counts it:",
+            _graph(audit),
             f"On {found.show('windows', '{:,}')} windows of the validation split, by what was tried:",
             table(["", "relative loss against float", "KL divergence from float (nats a token)"], trials),
         ]
     )
+
+
+def _graph(audit: Report) -> str:
+    """Returns how often the graph has each operator, and the bytes that it stores by type and by what they are for."""
+    operators, weights = audit.get("operators"), audit.get("weights")
+    if operators is None or weights is None:
+        return NOT_ASSESSED
+    sizes: Counter[tuple[str, tuple[str, str]]] = Counter()
+    for weight in weights:
+        sizes[weight["type"], _kind(weight["name"], len(weight["shape"]), audit.get("float_products"))] += weight[
+            "bytes"
+        ]
+    rows = [
+        [f"`{of_type}`, {whole:,} in all", what, f"{size:,}", why]
+        for of_type, whole in Counter(audit.get("bytes_by_type")).most_common()
+        for (other, (what, why)), size in sizes.most_common()
+        if other == of_type
+    ]
+    named = ", ".join(f"`{name}` {count:,}" for name, count in Counter(operators).most_common())
+    told = f"Operators, {sum(operators.values()):,} in all: {named}."
+    return table(["type", "what it is", "bytes", "why it is not rounded"], rows) + "\n\n" + told
+
+
+def _kind(name: str, axes: int, float_products: list[str]) -> tuple[str, str]:
+    """Returns what the stored tensor ``name`` is, and why it is not rounded."""
+    ending = name.rpartition(".")[2]
+    if ending in _ENDINGS:
+        return _ENDINGS[ending]
+    if name.startswith("turn_"):
+        return _TURNS
+    if name.startswith("rotations."):
+        return _ROTATIONS
+    if name in float_products:
+        return _PRODUCTS
+    if ending == "weight":
+        return _NORMS if axes == 1 else _EMBEDDING
+    return _CONSTANTS

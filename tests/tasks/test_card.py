@@ -195,6 +195,46 @@ def test_a_mixture_from_scratch_that_was_fine_tuned_says_so() -> None:
     assert "- quantization-aware-training" in text.front_matter(evidence, PARAMS)
 
 
+def test_the_audits_figures_stand_in_the_card(project: Path) -> None:
+    audit = json.loads((project / "models/int8/audit.json").read_text())
+    quantization = _card(project).partition("\n## Quantization\n")[2].partition("\n## ")[0]
+    told = re.search(r"^Operators, ([\d,]+) in all: (.*)\.$", quantization, re.MULTILINE)
+    assert told
+    counts = {name: int(count) for name, count in re.findall(r"`(\w+)` (\d+)", told[2])}
+    assert counts == audit["operators"]
+    assert told[1] == f"{sum(audit['operators'].values()):,}"
+    rows = re.findall(r"^\| `(\w+)`, ([\d,]+) in all \| (.+) \| ([\d,]+) \|", quantization, re.MULTILINE)
+    stored = [(kind, int(whole.replace(",", "")), what, int(size.replace(",", ""))) for kind, whole, what, size in rows]
+    assert {(kind, whole) for kind, whole, *_ in stored} == {*audit["bytes_by_type"].items()}
+    for kind, whole in audit["bytes_by_type"].items():
+        assert sum(size for other, *_, size in stored if other == kind) == whole
+    sizes = {weight["name"]: weight["bytes"] for weight in audit["weights"]}
+    in_float = {what: size for kind, _, what, size in stored if kind == "float32"}
+    assert in_float["products left in float"] == sizes["model.layers.1.mlp.gate.weight"]
+    assert in_float["turns of what `down_proj` reads"] == sizes["turn_48"] + sizes["turn_16"]
+    assert in_float["rotations by position"] == sizes["rotations.cos"] + sizes["rotations.sin"]
+    assert in_float["weights of norms"] == sum(size for name, size in sizes.items() if "norm.weight" in name)
+    assert in_float["scales"] == sum(size for name, size in sizes.items() if name.endswith(".scales"))
+    assert "embedding left in float" not in in_float
+
+
+def test_an_embedding_in_float_is_told_apart_from_norms_and_products() -> None:
+    weights = [
+        {"name": "model.embed_tokens.weight", "type": "float32", "shape": [257, 32], "bytes": 32_896},
+        {"name": "model.norm.weight", "type": "float32", "shape": [32], "bytes": 128},
+        {"name": "lm_head.weight", "type": "float32", "shape": [32, 257], "bytes": 32_896},
+    ]
+    audit = {
+        "operators": {"MatMul": 1},
+        "bytes_by_type": {"float32": 65_920},
+        "float_products": ["lm_head.weight"],
+        "weights": weights,
+    }
+    card = text.body(evidence_of(audit=audit), PARAMS)
+    for what, size in (("embedding", "32,896"), ("weights of norms", "128"), ("products", "32,896")):
+        assert re.search(rf"^\| `float32`, 65,920 in all \| {what}[^|]* \| {size} \|", card, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("make", "changes"),
     [(odd.make_model, {}), (odd.make_grouped, {}), (odd.make_grouped, {"head_dim": 20})],
