@@ -4,10 +4,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from lm.hugging_face_config import config_from_json
+from lm.hugging_face_config import Unusable, config_from_json
+from tasks import paths
 from tasks.card import measured, quantized, verdict
 from tasks.card.evidence import NOT_ASSESSED, Evidence, Report
 from tasks.card.params import CardParams
+from tasks.errors import BadInput
 from tasks.markdown import literal, table
 
 EXAMPLE = Path(__file__).with_name("example.py")
@@ -109,7 +111,12 @@ def _parameters(evidence: Evidence) -> str:
 
 
 def _cache_width(config: Report) -> str:
-    return str(config_from_json(config.content).cache_width) if config.content else NOT_ASSESSED
+    if not config.content:
+        return NOT_ASSESSED
+    try:
+        return str(config_from_json(config.content).cache_width)
+    except Unusable as error:
+        raise BadInput(f"{paths.FLOAT}: {error}. Run the stage 'train' again.") from None
 
 
 _FAMILIES = {

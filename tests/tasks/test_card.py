@@ -24,6 +24,7 @@ from lm.quantization import PLANS
 from tasks.card import figures, text
 from tasks.card.evidence import Evidence, Report
 from tasks.card.params import CardParams
+from tasks.errors import BadInput
 
 CORPUS = {
     "sources": [
@@ -254,6 +255,13 @@ def test_the_card_says_how_wide_the_graphs_cache_is(
     )
     card = text.body(evidence_of(config=config_to_json(model.config)), PARAMS)
     assert f"| cache a token and layer (numbers) | {numbers} |" in card
+
+
+def test_a_configuration_that_is_no_models_is_named() -> None:
+    config = {**config_to_json(odd.make_grouped().config), "head_dim": 15}
+    told = r"models/float: config\.json: .*head_dim is 15; .*Run the stage 'train' again\."
+    with pytest.raises(BadInput, match=told):
+        text.body(evidence_of(config=config), PARAMS)
 
 
 def test_steps_that_were_left_out_stand_in_the_card() -> None:
