@@ -2,7 +2,16 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+
+def in_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Measures each of ``sides`` once a round; yields after each what has been measured so far."""
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            measured[name].append(side())
+        yield measured
 
 
 def compare(
@@ -18,13 +27,9 @@ def compare(
     A side returns a rate in ``unit``; more is better. ``goals`` names the ratio to reach against a side. The JSON line
     begins with what ``also`` holds in the end.
     """
-    measured: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds):
-        for name, side in sides.items():
-            measured[name].append(side())
-        print(
-            f"round {round_ + 1}/{rounds}: " + "  ".join(f"{name} {rates[-1]:,.0f}" for name, rates in measured.items())
-        )
+    measured: dict[str, list[float]] = {}
+    for round_, measured in enumerate(in_turns(sides, rounds), 1):
+        print(f"round {round_}/{rounds}: " + "  ".join(f"{name} {rates[-1]:,.0f}" for name, rates in measured.items()))
     print(f"\n{'side':<44}{unit:>16}   ours/side: median (least to most)   goal")
     results: dict[str, object] = {**(also or {}), "unit": unit, "rounds": rounds}
     for name, rates in measured.items():
