@@ -437,6 +437,11 @@ def rebuild(
     """
     with mistakes_are_told(goes_on=True):
         from flows.rebuild import rebuild as rebuild_version
+        from flows.termination import sigterm_raises
 
-        code = rebuild_version(version, environment, Console(), Console(stderr=True))
+        # It may be in the middle of a training.
+        with sigterm_raises(
+            lambda: typer.echo("terminated; the same command goes on where this one stopped.", err=True)
+        ):
+            code = rebuild_version(version, environment, Console(), Console(stderr=True))
     raise typer.Exit(code)

@@ -187,3 +187,19 @@ def test_a_full_disk_leaves_no_compiled_file_cut_off(
     subprocess.run([sys.executable, "-c", "import tasks.large"], cwd=disk, check=True)
     (disk / "ballast").unlink()
     subprocess.run([sys.executable, "-c", "import tasks.large"], cwd=disk, check=True)
+
+
+def test_a_rebuild_that_is_told_to_end_says_that_it_goes_on() -> None:
+    code = """
+import os, signal, time
+from unittest.mock import patch
+from flows import cli
+def at_work(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+with patch("flows.rebuild.rebuild", at_work):
+    cli.app(["rebuild", "v1.0.0"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    told = "terminated; the same command goes on where this one stopped.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", told)
