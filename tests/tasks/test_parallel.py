@@ -25,12 +25,12 @@ from tasks.train.params import TrainParams
 ROOT = Path(__file__).parents[2]
 Trained = Callable[[Case], Result]
 
-# Each axis takes all steps on two processes, and four of their combinations on four; how others combine, and what a
-# model has besides, shows in a few.
-FEW = 3
+# Each axis takes all steps on two processes; how they combine, and what a model has besides, shows in a few: in the
+# second step the first one's changes take part.
+FEW = 2
 TWO = [
     Case({}),
-    Case({}, micro_batch=4),
+    Case({}, micro_batch=4, steps=FEW),
     Case({"shard": 2}, micro_batch=4),
     Case({"shard": 2}, "qwen3", steps=FEW),
     Case({"expert": 2}, micro_batch=1),
@@ -65,41 +65,41 @@ TWO = [
     Case({"tensor": 2}, "latent-further-even", micro_batch=4, logits_held=64, steps=FEW),
     Case({"shard": 2}, "latent-further", recomputed="full", steps=FEW),
     # Muon computes in bf16: what is another sum in fp32 is soon another model.
-    Case({"shard": 2}, "qwen3", steps=3, optimizer="muon"),
-    Case({"expert": 2}, steps=3, optimizer="muon"),
+    Case({"shard": 2}, "qwen3", steps=FEW, optimizer="muon"),
+    Case({"expert": 2}, steps=FEW, optimizer="muon"),
     # The first stage has no experts.
-    Case({"pipeline": 2}, steps=3, optimizer="muon"),
+    Case({"pipeline": 2}, steps=FEW, optimizer="muon"),
     Case({"pipeline": 2}, answers=True, steps=FEW),
     Case({"shard": 2}, answers=True, steps=FEW),
     Case({"pipeline": 2}, "latent-further", steps=FEW),
 ]
 # Four processes: what the axes leave is `replicate`.
 FOUR = [
-    Case({}),
+    Case({}, steps=FEW),
     Case({"shard": 4}, micro_batch=1, steps=FEW),
     Case({"shard": 2}, steps=FEW),
     Case({"expert": 4}, steps=FEW),
-    Case({"shard": 2, "expert": 2}, micro_batch=1),
-    Case({"tensor": 2}, steps=FEW),
-    Case({"expert": 2, "tensor": 2}, micro_batch=4),
-    Case({"shard": 2, "tensor": 2}, "qwen3-even"),
+    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=5, kept=True),
+    Case({"tensor": 2}, "qwen3-moe", steps=FEW),
+    Case({"expert": 2, "tensor": 2}, micro_batch=4, steps=FEW),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=5, kept=True),
     Case({"shard": 2, "tensor": 2}, "latent-further-even", steps=FEW),
     Case({"shard": 2, "expert": 2}, "latent-lora", micro_batch=1, steps=FEW),
     Case({"shard": 2, "expert": 2}, "qwen2-moe-lora", micro_batch=1, steps=FEW),
-    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=3, optimizer="muon"),
-    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=3, optimizer="muon"),
+    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=FEW, optimizer="muon"),
+    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=FEW, optimizer="muon"),
     Case({"pipeline": 2}, steps=FEW),
-    Case({"pipeline": 2, "tensor": 2}, "qwen3-even", steps=FEW),
+    Case({"pipeline": 4}, "qwen3-deep", steps=FEW),
     Case({"pipeline": 2, "tensor": 2}, "llama-biases", steps=FEW),
     Case({"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"}, "latent-deep", steps=FEW),
-    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
+    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=FEW),
     Case(
         {"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved-1f1b"},
         "latent-deep",
         steps=FEW,
         recomputed="full",
     ),
-    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=3, optimizer="muon"),
+    Case({"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep", steps=FEW, optimizer="muon"),
     Case({"pipeline": 2, "tensor": 2}, "qwen3-even", answers=True, steps=FEW),
     Case({"pipeline": 2, "expert": 2}, "qwen3-moe", steps=FEW),
     Case({"pipeline": 2, "shard": 2}, "latent-further-tied", steps=FEW),
@@ -128,22 +128,19 @@ RESUMED = [
     Case({"expert": 2}, steps=7, resume=4),
     Case({"pipeline": 2}, resume=4),
     Case(TIED, "qwen3-deep", resume=5),
-    Case({}, steps=3, resume=6, optimizer="muon"),
-    Case({"expert": 2}, steps=3, resume=6, optimizer="muon"),
-    Case({"pipeline": 2}, steps=3, resume=6, optimizer="muon"),
+    Case({}, steps=FEW, resume=6, optimizer="muon"),
+    Case({"expert": 2}, steps=FEW, resume=6, optimizer="muon"),
+    Case({"pipeline": 2}, steps=FEW, resume=6, optimizer="muon"),
     Case({"tensor": 2}, "latent-lora", micro_batch=4, steps=7, resume=7),
     Case({"pipeline": 2}, "latent-lora", steps=7, resume=7),
     Case({"pipeline": 2}, "latent-further-deep", steps=7, resume=8),
     Case({"pipeline": 2}, "latent-further", steps=7, resume=9),
 ]
 # The same on four.
-HALVES_OF_FOUR = [
-    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=5, kept=True),
-    Case({"shard": 2, "expert": 2}, micro_batch=1, steps=5, kept=True),
-]
+HALVES_OF_FOUR = [case for case in FOUR if case.kept]
 RESUMED_ON_FOUR = [
-    Case({"pipeline": 2, "shard": 2}, "qwen3-even", resume=0),
-    Case({"expert": 2, "tensor": 2}, micro_batch=4, resume=1),
+    Case({"expert": 2, "tensor": 2}, micro_batch=4, steps=7, resume=0),
+    Case({"pipeline": 2, "shard": 2}, "qwen3-even", steps=7, resume=1),
 ]
 # Traced by torch, of the second its gradients too; the code that comes of it is for test_compiled, in one process.
 COMPILED = [
@@ -159,65 +156,84 @@ SLOW = [
     Case({"shard": 2}, "qwen3", micro_batch=4, steps=6, slow="optimizer", optimizer="muon"),
 ]
 SPOILT = [Case({"pipeline": 2}, steps=4, spoilt=3)]
-# As one of FOUR, or of RIGHT, but for the mistake and the steps. One step shows most of them.
+# As one of TWO but for the mistake and the steps. One step shows most of them.
 WRONG = [
     Case({}, steps=1, mistake="the gradients are each process's own"),
-    Case({"shard": 2}, steps=1, mistake="the replicas' gradients are not summed"),
-    Case({"shard": 4}, micro_batch=1, steps=1, mistake="the gradients are summed, not averaged"),
-    Case({"shard": 4}, micro_batch=1, steps=1, mistake="each process clips by the norm of its part"),
-    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=1, mistake="parts of an output are not summed over tensor"),
-    Case({"tensor": 2}, steps=1, mistake="gradients of shares of the tokens are not summed over tensor"),
+    Case({"shard": 2}, micro_batch=4, steps=1, mistake="the gradients are summed, not averaged"),
+    Case({"shard": 2}, micro_batch=4, steps=1, mistake="each process clips by the norm of its part"),
     Case(
-        {"shard": 2, "tensor": 2},
-        "qwen3-even",
+        {"tensor": 2},
+        "llama-biases",
+        micro_batch=4,
+        steps=1,
+        mistake="parts of an output are not summed over tensor",
+    ),
+    Case(
+        {"tensor": 2},
+        "latent-compressed",
+        micro_batch=4,
+        recomputed="selective",
+        steps=1,
+        mistake="gradients of shares of the tokens are not summed over tensor",
+    ),
+    Case(
+        {"tensor": 2},
+        "llama-biases",
+        micro_batch=4,
         steps=1,
         mistake="parts of the logits' gradient are not summed over tensor",
     ),
+    Case({"expert": 2}, micro_batch=1, steps=2, mistake="each process counts its own tokens alone"),
+    Case(
+        {"tensor": 2},
+        "qwen3-moe",
+        micro_batch=4,
+        steps=1,
+        mistake="a sequence's tokens are not summed over tensor",
+    ),
+    *(
+        Case(mesh, model, steps=1, mistake="the gradient of one micro-batch is missing")
+        for mesh, model in (
+            ({"pipeline": 2}, "latent"),
+            ({"pipeline": 2, "pipeline_schedule": "interleaved-1f1b"}, "qwen3-deep"),
+            ({"pipeline": 2, "pipeline_schedule": "zero-bubble"}, "qwen3-deep"),
+        )
+    ),
+    Case({"pipeline": 2}, answers=True, steps=1, mistake="the pipeline's answers are not counted over the batch"),
+    Case(
+        {"pipeline": 2},
+        "qwen3",
+        micro_batch=1,
+        recomputed="selective",
+        steps=1,
+        mistake="the copies of tied weights have gradients of their own",
+    ),
+    Case({"shard": 2}, "qwen3", steps=2, mistake="each part is orthogonalized", optimizer="muon"),
+    Case(
+        {"tensor": 2},
+        "latent-lora",
+        micro_batch=4,
+        steps=1,
+        mistake="the other factors' gradients are not summed over tensor",
+    ),
+]
+# As one of FOUR.
+WRONG_ON_FOUR = [
+    Case({"shard": 2}, steps=1, mistake="the replicas' gradients are not summed"),
     Case({"shard": 2, "expert": 2}, micro_batch=1, steps=1, mistake="the experts' gradients are divided again"),
-    Case({"expert": 4}, steps=2, mistake="each process counts its own tokens alone"),
-    Case({"shard": 2, "tensor": 2}, "qwen3-moe", steps=1, mistake="a sequence's tokens are not summed over tensor"),
-    Case({"pipeline": 2}, steps=1, mistake="the gradient of one micro-batch is missing"),
-    Case(
-        {"pipeline": 2, "expert": 2, "pipeline_schedule": "interleaved-1f1b"},
-        "latent-deep",
-        steps=1,
-        mistake="the gradient of one micro-batch is missing",
-    ),
-    Case(
-        {"pipeline": 2, "shard": 2, "pipeline_schedule": "zero-bubble"},
-        "qwen3-deep",
-        steps=1,
-        mistake="the gradient of one micro-batch is missing",
-    ),
-    Case(
-        {"pipeline": 2, "tensor": 2},
-        "qwen3-even",
-        answers=True,
-        steps=1,
-        mistake="the pipeline's answers are not counted over the batch",
-    ),
     Case(
         {"pipeline": 2, "shard": 2},
         "latent-further-tied",
         steps=1,
         mistake="the copies of tied weights have gradients of their own",
     ),
-    Case({"pipeline": 4}, "qwen3-deep", steps=1, mistake="the copies of tied weights have gradients of their own"),
-    Case({"shard": 2, "tensor": 2}, "qwen3-even", steps=2, mistake="each part is orthogonalized", optimizer="muon"),
-    Case({"tensor": 2}, "latent-lora", steps=1, mistake="the other factors' gradients are not summed over tensor"),
 ]
-# Those of them without their mistakes that are none of FOUR.
-RIGHT = [
-    Case({"shard": 2, "tensor": 2}, "qwen3-moe", steps=2),
-    Case({"pipeline": 4}, "qwen3-deep", steps=2),
-    Case({"tensor": 2}, "latent-lora", steps=2),
-]
-# Two replicas that meet after every fifth step: of one process, and of two that share the weights.
+# Two replicas that meet after every fifth step: of one process, and of two that share the weights (every second).
 APART = Case({}, micro_batch=4, inner_steps=5)
-APART_AND_CUT = Case({"shard": 2}, micro_batch=2, inner_steps=5)
+APART_AND_CUT = Case({"shard": 2}, micro_batch=2, steps=4, inner_steps=2)
 APART_ON_ANSWERS = Case({}, micro_batch=4, inner_steps=5, answers=True)
-ON_TWO = [*HALVES, *RESUMED, *TWO, APART, *COMPILED, *SLOW, APART_ON_ANSWERS, *SPOILT]
-ON_FOUR = [*FOUR, *WRONG, *RIGHT, *HALVES_OF_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
+ON_TWO = [*HALVES, *RESUMED, *TWO, *WRONG, APART, *COMPILED, *SLOW, APART_ON_ANSWERS, *SPOILT]
+ON_FOUR = [*FOUR, *WRONG_ON_FOUR, *RESUMED_ON_FOUR, APART_AND_CUT]
 _alone = functools.lru_cache(one_process.alone)
 
 
@@ -316,12 +332,21 @@ def check_resumed(case: Case, halves: list[Case], result: Result) -> None:
 
 
 @pytest.mark.parametrize("case", WRONG, ids=name_of)
-def test_a_mistake_in_the_layout_is_seen(case: Case, four: list[Result]) -> None:
+def test_a_mistake_in_the_layout_is_seen(case: Case, two: list[Result]) -> None:
+    check_seen(case, TWO, two[ON_TWO.index(case)])
+
+
+@pytest.mark.parametrize("case", WRONG_ON_FOUR, ids=name_of)
+def test_a_mistake_in_the_layout_of_four_is_seen(case: Case, four: list[Result]) -> None:
+    check_seen(case, FOUR, four[ON_FOUR.index(case)])
+
+
+def check_seen(case: Case, right: list[Case], result: Result) -> None:
+    """Fails if ``result`` passes; that the same without the mistake does is a test for one of ``right``."""
+    without = replace(case, mistake="")
+    assert [other for other in right if replace(other, steps=case.steps, kept=False) == without]
     with pytest.raises(AssertionError):
-        check_like(case, four[ON_FOUR.index(case)])
-    right = replace(case, mistake="")
-    [same] = [other for other in (*FOUR, *RIGHT) if replace(other, steps=case.steps) == right]
-    check_like(same, four[ON_FOUR.index(same)])
+        check_like(case, result)
 
 
 def test_replicas_that_meet_now_and_then_do_what_the_paper_writes(two: list[Result], four: list[Result]) -> None:
