@@ -27,7 +27,8 @@ LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "*.1.mlp.*_proj"], "keep_ad
 
 def write_params(project: Path, lora: dict[str, Any] | None = None, **changes: Any) -> None:
     given = {"train__init": "given", "train__model": None, "shard__vocab_size": None, "train__learning_rate": 0.01}
-    tiny.write_params(project, **{**given, "train__lora": {**LORA, **(lora or {})}, **changes})
+    few = {"train__steps": 6, "train__validate_every": 2}
+    tiny.write_params(project, **{**given, **few, "train__lora": {**LORA, **(lora or {})}, **changes})
 
 
 @pytest.fixture
@@ -50,14 +51,11 @@ def train(project: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "how",
+    # int8 alone sends what powersgd does, and Muon alone moves what it moves on a mesh.
     [
         {},
-        {"mesh": {"shard": 2}},
         {"compression": "powersgd", "compression_rank": 1},
-        {"compression": "int8"},
-        {"diloco": {"inner_steps": 2}},
         {"diloco": {"inner_steps": 2}, "compression": "int8"},
-        {"optimizer": "muon"},
         {"optimizer": "muon", "mesh": {"shard": 2}},
     ],
     ids=str,
