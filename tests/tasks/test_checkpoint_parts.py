@@ -49,9 +49,8 @@ def test_each_process_writes_its_part_which_goes_with_its_checkpoint(cut: Path) 
     assert max(sizes) < 1.3 * min(sizes)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__1_0.distcp"])
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_damaged_part_is_told_and_the_checkpoint_before_is_used(
+@pytest.mark.parametrize(("name", "gone"), [(".metadata", False), ("__1_0.distcp", True)])
+def test_a_damaged_part_is_told_once_and_the_checkpoint_before_is_used(
     project: Path, name: str, gone: bool, cut: Path
 ) -> None:
     shutil.rmtree(project / "models")
@@ -68,6 +67,24 @@ def test_a_damaged_part_is_told_and_the_checkpoint_before_is_used(
     assert sorted(parts(project)) == ["parts-000000010", "parts-000000012"]
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__1_0.distcp"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_whichever_part_is_damaged_is_told(
+    project: Path, name: str, gone: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = newest_first(project)[0].parent
+    bad = folder / "parts-000000012" / name
+    bad.unlink() if gone else flip_a_bit(bad)
+    assert step_of_latest(folder) == 10
+    assert capsys.readouterr().err == f"warning: {bad}: damaged checkpoint; going back to the one before\n"
+
+
+def step_of_latest(folder: Path) -> int | None:
+    """The step after which the training whose checkpoints are in ``folder`` goes on."""
+    state = Checkpoints("train", folder.name, kept=2, root=folder.parent.parent).load_latest()
+    return None if state is None else state["step"]
+
+
 def test_a_part_that_cannot_be_read_is_told_and_the_checkpoint_before_is_used(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,9 +97,7 @@ def test_a_part_that_cannot_be_read_is_told_and_the_checkpoint_before_is_used(
         return digest_of(file, moved)
 
     monkeypatch.setattr("tasks.parallel.parts.digest_of", digest)
-    state = Checkpoints("train", folder.name, kept=2, root=folder.parent.parent).load_latest()
-    assert state is not None
-    assert state["step"] == 10
+    assert step_of_latest(folder) == 10
     told = f"warning: {bad}: cannot be read (Input/output error); going back to the one before\n"
     assert capsys.readouterr().err == told
 
