@@ -244,7 +244,7 @@ def test_a_store_that_does_not_answer_keeps_nobody_from_ending(monkeypatch: pyte
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
-    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=60, train__checkpoint_every=2)
+    tiny.write_params(tmp_path, train__hang_timeout_seconds=2.0, train__steps=30, train__checkpoint_every=2)
     tiny.write_shards(tmp_path)
     log = tmp_path / "log"
     ranks = forked.start([tmp_path, tmp_path], log, disturb.slowly)
