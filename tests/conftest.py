@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import needed
 from prefect_server import PrefectServer, make_database
+
+# Of a name and of what fills a folder.
+Made = Callable[[str, Callable[[Path], object]], Path]
 
 
 def pytest_collectstart() -> None:
@@ -50,6 +54,26 @@ def once(
             yield folder
 
     return hold
+
+
+@pytest.fixture(scope="session")
+def made(once: Callable[[str], contextlib.AbstractContextManager[Path]]) -> Made:
+    """Returns the folder of a name, which the first of all the processes that run tests has filled.
+
+    Nobody changes it; a test takes a copy.
+    """
+
+    def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
+        with once(name) as folder, contextlib.chdir(Path.cwd()):
+            filled = folder.with_name(f"{name}.filled")
+            if not filled.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                filled.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
 """A small project with Git, DVC, the real ``params.yaml``, and cheap stages whose behaviour files decide."""
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import subprocess
-import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import command
@@ -21,6 +22,7 @@ from versioned import Versioned, make
 from flows.publish import publish
 
 REPOSITORY = Path(__file__).parents[2]
+Made = Callable[[str, Callable[[Path], object]], Path]
 
 # Each stage appends its name to `ran`, does what the file `NAME.do` says, and copies its input to its output.
 STAGE = """
@@ -83,12 +85,6 @@ class Project:
         out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def dvc(self, *arguments: str) -> None:
-        subprocess.run(
-            [sys.executable, "-m", "dvc", *arguments], cwd=self.root, env=self.environment(), check=True, text=True,
-            capture_output=True,
-        )  # fmt: skip
-
     def ran(self) -> list[str]:
         """The stages whose commands have run since the last call."""
         file = self.root / "ran"
@@ -111,12 +107,16 @@ class Project:
         return within(self.root)
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    root = tmp_path / "project"
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small project in which nothing has run, and a home beside it. Nobody changes it; a test takes a copy."""
+    from dvc.repo import Repo
+
+    home = tmp_path_factory.mktemp("blank")
+    root = home / "project"
     (root / "source").mkdir(parents=True)
     # DVC would leave processes behind that report its use and look for a newer version.
-    settings = tmp_path / ".config" / "dvc" / "config"
+    settings = home / ".config" / "dvc" / "config"
     settings.parent.mkdir(parents=True)
     settings.write_text("[core]\n    analytics = false\n    check_update = false\n")
     (root / "source" / "a.txt").write_text("In the beginning.\n")
@@ -127,11 +127,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     content["collect"]["sources"] = [{"name": "small", "uri": "source", "format": "txt", "licence": "none"}]
     content["flow"] = {"retries": {"second": 1}, "retry_delay_seconds": 0.0}
     yaml.dump(content, root / "params.yaml")
-    made = Project(root)
+    subprocess.run(["git", "init", "-q"], cwd=root, env=Project(root).environment(), check=True)
+    with contextlib.chdir(root):
+        Repo.init(".").close()
+    return home
+
+
+@pytest.fixture
+def project(blank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    """A copy of the small project, and its folder as the current one."""
+    shutil.copytree(blank, tmp_path, dirs_exist_ok=True)
+    root = tmp_path / "project"
     monkeypatch.chdir(root)
-    subprocess.run(["git", "init", "-q"], cwd=root, env=made.environment(), check=True)
-    made.dvc("init", "-q")
-    yield made
+    yield Project(root)
     left = left_within(root)
     for process in left:
         process.kill()
@@ -139,9 +147,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
 
 
 @pytest.fixture(scope="session")
-def version_one(tmp_path_factory: pytest.TempPathFactory) -> Versioned:
+def version_one(made: Made) -> Versioned:
     """A small project with one version. Nobody changes it; a test takes a copy."""
-    return make(tmp_path_factory.mktemp("versioned") / "project", tmp_path_factory.mktemp("home"))
+
+    def fill(folder: Path) -> None:
+        (folder / "home").mkdir()
+        make(folder / "project", folder / "home")
+
+    place = made("versioned", fill)
+    return Versioned(place / "project", place / "home")
 
 
 @pytest.fixture
@@ -155,12 +169,9 @@ def versioned(tmp_path: Path, version_one: Versioned, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="session")
-def unpublished(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+def unpublished(made: Made) -> Clone:
     """A small project with two remotes, in which one run was done. Nobody changes it; a test takes a copy."""
-    before = os.getcwd()
-    made = publishing.make(tmp_path_factory.mktemp("unpublished") / "place")
-    os.chdir(before)
-    return made
+    return Clone.within(made("unpublished", publishing.make))
 
 
 @pytest.fixture
@@ -174,19 +185,20 @@ def publisher(tmp_path: Path, unpublished: Clone, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="session")
-def published_twice(tmp_path_factory: pytest.TempPathFactory, unpublished: Clone) -> Clone:
+def published_twice(made: Made, unpublished: Clone) -> Clone:
     """The project after v1.0.0, which is in production, and v1.1.0, which the gate refused. Nobody changes it."""
-    before = os.getcwd()
-    made = unpublished.copy(tmp_path_factory.mktemp("published") / "place")
-    os.chdir(made.root)
-    publish(made.root)
-    made.set("train", "learning_rate", 0.75)
-    made.write("b.txt", "And the second.\n")
-    made.commit("A bolder rate")
-    made.run()
-    publish(made.root)
-    os.chdir(before)
-    return made
+
+    def fill(folder: Path) -> None:
+        clone = unpublished.copy(folder / "place")
+        os.chdir(clone.root)
+        publish(clone.root)
+        clone.set("train", "learning_rate", 0.75)
+        clone.write("b.txt", "And the second.\n")
+        clone.commit("A bolder rate")
+        clone.run()
+        publish(clone.root)
+
+    return Clone.within(made("published", fill) / "place")
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """What no kept version needs goes, and never a byte of a version."""
 
 import contextlib
+import dataclasses
 import io
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -46,7 +45,7 @@ def check_versions_come_back(clone: Clone, places: dict[str, dict[str, bytes]]) 
     """Fails when a version's files are not the bytes that they were, taken from the cache alone."""
     for name, files in places.items():
         place = worktree.add(clone.root, name, registry.resolve(clone.root, name).commit)
-        subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=place, check=True)
+        dataclasses.replace(clone, root=place).dvc("checkout", "-q")
         assert files_of(place) == files
         worktree.remove(clone.root, name)
 
@@ -100,7 +99,7 @@ def test_branches_and_worktrees_of_others_are_kept(published: Clone) -> None:
     published.commit("An experiment")
     experiment = cached(published)
     git(published.root, "switch", "-q", "main")
-    subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=published.root, check=True)
+    published.dvc("checkout", "-q")
     night = Clone(worktree.add(published.root, "night", "main"), published.shared, published.shelf)
     night.write("n.txt", "Uncommitted.\n")
     night.run()
@@ -125,7 +124,7 @@ def test_every_stash_is_kept_and_what_can_be_found_of_one_that_lost_a_list(publi
         with dvc.store(published.root) as store:
             wanted |= objects.needed(store, contents.present(published.root), {})
         git(published.root, "stash", "-q", environment=registry.author(published.root))
-    subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=published.root, check=True)
+    published.dvc("checkout", "-q")
     (model,) = (one for one in contents.recorded(published.root, "stash@{1}") if one.path == Path("models/int8"))
     with dvc.store(published.root) as store:
         of_model = objects.needed(store, [model], {})
@@ -137,7 +136,7 @@ def test_every_stash_is_kept_and_what_can_be_found_of_one_that_lost_a_list(publi
 def test_text_that_was_committed_and_never_used_is_kept(published: Clone) -> None:
     git(published.root, "switch", "-q", "-c", "collected")
     published.write("t.txt", "Of no run.\n")
-    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data/raw"], cwd=published.root, check=True)
+    published.dvc("add", "-q", "data/raw")
     (published.root / "dvc.lock").unlink()
     published.commit("Text")
     with dvc.store(published.root) as store:
@@ -149,10 +148,10 @@ def test_text_that_was_committed_and_never_used_is_kept(published: Clone) -> Non
 
 def test_the_remote_keeps_versions_that_only_other_machines_know(published: Clone) -> None:
     make_surplus(published)
-    subprocess.run([sys.executable, "-m", "dvc", "push", "-q"], cwd=published.root, check=True)
+    published.dvc("push", "-q")
     other = published.clone("other")
     git(other.root, "fetch", "-q", "--tags", "origin")
-    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True)
+    other.dvc("pull", "-q")
     other.write("d.txt", "Of the other.\n")
     other.run()
     publish(other.root)
@@ -176,7 +175,7 @@ def test_the_remote_keeps_versions_that_only_other_machines_know(published: Clon
     published.check_remote()
     assert len(registry.versions(published.shared)) == 3
     # DVC pushes once more what it had pushed before.
-    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q", "--force"], cwd=published.root, check=True)
+    published.dvc("pull", "-q", "--force")
     published.write("c.txt", "What is there now.\n")
     published.run()
     publish(published.root)
@@ -187,12 +186,12 @@ def test_what_another_machine_publishes_while_the_remote_is_pruned_stays_whole(
     published: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_surplus(published)
-    subprocess.run([sys.executable, "-m", "dvc", "push", "-q"], cwd=published.root, check=True)
+    published.dvc("push", "-q")
     git(published.root, "checkout", "-q", "--", ".")
     make_old(published)
     other = published.clone("other")
     git(other.root, "fetch", "-q", "--tags", "origin")
-    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True)
+    other.dvc("pull", "-q")
     # What the remote has since long, and nobody has named so far.
     other.write("c.txt", "What is there now.\n")
     other.run()

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,7 +190,7 @@ def overtaking(publisher: Clone) -> Clone:
     publish.publish(publisher.root)
     other = publisher.clone("other")
     git(other.root, "fetch", "-q", "--tags", "origin")
-    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=other.root, check=True, capture_output=True)
+    other.dvc("pull", "-q")
     other.write("b.txt", "Of the other.\n")
     other.run()
     publisher.write("c.txt", "Of ours.\n")

@@ -27,12 +27,13 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def blank(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Chain:
+def blank(made: Callable[[str, Callable[[Path], object]], Path], home: Path) -> Chain:
     """A project in which nothing has run. Nobody changes it; a scenario takes a copy.
 
     One for all, so that the repository may be worked on while the tests run.
     """
-    return lay_out(tmp_path_factory.mktemp("blank") / "project", home)
+    place = made("blank", lambda folder: lay_out(folder / "project", home))
+    return Chain(place / "project", home)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,11 @@ class Clone:
     shared: Path
     shelf: Path
 
+    @classmethod
+    def within(cls, place: Path) -> "Clone":
+        """The project of :func:`make` below ``place``."""
+        return cls(place / "project", place / "shared.git", place / "shelf")
+
     def write(self, name: str, text: str) -> None:
         """Brings a text, as ``collect`` would."""
         (self.root / "data/raw").mkdir(parents=True, exist_ok=True)
@@ -84,6 +89,13 @@ class Clone:
                 champion.bring(self.root)
                 repo.add("models/champion")
             repo.reproduce()
+
+    def dvc(self, *arguments: str) -> None:
+        """Does what the command ``dvc`` does, without a process that imports it."""
+        from dvc.cli import main
+
+        with contextlib.chdir(self.root), patch.dict(os.environ, dvc.environment(os.environ)):
+            assert main(list(arguments)) == 0
 
     def commit(self, message: str = "Edits") -> str:
         """Commits everything, as a person does."""
@@ -142,7 +154,7 @@ def make(place: Path) -> Clone:
     """Makes the project below ``place``, committed, with one run done and nothing published."""
     from dvc.repo import Repo
 
-    project = Clone(place / "project", place / "shared.git", place / "shelf")
+    project = Clone.within(place)
     project.root.mkdir(parents=True)
     git(place, "init", "-q", "--bare", "-b", "main", str(project.shared))
     git(project.root, "init", "-q", "-b", "main")

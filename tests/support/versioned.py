@@ -4,6 +4,7 @@ Its two stages are cheap. ``MACHINE`` in the environment stands for other hardwa
 outputs. ``REPORT`` names a file to which each stage appends the interpreter that ran it.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from rich.console import Console
 from ruamel.yaml import YAML
@@ -88,7 +90,11 @@ class Versioned:
         return done.stdout
 
     def dvc(self, *arguments: str) -> None:
-        self.run(sys.executable, "-m", "dvc", *arguments)
+        """Does what the command ``dvc`` does, without a process that imports it."""
+        from dvc.cli import main
+
+        with contextlib.chdir(self.root), patch.dict(os.environ, self.environment(), clear=True):
+            assert main(list(arguments)) == 0
 
     def commit(self, tag: str) -> None:
         """Commits all there is and registers it."""

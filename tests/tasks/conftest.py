@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parents[2]
 Stage = Callable[..., subprocess.CompletedProcess[str]]
+Made = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture
@@ -24,26 +26,32 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project with a float model, for one module, which may change all but that."""
-    folder = tmp_path_factory.mktemp("trained")
-    tiny.write_params(folder)
-    tiny.write_shards(folder)
-    code, output = tiny.run("train", folder)
-    assert code == 0, output
-    return folder
+
+    def fill(folder: Path) -> None:
+        tiny.write_params(folder)
+        run_stages(folder, "train")
+
+    return Path(shutil.copytree(made("trained", fill), tmp_path_factory.mktemp("trained") / "project"))
 
 
 @pytest.fixture(scope="session")
-def candidate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def candidate(made: Made) -> Path:
     """A tiny project with a float and an INT8 model that nothing has measured yet. Nobody changes it; take a copy."""
-    folder = tmp_path_factory.mktemp("candidate")
-    tiny.write_params(folder, **tiny.ALONE)
+
+    def fill(folder: Path) -> None:
+        tiny.write_params(folder, **tiny.ALONE)
+        run_stages(folder, "train", "quantize")
+
+    return made("candidate", fill)
+
+
+def run_stages(folder: Path, *names: str) -> None:
     tiny.write_shards(folder)
-    for name in ("train", "quantize"):
+    for name in names:
         code, output = tiny.run(name, folder)
         assert code == 0, output
-    return folder
 
 
 @pytest.fixture

@@ -168,17 +168,15 @@ def test_a_machine_is_lost_and_no_window_with_it(tmp_path: Path, monkeypatch: py
         assert last[0][2] == len(last) == (4 if step >= stopped_after else len(last))
 
 
-def test_two_machines_write_what_one_does(tmp_path: Path) -> None:
-    alone, apart = tmp_path / "alone", tmp_path / "apart"
-    for project in (alone, apart):
-        project.mkdir()
-        tiny.write_params(project)
-        tiny.write_shards(project)
-    assert forked.end(forked.start([alone, alone], tmp_path / "log")) == [0, 0]
+def test_two_machines_write_what_one_does(tmp_path: Path, trained: Path) -> None:
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    tiny.write_params(apart)
+    tiny.write_shards(apart)
     port = free_port()
     machines = [start(apart, tmp_path / "log", port, PET_NNODES="2", SECONDS_A_STEP="0") for _ in range(2)]
     assert forked.end(machines, 120) == [0, 0], (tmp_path / "log").read_text()
-    assert tiny.files_of(apart / "models") == tiny.files_of(alone / "models")
+    assert tiny.files_of(apart / "models") == tiny.files_of(trained / "models")
 
 
 def test_a_port_that_another_program_has_is_one_line(tmp_path: Path) -> None:
