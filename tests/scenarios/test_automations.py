@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,23 @@ run.flush()
 """
 
 
+@pytest.fixture(scope="module")
+def server_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server has its files."""
+    return tmp_path_factory.mktemp("automations") / "server"
+
+
+@pytest.fixture(scope="module")
+def prefect(server_home: Path, prefect_database: Path) -> Iterator[PrefectServer]:
+    """A server for this module alone: its automations would act on other tests' nights."""
+    with PrefectServer(server_home, prefect_database) as started:
+        yield started
+
+
 def test_a_server_tells_how_a_night_ended_and_which_one_died(
-    blank: Chain, tmp_path: Path, prefect_database: Path
+    blank: Chain, server_home: Path, prefect: PrefectServer
 ) -> None:
-    home = tmp_path / "server"
-    with PrefectServer(home, prefect_database) as prefect, receiving() as receiver:
+    with receiving() as receiver:
         chain = blank.at(prefect.api)
         installed = _python(chain, receiver, "-m", "flows.automations")
         assert len(installed.splitlines()) == 3
@@ -63,7 +76,7 @@ def test_a_server_tells_how_a_night_ended_and_which_one_died(
         # A server takes a moment to act by a changed automation.
         deadline = time.monotonic() + _SECONDS
         while not receiver.received:
-            assert time.monotonic() < deadline, (home / "server.log").read_text()
+            assert time.monotonic() < deadline, (server_home / "server.log").read_text()
             assert "not sent: params.yaml's notice.kinds leaves out 'refused'" in _python(
                 chain, receiver, "-c", _NOTICE
             )
@@ -98,10 +111,9 @@ def _set_state(prefect: PrefectServer, flow_run: str, kind: str, message: str) -
 
 
 def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(
-    blank: Chain, tmp_path: Path, prefect_database: Path
+    blank: Chain, server_home: Path, prefect: PrefectServer
 ) -> None:
-    home = tmp_path / "server"
-    with PrefectServer(home, prefect_database) as prefect, receiving() as receiver:
+    with receiving() as receiver:
         chain = blank.at(prefect.api)
         _python(chain, receiver, "-m", "flows.automations")
         known = {one["name"]: one for one in prefect.ask("automations/filter", {})}
@@ -123,7 +135,7 @@ def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(
         name = night.stdout.readline().strip()
         deadline = time.monotonic() + _SECONDS
         while not _heartbeats(prefect):
-            assert time.monotonic() < deadline, (home / "server.log").read_text()
+            assert time.monotonic() < deadline, (server_home / "server.log").read_text()
             time.sleep(0.2)
         night.kill()
         night.wait()
@@ -133,16 +145,15 @@ def test_a_night_that_is_not_heard_of_any_more_is_marked_and_told(
         while wanted not in [json.loads(body)["text"] for _, body in receiver.received]:
             assert time.monotonic() < deadline + _SECONDS, receiver.received
             time.sleep(0.2)
-        (run,) = prefect.ask("flow_runs/filter", {})
+        (run,) = [one for one in prefect.ask("flow_runs/filter", {}) if one["name"] == name]
         assert run["state_type"] == "CRASHED"
 
 
 def test_a_block_of_somebody_s_choice_outlasts_the_next_installation_without_a_webhook_too(
-    tmp_path: Path, prefect_database: Path, monkeypatch: pytest.MonkeyPatch
+    prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, variable = "overnight: how a night ended", "OVERNIGHT_WEBHOOK"
     with (
-        PrefectServer(tmp_path / "server", prefect_database) as prefect,
         temporary_settings({PREFECT_API_URL: prefect.api}),
         get_client(sync_client=True) as client,
     ):
