@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from prefect_server import ask
 from processes import alive, left_within
 from waiting import until
 
@@ -62,10 +63,10 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def task_states(root: Path) -> dict[str, str]:
-    """The last state of each task run, as Prefect's own database has it."""
-    with sqlite3.connect(root / ".overnight/prefect/prefect.db") as connection:
-        return dict(connection.execute("select name, state_name from task_run order by created").fetchall())
+def task_states(api: str, flow_run: str) -> dict[str, str]:
+    """The state of each task run of ``flow_run``, as the server has it."""
+    wanted = {"flow_runs": {"id": {"any_": [flow_run]}}}
+    return {one["name"]: one["state_name"] for one in ask(api, "task_runs/filter", wanted)}
 
 
 def flow_states(root: Path) -> list[str]:
@@ -152,7 +153,7 @@ def test_before_the_first_run_there_is_none_to_list(nightly: "Project") -> None:
 
 def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "Project", server: str) -> None:
     nightly.do("second", "print('error: there is no text; bring some', file=sys.stderr); sys.exit(2)")
-    failed = nightly.overnight("run")
+    failed = nightly.overnight("run", PREFECT_API_URL=server)
     # A mistake is not tried again, though `second` has a retry.
     assert (failed.returncode, nightly.ran()) == (2, ["first", "second"])
     assert "error: second: there is no text; bring some" in failed.stderr
@@ -161,12 +162,15 @@ def test_a_failure_ends_the_run_and_is_remembered_until_it_is_mended(nightly: "P
     assert "failed to reproduce" not in failed.stderr
     # Running it again mends nothing.
     assert re.search(r"^Change that first, then go on with: overnight rerun \S+$", failed.stderr, re.MULTILINE)
-    assert re.search(r" run \S+ ends: failed in \d+ s$", failed.stderr)
+    name = re.search(r" run (\S+) ends: failed in \d+ s$", failed.stderr)
+    assert name
     log = next(line.rpartition(" ")[2] for line in failed.stderr.splitlines() if line.startswith("The whole log"))
     assert "error: there is no text" in (nightly.root / log).read_text()
     assert "not started, because of second" in failed.stdout
-    assert flow_states(nightly.root)[-1] == "Failed"
-    assert {"second": "Failed", "third": "Skipped"}.items() <= task_states(nightly.root).items()
+    (flow_run,) = ask(server, "flow_runs/filter", {"flow_runs": {"name": {"any_": [name[1]]}}})
+    assert flow_run["state_name"] == "Failed"
+    # The server notes a task's states as their events come.
+    until(lambda: task_states(server, flow_run["id"]).items() >= {"second": "Failed", "third": "Skipped"}.items())
     assert "second: failed: there is no text; bring some" in nightly.overnight("status").stdout.splitlines()
 
     # A fault that passes: the second attempt succeeds within the same run.
