@@ -1,7 +1,7 @@
 """One process of several that train a small model with each kind of exchange: ``exchanges.py FOLDER``.
 
-Each kind but that of whole gradients trains twice, then once more from the checkpoint in the middle. The first process
-writes what came of it to ``FOLDER/results.json``.
+Each kind but that of whole gradients trains once more from the checkpoint in the middle, and those of ``AGAIN`` from
+the beginning. The first process writes what came of it to ``FOLDER/results.json``.
 """
 
 import json
@@ -41,6 +41,8 @@ KINDS = {
         diloco=DilocoParams(inner_steps=MEETING // 3, outer_learning_rate=1.0, outer_momentum=0.0),
     ),
 }
+# DiLoCo in bytes exchanges as DiLoCo and as int8 do.
+AGAIN = ("powersgd", "diloco in bytes")
 
 
 class Params(meshes.Params):
@@ -126,7 +128,8 @@ def work(folder: Path) -> None:
         results[kind] = run(kind, place, world)
         if kind == "none":
             continue
-        results[f"{kind} again"] = run(kind, folder / f"{kind}-again", world)
+        if kind in AGAIN:
+            results[f"{kind} again"] = run(kind, folder / f"{kind}-again", world)
         dist.barrier()
         if world.is_first:
             for file in (place / "checkpoints").rglob(f"*-{STEPS:09d}-*.pt"):
