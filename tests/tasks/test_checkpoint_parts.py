@@ -12,6 +12,7 @@ import tiny
 import torch
 from checkpoint_files import flip_a_bit, newest_first
 
+from lm import hugging_face
 from tasks.checkpoints import Checkpoints
 from tasks.digest import digest_of
 from tasks.errors import EXIT_TRY_AGAIN
@@ -23,7 +24,9 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cut")
     tiny.write_params(folder, train__mesh__shard=2)
     tiny.write_shards(folder)
-    assert tiny.run("train", folder)[0] == 0
+    code, output = tiny.run("train", folder)
+    assert code == 0, output
+    (folder / "output").write_text(output)
     return folder
 
 
@@ -47,6 +50,13 @@ def test_each_process_writes_its_part_which_goes_with_its_checkpoint(cut: Path) 
     assert not [name for name in state["model"] if "e_score_correction_bias" not in name]
     sizes = [(newest.parent / "parts-000000012" / name).stat().st_size for name in files[1:]]
     assert max(sizes) < 1.3 * min(sizes)
+
+
+def test_the_axis_along_which_the_model_is_cut_is_measured_and_told(cut: Path) -> None:
+    output = (cut / "output").read_text()
+    assert "train     shard x2: all-reduce " in output
+    assert "replicate x" not in output
+    assert hugging_face.load(cut / "models/float").parameter_counts()[0] > 0
 
 
 @pytest.mark.parametrize(("name", "gone"), [(".metadata", False), ("__1_0.distcp", True)])

@@ -14,7 +14,6 @@ import tiny
 import torch
 from meshes import Case, Result
 
-from lm import hugging_face
 from lm.model import LanguageModel
 from tasks.errors import BadParameter
 from tasks.parallel.pipeline import cause_told
@@ -435,20 +434,6 @@ def test_nobody_chooses_the_experts_that_the_uneven_model_leaves_idle() -> None:
     gradients = alone("latent-uneven", FEW).gradients["model.layers.1.mlp.experts.down_proj"]
     assert gradients[:2].abs().amax() > 0
     assert not gradients[2:].any()
-
-
-def test_a_sharded_stage_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    tiny.write_params(tmp_path, train__mesh={"replicate": 1, "shard": 2, "expert": 1, "tensor": 1})
-    tiny.write_shards(tmp_path)
-    code, output = tiny.run("train", tmp_path)
-    assert code == 0, output
-    assert "train     shard x2: all-reduce " in output
-    assert "replicate x" not in output
-    expected = tiny.files_of(tmp_path / "models")
-    max(tmp_path.glob(".overnight/checkpoints/train/*/step-*.pt")).unlink()
-    assert tiny.run("train", tmp_path)[0] == 0
-    assert tiny.files_of(tmp_path / "models") == expected
-    assert hugging_face.load(tmp_path / "models/float").parameter_counts()[0] > 0
 
 
 @pytest.mark.parametrize(
