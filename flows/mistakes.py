@@ -67,9 +67,13 @@ def _full_stdout_is_told() -> Iterator[None]:
 
 
 def _stdout_is_full() -> bool:
-    # The error itself names no file.
+    # The error itself names no file. What stdout could not take is still to be written, and a device that is full says
+    # so of nothing too: where it is not to blame, no byte reaches it that nobody printed. It may have been closed.
+    if sys.stdout is None:
+        return False
     try:
-        os.write(sys.stdout.fileno(), b"\n")
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"")
     except OSError as error:
         return error.errno in FULL
     return False

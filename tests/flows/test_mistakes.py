@@ -35,21 +35,54 @@ def test_what_fails_on_a_disk_that_is_nearly_full_says_so(
     assert line.endswith(" MiB free). Free some space and run again.")
 
 
+class _FileOnFullDisk(io.FileIO):
+    """What a disk without room takes of it, but for a write of nothing: none."""
+
+    is_full = True
+
+    def write(self, content: object) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("characters", [1, 20_000])
 def test_what_cannot_be_printed_for_want_of_room_is_no_full_disk_of_the_project(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    characters: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
-        with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told():
-            print("a text")
+        _told_of_stdout("a" * characters, capsys)
+
+
+def test_what_a_file_cannot_take_for_want_of_room_is_no_full_disk_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _FileOnFullDisk(tmp_path / "texts", "w") as full, io.TextIOWrapper(io.BufferedWriter(full)) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        _told_of_stdout("a", capsys)
+        full.is_full = False
+
+
+def _told_of_stdout(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told():
+        print(text, flush=True)
     assert ended.value.exit_code == 2
     told = "error: stdout: there is no room where it goes (No space left on device). Send it elsewhere.\n"
     assert capsys.readouterr().err == told
-    # Where stdout has room it is the project's disk that has none.
-    monkeypatch.setattr(sys, "stdout", sys.stderr)
-    with pytest.raises(typer.Exit), mistakes.mistakes_are_told():
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert f"error: {Path.cwd()}: the disk is full (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_where_stdout_has_room_or_is_closed_it_is_the_disk_that_is_full_and_nothing_is_printed_there(
+    is_open: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "texts").open("w") as texts:
+        monkeypatch.setattr(sys, "stdout", texts if is_open else None)
+        with pytest.raises(typer.Exit) as ended, mistakes.mistakes_are_told():
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err.startswith(f"error: {Path.cwd()}: the disk is full (")
+    assert (tmp_path / "texts").read_text() == ""
 
 
 def test_what_somebody_else_owns_in_the_project_is_named_with_its_owner(
