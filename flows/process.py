@@ -115,7 +115,9 @@ class Child:
         """
         self.let_go()
         if self.wait(SECONDS_UNTOLD) is None and self._seconds > SECONDS_UNTOLD:
-            tell()
+            # Whoever read it may be gone.
+            with contextlib.suppress(OSError):
+                tell()
         if self.wait(self._seconds + _SECONDS_TO_TEAR_DOWN - SECONDS_UNTOLD) is None:
             self._supervisor.kill()
             self._supervisor.wait()

@@ -199,7 +199,7 @@ class _Kept:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Only the runner has time for it.
-        self._child.stop(lambda: self._out.print(f"The night at work was {TOLD_TO_END}", soft_wrap=True))
+        self._child.stop(lambda: speaker(self._out)(f"The night at work was {TOLD_TO_END}"))
 
 
 def _listen(port: int) -> socket.socket:

@@ -44,8 +44,9 @@ def _wait(tell: Callable[[str], object]) -> None:
         if stages := process.at_work():
             ended = time.monotonic()
             if not told and ended - started > process.SECONDS_UNTOLD:
-                tell(f"{', '.join(stages)}: {process.TOLD_TO_END}")
                 told = True
+                with contextlib.suppress(OSError):
+                    tell(f"{', '.join(stages)}: {process.TOLD_TO_END}")
 
 
 @contextlib.contextmanager
@@ -68,7 +69,8 @@ def sigterm_raises(tell: Callable[[], object] = _tell) -> Iterator[None]:
 
     def say() -> None:
         if said.acquire(blocking=False):
-            with contextlib.redirect_stderr(stderr):
+            # What reads stderr, such as `tee`, has been told to end as well.
+            with contextlib.redirect_stderr(stderr), contextlib.suppress(OSError):
                 tell()
 
     def watch() -> None:

@@ -193,3 +193,20 @@ def test_a_second_interruption_does_not_wait_for_a_checkpoint_which_is_written_a
     assert told == ["", f"{process.TOLD_TO_END} Ctrl-C does not wait for that, and loses nothing."]
     until_gone(folder)
     assert (folder / "left").exists()
+
+
+def test_a_checkpoint_is_waited_for_where_nobody_reads_any_more_that_it_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SECONDS_UNTOLD", 0.1)
+    told = []
+
+    def tell(event: Event) -> None:
+        told.append(event.notice)
+        raise BrokenPipeError
+
+    command = [sys.executable, "-c", WRITES.format(event=f"{Event('train', '', 1, 2, 'steps', 1).to_json()}\n")]
+    with contextlib.chdir(folder), pytest.raises(BrokenPipeError):
+        process.run(command, folder / "train.log", os.environ, tell)
+    assert len(told) == 2
+    assert (folder / "left").exists()

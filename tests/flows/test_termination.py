@@ -101,6 +101,16 @@ def test_a_stage_at_work_is_told_at_once_and_has_time_for_a_checkpoint(tmp_path:
     assert (tmp_path / "left").exists()
 
 
+@pytest.mark.parametrize("block", [ORDERLY, AT_WORK], ids=["orderly", "at work"])
+def test_whoever_read_what_it_says_may_be_gone(block: str, tmp_path: Path) -> None:
+    process = at_work(block.format(folder=str(tmp_path), code=ENDS_SLOWLY))
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert (tmp_path / "left").exists() == (block == AT_WORK)
+
+
 def test_without_the_signal_nothing_changes() -> None:
     from flows.termination import sigterm_raises
 
