@@ -23,7 +23,7 @@ from tasks.ingest.split import SPLITS, SplitName, Texts, split_of
 from tasks.ingest.tables import CHAT_SCHEMA, CORPUS_SCHEMA, QUARANTINE_SCHEMA, Row, TableWriter, read_rows
 from tasks.ingest.tally import SourceTally, SplitTally
 from tasks.progress import Progress, progress
-from tasks.sources import CollectParams, Format, Source, has_ending, printable
+from tasks.sources import FILE_FORMATS, CollectParams, Format, Source, has_ending, printable
 
 # Where the quarantine of a failed attempt can be read: the corpus it belongs to does not come to be.
 REFUSED = paths.SCRATCH / paths.QUARANTINE.name
@@ -200,9 +200,11 @@ def _check_name(path: Path) -> None:
 def _check_format(path: Path, source: Source) -> None:
     """Raises :class:`BadInput` for a file of another format, as the source has left it that had this name before."""
     # One that the source names by itself is taken whatever its ending.
-    if path.name == Path(source.uri).name or has_ending(path.name, source.format):
+    if path.name == Path(source.uri).name:
         return
-    if other := next((format_ for format_ in get_args(Format) if has_ending(path.name, format_)), None):
+    other = next((format_ for format_ in get_args(Format) if has_ending(path.name, format_)), source.format)
+    # Files that are one text each are read alike.
+    if other != source.format and not (source.holds_files and other in FILE_FORMATS):
         raise BadInput(
             f"{printable(path)}: a file of {other}, and source '{source.name}' has the format {source.format} in "
             f"params.yaml. If the format was changed, remove what was collected before from {paths.RAW / source.name}, "

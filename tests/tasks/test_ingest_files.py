@@ -101,6 +101,15 @@ def test_what_a_source_of_another_format_has_left_is_named_and_not_read(raw: Pat
     assert {"talks.jsonl", "README"} < splits().keys()
 
 
+def test_a_text_is_read_alike_whichever_of_the_formats_of_texts_its_source_has(raw: Path) -> None:
+    write(raw / "page.md", "collected when the source named this one\n")
+    ingest(collect_params(files()), ingest_params())
+    ours = splits()
+    assert "page.md" in ours
+    ingest(collect_params(files() | {"format": "md"}), ingest_params())
+    assert splits() == ours
+
+
 def test_equal_texts_under_two_names_are_one_text_in_train(raw: Path) -> None:
     for names in (DEALT["test"], DEALT["train"]):
         write(raw / names[0], "the same text\n")
