@@ -181,8 +181,8 @@ _REFUSED = re.compile(
     rf"|\[Errno (?:{errno.ENOTDIR}|{errno.EROFS})\]",
     re.IGNORECASE,
 )
-# A place that the system names may hold such a word.
-_PLACE = re.compile(r"(?<=: )'/[^']*'")
+# A place that the system names may hold such a word; of a move it names two.
+_PLACE = re.compile(r"""(?<=: |> )(['"])/.*?\1""")
 # The address that it names may hold such a word, and who hands out credentials may be away.
 _SILENT = re.compile(r"time(d )?out|could not connect|connection (refused|reset|aborted)|max retries", re.IGNORECASE)
 _MANY = re.compile(r"failed to (?P<how>push|pull|fetch) data (?:to|from) the cloud")

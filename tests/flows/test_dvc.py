@@ -91,6 +91,8 @@ def test_a_refusal_of_the_remote_is_told_from_its_silence() -> None:
         # A folder by such a name, on a share that is not mounted.
         "[Errno 2] No such file or directory: '/mnt/forbidden/sso token'",
         "[Errno 5] Input/output error: '/mnt/credentials/store'",
+        "[Errno 5] Input/output error: '/mnt/credentials/.a0.tmp' -> '/mnt/credentials/a0'",
+        '[Errno 5] Input/output error: "/mnt/the forbidden city\'s/store"',
     ):
         assert not dvc.classify(255, f"ERROR: failed to transfer 'a0' - {silent}\n{last}").refused
 
