@@ -6,6 +6,7 @@ import marshal
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,17 +36,6 @@ def test_what_fails_on_a_disk_that_is_nearly_full_says_so(
     assert line.endswith(" MiB free). Free some space and run again.")
 
 
-class _FileOnFullDisk(io.FileIO):
-    """What a disk without room takes of it, but for a write of nothing: none."""
-
-    is_full = True
-
-    def write(self, content: object) -> int:
-        if self.is_full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(content)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("characters", [1, 20_000])
 def test_what_cannot_be_printed_for_want_of_room_is_no_full_disk_of_the_project(
     characters: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -56,12 +46,18 @@ def test_what_cannot_be_printed_for_want_of_room_is_no_full_disk_of_the_project(
 
 
 def test_what_a_file_cannot_take_for_want_of_room_is_no_full_disk_of_the_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small_disk: Callable[[Path, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with _FileOnFullDisk(tmp_path / "texts", "w") as full, io.TextIOWrapper(io.BufferedWriter(full)) as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
+    disk = tmp_path / "disk"
+    small_disk(disk, 4)
+    (disk / "full").write_bytes(bytes(4096))
+    with (disk / "texts").open("w") as texts:
+        monkeypatch.setattr(sys, "stdout", texts)
         _told_of_stdout("a", capsys)
-        full.is_full = False
+        (disk / "full").unlink()
 
 
 def _told_of_stdout(text: str, capsys: pytest.CaptureFixture[str]) -> None:
