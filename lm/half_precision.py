@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lm.gguf_tensors import Unfit
-from lm.hugging_face_files import CONFIG, INDEX, read_json, weight_files
+from lm.hugging_face_files import CONFIG, INDEX, read_json, system_is_told, weight_files
 
 Kind = Literal["bf16", "f16"]
 _TYPES: dict[Kind, npt.DTypeLike] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -32,7 +32,8 @@ def write(source: Path, folder: Path, kind: Kind) -> None:
     for path in weight_files(source):
         with safe_open(path, framework="numpy") as file:
             tensors = {name: _rounded(name, file.get_tensor(name), kind) for name in file.keys()}  # noqa: SIM118
-            save_file(tensors, folder / path.name, metadata=file.metadata())
+            with system_is_told(folder / path.name):
+                save_file(tensors, folder / path.name, metadata=file.metadata())
         total += sum(tensor.nbytes for tensor in tensors.values())
     if (source / INDEX).is_file():
         _write_json(folder / INDEX, {**read_json(source / INDEX), "metadata": {"total_size": total}}, sort_keys=True)

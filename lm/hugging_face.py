@@ -29,6 +29,7 @@ from lm.hugging_face_files import (
     read_config,
     read_ends,
     read_json,
+    system_is_told,
     weight_files,
 )
 from lm.hugging_face_layout import Piece, copies_of, layout_to_state, pieces_of, state_to_layout
@@ -184,7 +185,8 @@ def save_weights(config: ModelConfig, whole: Whole, folder: Path | None, bytes_a
             # safetensors takes no two names for one tensor.
             tensors[name] = tensor.clone() if name in copies else tensor.contiguous()
         if folder is not None:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            with system_is_told(folder / file):
+                save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded and folder is not None:
         index = {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": split.tensor_to_filename}
         (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

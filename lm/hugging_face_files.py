@@ -1,10 +1,14 @@
 """Which files of a folder in Hugging Face layout belong to its checkpoint. Imports no torch."""
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from lm.config import ModelConfig
 from lm.hugging_face_config import Unusable, config_from_json
@@ -145,6 +149,21 @@ def _token_ids(name: str, content: Mapping[str, Any], key: str) -> list[int]:
     if any(not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0 for id_ in ids):
         raise Unusable(f"{name}: {key} is {found!r}; a whole number, or a list of them, is needed")
     return ids
+
+
+@contextlib.contextmanager
+def system_is_told(path: Path) -> Iterator[None]:
+    """Raises the system's :class:`OSError` where safetensors cannot write ``path``, by which a full disk is told.
+
+    safetensors passes on its words alone.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

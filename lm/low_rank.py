@@ -18,6 +18,7 @@ from torch import nn
 
 from lm.config import GroupedConfig
 from lm.feed_forward import Experts
+from lm.hugging_face_files import system_is_told
 from lm.layer_names import chosen
 from lm.linear import Linear, to_product_type
 from lm.model import LanguageModel
@@ -123,7 +124,8 @@ def save(model: LanguageModel, whole: Whole, folder: Path | None, base: str | No
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with system_is_told(folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -248,14 +248,14 @@ def test_a_damaged_model_is_named_and_leaves_nothing(root: Path, to: str, file: 
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 1.0], ids=["before the tensors", "inside them", "at the end"])
-@pytest.mark.parametrize("to", ["gguf", "hf"])
-def test_a_full_disk_leaves_nothing(root: Path, small_disk: Any, to: str, share: float) -> None:
-    whole = exported(root, to, root / "whole", "f32" if to == "gguf" else None)
+@pytest.mark.parametrize(("to", "type_"), [("gguf", "f32"), ("hf", None), ("hf", "bf16")])
+def test_a_full_disk_leaves_nothing(root: Path, small_disk: Any, to: str, type_: str | None, share: float) -> None:
+    whole = exported(root, to, root / "whole", type_)
     size = whole.stat().st_size if to == "gguf" else (whole / "model.safetensors").stat().st_size
     # A disk has whole pages of 4 KiB: at the end, less than one is missing.
     small_disk(root / "disk", max(1, int(size * share) // 4096) * 4)
     with pytest.raises(DiskFull, match=r"disk/copy: the disk is full"):
-        exported(root, to, root / "disk/copy", "f32" if to == "gguf" else None)
+        exported(root, to, root / "disk/copy", type_)
     assert list((root / "disk").iterdir()) == []
 
 

@@ -1,6 +1,8 @@
 """Parity with transformers on the same weights."""
 
+import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def test_a_llama_that_yarn_stretches_computes_what_it_does_in_transformers(
     theirs = _in_transformers(model, tokenizer_file, tmp_path / "float")
     with torch.no_grad():
         check_logits(model(ids), theirs(ids).logits)
+
+
+def test_a_disk_without_room_for_weights_is_told_as_one(
+    tokenizer_file: Path, tmp_path: Path, small_disk: Callable[[Path, int], None]
+) -> None:
+    small_disk(tmp_path / "disk", 4)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        hugging_face.save(make_grouped(), tokenizer_file, tmp_path / "disk")
+    assert (told.value.errno, told.value.filename) == (errno.ENOSPC, str(tmp_path / "disk/model.safetensors"))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

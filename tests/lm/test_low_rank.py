@@ -1,5 +1,6 @@
 """Low-rank factors: what they compute, what is trained of an adapted model, and what peft makes of what is written."""
 
+import errno
 import fnmatch
 import json
 from collections.abc import Callable
@@ -181,3 +182,13 @@ def test_peft_computes_with_the_written_factors_what_the_model_does(tmp_path: Pa
             ).eval()
             torch.testing.assert_close(ours(ids).logits, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(merged_by_peft(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_disk_without_room_for_factors_is_told_as_one(
+    tmp_path: Path, small_disk: Callable[[Path, int], None]
+) -> None:
+    small_disk(tmp_path / "disk", 4)
+    model = adapted(write_checkpoint(tmp_path / "base", make_grouped), "*_proj")
+    with pytest.raises(OSError, match="No space left on device") as told:
+        low_rank.save(model, held_by(model), tmp_path / "disk/adapter")
+    assert told.value.errno == errno.ENOSPC
