@@ -80,12 +80,13 @@ def test_what_was_on_this_machine_alone_is_brought_before_it_is_in_production(pu
 
 @pytest.mark.parametrize("lost", ["a file", "a listing"])
 def test_what_is_lost_is_not_put_into_production(lost: str, published: Clone) -> None:
-    model = contents.recorded(published.root, registry.resolve(published.root, "v1.1.0").commit)[-1].md5
+    outputs = contents.recorded(published.root, registry.resolve(published.root, "v1.1.0").commit)
+    file, listing = outputs[-1], next(output.md5 for output in outputs if output.is_folder)
+    gone = listing if lost == "a listing" else file.md5
     with dvc.store(published.root) as store:
-        outputs = contents.recorded(published.root, registry.resolve(published.root, "v1.1.0").commit)
-        listing = next(output.md5 for output in outputs if output.is_folder)
-        gone = listing if lost == "a listing" else model
         store.discard({gone})
+    # Else it would be taken from there.
+    (published.root / file.path).unlink()
     next(published.shelf.rglob(f"{gone[:2]}/{gone[2:]}")).unlink()
     with pytest.raises(UserMistake, match=r"^v1\.1\.0: .*`overnight push v1\.1\.0` on a machine that has them"):
         said("promote", "v1.1.0")
@@ -132,7 +133,7 @@ def test_a_model_that_is_lost_is_told_by_its_file(published: Clone, monkeypatch:
 def test_rolling_back_does_not_wait_for_the_data(published: Clone) -> None:
     said("promote", "v1.1.0")
     shutil.rmtree(published.shelf)
-    published.shelf.write_text("no folder")
+    published.shelf.symlink_to("not mounted")
     out, err = said("rollback")
     assert out == "v1.0.0 is in production, at origin too.\n"
     assert err.endswith("Whether all of v1.0.0 is there was not asked; `overnight push v1.0.0` does.\n")
