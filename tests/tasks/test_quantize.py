@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import disturb
+import forked
 import numpy as np
 import onnx
 import pytest
@@ -420,11 +422,13 @@ def test_a_killed_quantization_goes_on_to_the_same_bytes(trained: Path, shard: i
     assert report["quantized_share_of_bytes"] > 0.5
 
     shutil.rmtree(trained / ".overnight/checkpoints/quantize")
-    process = tiny.stage("quantize", trained)
-    until(lambda: any(trained.glob(".overnight/checkpoints/quantize/*/*.pt")) or process.poll() is not None, 120)
-    assert process.poll() is None, process.communicate()[0]
+    log = trained / "log"
+    # Before it comes to its last checkpoint, however quick it is.
+    process = forked.stage("quantize", trained, log, {**os.environ, "STALLS": "4"}, disturb.stall_a_checkpoint)
+    until(lambda: any(trained.glob(".overnight/checkpoints/quantize/*/*.pt")), told=log.read_text)
+    assert process.is_alive(), log.read_text()
     process.kill()
-    process.communicate()
+    process.join()
     # It had been at that for as long as it had fine-tuned.
     assert [*(trained / "models").glob(".partial-*")]
     code, output = tiny.run("quantize", trained)
