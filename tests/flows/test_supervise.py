@@ -175,20 +175,26 @@ time.sleep(600)
 """
 
 
-def test_a_second_interruption_does_not_wait_for_a_checkpoint_which_is_written_all_the_same(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def heard(error: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs a training of which whoever hears raises ``error``; returns what was told until that was raised."""
     monkeypatch.setattr(process, "SECONDS_UNTOLD", 0.1)
     at_work = Event("train", "training", 1, 2, "steps", 1)
     told = []
 
-    def interrupt(event: Event) -> None:
+    def hear(event: Event) -> None:
         told.append(event.notice)
-        raise KeyboardInterrupt
+        raise error
 
     command = [sys.executable, "-c", WRITES.format(event=f"{at_work.to_json()}\n")]
-    with contextlib.chdir(folder), pytest.raises(KeyboardInterrupt):
-        process.run(command, folder / "train.log", os.environ, interrupt)
+    with contextlib.chdir(folder), pytest.raises(error):
+        process.run(command, folder / "train.log", os.environ, hear)
+    return told
+
+
+def test_a_second_interruption_does_not_wait_for_a_checkpoint_which_is_written_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = heard(KeyboardInterrupt, folder, monkeypatch)
     assert not (folder / "left").exists()
     assert told == ["", f"{process.TOLD_TO_END} Ctrl-C does not wait for that, and loses nothing."]
     until_gone(folder)
@@ -198,15 +204,5 @@ def test_a_second_interruption_does_not_wait_for_a_checkpoint_which_is_written_a
 def test_a_checkpoint_is_waited_for_where_nobody_reads_any_more_that_it_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "SECONDS_UNTOLD", 0.1)
-    told = []
-
-    def tell(event: Event) -> None:
-        told.append(event.notice)
-        raise BrokenPipeError
-
-    command = [sys.executable, "-c", WRITES.format(event=f"{Event('train', '', 1, 2, 'steps', 1).to_json()}\n")]
-    with contextlib.chdir(folder), pytest.raises(BrokenPipeError):
-        process.run(command, folder / "train.log", os.environ, tell)
-    assert len(told) == 2
+    assert len(heard(BrokenPipeError, folder, monkeypatch)) == 2
     assert (folder / "left").exists()
